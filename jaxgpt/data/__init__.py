@@ -1,0 +1,1 @@
+"""Text in, batches of token windows out; NumPy only, no model and no JAX."""

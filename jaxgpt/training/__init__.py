@@ -1,0 +1,1 @@
+"""What happens between two steps: the optimizer, the step, checkpoints and metrics."""
