@@ -1,0 +1,219 @@
+"""What a run is: frozen dataclasses and their checks.
+
+A value comes from a default here, is overridden by `configs/<preset>.toml` (`presets.py`) and then
+by the command line (`cli.py`), and is never changed after that. Field names are nanoGPT's.
+`batch_size` is what one device holds at a time; `effective_batch_size` is what one step sees.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress
+
+from jaxgpt.errors import UserError
+
+Device = Literal["auto", "gpu", "cpu"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+# Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
+SECTIONS = ("model", "optimizer")
+
+
+class ConfigError(UserError):
+    """What a user asked for cannot be done; the message names the field, the reason, the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network's shape. `GPT(cfg.model)` needs nothing else."""
+
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # model width, a multiple of n_head
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int | None = None  # rows of the embedding (default: the tokenizer's, padded to 64)
+    dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
+    bias: bool = False  # biases in linear layers and layer norms (GPT-2: True)
+    # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
+    n_vocab: Annotated[int | None, Suppress] = None
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, a sentence for each fault."""
+        faults = _not_positive(self, "n_layer", "n_head", "n_embd", "block_size")
+        if not faults and self.n_embd % self.n_head:
+            faults.append(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
+                f"the nearest that is: {_nearest_multiple(self.n_embd, self.n_head)}"
+            )
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout {self.dropout} must be at least 0 and below 1")
+        if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
+            faults.append(
+                f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
+                f"({self.n_vocab or 'at least 1'}); leave it out to have it chosen"
+            )
+        return faults
+
+    def parameter_count(self) -> int:
+        """Trainable parameters, the tied head counted once (nanoGPT's count adds up the same)."""
+        assert self.vocab_size is not None, "resolve the vocabulary before counting"
+        D, F = self.n_embd, 4 * self.n_embd
+        block = 2 * D + D * 3 * D + D * D + 2 * D * F
+        biases = (2 * D + 3 * D + D + F + D) if self.bias else 0
+        final_norm = 2 * D if self.bias else D
+        return (
+            (self.vocab_size + self.block_size) * D + self.n_layer * (block + biases) + final_norm
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule and its clipping."""
+
+    learning_rate: float = 6e-4  # peak, reached after the warm-up
+    min_lr: float = 6e-5  # where the cosine ends
+    decay_lr: bool = True  # False keeps the peak after the warm-up
+    warmup_iters: int = 2000  # steps of linear warm-up; a run may be shorter
+    lr_decay_iters: int | None = None  # step at which min_lr is reached (default: max_iters)
+    weight_decay: float = 0.1  # on matrices and embeddings, never on biases and norms
+    beta1: float = 0.9  # decay of AdamW's first moment
+    beta2: float = 0.99  # decay of AdamW's second moment
+    grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 switches it off
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, a sentence for each fault."""
+        faults = []
+        if not self.learning_rate > 0:
+            faults.append(f"learning_rate {self.learning_rate} must be above 0")
+        if not 0 <= self.min_lr <= max(self.learning_rate, 0):
+            faults.append(
+                f"min_lr {self.min_lr} must lie between 0 and learning_rate {self.learning_rate}"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        for name in ("warmup_iters", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} {getattr(self, name)} must not be negative")
+        if self.lr_decay_iters is not None:
+            faults += _not_positive(self, "lr_decay_iters")
+        return faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. The sections go to the parts that need them; nobody is handed the whole."""
+
+    preset: str = "24gb"  # a name from configs/, or a TOML file of your own
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package
+    data_dir: Path | None = None  # folder with the token shards (default: data/<dataset>)
+    tokenizer: str = "gpt2"  # what made the tokens: gpt2, byte, or a tiktoken name
+
+    batch_size: int = 32  # sequences one device holds at a time; halve it when memory runs out
+    effective_batch_size: int = 512  # sequences in one optimizer step
+    # Micro-batches in one step; sets effective_batch_size when given in its place.
+    gradient_accumulation_steps: int | None = None
+    max_iters: int = 50000  # optimizer steps in all
+    seed: int = 1337  # of the initialization, the data's order and dropout
+
+    eval_interval: int = 1000  # steps between evaluations; each one also saves a checkpoint
+    eval_iters: int = 200  # batches in one evaluation, of the preset's batch_size
+    log_interval: int = 100  # steps between lines in the log
+    checkpoint_minutes: float = 15.0  # the longest time between two checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
+    sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
+
+    out_dir: Path | None = None  # everything of the run (default: runs/<preset>)
+    device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
+    dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
+    # Windows of the validation split in one evaluation: fixed when the run is created.
+    eval_windows: Annotated[int | None, Suppress] = None
+    # Memory in GB of the smallest card that the preset is made for; None runs anywhere.
+    vram_gb: Annotated[int | None, Suppress] = None
+
+    def __post_init__(self) -> None:
+        """Check everything; raises ConfigError with every fault at once."""
+        faults = [
+            *self.model.faults(),
+            *self.optimizer.faults(),
+            *_not_positive(
+                self,
+                *("batch_size", "effective_batch_size", "max_iters", "eval_interval"),
+                *("eval_iters", "log_interval", "keep_checkpoints"),
+            ),
+            *self._batch_faults(),
+        ]
+        if not self.checkpoint_minutes > 0:
+            faults.append(f"checkpoint_minutes {self.checkpoint_minutes} must be above 0")
+        for name in ("sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                faults.append(f"{name} {getattr(self, name)} must not be negative")
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def _batch_faults(self) -> list[str]:
+        B, effective = self.batch_size, self.effective_batch_size
+        accumulation = self.gradient_accumulation_steps
+        if B < 1 or effective < 1:
+            return []
+        if accumulation is not None and accumulation * B != effective:
+            return [
+                f"gradient_accumulation_steps {accumulation} x batch_size {B} = "
+                f"{accumulation * B} is not effective_batch_size {effective}; give one of the two"
+            ]
+        if effective % B:
+            return [
+                f"effective_batch_size {effective} is not a multiple of batch_size {B}; "
+                f"the nearest that is: {_nearest_multiple(effective, B)}"
+            ]
+        return []
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.effective_batch_size * self.model.block_size
+
+
+def _not_positive(section: Any, *names: str) -> list[str]:
+    values = {name: getattr(section, name) for name in names}
+    return [f"{name} {value} must be at least 1" for name, value in values.items() if value < 1]
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(1, round(value / of)) * of
+
+
+# ---------------------------------------------------------------- flat names <-> sections
+
+
+def flat_fields() -> dict[str, dataclasses.Field]:
+    """Every field by the flat name that TOML keys and flags use, sections opened up."""
+    fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in SECTIONS}
+    for section in (ModelConfig, OptimizerConfig):
+        fields |= {f.name: f for f in dataclasses.fields(section)}
+    return fields
+
+
+def with_fields(cfg: Config, **changes: Any) -> Config:
+    """A copy of `cfg` with fields changed by flat name, checked again as one.
+
+    Raises:
+        ConfigError: with every fault of every section.
+    """
+    sections = {}
+    for section in SECTIONS:
+        old = getattr(cfg, section)
+        names = {f.name for f in dataclasses.fields(old)}
+        picked = {name: changes.pop(name) for name in names & changes.keys()}
+        sections[section] = dataclasses.replace(old, **picked)
+    return dataclasses.replace(cfg, **sections, **changes)
+
+
+def flat_values(cfg: Config) -> dict[str, Any]:
+    """The configuration as one flat dict of JSON values, in the order of the fields."""
+    values = dataclasses.asdict(cfg)
+    for section in SECTIONS:
+        values |= values.pop(section)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -1,0 +1,115 @@
+"""What a run says while it goes: a live bar on a terminal, plain lines anywhere else."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+
+class Pace:
+    """Seconds per step and time to go, from the steps alone: evaluations and saves are left out."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._since: float | None = None
+        self._seconds_per_step = float("inf")
+        self._pause = 0.0  # seconds of an evaluation with its save, as the last one took
+
+    def lap(self) -> None:
+        """Count one step since the last lap; the first, which waits for the compiler, is not."""
+        since, self._since = self._since, time.monotonic()
+        if since is None:
+            return
+        seconds = self._since - since
+        if self._seconds_per_step == float("inf"):
+            self._seconds_per_step = seconds
+        # An average over some twenty steps: steady enough to read, quick enough to follow.
+        self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
+
+    def leave_out_pause(self) -> None:
+        """Leave out the time since the last lap, which went into something else than steps."""
+        now = time.monotonic()
+        self._pause = now - (self._since or now)
+        self._since = now
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens_per_step / self._seconds_per_step
+
+    def eta(self, steps_left: int, pauses_left: int) -> float:
+        """Seconds to the end of the run."""
+        return steps_left * self._seconds_per_step + pauses_left * self._pause
+
+
+class RunConsole:
+    """Prints lines, and keeps one bar below them if the output is a terminal."""
+
+    def __init__(self, start: int, total: int, eval_interval: int):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._total, self._eval_interval = total, eval_interval
+        self._bar = Progress(
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            expand=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.stop()
+
+    def step(self, step: int, loss: float, pace: Pace) -> None:
+        """Move the bar to `step`."""
+        status = " · ".join(self._status(step, loss, pace))
+        self._bar.update(self._task, completed=step, status=status)
+
+    def log_line(self, step: int, loss: float, pace: Pace) -> None:
+        """A line for `step` where no bar can be drawn."""
+        if not self.console.is_terminal:
+            where = f"step {step:,}/{self._total:,}"
+            self.say("  ".join([where, *self._status(step, loss, pace)]))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False)
+
+    def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
+        evaluations_left = -(-(self._total - step) // self._eval_interval)
+        eta = duration(pace.eta(self._total - step, evaluations_left))
+        return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """Print names and values in two columns."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3:05 min', '7:12 h' or '3 d 4 h'."""
+    if seconds == float("inf"):
+        return "?"
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60}:{s % 60:02} min"
+    if s < 48 * 3600:
+        return f"{s // 3600}:{s % 3600 // 60:02} h"
+    return f"{s // 86400} d {s % 86400 // 3600} h"

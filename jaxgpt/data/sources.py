@@ -1,0 +1,52 @@
+"""Where text comes from, and how its documents become tokens.
+
+The end-of-text token stands *before* each document (llm.c's convention): a stream that is cut
+anywhere shows where documents begin, and sampling can start from that token alone.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxgpt.data.embedded import load_embedded
+from jaxgpt.data.tokenizer import Tokenizer
+
+# Between two documents of the embedded text. A form feed occurs nowhere in the novels.
+DOCUMENT_SEPARATOR = "\n\f\n"
+
+
+def load_embedded_documents() -> list[str]:
+    """The 166 chapters of four novels by Jane Austen, a document each; 2.2 MB of ASCII.
+
+    Pride and Prejudice (61 chapters), Sense and Sensibility (50), Persuasion (24) and Northanger
+    Abbey (31), in this order. A document is its heading, "Chapter 1", and its paragraphs, a line
+    each, with a blank line in between; a novel's first chapter opens with its title and author.
+    Source and licence: THIRD_PARTY_NOTICES.md.
+    """
+    return load_embedded("austen.txt.xz").decode().split(DOCUMENT_SEPARATOR)
+
+
+def split_documents(documents: list[str]) -> dict[str, list[str]]:
+    """Every tenth document is 'val', the others are 'train'.
+
+    Whole documents, so that no sentence of a validation chapter is ever trained on, and all over
+    the text, so that each of the embedded novels is in both: the same characters and the same
+    hand. A loss on 'val' therefore says how well the model knows these novels, and not English.
+    """
+    val = documents[9::10]
+    train = [document for index, document in enumerate(documents) if index % 10 != 9]
+    return {"train": train, "val": val}
+
+
+def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
+    """All documents in one array of shape (tokens,), the end-of-text token before each."""
+    eot = np.array([tokenizer.eot], np.uint16)
+    return np.concatenate([part for text in documents for part in (eot, tokenizer.encode(text))])
+
+
+def embedded_tokens(tokenizer: Tokenizer) -> dict[str, NDArray[np.uint16]]:
+    """The embedded novels as 'train' and 'val', each an array of shape (tokens,).
+
+    With 'gpt2' 461,390 and 48,199 tokens, with 'byte' 2,036,526 and 212,867.
+    """
+    splits = split_documents(load_embedded_documents())
+    return {name: tokenize_documents(documents, tokenizer) for name, documents in splits.items()}

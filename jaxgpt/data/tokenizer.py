@@ -1,0 +1,164 @@
+"""Text to token ids and back: GPT-2's BPE and plain bytes without a network, others by tiktoken.
+
+`encode` never produces the end-of-text token: a literal "<|endoftext|>" in a text is text, and
+whoever puts documents one after another puts `eot` before each.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxgpt.data.embedded import load_embedded
+from jaxgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import requests
+    import tiktoken
+
+EOT_TEXT = "<|endoftext|>"
+LARGEST_ID = np.iinfo(np.uint16).max  # what token files hold
+
+# Refused by name, so that nobody downloads one to be told that it is too large (tiktoken 0.14).
+LARGE_VOCABULARIES = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
+
+# How GPT-2 cuts text before it merges bytes, in the equivalent but faster form of tiktoken 0.14.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  # by id
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary of `n_vocab` ids, the end-of-text id `eot` among them.
+
+    `sha256` is equal for two tokenizers exactly when every id stands for the same bytes in both.
+    """
+
+    name: str
+    n_vocab: int
+    eot: int
+    sha256: str
+    bpe: tiktoken.Encoding | None = field(repr=False, compare=False)  # None: UTF-8's bytes
+
+    def encode(self, text: str) -> np.ndarray:
+        """(tokens,) uint16. Half a surrogate pair, which UTF-8 has no bytes for, becomes U+FFFD."""
+        try:
+            utf8 = text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            utf8 = text.encode()
+        if self.bpe is None:
+            return np.frombuffer(utf8, np.uint8).astype(np.uint16)
+        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of (tokens,) ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises UserError for an id that this tokenizer does not have.
+        """
+        ids = np.asarray(ids, np.int64)
+        foreign = ids[(ids < 0) | (ids >= self.n_vocab)]
+        if foreign.size:
+            raise UserError(
+                f"id {foreign[0]} is none of the {self.n_vocab:,} ids of tokenizer {self.name!r}; "
+                "decode with the tokenizer that the ids were made with"
+            )
+        if self.bpe is None:
+            return b"".join(BYTE_VOCABULARY[id] for id in ids).decode(errors="replace")
+        return self.bpe.decode(ids.tolist(), errors="replace")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """'gpt2' and 'byte' from the package, any other name as tiktoken knows it.
+
+    Raises UserError for an unknown name, a vocabulary too large for uint16, a vocabulary that
+    cannot be downloaded, and a damaged file inside the package.
+    """
+    if name == "byte":
+        return Tokenizer(name, 257, 256, _hash_vocabulary(BYTE_VOCABULARY), bpe=None)
+    bpe = _build_gpt2() if name == "gpt2" else _load_from_tiktoken(name)
+    _refuse_if_large(name, bpe.n_vocab)
+    vocabulary = [bpe.decode_single_token_bytes(id) for id in range(bpe.n_vocab)]
+    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
+
+
+def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
+    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
+    return -(-n_vocab // multiple) * multiple
+
+
+def _build_gpt2() -> tiktoken.Encoding:
+    """`tiktoken.get_encoding("gpt2")`, without its cache, its environment variables, its network.
+
+    vocab.bpe has a version line and then a merge a line, in order of rank: "Ġ t" joins " " and
+    "t". It writes each byte as one printable character; the 256 bytes come first in rank, those
+    printable by themselves before the others (`bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py).
+    """
+    import tiktoken
+
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + index): byte for index, byte in enumerate(others)}
+
+    merges = load_embedded("vocab.bpe.xz").decode().splitlines()[1:]
+    pieces = [bytes([byte]) for byte in printable + others]
+    pieces += [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in merges]
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
+        special_tokens={EOT_TEXT: len(pieces)},
+        explicit_n_vocab=50_257,
+    )
+
+
+def _load_from_tiktoken(name: str) -> tiktoken.Encoding:
+    import requests
+    import tiktoken
+
+    _refuse_if_large(name, LARGE_VOCABULARIES.get(name, 0))
+    known = {"byte", *tiktoken.list_encoding_names()} - LARGE_VOCABULARIES.keys()
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known))
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
+        raise UserError(f"unknown tokenizer {name!r}; {hint}")
+    try:
+        return tiktoken.get_encoding(name)
+    except requests.RequestException as error:
+        raise UserError(
+            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}); it needs the "
+            f"network once, or TIKTOKEN_CACHE_DIR set to a folder that has {_cached_name(error)}; "
+            "'gpt2' and 'byte' come with jaxgpt and need neither"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"tokenizer {name!r} could not be loaded ({error}); check TIKTOKEN_CACHE_DIR"
+        ) from None
+
+
+def _refuse_if_large(name: str, n_vocab: int) -> None:
+    if n_vocab > LARGEST_ID + 1:
+        raise UserError(
+            f"tokenizer {name!r} has {n_vocab:,} ids, and token files (uint16) hold ids up to "
+            f"{LARGEST_ID:,}; use 'gpt2', or a smaller one such as 'p50k_base'"
+        )
+
+
+def _cached_name(error: requests.RequestException) -> str:
+    """How tiktoken calls the file in its cache that it tried to download: the URL's SHA-1."""
+    if error.request is None:
+        return "its files"
+    return f"the file {hashlib.sha1(str(error.request.url).encode()).hexdigest()}"
+
+
+def _hash_vocabulary(vocabulary: list[bytes]) -> str:
+    """SHA-256 of the bytes of every id in order, a base64 line each."""
+    return hashlib.sha256(b"\n".join(map(base64.b64encode, vocabulary))).hexdigest()

@@ -1,0 +1,93 @@
+"""Which device a run uses: settings that JAX reads when it starts, then the device itself."""
+
+import importlib.util
+import os
+from typing import Any
+
+from jaxgpt.config import Config, ConfigError
+
+# JAX's own default is 75 %, which leaves 6 of a 24 GB card's gigabytes to nobody. The rest is for
+# the CUDA context, cuBLAS workspaces and the desktop.
+MEMORY_SHARE = "0.92"
+MEMORY_SETTINGS = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",  # the older name; JAX refuses both at once
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+
+
+def prepare_environment(cfg: Config) -> None:
+    """Set what JAX reads at its start; call before JAX is imported. The user's settings win.
+
+    Raises:
+        ConfigError: if the run needs a GPU and no GPU version of JAX is installed.
+    """
+    if cfg.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        return
+    if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
+        raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
+    if not any(name in os.environ for name in MEMORY_SETTINGS):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+
+
+def choose_device(cfg: Config) -> Any:
+    """The `jax.Device` to train on.
+
+    Raises:
+        ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
+    """
+    import jax
+
+    if cfg.device == "cpu":
+        return jax.devices("cpu")[0]
+    try:
+        return jax.devices("gpu")[0]
+    except (RuntimeError, AssertionError) as fault:
+        if _needs_gpu(cfg):
+            raise ConfigError(_no_gpu(cfg, f"JAX finds none ({_first_line(fault)})")) from None
+        return jax.devices()[0]
+
+
+def compute_dtype(asked: str, device: Any) -> str:
+    """'bfloat16' or 'float32' for the matrix products on `device`."""
+    if asked != "auto":
+        return asked
+    has_bfloat16 = device.platform == "gpu" and compute_capability(device) >= (8, 0)
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def compute_capability(device: Any) -> tuple[int, int]:
+    """CUDA compute capability, (0, 0) for a device that has none."""
+    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)
+
+
+def memory_in_use(device: Any) -> dict[str, float]:
+    """Peak and limit of the device's memory in bytes; empty where the device does not tell."""
+    stats = device.memory_stats() or {}
+    names = {"peak_bytes_in_use": "memory/peak_bytes", "bytes_limit": "memory/limit_bytes"}
+    return {name: float(stats[key]) for key, name in names.items() if key in stats}
+
+
+def _needs_gpu(cfg: Config) -> bool:
+    return cfg.device == "gpu" or (cfg.device == "auto" and cfg.vram_gb is not None)
+
+
+def _no_gpu(cfg: Config, reason: str) -> str:
+    who = (
+        f"preset {cfg.preset} is made for a {cfg.vram_gb} GB GPU" if cfg.vram_gb else "--device gpu"
+    )
+    return (
+        f"{who}, but {reason}.\n"
+        "  With an NVIDIA card:  pip install -e '.[cuda]'    ('.[cuda12]' for drivers before 580); "
+        "nvidia-smi must list the card\n"
+        "  Without one:          add --device cpu to train it on the CPU all the same (days become "
+        "months), or try --preset demo"
+    )
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

@@ -1,0 +1,124 @@
+"""Next-token cross-entropy fused with the output head, so that [B, T, V] logits never exist.
+
+The rows of a batch are taken a chunk at a time. For each chunk the forward pass forms the logits,
+the loss and at once the gradients of the hidden state and of the embedding; the backward pass only
+scales them. So the head's matrix product is done once, and the largest array is one chunk's logits.
+Rows of the vocabulary that are padding (`n_vocab` and up) stay out of the softmax.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+# Rows whose logits exist at once: 4,096 x 50,304 in bfloat16 are 0.4 GB.
+CHUNK_ROWS = 4096
+
+
+def mask_padding(logits_V: jax.Array, n_vocab: int | None) -> jax.Array:
+    """Logits (..., V) with minus infinity in the rows that no tokenizer id reaches."""
+    V = logits_V.shape[-1]
+    if n_vocab is None or n_vocab == V:
+        return logits_V
+    return jnp.where(jnp.arange(V) < n_vocab, logits_V, -jnp.inf)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def mean_cross_entropy(
+    h_BTD: jax.Array,
+    wte_VD: jax.Array,
+    targets_BT: jax.Array,
+    n_vocab: int | None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> jax.Array:
+    """Mean loss () in nats over B * T tokens, float32, of the tied head h @ wte.T.
+
+    Matrix products run in the dtype of `h_BTD`; logsumexp, loss and the embedding's gradient are
+    float32. Differentiable in `h_BTD` and `wte_VD`.
+    """
+    return token_losses(h_BTD, wte_VD, targets_BT, n_vocab, chunk_rows).mean()
+
+
+def token_losses(
+    h_BTD: jax.Array,
+    wte_VD: jax.Array,
+    targets_BT: jax.Array,
+    n_vocab: int | None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> jax.Array:
+    """Loss of each token, losses_BT in nats, float32; not meant to be differentiated."""
+    wte_VD = wte_VD.astype(h_BTD.dtype)
+
+    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h_CD, targets_C = chunk
+        return _log_softmax_parts(h_CD, wte_VD, targets_C, n_vocab)[0]
+
+    chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
+    return jax.lax.map(one_chunk, chunks).reshape(-1)[:M].reshape(targets_BT.shape)
+
+
+def _forward(
+    h_BTD: jax.Array,
+    wte_VD: jax.Array,
+    targets_BT: jax.Array,
+    n_vocab: int | None,
+    chunk_rows: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
+    w_VD = wte_VD.astype(h_BTD.dtype)
+
+    def one_chunk(
+        dw_VD: jax.Array, chunk: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        h_CD, targets_C = chunk
+        losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
+        # Where the target is -1 the row is filling and has no gradient.
+        weight_C = jnp.where(targets_C >= 0, 1 / M, 0.0)
+        is_target_CV = jnp.arange(w_VD.shape[0]) == targets_C[:, None]
+        p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])
+        dlogits_CV = ((p_CV - is_target_CV) * weight_C[:, None]).astype(h_CD.dtype)
+        dh_CD = dlogits_CV @ w_VD
+        dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, h_CD, preferred_element_type=jnp.float32)
+        return dw_VD, (losses_C, dh_CD)
+
+    zeros_VD = jnp.zeros(wte_VD.shape, jnp.float32)
+    dw_VD, (losses, dh) = jax.lax.scan(one_chunk, zeros_VD, chunks)
+    loss = losses.reshape(-1)[:M].mean()
+    return loss, (dh.reshape(-1, h_BTD.shape[-1])[:M].reshape(h_BTD.shape), dw_VD)
+
+
+def _backward(
+    n_vocab: int | None,
+    chunk_rows: int,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, None]:
+    dh_BTD, dw_VD = gradients
+    return (dh_BTD * cotangent.astype(dh_BTD.dtype), dw_VD * cotangent, None)
+
+
+mean_cross_entropy.defvjp(_forward, _backward)
+
+
+def _log_softmax_parts(
+    h_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array, n_vocab: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(losses_C, logits_CV, lse_C) of a chunk; logits in the dtype of `h_CD`, the rest float32."""
+    logits_CV = mask_padding(jnp.einsum("CD,VD->CV", h_CD, w_VD), n_vocab)
+    lse_C = jax.nn.logsumexp(logits_CV.astype(jnp.float32), axis=-1)
+    picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+    return lse_C - picked_C.astype(jnp.float32), logits_CV, lse_C
+
+
+def _in_chunks(
+    h_BTD: jax.Array, targets_BT: jax.Array, chunk_rows: int
+) -> tuple[tuple[jax.Array, jax.Array], int]:
+    """Rows laid end to end and cut: (h (n, C, D), targets (n, C), -1 where filled up), and B*T."""
+    h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1).astype(jnp.int32)
+    M, D = h_MD.shape
+    n = -(-M // chunk_rows)
+    C = -(-M // n)
+    if filling := n * C - M:
+        h_MD = jnp.pad(h_MD, ((0, filling), (0, 0)))
+        targets_M = jnp.pad(targets_M, (0, filling), constant_values=-1)
+    return (h_MD.reshape(n, C, D), targets_M.reshape(n, C)), M

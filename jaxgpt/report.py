@@ -1,0 +1,161 @@
+"""What a run says of itself: at its start, at each step, and at its end."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import Config
+from jaxgpt.console import Pace, RunConsole, print_table
+from jaxgpt.data.loader import WindowLoader
+from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.gpus import flops_per_token, lookup_gpu
+from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+
+# Names of the step's metrics in the log.
+LOGGED_AS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "skipped": "train/skipped_steps",
+}
+
+
+class Reporter:
+    """Takes each step's metrics to the bar and to the log."""
+
+    def __init__(self, cfg: Config, device: Any, log: MetricsLog, console: RunConsole):
+        self._log, self._console, self._device = log, console, device
+        self._log_interval = cfg.log_interval
+        self._pace = Pace(cfg.tokens_per_step)
+        gpu = lookup_gpu(device.device_kind)
+        self._peak_flops = gpu.bf16_flops if gpu and cfg.dtype == "bfloat16" else None
+        self._flops_per_token = run_flops_per_token(cfg)
+
+    def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Wait for the metrics of `step`, show them, and return what belongs into the log."""
+        values = {LOGGED_AS[name]: float(value) for name, value in metrics.items()}
+        self._pace.lap()
+        self._console.step(step, values["train/loss"], self._pace)
+        values["speed/tokens_per_second"] = self._pace.tokens_per_second
+        if self._peak_flops is not None:
+            flops = self._pace.tokens_per_second * self._flops_per_token
+            values["speed/mfu"] = flops / self._peak_flops
+        return {**values, **hardware.memory_in_use(self._device)}
+
+    def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log at every log_interval."""
+        if step % self._log_interval == 0:
+            self._log.scalars(step, scalars)
+            self._console.log_line(step, scalars["train/loss"], self._pace)
+
+    def leave_out_pause(self) -> None:
+        """Do not count the time since the last `read` as a step's."""
+        self._pace.leave_out_pause()
+
+
+def run_flops_per_token(cfg: Config) -> int:
+    """FLOPs of training on one token, by nanoGPT's formula."""
+    m = cfg.model
+    without_positions = m.parameter_count() - m.block_size * m.n_embd
+    return flops_per_token(without_positions, m.n_layer, m.n_embd, m.block_size)
+
+
+def print_run(
+    cfg: Config,
+    loader: WindowLoader,
+    eval_windows: int,
+    device: Any,
+    attention: str,
+    resumed_step: int | None,
+) -> None:
+    """Print the resolved configuration and what follows from it."""
+    m, o = cfg.model, cfg.optimizer
+    tokens = cfg.tokens_per_step
+    epochs = loader.epoch(cfg.max_iters, cfg.effective_batch_size)
+    decay_end = o.lr_decay_iters or cfg.max_iters
+    source = "embedded text" if cfg.dataset == "embedded" else str(cfg.data_dir)
+    where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
+    rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
+    rows = {
+        "run": f"{cfg.out_dir}, {where} to step {cfg.max_iters:,}",
+        "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
+        f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
+        f"bias {m.bias}, dropout {m.dropout:g}",
+        "data": f"{source}: {len(loader.tokens):,} {cfg.tokenizer} tokens, seed {cfg.seed}",
+        "step": f"{cfg.effective_batch_size} sequences = batch_size {cfg.batch_size} x "
+        f"{cfg.gradient_accumulation_steps} accumulated; {tokens:,} tokens",
+        "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
+        "optimizer": f"AdamW, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
+        f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
+        "learning rate": f"{rate}, cosine to {o.min_lr:g} at step {decay_end:,}"
+        if o.decay_lr
+        else f"{rate}, constant",
+        "evaluation": f"every {cfg.eval_interval:,} steps, {eval_windows:,} windows of the "
+        "validation split",
+        "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
+        f"newest {cfg.keep_checkpoints} and the best are kept",
+        "device": f"{device.device_kind} ({device.platform}), {cfg.dtype}",
+        "attention": attention,
+        "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
+    }
+    print_table(f"jaxgpt {cfg.preset}", rows)
+
+
+def print_finished(
+    cfg: Config,
+    prog: str,
+    argv: Sequence[str],
+    val_loss: float,
+    best: tuple[int, float] | None,
+    text: str,
+) -> None:
+    """Print the result, a sample, and what to do next."""
+    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
+    print(f"\nDone: {cfg.max_iters:,} steps, validation loss {val_loss:.4f}{best_is}")
+    if text:
+        print(f"\nA sample of what it writes:\n\n{text.strip()}")
+    print(f"\nNext:\n{_next_commands(cfg, prog, argv)}")
+
+
+def print_finished_before(
+    cfg: Config, prog: str, argv: Sequence[str], step: int, best: tuple[int, float] | None
+) -> None:
+    """Print the result of a run that has nothing left to do, and how to go on or start anew."""
+    assert cfg.out_dir is not None
+    losses = [r["val/loss"] for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
+    result = f", validation loss {losses[-1]:.4f}" if losses else ""
+    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
+    print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
+    print(f"Next:\n{_next_commands(cfg, prog, argv)}")
+
+
+def _next_commands(cfg: Config, prog: str, argv: Sequence[str]) -> str:
+    again = _without(argv, "max_iters", "out_dir")
+    here = [] if _without(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
+    longer = shlex.join([*again, *here, "--max-iters", str(2 * cfg.max_iters)])
+    anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
+    commands = {
+        f"{prog} {longer}": "train on (--lr-decay-iters moves the end of the decay too)",
+        f"{prog} {anew}": "start anew",
+        f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
+        "(pip install tensorboard)",
+    }
+    if cfg.vram_gb is None:
+        commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"
+    return "\n".join(f"  {command}\n      {what}" for command, what in commands.items())
+
+
+def _without(argv: Sequence[str], *names: str) -> list[str]:
+    """argv without some flags and their values."""
+    kept: list[str] = []
+    skip_value = False
+    for arg in argv:
+        flag, equals, _ = arg.partition("=")
+        if skip_value:
+            skip_value = False
+        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
+            skip_value = not equals
+        else:
+            kept.append(arg)
+    return kept

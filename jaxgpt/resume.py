@@ -1,0 +1,90 @@
+"""Starting or going on: what a run's folder says about the run that is asked for.
+
+`config.json` holds the configuration the run was created with. Some fields may change when a run
+goes on (how long, how often, where, how much a device holds at a time); the rest make it another
+run.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import Config, ConfigError, flat_values, with_fields
+from jaxgpt.presets import load_config
+
+CONFIG_FILE = "config.json"
+# A run keeps these from its creation unless a flag says otherwise.
+KEPT = ("lr_decay_iters", "vocab_size", "n_vocab")
+# A run keeps these whatever a flag says: two evaluations of the same weights must agree.
+FIXED = ("eval_windows",)
+MAY_CHANGE = {
+    *("preset", "max_iters", "lr_decay_iters", "decay_lr", "learning_rate", "min_lr"),
+    *("warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout"),
+    *("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"),
+    *("checkpoint_minutes", "keep_checkpoints", "sample_tokens", "out_dir", "data_dir", "device"),
+    *("dtype", "vram_gb"),
+}
+
+
+def continue_from(cfg: Config, saved: Config) -> Config:
+    """The configuration of a run that goes on: `cfg`, with what the run keeps from `saved`.
+
+    Raises:
+        ConfigError: if `cfg` is another run than `saved`, with a table of the differences.
+    """
+    new, old = flat_values(cfg), flat_values(saved)
+    kept = {name: old[name] for name in KEPT if new[name] is None} | {
+        name: old[name] for name in FIXED
+    }
+    cfg = with_fields(cfg, **kept)
+    new = flat_values(cfg)
+    differing = [k for k in old if k not in MAY_CHANGE and old[k] != new[k]]
+    if differing:
+        raise ConfigError(_difference_table(cfg, differing, old, new))
+    return cfg
+
+
+def load_saved(out_dir: Path) -> Config | None:
+    """The configuration of the run in `out_dir`, None where no run has got to a checkpoint yet."""
+    path = out_dir / CONFIG_FILE
+    has_checkpoint = any(p.name.isdigit() for p in (out_dir / "checkpoints").glob("*"))
+    return load_config(path) if path.exists() and has_checkpoint else None
+
+
+def save_config(cfg: Config, out_dir: Path) -> None:
+    """Write `config.json`, whole or not at all."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / CONFIG_FILE
+    part = path.with_suffix(".json.tmp")
+    with part.open("w") as file:
+        json.dump(flat_values(cfg), file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> None:
+    """Raises ConfigError if the data is no longer what the run was trained on."""
+    changed = [name for name in found if saved.get(name) != found[name]]
+    if changed:
+        was = ", ".join(f"{name} {saved.get(name)} -> {found[name]}" for name in changed)
+        raise ConfigError(
+            f"the data is not what the run in {out_dir} was started with ({was}); give it back its "
+            "data with --data-dir, or start a new run with --out-dir"
+        )
+
+
+def _difference_table(
+    cfg: Config, names: list[str], old: dict[str, Any], new: dict[str, Any]
+) -> str:
+    rows = [f"  {name:<22} {old[name]!s:>12} {new[name]!s:>12}" for name in names]
+    return "\n".join(
+        [
+            f"{cfg.out_dir} holds a run of another kind; go on with its own settings, or start "
+            "this one elsewhere with --out-dir:",
+            f"  {'':<22} {'the run':>12} {'asked for':>12}",
+            *rows,
+        ]
+    )

@@ -1,0 +1,286 @@
+"""The run's numbers on disk: one JSON object a line in metrics.jsonl, and curves for TensorBoard.
+
+Both are append-only, and a resumed run first takes out whatever lies after the checkpoint it
+starts from, so that no step is in them twice. A number that is not finite is `null` in
+metrics.jsonl (strict JSON knows no NaN) and keeps its value in the event files.
+
+Writing here never stops a run: a full disk is reported once, what could not be written waits in
+memory (some 300 bytes a record) and goes out with the first call that finds room. That, and
+`flush` meaning fsync, is why tensorboardX gives us its protocol buffers but not its SummaryWriter:
+an error ends its writer thread unseen, and after ten more events `add_scalar` waits for ever.
+"""
+
+import json
+import math
+import os
+import socket
+import struct
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+
+
+class MetricsLog:
+    """Writes a run's metrics: `with MetricsLog(out_dir, resume_step) as log: ...`
+
+    Every call hands its record to the operating system at once, so that a killed process loses
+    nothing; `flush` makes it outlive a power failure too.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        resume_step: int | None = None,
+        on_error: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        """Opens the log of a new run, or of one that goes on after step `resume_step`.
+
+        Args:
+            out_dir: the run's folder; made if missing.
+            resume_step: step of the checkpoint to continue from: records of that step and before
+                stay, later ones are removed. -1 removes everything, for a run that died before
+                its first checkpoint; None expects to find nothing.
+            on_error: told, once, that metrics cannot be written.
+
+        Raises:
+            ValueError: if the run is new and the folder has metrics of an earlier one.
+        """
+        self._on_error = on_error
+        self._told = False
+        self._has_hparams = False
+        lines, folder = out_dir / METRICS_FILE, out_dir / EVENTS_FOLDER
+        if resume_step is not None:
+            self._softly(_cut_lines, lines, resume_step)
+            for path in event_files(folder):
+                self._softly(self._cut_events, path, resume_step)
+        elif lines.exists() or event_files(folder):
+            raise ValueError(
+                f"{out_dir} has the metrics of an earlier run: resume it or choose another out_dir"
+            )
+        self._lines = _Appender(lines)
+        self._events = _Appender(folder / _next_name(event_files(folder)))
+        self._add_event(0, time.time(), file_version="brain.Event:2")
+        # Each start but the first has a TensorBoard that is already open forget what was removed.
+        first_step = 0 if resume_step is None else resume_step + 1
+        start = SessionLog(status=SessionLog.START)
+        self._add_event(first_step, time.time(), session_log=start)
+        self._drain()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the numbers of one step: {'train/loss': 3.1, ...}."""
+        now = time.time()
+        numbers = {tag: float(value) for tag, value in values.items()}
+        finite = {tag: x if math.isfinite(x) else None for tag, x in numbers.items()}
+        self._add_line(step, now, finite)
+        self._add_event(step, now, summary=_merged(summary.scalar(*n) for n in numbers.items()))
+        self._drain()
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Shows a text, such as a generated sample, in TensorBoard only, unformatted."""
+        now = time.time()
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        code_block = textwrap.indent(text, "    ")
+        self._add_event(step, now, summary=summary.text(tag, code_block))
+        self._drain()
+
+    def hparams(self, values: Mapping[str, Any], metrics: tuple[str, ...] = ()) -> None:
+        """Records the configuration for TensorBoard's HPARAMS tab, once a run: later calls pass.
+
+        Args:
+            values: the configuration; sections (dicts) become 'section.name'.
+            metrics: tags of the scalars to compare runs by, such as 'val/loss'.
+        """
+        if self._has_hparams:
+            return
+        self._has_hparams = True
+        # The library's add_hparams would put them into a run of their own, in a folder below.
+        parts = summary.hparams(_flatten(values), dict.fromkeys(metrics, 0.0))
+        self._add_event(0, time.time(), summary=_merged(parts))
+        self._drain()
+
+    def flush(self) -> bool:
+        """Puts everything on disk for good; False (and no exception) if that failed."""
+        return all([self._softly(self._lines.sync), self._softly(self._events.sync)])
+
+    def close(self) -> None:
+        """Flushes and lets go of the files."""
+        self.flush()
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add_line(self, step: int, now: float, values: Mapping[str, Any]) -> None:
+        assert not {"step", "time"} & values.keys()
+        line = json.dumps({"step": int(step), "time": round(now, 3), **values}, allow_nan=False)
+        self._lines.pending += line.encode() + b"\n"
+
+    def _add_event(self, step: int, now: float, **what: Any) -> None:
+        event = Event(step=int(step), wall_time=now, **what)
+        self._events.pending += _as_record(event.SerializeToString())
+
+    def _drain(self) -> None:
+        self._softly(self._lines.drain)
+        self._softly(self._events.drain)
+
+    def _softly(self, write: Callable[..., None], *args: object) -> bool:
+        try:
+            write(*args)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._on_error(f"metrics cannot be written, training goes on: {error}")
+            return False
+        return True
+
+    def _cut_events(self, path: Path, last_step: int) -> None:
+        """Keeps what lies not after `last_step`; headers and hparams are of step 0."""
+        data = path.read_bytes()
+        events = [(record, Event.FromString(record)) for record in _records(data)]
+        kept = [(record, event) for record, event in events if event.step <= last_step]
+        tags = [value.tag for _, event in kept for value in event.summary.value]
+        self._has_hparams |= any(tag.startswith("_hparams_/") for tag in tags)
+        _replace(path, data, b"".join(_as_record(record) for record, _ in kept))
+
+
+class _Appender:
+    """Appends what is `pending` to a file, all or nothing, or raises OSError and keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pending = bytearray()
+        self.file: int | None = None
+
+    def drain(self) -> None:
+        """Hands what is pending to the operating system; a failure leaves no half of a record."""
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(self.file).st_size
+        done = 0
+        try:
+            while done < len(self.pending):
+                done += os.write(self.file, self.pending[done:])
+        except OSError:
+            os.ftruncate(self.file, size)
+            raise
+        self.pending.clear()
+
+    def sync(self) -> None:
+        """Drains, and returns once the disk has it."""
+        self.drain()
+        assert self.file is not None
+        os.fsync(self.file)
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the order written, [] if there is no such file.
+
+    Each is {'step': int, 'time': seconds since 1970, tag: value, ...}; a `null` comes back as NaN.
+    Lines that a crash left incomplete are passed over.
+    """
+    records = map(_parse, path.read_bytes().splitlines() if path.exists() else [])
+    return [
+        {tag: math.nan if value is None else value for tag, value in record.items()}
+        for record in records
+        if record is not None
+    ]
+
+
+def event_files(folder: Path) -> list[Path]:
+    """A run's event files in the order written."""
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _cut_lines(path: Path, last_step: int) -> None:
+    data = path.read_bytes() if path.exists() else b""
+    parsed = [(line, _parse(line)) for line in data.splitlines()]
+    kept = [line + b"\n" for line, record in parsed if record and record["step"] <= last_step]
+    _replace(path, data, b"".join(kept))
+
+
+def _replace(path: Path, old: bytes, new: bytes) -> None:
+    """Rewrites a file in one motion: after a crash it is the old or the new, nothing between."""
+    if new == old:
+        return
+    # The name must be none that TensorBoard reads: it takes all with 'tfevents' in them.
+    temporary = path.parent / "rewriting.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if not new:
+        path.unlink()
+
+
+def _next_name(existing: list[Path]) -> str:
+    """A name that sorts after `existing`, be it within a second or with the clock set back."""
+    stamps = [path.name.split(".")[3] for path in existing]
+    latest = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=0)
+    return f"events.out.tfevents.{max(int(time.time()), latest + 1):010d}.{socket.gethostname()}"
+
+
+def _as_record(data: bytes) -> bytes:
+    """One entry of a TFRecord file: length, its checksum, data, its checksum."""
+    length = struct.pack("<Q", len(data))
+    sum_of_length, sum_of_data = (struct.pack("<I", masked_crc32c(x)) for x in (length, data))
+    return length + sum_of_length + data + sum_of_data
+
+
+def _records(file: bytes) -> Iterator[bytes]:
+    """The entries of a TFRecord file up to its end or to the first that is not whole."""
+    start = 0
+    while start + 16 <= len(file):
+        (length,) = struct.unpack_from("<Q", file, start)
+        record = _as_record(file[start + 12 : start + 12 + length])
+        if file[start : start + 16 + length] != record:
+            return
+        yield record[12:-4]
+        start += len(record)
+
+
+def _merged(parts: Any) -> Summary:
+    return Summary(value=[value for part in parts for value in part.value])
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float]:
+    flat: dict[str, bool | str | float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, bool | str | int | float)
+            flat[prefix + name] = value if plain else str(value)
+    return flat

@@ -1,0 +1,85 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY
+
+from jaxgpt.config import OptimizerConfig
+from jaxgpt.model.gpt import init_params
+from jaxgpt.training.optim import decay_mask, grad_norm, make_optimizer, make_schedule
+
+
+def nanogpt_lr(it: int, cfg: OptimizerConfig, decay_iters: int) -> float:
+    """The learning rate as nanoGPT's README and paper define it, written from the formula."""
+    W, peak, floor = cfg.warmup_iters, cfg.learning_rate, cfg.min_lr
+    if it < W:
+        return peak * (it + 1) / (W + 1)
+    if it > decay_iters:
+        return floor
+    along = (it - W) / (decay_iters - W)
+    return floor + 0.5 * (1 + math.cos(math.pi * along)) * (peak - floor)
+
+
+def test_learning_rates_are_nanogpts() -> None:
+    cfg = OptimizerConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000)
+    schedule = make_schedule(cfg, max_iters=50000)
+    for it in (0, 1, 1999, 2000, 2001, 26000, 49999, 50000, 60000):
+        expected = nanogpt_lr(it, cfg, 50000)
+        assert float(schedule(it)) == pytest.approx(expected, abs=1e-6 * cfg.learning_rate), it
+
+
+def test_lr_decay_iters_outlives_a_longer_run() -> None:
+    cfg = OptimizerConfig(warmup_iters=10, lr_decay_iters=100)
+    assert float(make_schedule(cfg, max_iters=1000)(100)) == pytest.approx(cfg.min_lr)
+
+
+def test_a_run_may_be_shorter_than_its_warm_up() -> None:
+    cfg = OptimizerConfig(warmup_iters=2000)
+    schedule = make_schedule(cfg, max_iters=100)
+    rates = [float(schedule(it)) for it in (0, 50, 99)]
+    assert rates == pytest.approx(
+        [cfg.learning_rate * (it + 1) / 2001 for it in (0, 50, 99)], abs=1e-9
+    )
+    assert float(schedule(2500)) == pytest.approx(cfg.min_lr)
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_decay_lr_false_keeps_the_peak(warmup: int) -> None:
+    schedule = make_schedule(OptimizerConfig(warmup_iters=warmup, decay_lr=False), max_iters=100)
+    assert [float(schedule(it)) for it in (warmup, 99, 1000)] == pytest.approx([6e-4] * 3)
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert float(make_schedule(OptimizerConfig(warmup_iters=0), 100)(0)) == pytest.approx(6e-4)
+
+
+def test_matrices_and_embeddings_decay_and_nothing_else_does() -> None:
+    params = init_params(TINY, jax.random.key(0))
+    mask = decay_mask(params)
+    for path, decayed in jax.tree.leaves_with_path(mask):
+        assert decayed == (not jax.tree_util.keystr(path).endswith("['scale']")), path
+    assert mask["wte"]["embedding"]
+    assert mask["wpe"]["embedding"]
+
+
+def test_the_clip_sees_the_average_and_not_each_micro_batch() -> None:
+    cfg = OptimizerConfig(grad_clip=1.0, weight_decay=0.0)
+    params = {"kernel": jnp.zeros(2)}
+    tx = make_optimizer(cfg, optax.constant_schedule(1e-3), accumulation=2)
+    state = tx.init(params)
+    for gradient in ([10.0, 0.0], [-10.0, 0.2]):
+        _, state = tx.update({"kernel": jnp.array(gradient)}, state, params)
+    assert float(grad_norm(state)) == pytest.approx(0.1)
+    first_moment = optax.tree.get(state.inner_opt_state, "mu")["kernel"]
+    np.testing.assert_allclose(first_moment, [0.0, 0.1 * 0.1], atol=1e-7)
+
+
+def test_a_grad_clip_of_zero_is_off() -> None:
+    cfg = OptimizerConfig(grad_clip=0.0, beta1=0.0)
+    params = {"kernel": jnp.zeros(1)}
+    tx = make_optimizer(cfg, optax.constant_schedule(1e-3), accumulation=1)
+    _, state = tx.update({"kernel": jnp.array([7.0])}, tx.init(params), params)
+    assert float(optax.tree.get(state.inner_opt_state, "mu")["kernel"][0]) == 7.0

@@ -1,0 +1,216 @@
+import base64
+import hashlib
+import lzma
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+from jaxgpt.data import embedded
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from jaxgpt.errors import UserError
+
+WORLD = "naïve 東京  \n\n\t🙂👩‍👩‍👧 'tis 1,234 ----shire"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("a test reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def byte() -> Tokenizer:
+    return load_tokenizer("byte")
+
+
+@pytest.fixture(params=["gpt2", "byte"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
+def test_gpt2_encodes_as_openai_did(gpt2: Tokenizer) -> None:
+    ids = gpt2.encode("Hello world")
+    assert ids.tolist() == [15496, 995]
+    assert ids.dtype == np.uint16
+    assert (gpt2.n_vocab, gpt2.eot) == (50257, 50256)
+
+
+def test_every_gpt2_token_is_the_one_tiktoken_downloads_as_r50k_base(gpt2: Tokenizer) -> None:
+    assert gpt2.bpe is not None
+    pieces = [gpt2.bpe.decode_single_token_bytes(id) for id in range(gpt2.eot)]
+    lines = [b"%s %d\n" % (base64.b64encode(piece), id) for id, piece in enumerate(pieces)]
+    # The hash that tiktoken 0.14 demands of r50k_base.tiktoken.
+    expected = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    assert hashlib.sha256(b"".join(lines)).hexdigest() == expected
+
+
+def test_text_survives_the_round_trip(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(WORLD)) == WORLD
+    assert tokenizer.decode(tokenizer.encode("")) == ""
+
+
+def test_a_literal_end_of_text_is_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eot not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_the_end_of_text_token_decodes_to_its_name(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+
+
+def test_bytes_are_their_own_ids(byte: Tokenizer) -> None:
+    assert byte.encode("Aé").tolist() == [0x41, 0xC3, 0xA9]
+    assert byte.encode("Aé").dtype == np.uint16
+    assert (byte.n_vocab, byte.eot) == (257, 256)
+
+
+def test_bytes_that_are_not_utf8_decode_to_replacement_characters(byte: Tokenizer) -> None:
+    assert byte.decode([0x41, 0xC3, 0x42]) == "A\ufffdB"
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("foreign", [-1, 50257, 70000])
+def test_decoding_an_id_it_does_not_have_names_the_id(gpt2: Tokenizer, foreign: int) -> None:
+    with pytest.raises(UserError, match=rf"id {foreign} is none of the 50,257 ids.*'gpt2'"):
+        gpt2.decode([464, foreign])
+
+
+def test_padding_ids_do_not_decode(byte: Tokenizer) -> None:
+    with pytest.raises(UserError, match="id 257 is none of the 257 ids"):
+        byte.decode(np.array([257], np.uint16))
+
+
+def test_vocabularies_are_told_apart_by_their_hash(gpt2: Tokenizer, byte: Tokenizer) -> None:
+    # Token files name their vocabulary by these: a change here makes every one of them unusable.
+    assert gpt2.sha256 == "5303f86568dd8276983271f2b8effed091883acfd8b4f4ccc2cebc1d393c6caa"
+    assert byte.sha256 == "4da5e97dc4a8c38208b711e588c6fd30644d06f45fffcff8d99b9726c2d4023d"
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(tokenizer: Tokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy == tokenizer
+    assert copy.encode(WORLD).tolist() == tokenizer.encode(WORLD).tolist()
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"not xz", lzma.compress(b"#version: 0.2\nG o\n")],
+    ids=["empty", "not xz", "other contents"],
+)
+def test_a_damaged_vocabulary_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: bytes
+) -> None:
+    (tmp_path / "vocab.bpe.xz").write_bytes(contents)
+    monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
+    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is damaged .*reinstall jaxgpt"):
+        load_tokenizer("gpt2")
+
+
+def test_a_truncated_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = (embedded.files("jaxgpt.data.embedded") / "vocab.bpe.xz").read_bytes()
+    (tmp_path / "vocab.bpe.xz").write_bytes(whole[:100_000])
+    monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
+    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is damaged .*reinstall jaxgpt"):
+        load_tokenizer("gpt2")
+
+
+def test_a_missing_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
+    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is missing; reinstall jaxgpt"):
+        load_tokenizer("gpt2")
+
+
+def test_tiktoken_is_never_asked_for_gpt2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
+    load_tokenizer("gpt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("typo", "hint"), [("gpt-2", "gpt2"), ("bytes", "byte")])
+def test_a_mistyped_name_gets_the_nearest_right_one(typo: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"unknown tokenizer '{typo}'; did you mean {hint}"):
+        load_tokenizer(typo)
+
+
+def test_a_name_near_nothing_gets_all_names() -> None:
+    with pytest.raises(UserError, match="there are byte, gpt2, p50k_base"):
+        load_tokenizer("???")
+
+
+def test_without_a_network_the_message_says_which_file_would_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    # The name under which tiktoken caches r50k_base: the SHA-1 of its address.
+    cached = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+    with pytest.raises(UserError, match=f"'r50k_base' could not be downloaded.*{cached}") as error:
+        load_tokenizer("r50k_base")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"'r50k_base' could not be loaded .*TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("r50k_base")
+
+
+def test_another_name_is_taken_from_tiktoken(
+    monkeypatch: pytest.MonkeyPatch, gpt2: Tokenizer
+) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", {"r50k_base": gpt2.bpe}.__getitem__)
+    r50k = load_tokenizer("r50k_base")
+    assert (r50k.name, r50k.sha256) == ("r50k_base", gpt2.sha256)
+
+
+def test_a_vocabulary_too_large_for_uint16_is_refused_before_it_is_downloaded() -> None:
+    with pytest.raises(UserError, match=r"'cl100k_base' has 100,277 ids.*uint16.*use 'gpt2'"):
+        load_tokenizer("cl100k_base")
+
+
+def test_a_vocabulary_that_proves_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tiktoken.Encoding(
+        "large",
+        pat_str=".",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={"<|endoftext|>": 65_536},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
+    with pytest.raises(UserError, match="has 65,537 ids"):
+        load_tokenizer("p50k_base")
+
+
+@pytest.mark.parametrize(("n_vocab", "padded"), [(50257, 50304), (257, 320), (64, 64), (1, 64)])
+def test_the_vocabulary_is_padded_to_a_multiple_of_64(n_vocab: int, padded: int) -> None:
+    assert padded_vocab_size(n_vocab) == padded
+
+
+def test_importing_the_module_loads_neither_jax_nor_tiktoken() -> None:
+    code = (
+        "import sys, jaxgpt.data.tokenizer, jaxgpt.data.sources;"
+        "print({'jax', 'tiktoken', 'requests'} & set(sys.modules))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
