@@ -1,0 +1,292 @@
+"""Token files on disk, seen as one stream of uint16.
+
+Two formats are read, and each file says itself which one it is: llm.c's and modded-nanogpt's
+shards open with a magic number, nanoGPT's `train.bin` and `val.bin` have no header at all.
+Headerless is therefore believed only under exactly those two names.
+"""
+
+import mmap
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+
+from jaxgpt.errors import UserError
+
+# llm.c dev/data/data_common.py: 256 int32 [magic, version, tokens, 0, ...], then uint16 tokens.
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+FOREIGN_MAGICS = {
+    20240801: "a llama-3 shard (uint32 tokens)",
+    20240522: "llm.c's HellaSwag questions",
+}
+HEADERLESS_NAMES = ("train.bin", "val.bin")
+LARGEST_ID = np.iinfo(np.uint16).max
+
+# A mapping holds a file descriptor in CPython. FineWeb 100B comes in 1,030 shards, and 1,024 is
+# the usual limit; mapping a file anew costs 30 us, so few are kept.
+MAPPED_AT_ONCE = 512
+
+# Every id is read at start below this size (0.4 GB); above it, a sample spread over all files.
+SCANNED_TOKENS = 200_000_000
+SAMPLES, SAMPLE_TOKENS = 4096, 2048
+
+PREPARE = "nanoGPT's or llm.c's data scripts"  # what makes such files
+
+
+class DataError(UserError):
+    """A fault in the user's token files; the message names the file, the reason and the remedy."""
+
+
+class TokenFile(NamedTuple):
+    """Where the tokens of one file lie."""
+
+    path: Path
+    offset: int  # bytes before the first token
+    length: int  # tokens
+
+
+class TokenStream:
+    """Token files or arrays read as one sequence; opening it costs neither memory nor reading."""
+
+    def __init__(self, parts: Sequence[TokenFile | np.ndarray], name: str):
+        self.name = name  # what messages call the whole
+        self._parts = list(parts)
+        lengths = [part.length if isinstance(part, TokenFile) else len(part) for part in parts]
+        self._borders = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+        self._mapped = lru_cache(MAPPED_AT_ONCE)(_map_file)
+
+    @classmethod
+    def from_arrays(cls, arrays: Sequence[np.ndarray], name: str = "tokens in memory") -> Self:
+        """A stream of 1-D integer arrays; DataError where an id does not fit uint16."""
+        return cls([as_uint16(array, name) for array in arrays], name)
+
+    def __len__(self) -> int:
+        return self._borders[-1]
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """(length,) uint16 from position `start`; read only, it may be the file itself."""
+        assert 0 <= start <= len(self) - length, (start, length, len(self))
+        pieces = [self._tokens(i)[a:b] for i, a, b in self._spans(start, length)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(W, length) uint16, copies of the windows that begin at `starts` (W,)."""
+        windows = np.empty((len(starts), length), np.uint16)
+        order = np.argsort(starts)
+        for row in order:
+            self._announce(int(starts[row]), length)
+        for row in order:
+            windows[row] = self.window(int(starts[row]), length)
+        return windows
+
+    def check_ids(self, windows: np.ndarray, starts: np.ndarray, n_vocab: int) -> None:
+        """DataError if a token of `windows` (W, length), read at `starts` (W,), is >= n_vocab.
+
+        n_vocab is the tokenizer's (50,257), not the model's padded 50,304: ids between the two
+        would train quietly, larger ones turn the loss into NaN.
+        """
+        if windows.max(initial=0) < n_vocab:
+            return
+        row, column = np.argwhere(windows >= n_vocab)[0]
+        index, place, _ = next(self._spans(int(starts[row] + column), 1))
+        part = self._parts[index]
+        raise DataError(
+            f"{part.path if isinstance(part, TokenFile) else self.name}: token {place:,} is id "
+            f"{windows[row, column]}, outside the tokenizer's {n_vocab:,}; the file is damaged or "
+            f"another tokenizer made it: prepare the text again with {PREPARE}"
+        )
+
+    def _spans(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(part, first, end) of every piece that a window consists of."""
+        index, stop = bisect_right(self._borders, start) - 1, start + length
+        while start < stop:
+            left, right = self._borders[index : index + 2]
+            yield index, start - left, min(stop, right) - left
+            index, start = index + 1, right
+
+    def _tokens(self, index: int) -> np.ndarray:
+        part = self._parts[index]
+        return self._mapped(part)[0] if isinstance(part, TokenFile) else part
+
+    def _announce(self, start: int, length: int) -> None:
+        """Asks the kernel to read a window soon.
+
+        Page faults wait one after the other and read far around themselves. Announced, 512 windows
+        of 1,025 tokens took 9 ms and 3 MB of a cold cloud disk; unannounced, 145 ms and 199 MB.
+        """
+        for index, first, end in self._spans(start, length):
+            part = self._parts[index]
+            if isinstance(part, TokenFile) and hasattr(mmap, "MADV_WILLNEED"):
+                begin, stop = part.offset + 2 * first, part.offset + 2 * end
+                begin -= begin % mmap.PAGESIZE
+                self._mapped(part)[1].madvise(mmap.MADV_WILLNEED, begin, stop - begin)
+
+
+def load_split(data_dir: Path, split: Literal["train", "val"], n_vocab: int) -> TokenStream:
+    """All files of a split in the order of their names, checked, as one stream.
+
+    Headers and sizes are checked in every file. Ids are all checked in small data and sampled in
+    large, since nobody waits for 200 GB: check every batch too (`TokenStream.check_ids`).
+    Raises DataError.
+    """
+    files, faults = [], []
+    for path in find_files(data_dir, split):
+        try:
+            files.append(inspect_file(path))
+        except DataError as fault:
+            faults.append(str(fault))
+    if faults:
+        more = [f"and {len(faults) - 5} more files of {data_dir}"] if len(faults) > 5 else []
+        raise DataError("\n".join(faults[:5] + more))
+    tokens = TokenStream(files, name=f"{data_dir} ({split})")
+    _check_stream(tokens, files, n_vocab)
+    return tokens
+
+
+def find_files(data_dir: Path, split: str) -> list[Path]:
+    """The .bin files with the word `split` in their name: val.bin, edu_fineweb_val_000000.bin."""
+    remedy = (
+        f"make them with {PREPARE}, name another folder with --data-dir, or train on the text "
+        "that comes with jaxgpt: --dataset embedded"
+    )
+    wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
+    if not data_dir.is_dir():
+        what = "is a file, not a folder" if data_dir.exists() else "no such folder"
+        parent = data_dir.resolve().parent
+        raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
+    paths = sorted(path for path in data_dir.glob("*.bin") if _split_of(path) == split)
+    if not paths:
+        raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
+    return paths
+
+
+def inspect_file(path: Path) -> TokenFile:
+    """Detects the format of one file and checks its header and size; raises DataError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # or the kernel reads on: 8 MB a file, measured
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            head = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); replace it") from None
+    if size == 0:
+        raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
+    magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic == MAGIC:
+        return _inspect_shard(path, size, version, length)
+    if magic not in FOREIGN_MAGICS and path.name in HEADERLESS_NAMES:
+        return _inspect_headerless(path, size)
+    found = FOREIGN_MAGICS.get(magic, "no token shard")
+    raise DataError(
+        f"{path}: starts with {magic}, which is {found}; expected {MAGIC}, a shard of uint16 "
+        f"tokens; make such shards with {PREPARE} (headerless tokens must be called train.bin "
+        "or val.bin)"
+    )
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes 1-D integer tokens as an llm.c shard; `path` appears complete or not at all."""
+    tokens = as_uint16(tokens, str(path))
+    assert 0 < len(tokens) <= np.iinfo(np.int32).max, "the header holds the length as an int32"
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens).data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
+    """(n,) integers as little-endian uint16; DataError where `astype` would wrap 65,541 to 5."""
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        raise DataError(f"{name}: tokens must be 1-D integers, not {tokens.ndim}-D {tokens.dtype}")
+    outside = tokens[(tokens < 0) | (tokens > LARGEST_ID)]
+    if outside.size:
+        raise DataError(
+            f"{name}: token id {outside[0]} does not fit uint16 (0 to {LARGEST_ID:,}); "
+            "use a tokenizer with at most 65,536 ids, such as gpt2"
+        )
+    return tokens.astype("<u2", copy=False)
+
+
+def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFile:
+    if version != VERSION:
+        raise DataError(
+            f"{path}: is a shard of version {version}, expected {VERSION}; "
+            f"make it again with {PREPARE}"
+        )
+    expected = HEADER_BYTES + 2 * length
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise DataError(
+            f"{path}: is {state}: its header promises {length:,} tokens, which is {expected:,} "
+            f"bytes, and the file has {size:,}; copy or download it again"
+        )
+    if length == 0:
+        raise DataError(f"{path}: holds a header and no tokens; remove it or make it again")
+    return TokenFile(path, HEADER_BYTES, length)
+
+
+def _inspect_headerless(path: Path, size: int) -> TokenFile:
+    if size % 2:
+        raise DataError(
+            f"{path}: has {size:,} bytes, an odd number, so it is not uint16 tokens or was cut "
+            f"short; copy it again, or make it with {PREPARE}"
+        )
+    tokens = _map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
+    zeros_even, zeros_odd = np.mean(tokens[0::2] == 0), np.mean(tokens[1::2] == 0)
+    # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
+    if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.2:
+        raise DataError(
+            f"{path}: {zeros_odd:.0%} of every second value is zero, as in uint32 or int64 tokens "
+            f"read as uint16; write it again with .astype(np.uint16), or with {PREPARE}"
+        )
+    return TokenFile(path, 0, size // 2)
+
+
+def _map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
+    with file.path.open("rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(memory, "<u2", file.length, file.offset), memory
+
+
+def _check_stream(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> None:
+    if len(tokens) <= SCANNED_TOKENS:
+        for start in range(0, len(tokens), 1 << 24):
+            chunk = tokens.window(start, min(1 << 24, len(tokens) - start))
+            tokens.check_ids(chunk[None], np.array([start]), n_vocab)
+        return
+    fractions = np.linspace(0, 1, max(1, SAMPLES // len(files)))
+    lengths = np.array([file.length for file in files])
+    firsts = np.cumsum(lengths) - lengths
+    starts = firsts[:, None] + fractions * np.maximum(lengths - SAMPLE_TOKENS, 0)[:, None]
+    starts = np.minimum(starts.ravel().astype(np.int64), len(tokens) - SAMPLE_TOKENS)
+    tokens.check_ids(tokens.windows(starts, SAMPLE_TOKENS), starts, n_vocab)
+
+
+def _split_of(path: Path) -> str | None:
+    """The last of a name's words that is a split: 'val' for fineweb_val_000000.bin."""
+    words = re.split("[^a-z]+", path.name)
+    return next((word for word in reversed(words) if word in ("train", "val")), None)
+
+
+def _listing(folder: Path) -> str:
+    """What lies in a folder, in a few words of a sentence."""
+    if not folder.is_dir():
+        return "does not exist either"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    if not names:
+        return "is empty"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return "holds " + ", ".join(names[:8]) + more

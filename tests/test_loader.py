@@ -1,0 +1,339 @@
+"""The order of the data: each window once, a function of (seed, step), made ahead of its use."""
+
+import itertools
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt.data import loader as loader_module
+from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch, shuffled_index
+from jaxgpt.data.shards import DataError, TokenStream, load_split, write_shard
+
+N_VOCAB = 50_257
+
+
+def counting_stream(n: int, parts: int = 3) -> TokenStream:
+    """Token i is i, so that a window shows where it was read."""
+    return TokenStream.from_arrays(np.array_split(np.arange(n), parts))
+
+
+def make_loader(n: int = 10_000, block_size: int = 16, seed: int = 1) -> WindowLoader:
+    return WindowLoader(counting_stream(n), block_size, N_VOCAB, seed)
+
+
+# The shuffle
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4096, 10_007, 99_999])
+def test_the_shuffle_is_a_bijection(n: int) -> None:
+    for seed in (0, 1, 2, -1, 2**63, 2**64 - 1):
+        shuffled = shuffled_index(np.arange(n), n, seed)
+        assert shuffled.dtype == np.uint64
+        np.testing.assert_array_equal(np.sort(shuffled), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [2**32 + 1, 10**12, 2**62 + 3])
+def test_the_shuffle_of_a_huge_range_stays_inside_and_collides_nowhere(n: int) -> None:
+    i = np.linspace(0, n - 1, 200_000).astype(np.uint64)
+    assert len(np.unique(i)) == len(np.unique(shuffled_index(i, n, 3))) == 200_000
+    assert shuffled_index(i, n, 3).max() < n
+
+
+def test_the_shuffle_gives_the_same_numbers_for_ever() -> None:
+    """A changed order is a changed data position: every run in flight would see other data."""
+    assert shuffled_index(np.arange(10), 10, 1337).tolist() == [0, 9, 5, 7, 8, 6, 3, 2, 4, 1]
+    huge = [275012276992, 346376705006, 198229731876]
+    assert shuffled_index(np.arange(3), 10**12, 1337).tolist() == huge
+    assert make_loader(seed=1337).starts(622, 4).tolist() == [3877, 7477, 8504, 1352]
+
+
+def test_a_sum_that_would_wrap_at_64_bits_keeps_the_bijection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader_module, "_mix", lambda x: np.full_like(x, 2**64 - 1))
+    np.testing.assert_array_equal(np.sort(shuffled_index(np.arange(11), 11, 1)), np.arange(11))
+
+
+def test_one_seed_for_all_or_one_for_each_give_the_same() -> None:
+    i, seeds = np.arange(50), np.repeat(np.arange(5, dtype=np.uint64), 10)
+    alone = [shuffled_index(i[10 * s : 10 * s + 10], 50, s) for s in range(5)]
+    np.testing.assert_array_equal(shuffled_index(i, 50, seeds), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_all_orders_of_a_few_windows_come_equally_often(n: int) -> None:
+    seeds = 10_000
+    i, seed_of_i = np.tile(np.arange(n), seeds), np.repeat(np.arange(seeds, dtype=np.uint64), n)
+    orders = Counter(map(tuple, shuffled_index(i, n, seed_of_i).reshape(seeds, n).tolist()))
+    every = list(itertools.permutations(range(n)))
+    expected = seeds / len(every)
+    chi_squared = sum((orders[order] - expected) ** 2 / expected for order in every)
+    freedom = len(every) - 1
+    assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_the_shuffle_of_many_windows_leaves_no_trace_of_the_order() -> None:
+    n = 100_000
+    shuffled = shuffled_index(np.arange(n), n, 7).astype(float)
+    for lag in (1, 2, 316, 317, 318):  # 317 is the side of the grid inside
+        assert abs(np.corrcoef(shuffled[lag:], shuffled[:-lag])[0, 1]) < 0.015
+    assert abs(np.corrcoef(shuffled, np.arange(n))[0, 1]) < 0.015
+
+
+# The order of a run
+
+
+@pytest.mark.parametrize(("n", "block_size"), [(1000, 16), (48, 16), (49, 16), (10_007, 64)])
+def test_an_epoch_visits_every_window_of_a_grid_once(n: int, block_size: int) -> None:
+    loader = make_loader(n, block_size)
+    per_epoch = (n - block_size) // block_size
+    assert loader.windows_per_epoch == per_epoch
+    for epoch in range(5):
+        windows = loader.windows(epoch * per_epoch, per_epoch)
+        first = windows.min()
+        grid = first + block_size * np.arange(per_epoch)
+        assert 0 <= first < 2 * block_size
+        np.testing.assert_array_equal(np.sort(windows[:, 0]), grid)
+        np.testing.assert_array_equal(
+            windows - windows[:, :1], np.tile(np.arange(block_size + 1), (per_epoch, 1))
+        )
+
+
+def test_windows_have_other_borders_and_another_order_in_every_epoch() -> None:
+    loader = make_loader(n=10_000)  # 624 windows of 16, and room for 16 offsets
+    starts = loader.starts(0, 624 * 200).reshape(200, 624)
+    assert set(starts.min(axis=1).tolist()) == set(range(16))
+    assert len({tuple(order) for order in np.argsort(starts).tolist()}) == 200
+
+
+@pytest.mark.parametrize("n", [100, 111, 112])
+def test_every_token_is_reached(n: int) -> None:
+    assert set(make_loader(n).windows(0, 1000).ravel().tolist()) == set(range(n))
+
+
+def test_windows_of_several_epochs_can_be_asked_for_at_once() -> None:
+    loader = make_loader(n=100)
+    together = loader.windows(3, 23)
+    alone = np.concatenate([loader.windows(k, 1) for k in range(3, 26)])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_the_batch_has_its_shape_and_its_order_does_not_depend_on_accumulation() -> None:
+    loader = make_loader()
+    batch = loader.batch(7, 4, 6)
+    assert batch.shape == (4, 6, 17)
+    assert batch.dtype == np.uint16
+    for accumulation in (1, 2, 24):
+        other = loader.batch(7, accumulation, 24 // accumulation)
+        np.testing.assert_array_equal(other.reshape(4, 6, 17), batch)
+    np.testing.assert_array_equal(loader.windows(7 * 24, 24).reshape(4, 6, 17), batch)
+
+
+def test_a_new_loader_gives_the_same_batch_at_any_step() -> None:
+    used = make_loader()
+    for step in range(20):
+        used.batch(step, 2, 8)
+    for step in (20, 3, 10**6):
+        np.testing.assert_array_equal(used.batch(step, 2, 8), make_loader().batch(step, 2, 8))
+
+
+def test_another_seed_gives_another_order() -> None:
+    batches = {make_loader(seed=seed).batch(0, 1, 8).tobytes() for seed in (0, 1, 2, 1337, -1)}
+    assert len(batches) == 5
+
+
+def test_where_the_shards_are_cut_does_not_matter(tmp_path: Path) -> None:
+    for number, piece in enumerate(np.array_split(np.arange(10_000), 7)):
+        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", piece)
+    from_disk = WindowLoader(load_split(tmp_path, "train", N_VOCAB), 16, N_VOCAB, 1)
+    np.testing.assert_array_equal(from_disk.batch(0, 32, 32), make_loader().batch(0, 32, 32))
+
+
+def test_the_epoch_counts_how_often_the_data_was_seen() -> None:
+    loader = make_loader(n=17 * 16)
+    assert loader.windows_per_epoch == 16
+    assert loader.epoch(0, 8) == 0.0
+    assert loader.epoch(3, 8) == 1.5
+
+
+class EndlessStream(TokenStream):
+    """Stands for 100B tokens in 1,030 files, none of which is there."""
+
+    def __init__(self) -> None:
+        super().__init__([np.zeros(1, np.uint16)], name="endless")
+
+    def __len__(self) -> int:
+        return 100_000_000_000
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return ((starts[:, None] + np.arange(length)) % N_VOCAB).astype(np.uint16)
+
+
+def test_100_billion_tokens_start_at_once_and_jump_at_once_in_little_memory() -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    loader = WindowLoader(EndlessStream(), 1024, N_VOCAB, 1)
+    for step in (0, 10**6):
+        assert loader.batch(step, 1, 64).shape == (1, 64, 1025)
+    assert time.perf_counter() - began < 1.0
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+
+
+# Too little, and bad, data
+
+
+@pytest.mark.parametrize("n", [0, 16])
+def test_less_than_one_window_is_refused_with_the_numbers(n: int) -> None:
+    stream = TokenStream.from_arrays([np.zeros(n, int)], name="data/tiny (val)")
+    for refused in (
+        lambda: WindowLoader(stream, 16, N_VOCAB, 1),
+        lambda: evaluation_windows(stream, 16, 10, N_VOCAB),
+    ):
+        with pytest.raises(DataError) as caught:
+            refused()
+        for part in ("data/tiny (val)", f"has {n} tokens", "needs 17", "lower --block-size"):
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [17, 20, 31, 32])
+def test_barely_one_window_is_one_window_that_moves_where_it_can(n: int) -> None:
+    loader = make_loader(n, block_size=16)
+    assert loader.windows_per_epoch == 1
+    assert set(loader.windows(0, 500)[:, 0].tolist()) == set(range(n - 16))
+
+
+def test_a_text_smaller_than_one_step_is_repeated_evenly() -> None:
+    loader = make_loader(n=17 * 16)
+    count = Counter((loader.starts(0, 16 * 10) // 16).tolist())
+    assert loader.batch(0, 16, 10).shape == (16, 10, 17)
+    assert set(count.values()) == {10}
+
+
+def test_a_bad_id_that_the_start_did_not_see_stops_the_batch_that_draws_it() -> None:
+    tokens = np.zeros(1000, np.uint16)
+    tokens[:] = N_VOCAB - 1
+    tokens[600] = N_VOCAB
+    stream = TokenStream.from_arrays([tokens[:500], tokens[500:]], name="data/odd (train)")
+    loader = WindowLoader(stream, 16, N_VOCAB, 1)
+    with pytest.raises(DataError, match=r"data/odd \(train\): token 100 is id 50257, outside"):
+        loader.windows(0, loader.windows_per_epoch)
+    with pytest.raises(DataError, match="token 100 is id 50257"):
+        evaluation_windows(stream, 16, 1000, N_VOCAB)
+
+
+# Evaluation
+
+
+def test_evaluation_windows_are_spread_distinct_and_always_the_same() -> None:
+    windows = evaluation_windows(counting_stream(10_000), 16, 10, N_VOCAB)
+    assert windows.shape == (10, 17)
+    assert windows.dtype == np.uint16
+    np.testing.assert_array_equal(windows[:, 0], np.arange(10) * 624 // 10 * 16)
+    np.testing.assert_array_equal(
+        windows, evaluation_windows(counting_stream(10_000, parts=9), 16, 10, N_VOCAB)
+    )
+
+
+@pytest.mark.parametrize(("n", "available"), [(17, 1), (32, 1), (33, 2), (1000, 62)])
+def test_evaluation_takes_all_windows_when_there_are_fewer(n: int, available: int) -> None:
+    windows = evaluation_windows(counting_stream(n), 16, 10_000, N_VOCAB)
+    predicted = windows[:, 1:].ravel()
+    np.testing.assert_array_equal(predicted, np.arange(1, 16 * available + 1))
+
+
+def test_no_evaluation_is_no_windows() -> None:
+    assert evaluation_windows(counting_stream(100), 16, 0, N_VOCAB).shape == (0, 17)
+
+
+# Prefetching
+
+
+def alive() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 100])
+def test_batches_come_in_order_and_the_thread_ends(depth: int) -> None:
+    with prefetch(lambda step: step * step, 3, 50, depth) as batches:
+        assert list(batches) == [step * step for step in range(3, 50)]
+    assert not alive()
+
+
+def test_nothing_to_do_is_an_empty_iterator() -> None:
+    with prefetch(lambda step: step, 5, 5) as batches:
+        assert list(batches) == []
+
+
+def test_batches_are_made_ahead_on_another_thread_but_not_without_bound() -> None:
+    made: list[tuple[int, str]] = []
+    waiting = threading.Semaphore(0)
+
+    def make_batch(step: int) -> int:
+        made.append((step, threading.current_thread().name))
+        waiting.release()
+        return step
+
+    with prefetch(make_batch, 0, 100, depth=2) as batches:
+        for _ in range(3):  # two that wait in the queue, and one in hand
+            assert waiting.acquire(timeout=5)
+        assert not waiting.acquire(timeout=0.1)
+        assert made == [(0, "prefetch"), (1, "prefetch"), (2, "prefetch")]
+        assert next(batches) == 0
+        assert waiting.acquire(timeout=5)
+
+
+def test_an_error_is_raised_at_its_step_and_is_the_last() -> None:
+    tried = []
+
+    def make_batch(step: int) -> int:
+        tried.append(step)
+        if step == 3:
+            raise DataError("shard 3 is bad")
+        return step
+
+    with prefetch(make_batch, 0, 9) as batches:
+        assert [next(batches) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(DataError, match="shard 3 is bad"):
+            next(batches)
+        assert next(batches, "ended") == "ended"
+    assert not alive()
+    assert tried == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("taken", [0, 1, 4])
+@pytest.mark.parametrize("pause", [0, 0.001, 0.01])
+def test_leaving_early_ends_the_thread_and_does_not_hang(
+    depth: int, taken: int, pause: float
+) -> None:
+    began = time.perf_counter()
+    with prefetch(lambda _: time.sleep(pause), 0, 10**9, depth) as batches:
+        for _ in itertools.islice(batches, taken):
+            pass
+    assert time.perf_counter() - began < 2
+    assert not alive()
+    assert next(batches, "ended") == "ended"
+
+
+def test_an_interrupt_of_the_consumer_ends_the_thread_and_passes() -> None:
+    def consume() -> None:
+        with prefetch(lambda step: step, 0, 10**9) as batches:
+            next(batches)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    assert not alive()
+
+
+def test_a_real_loader_keeps_its_order_under_prefetching() -> None:
+    loader = make_loader()
+    with prefetch(lambda step: loader.batch(step, 2, 8), 10, 30) as batches:
+        for step, batch in enumerate(batches, start=10):
+            np.testing.assert_array_equal(batch, loader.batch(step, 2, 8))

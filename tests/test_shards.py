@@ -1,0 +1,365 @@
+"""Token files: what is read, what is refused and in which words, and what is written."""
+
+import os
+import pickle
+import re
+import resource
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt.data import shards
+from jaxgpt.data.shards import PREPARE, DataError, TokenStream, load_split, write_shard
+
+N_VOCAB = 50_257
+REMEDIES = (PREPARE, "--data-dir", "--dataset embedded")
+
+
+def random_tokens(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, N_VOCAB, n, dtype=np.uint16)
+
+
+def header(*words: int) -> bytes:
+    return np.array([*words, *[0] * (256 - len(words))], "<i4").tobytes()
+
+
+def refusal(folder: Path, split: str = "train", n_vocab: int = N_VOCAB) -> str:
+    with pytest.raises(DataError) as caught:
+        load_split(folder, split, n_vocab)
+    return str(caught.value)
+
+
+# What is read
+
+
+def test_write_shard_writes_the_header_of_llm_c(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", np.array([50256, 1, 258], np.uint16))
+    written = (tmp_path / "a.bin").read_bytes()
+    assert written[:16] == bytes.fromhex("88d83401 01000000 03000000 00000000")
+    assert written[16:1024] == bytes(1008)
+    assert written[1024:] == bytes.fromhex("50c4 0100 0201")
+
+
+def test_shards_are_read_in_the_order_of_their_names_as_one_stream(tmp_path: Path) -> None:
+    tokens = random_tokens(1000)
+    for number, piece in ((3, tokens[600:]), (1, tokens[:100]), (2, tokens[100:600])):
+        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", piece)
+    stream = load_split(tmp_path, "train", N_VOCAB)
+    assert len(stream) == 1000
+    np.testing.assert_array_equal(stream.window(0, 1000), tokens)
+
+
+def test_windows_cross_shard_borders(tmp_path: Path) -> None:
+    tokens = random_tokens(40)
+    for number, piece in enumerate(np.split(tokens, [1, 2, 9, 30])):
+        write_shard(tmp_path / f"train_{number}.bin", piece)
+    on_disk = load_split(tmp_path, "train", N_VOCAB)
+    in_memory = TokenStream.from_arrays(np.split(tokens, [1, 2, 9, 9, 30]))
+    starts = np.random.default_rng(1).permutation(40 - 7)
+    expected = np.stack([tokens[start : start + 7] for start in starts])
+    for stream in (on_disk, in_memory):
+        windows = stream.windows(starts, 7)
+        assert windows.dtype == np.uint16
+        np.testing.assert_array_equal(windows, expected)
+        np.testing.assert_array_equal(stream.window(0, 40), tokens)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fineweb_{}_000001.bin",
+        "finewebedu_{}_000000.bin",
+        "edu_fineweb_{}_000001.bin",
+        "TinyStories_{}.bin",
+        "{}_000_001.bin",
+        "{}.bin",
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_published_names_are_found(tmp_path: Path, name: str, split: str) -> None:
+    write_shard(tmp_path / name.format(split), random_tokens(10))
+    write_shard(tmp_path / name.format("test"), random_tokens(11))
+    write_shard(tmp_path / f"pre{split}ed.bin", random_tokens(12))
+    (tmp_path / f"{name.format(split)}.tmp").write_bytes(b"unfinished")
+    assert len(load_split(tmp_path, split, N_VOCAB)) == 10
+
+
+def test_train_and_val_do_not_mix(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train_val_000000.bin", random_tokens(10))
+    write_shard(tmp_path / "train_train_000001.bin", random_tokens(20))
+    assert len(load_split(tmp_path, "val", N_VOCAB)) == 10
+    assert len(load_split(tmp_path, "train", N_VOCAB)) == 20
+
+
+def test_headerless_files_of_nanogpt_are_read(tmp_path: Path) -> None:
+    random_tokens(500).tofile(tmp_path / "train.bin")
+    random_tokens(100, seed=1).tofile(tmp_path / "val.bin")
+    for split, n, seed in (("train", 500, 0), ("val", 100, 1)):
+        stream = load_split(tmp_path, split, N_VOCAB)
+        np.testing.assert_array_equal(stream.window(0, len(stream)), random_tokens(n, seed))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
+
+
+def test_the_pickle_of_nanogpt_is_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Bomb()))
+    random_tokens(500).tofile(tmp_path / "train.bin")
+    assert len(load_split(tmp_path, "train", N_VOCAB)) == 500
+
+
+def test_text_of_characters_is_not_mistaken_for_uint32(tmp_path: Path) -> None:
+    np.random.default_rng(0).integers(0, 2, 1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.zeros(1000, np.uint16).tofile(tmp_path / "val.bin")
+    assert len(load_split(tmp_path, "train", 2)) == len(load_split(tmp_path, "val", 2)) == 1000
+
+
+def test_a_few_headerless_tokens_are_no_evidence_of_uint32(tmp_path: Path) -> None:
+    np.array([7, 0] * 10, np.uint16).tofile(tmp_path / "train.bin")
+    assert len(load_split(tmp_path, "train", N_VOCAB)) == 20
+
+
+# What is refused, and how the message helps
+
+
+def test_a_missing_folder_is_named_with_its_neighbours_and_remedies(tmp_path: Path) -> None:
+    (tmp_path / "fineweb10B").mkdir()
+    message = refusal(tmp_path / "fineweb")
+    for part in (str(tmp_path / "fineweb"), "no such folder", "fineweb10B/", *REMEDIES):
+        assert part in message
+    assert "does not exist either" in refusal(tmp_path / "no" / "where")
+
+
+def test_a_folder_without_the_split_says_what_it_looked_for_and_what_lies_there(
+    tmp_path: Path,
+) -> None:
+    write_shard(tmp_path / "fineweb_train_000001.bin", random_tokens(10))
+    message = refusal(tmp_path, "val")
+    for part in (str(tmp_path), "*_val_*.bin", "fineweb_train_000001.bin", *REMEDIES):
+        assert part in message
+
+
+def test_a_long_listing_is_cut_and_an_empty_folder_is_called_empty(tmp_path: Path) -> None:
+    assert "is empty" in refusal(tmp_path)
+    for number in range(20):
+        (tmp_path / f"{number:02d}.npy").touch()
+    assert "06.npy, 07.npy and 12 more;" in refusal(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    random_tokens(10).tofile(tmp_path / "train.bin")
+    message = refusal(tmp_path / "train.bin")
+    assert "is a file, not a folder" in message
+    assert "--data-dir" in message
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fineweb_train_000001.bin").symlink_to(tmp_path / "gone")
+    (tmp_path / "fineweb_train_000002.bin").mkdir()
+    message = refusal(tmp_path)
+    assert re.search(r"000001.bin: cannot be read \(No such file", message)
+    assert re.search(r"000002.bin: cannot be read \(Is a directory", message)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((55432, 1, 4), "starts with 55432, which is no token shard; expected 20240520"),
+        ((20240801, 7, 4), "llama-3 shard (uint32 tokens); expected 20240520"),
+        ((20240522, 1, 4), "HellaSwag"),
+        ((20240520, 7, 4), "version 7, expected 1"),
+    ],
+)
+def test_a_wrong_magic_or_version_is_refused(
+    tmp_path: Path, words: tuple[int, ...], reason: str
+) -> None:
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(header(*words) + bytes(8))
+    message = refusal(tmp_path)
+    for part in (f"{path}: ", reason, PREPARE):
+        assert part in message
+
+
+def test_a_llama_3_shard_is_recognised_under_the_headerless_name(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(header(20240801, 7, 4) + bytes(16))
+    assert "llama-3" in refusal(tmp_path)
+
+
+def test_headerless_tokens_are_refused_under_any_other_name(tmp_path: Path) -> None:
+    random_tokens(1000).tofile(tmp_path / "fineweb_train_000001.bin")
+    message = refusal(tmp_path)
+    assert "expected 20240520" in message
+    assert "headerless tokens must be called train.bin or val.bin" in message
+
+
+@pytest.mark.parametrize(
+    ("size", "state"), [(16, "truncated"), (3022, "truncated"), (3025, "too long")]
+)
+@pytest.mark.parametrize("name", ["fineweb_train_000003.bin", "train.bin"])
+def test_a_file_of_another_size_than_its_header_promises_is_refused(
+    tmp_path: Path, size: int, state: str, name: str
+) -> None:
+    for number in (1, 2):
+        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", random_tokens(10))
+    path = tmp_path / name
+    path.write_bytes((header(20240520, 1, 1000) + bytes(4000))[:size])
+    message = refusal(tmp_path)
+    for part in (
+        f"{path}: is {state}",
+        "1,000 tokens",
+        "3,024 bytes",
+        f"{size:,};",
+        "download it again",
+    ):
+        assert part in message
+
+
+def test_a_header_without_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(header(20240520, 1, 0))
+    message = refusal(tmp_path, "val")
+    assert "fineweb_val_000000.bin: holds a header and no tokens; remove it" in message
+
+
+def test_many_faults_are_reported_at_once_but_not_at_any_length(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"fineweb_train_{number:06d}.bin").touch()
+    message = refusal(tmp_path)
+    assert message.count("is empty") == 5
+    assert message.endswith(f"and 4 more files of {tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["val.bin", "fineweb_val_000000.bin"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    message = refusal(tmp_path, "val")
+    assert f"{tmp_path / name}: is empty; copy it again" in message
+
+
+def test_an_odd_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(bytes(range(201)))
+    message = refusal(tmp_path)
+    assert f"{tmp_path / 'train.bin'}: has 201 bytes, an odd number" in message
+    assert "copy it again" in message
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+@pytest.mark.parametrize("largest", [N_VOCAB, 128_256])
+def test_wider_integers_are_recognised(tmp_path: Path, dtype: type, largest: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, largest, 1000)
+    tokens.astype(dtype).tofile(tmp_path / "train.bin")
+    message = refusal(tmp_path, n_vocab=2**16)
+    for part in (
+        f"{tmp_path / 'train.bin'}: ",
+        "of every second value is zero",
+        ".astype(np.uint16)",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("bad", [0, 77, 499])
+def test_an_id_outside_the_vocabulary_is_named_with_its_file_and_place(
+    tmp_path: Path, bad: int
+) -> None:
+    write_shard(tmp_path / "fineweb_train_000001.bin", random_tokens(300))
+    tokens = random_tokens(500)
+    tokens[bad] = N_VOCAB  # would pass for a padded vocabulary of 50,304
+    path = tmp_path / "fineweb_train_000002.bin"
+    write_shard(path, tokens)
+    message = refusal(tmp_path)
+    assert f"{path}: token {bad} is id 50257, outside the tokenizer's 50,257" in message
+    assert PREPARE in message
+
+
+def test_large_data_is_sampled_in_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SCANNED_TOKENS", 1000)
+    monkeypatch.setattr(shards, "SAMPLES", 6)
+    monkeypatch.setattr(shards, "SAMPLE_TOKENS", 10)
+    for place in (0, 1999, 2000, 3999, 4000, 5999):  # first and last tokens of three files
+        tokens = random_tokens(6000)
+        tokens[place] = N_VOCAB
+        for number, piece in enumerate(np.split(tokens, 3)):
+            write_shard(tmp_path / f"train_{number}.bin", piece)
+        assert f"train_{place // 2000}.bin: token {place % 2000:,} is id" in refusal(tmp_path)
+
+
+def test_a_file_shorter_than_a_sample_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SCANNED_TOKENS", 1000)
+    for number, n in enumerate((5, 3000, 5)):
+        write_shard(tmp_path / f"train_{number}.bin", random_tokens(n))
+    assert len(load_split(tmp_path, "train", N_VOCAB)) == 3010
+
+
+# What is not written
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (np.array([1, 65541]), "token id 65541 does not fit uint16"),
+        (np.array([1, -1]), "token id -1 does not fit uint16"),
+        (np.array([1.0, 2.0]), "must be 1-D integers, not 1-D float64"),
+        (np.array([[1, 2]]), "must be 1-D integers, not 2-D int64"),
+    ],
+)
+def test_ids_are_refused_rather_than_wrapped(
+    tmp_path: Path, tokens: np.ndarray, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        write_shard(tmp_path / "train_000.bin", tokens)
+    assert str(tmp_path / "train_000.bin") in str(caught.value)
+    with pytest.raises(DataError, match=reason):
+        TokenStream.from_arrays([tokens])
+    assert not any(tmp_path.iterdir())
+
+
+def test_integers_that_fit_are_written_as_uint16(tmp_path: Path) -> None:
+    for dtype in (np.uint16, np.uint32, np.int64):
+        write_shard(tmp_path / "train_000.bin", np.array([0, 65_535, 7], dtype)[::-1])
+        stream = load_split(tmp_path, "train", 65_536)
+        np.testing.assert_array_equal(stream.window(0, 3), [7, 65_535, 0])
+
+
+def test_a_write_that_fails_leaves_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_shard(tmp_path / "train_000.bin", random_tokens(10))
+    assert not (tmp_path / "train_000.bin").exists()
+
+
+# What it costs
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (700, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("few_descriptors")
+def test_a_thousand_shards_of_100_million_tokens_open_with_little_memory(tmp_path: Path) -> None:
+    for number in range(1000):  # sparse: 200 GB of zeros that take no room
+        path = tmp_path / f"fineweb_train_{number:06d}.bin"
+        path.write_bytes(header(20240520, 1, 100_000_000))
+        os.truncate(path, 1024 + 2 * 100_000_000)
+    tracemalloc.start()
+    stream = load_split(tmp_path, "train", N_VOCAB)
+    assert len(stream) == 100_000_000_000
+    assert stream.window(99_999_999_990, 10).tolist() == [0] * 10
+    assert tracemalloc.get_traced_memory()[1] < 64e6
+    tracemalloc.stop()
