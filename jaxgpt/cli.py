@@ -4,33 +4,21 @@ Everything here happens before JAX is imported, which takes seconds that a typo 
 """
 
 import dataclasses
+import os
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NoReturn
 
 import tyro
 
-from jaxgpt.config import Config, ConfigError
-from jaxgpt.presets import describe_presets, load_preset
+from jaxgpt.config import Config, ConfigError, flat_fields
+from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_answer
 
-# Flags of nanoGPT that mean nothing here, and what serves instead.
-NANOGPT_FLAGS = {
-    "compile": "drop it: every step is compiled by XLA",
-    "wandb_log": "drop it: curves go to TensorBoard files and metrics.jsonl in the run's folder",
-    "wandb_project": "drop it: curves go to TensorBoard files in the run's folder",
-    "wandb_run_name": "use --out-dir: a run is named by its folder",
-    "always_save_checkpoint": (
-        "drop it: every evaluation saves a checkpoint; --keep-checkpoints N says how many of the "
-        "newest are kept besides the best"
-    ),
-    "init_from": (
-        "drop it: the same command resumes a run from its --out-dir, and a new --out-dir starts "
-        "from scratch"
-    ),
-    "eval_only": "drop it: every run evaluates at step 0, at each --eval-interval and at its end",
-    "backend": "drop it: XLA chooses its own collectives",
-}
+# Flags that are no fields: the help, and what tyro has for shells that complete.
+OTHER_FLAGS = ("--help", "--tyro-print-completion", "--tyro-write-completion")
 
 
 def parse(
@@ -41,8 +29,9 @@ def parse(
     `default_preset` is asked for a preset's name when `argv` has none; None lists the presets.
     """
     try:
-        _refuse_foreign_flags(argv)
-        preset = _value_of("preset", argv) or default_preset()
+        flags = _flags(argv)
+        _refuse_at_sight(argv, flags)
+        preset = flags.get("preset") or default_preset()
         if preset is None and {"-h", "--help"} & set(argv):
             preset = Config.preset
         if preset is None:
@@ -51,15 +40,15 @@ def parse(
                 + describe_presets()
             )
         base = load_preset(preset)
-        parsed = _parse_flags(argv, base, prog=prog, description=description)
-        return _settle(parsed, base, given=_given(argv))
+        draft = _parse_flags(argv, base, prog=prog, description=description)
+        return _settle(draft, base, flags)
     except ConfigError as fault:
         fail(prog, str(fault))
 
 
 def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     """Print one plain message to standard error and leave."""
-    print(f"{prog}: {message}", file=sys.stderr)
+    print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
     sys.exit(code)
 
 
@@ -75,62 +64,73 @@ def _parse_flags(argv: Sequence[str], base: Config, *, prog: str, description: s
     return tyro.cli(
         _Draft,
         prog=prog,
-        description=description,
+        description=f"{description}\n\nDefaults are those of preset {base.preset}. The presets:\n"
+        + describe_presets(),
         default=_Draft(**{**fields, "gradient_accumulation_steps": None}),
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
 
 
-def _settle(draft: Config, base: Config, given: set[str]) -> Config:
+def _settle(draft: Config, base: Config, flags: Mapping[str, str | None]) -> Config:
     """Fill in what follows from other fields, and check the whole."""
     fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(draft)}
-    if draft.gradient_accumulation_steps is not None and "effective_batch_size" not in given:
-        fields["effective_batch_size"] = draft.gradient_accumulation_steps * draft.batch_size
-    elif draft.gradient_accumulation_steps is None and draft.batch_size > 0:
-        accumulation, left_over = divmod(draft.effective_batch_size, draft.batch_size)
-        fields["gradient_accumulation_steps"] = None if left_over else accumulation
+    B, effective = draft.batch_size, draft.effective_batch_size
+    accumulation = draft.gradient_accumulation_steps
+    if accumulation is not None and "effective_batch_size" not in flags:
+        fields["effective_batch_size"] = accumulation * B
+    elif accumulation is None and min(B, effective) > 0 and effective % B == 0:
+        fields["gradient_accumulation_steps"] = effective // B
     # The preset's batch_size, so that a smaller --batch-size evaluates the same windows.
     fields["eval_windows"] = draft.eval_iters * base.batch_size
-    fields["out_dir"] = draft.out_dir or Path("runs") / Path(draft.preset).stem
-    fields["data_dir"] = draft.data_dir or Path("data") / draft.dataset
+    fields["out_dir"] = _expanded(draft.out_dir or Path("runs") / Path(draft.preset).stem)
+    if draft.data_dir is not None:
+        fields["data_dir"] = _expanded(draft.data_dir)
+    elif draft.dataset != "embedded":
+        fields["data_dir"] = Path("data") / draft.dataset
     return Config(**fields)
 
 
-def _refuse_foreign_flags(argv: Sequence[str]) -> None:
-    for name in _given(argv):
-        if name in NANOGPT_FLAGS:
-            raise ConfigError(
-                f"--{name} is nanoGPT's and has no meaning here; {NANOGPT_FLAGS[name]}"
-            )
-    device = _value_of("device", argv) or ""
-    if device.startswith(("cuda", "mps")):
-        raise ConfigError(
-            f"--device={device} is nanoGPT's; use --device gpu "
-            "(CUDA_VISIBLE_DEVICES=N chooses among several), cpu or auto"
-        )
-    if _value_of("dtype", argv) == "float16":
-        raise ConfigError(
-            "--dtype=float16 is nanoGPT's and needs loss scaling; use bfloat16, float32 or auto"
-        )
-    for arg in argv:
-        if arg.endswith(".py") and not arg.startswith("-"):
-            raise ConfigError(
-                f"{arg}: nanoGPT's config files are Python; here they are TOML: --preset my.toml"
-            )
+def _expanded(path: Path) -> Path:
+    # The shell leaves '~' alone in --out-dir=~/x and in a TOML file.
+    return Path(os.path.expanduser(path))
 
 
-def _given(argv: Sequence[str]) -> set[str]:
-    """The names of the flags in argv, as fields are spelt."""
-    flags = (arg[2:].partition("=")[0] for arg in argv if arg.startswith("--"))
-    return {flag.replace("-", "_") for flag in flags}
+def _refuse_at_sight(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
+    """Raises ConfigError for what would be read wrongly, or answered less well, further on."""
+    fields = [_as_flag(name) for name, field in flat_fields().items() if not _is_hidden(field)]
+    faults = []
+    for name, value in flags.items():
+        flag = _as_flag(name)
+        if answer := nanogpt_answer(name, value):
+            faults.append(f"--{name}{'=' + value if value else ''} {answer}")
+        elif flag in fields and not value:
+            faults.append(f"{flag} needs a value")
+        elif flag not in fields and flag not in OTHER_FLAGS:
+            faults.append(f"{flag} is no flag{did_you_mean(flag, fields)}")
+    faults += [
+        f"{arg}: nanoGPT's config files are Python; here they are TOML: --preset my.toml"
+        for arg in argv
+        if arg.endswith(".py") and not arg.startswith("-")
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
-def _value_of(name: str, argv: Sequence[str]) -> str | None:
-    """The last value that argv gives a flag, in any of its spellings."""
-    value = None
-    for i, arg in enumerate(argv):
-        flag, equals, joined = arg.partition("=")
-        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
-            value = joined if equals else next(iter(argv[i + 1 : i + 2]), None)
-    return value
+def _as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_hidden(field: dataclasses.Field) -> bool:
+    return tyro.conf.Suppress in typing.get_args(field.type)
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str | None]:
+    """The flags in argv by the names of their fields, each with the last value given to it."""
+    flags: dict[str, str | None] = {}
+    for arg, following in zip_longest(argv, argv[1:]):
+        if arg.startswith("--"):
+            name, equals, joined = arg[2:].partition("=")
+            is_flag = following is None or following.startswith("--")
+            flags[name.replace("-", "_")] = joined if equals else None if is_flag else following
+    return flags

@@ -6,10 +6,11 @@ by the command line (`cli.py`), and is never changed after that. Field names are
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from jaxgpt.errors import UserError
 
@@ -17,6 +18,17 @@ Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
+# JAX counts steps in 32 bits, and keeps no more of a seed.
+LARGEST = 2**31 - 1
+
+
+def _unless_none(default: str) -> str:
+    # A field's comment says what follows where it is unset; `--help` need not add "default: None".
+    return "" if default == "None" else f"(default: {default})"
+
+
+IntIfSet = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_unless_none)]
+PathIfSet = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_unless_none)]
 
 
 class ConfigError(UserError):
@@ -25,13 +37,13 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network's shape. `GPT(cfg.model)` needs nothing else."""
+    """The shape of the network: all that the model has to know."""
 
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # model width, a multiple of n_head
     block_size: int = 1024  # context length in tokens
-    vocab_size: int | None = None  # rows of the embedding (default: the tokenizer's, padded to 64)
+    vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
     dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
     bias: bool = False  # biases in linear layers and layer norms (GPT-2: True)
     # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
@@ -39,7 +51,7 @@ class ModelConfig:
 
     def faults(self) -> list[str]:
         """What is wrong with it, a sentence for each fault."""
-        faults = _not_positive(self, "n_layer", "n_head", "n_embd", "block_size")
+        faults = _bad_counts(self, "n_layer", "n_head", "n_embd", "block_size")
         if not faults and self.n_embd % self.n_head:
             faults.append(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
@@ -52,6 +64,8 @@ class ModelConfig:
                 f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
                 f"({self.n_vocab or 'at least 1'}); leave it out to have it chosen"
             )
+        elif self.vocab_size is not None:
+            faults += _bad_counts(self, "vocab_size")
         return faults
 
     def parameter_count(self) -> int:
@@ -74,7 +88,7 @@ class OptimizerConfig:
     min_lr: float = 6e-5  # where the cosine ends
     decay_lr: bool = True  # False keeps the peak after the warm-up
     warmup_iters: int = 2000  # steps of linear warm-up; a run may be shorter
-    lr_decay_iters: int | None = None  # step at which min_lr is reached (default: max_iters)
+    lr_decay_iters: IntIfSet = None  # step at which min_lr is reached; if unset, max_iters
     weight_decay: float = 0.1  # on matrices and embeddings, never on biases and norms
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.99  # decay of AdamW's second moment
@@ -82,21 +96,23 @@ class OptimizerConfig:
 
     def faults(self) -> list[str]:
         """What is wrong with it, a sentence for each fault."""
-        faults = []
-        if not self.learning_rate > 0:
-            faults.append(f"learning_rate {self.learning_rate} must be above 0")
-        if not 0 <= self.min_lr <= max(self.learning_rate, 0):
+        faults = [
+            *_bad_counts(self, "warmup_iters", least=0),
+            *_bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
+        ]
+        peak, end = self.learning_rate, self.min_lr
+        if not 0 < peak < math.inf:
+            faults.append(f"learning_rate {peak:g} must be finite and above 0")
+        elif self.decay_lr and peak < end < math.inf:
             faults.append(
-                f"min_lr {self.min_lr} must lie between 0 and learning_rate {self.learning_rate}"
+                f"min_lr {end:g} is above learning_rate {peak:g}; set it as well, usually to a "
+                f"tenth: {peak / 10:g}"
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
-        for name in ("warmup_iters", "weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0:
-                faults.append(f"{name} {getattr(self, name)} must not be negative")
         if self.lr_decay_iters is not None:
-            faults += _not_positive(self, "lr_decay_iters")
+            faults += _bad_counts(self, "lr_decay_iters")
         return faults
 
 
@@ -104,18 +120,20 @@ class OptimizerConfig:
 class Config:
     """One run. The sections go to the parts that need them; nobody is handed the whole."""
 
-    preset: str = "24gb"  # a name from configs/, or a TOML file of your own
+    # a name from configs/, or a TOML file of your own; if unset, the tier of the card found
+    preset: Annotated[str, arg(help_behavior_hint="")] = "24gb"
+
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package
-    data_dir: Path | None = None  # folder with the token shards (default: data/<dataset>)
+    data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
     tokenizer: str = "gpt2"  # what made the tokens: gpt2, byte, or a tiktoken name
 
     batch_size: int = 32  # sequences one device holds at a time; halve it when memory runs out
     effective_batch_size: int = 512  # sequences in one optimizer step
-    # Micro-batches in one step; sets effective_batch_size when given in its place.
-    gradient_accumulation_steps: int | None = None
+    # micro-batches in one step; sets effective_batch_size when given in its place
+    gradient_accumulation_steps: IntIfSet = None
     max_iters: int = 50000  # optimizer steps in all
     seed: int = 1337  # of the initialization, the data's order and dropout
 
@@ -126,7 +144,7 @@ class Config:
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
     sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
 
-    out_dir: Path | None = None  # everything of the run (default: runs/<preset>)
+    out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
     # Windows of the validation split in one evaluation: fixed when the run is created.
@@ -139,26 +157,32 @@ class Config:
         faults = [
             *self.model.faults(),
             *self.optimizer.faults(),
-            *_not_positive(
-                self,
-                *("batch_size", "effective_batch_size", "max_iters", "eval_interval"),
-                *("eval_iters", "log_interval", "keep_checkpoints"),
-            ),
+            *_bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
+            *_bad_counts(self, "keep_checkpoints"),
+            *_bad_counts(self, "sample_tokens", "seed", least=0),
             *self._batch_faults(),
         ]
-        if not self.checkpoint_minutes > 0:
-            faults.append(f"checkpoint_minutes {self.checkpoint_minutes} must be above 0")
-        for name in ("sample_tokens", "seed"):
-            if getattr(self, name) < 0:
-                faults.append(f"{name} {getattr(self, name)} must not be negative")
+        if not 0 < self.checkpoint_minutes < math.inf:
+            faults.append(
+                f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
+            )
+        if self.dataset == "embedded" and self.data_dir is not None:
+            faults.append(
+                f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "
+                "package; give dataset another name as well"
+            )
         if faults:
             raise ConfigError("\n".join(faults))
 
     def _batch_faults(self) -> list[str]:
         B, effective = self.batch_size, self.effective_batch_size
         accumulation = self.gradient_accumulation_steps
-        if B < 1 or effective < 1:
-            return []
+        faults = _bad_counts(self, "batch_size")
+        if accumulation is not None:
+            faults += _bad_counts(self, "gradient_accumulation_steps")
+        faults = faults or _bad_counts(self, "effective_batch_size")
+        if faults:
+            return faults
         if accumulation is not None and accumulation * B != effective:
             return [
                 f"gradient_accumulation_steps {accumulation} x batch_size {B} = "
@@ -166,8 +190,9 @@ class Config:
             ]
         if effective % B:
             return [
-                f"effective_batch_size {effective} is not a multiple of batch_size {B}; "
-                f"the nearest that is: {_nearest_multiple(effective, B)}"
+                f"effective_batch_size {effective} is not a multiple of batch_size {B}; the "
+                f"nearest that is: {_nearest_multiple(effective, B)}, or take batch_size "
+                f"{_largest_divisor(effective, B)}"
             ]
         return []
 
@@ -176,13 +201,33 @@ class Config:
         return self.effective_batch_size * self.model.block_size
 
 
-def _not_positive(section: Any, *names: str) -> list[str]:
+def _bad_counts(section: Any, *names: str, least: int = 1) -> list[str]:
     values = {name: getattr(section, name) for name in names}
-    return [f"{name} {value} must be at least 1" for name, value in values.items() if value < 1]
+    return [
+        f"{name} {value} must be at least {least}"
+        if value < least
+        else f"{name} {value} must be at most {LARGEST}"
+        for name, value in values.items()
+        if not least <= value <= LARGEST
+    ]
+
+
+def _bad_amounts(section: Any, *names: str) -> list[str]:
+    values = {name: getattr(section, name) for name in names}
+    return [
+        f"{name} {value:g} must be finite and at least 0"
+        for name, value in values.items()
+        if not 0 <= value < math.inf
+    ]
 
 
 def _nearest_multiple(value: int, of: int) -> int:
     return max(1, round(value / of)) * of
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    small = [k for k in range(1, math.isqrt(value) + 1) if value % k == 0]
+    return max(d for k in small for d in (k, value // k) if d <= limit)
 
 
 # ---------------------------------------------------------------- flat names <-> sections

@@ -14,7 +14,7 @@ class Pace:
     def __init__(self, tokens_per_step: int):
         self._tokens_per_step = tokens_per_step
         self._since: float | None = None
-        self._seconds_per_step = float("inf")
+        self._seconds_per_step = 0.0
         self._pause = 0.0  # seconds of an evaluation with its save, as the last one took
 
     def lap(self) -> None:
@@ -23,7 +23,7 @@ class Pace:
         if since is None:
             return
         seconds = self._since - since
-        if self._seconds_per_step == float("inf"):
+        if not self._seconds_per_step:
             self._seconds_per_step = seconds
         # An average over some twenty steps: steady enough to read, quick enough to follow.
         self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
@@ -35,8 +35,9 @@ class Pace:
         self._since = now
 
     @property
-    def tokens_per_second(self) -> float:
-        return self._tokens_per_step / self._seconds_per_step
+    def tokens_per_second(self) -> float | None:
+        """None before the second step of the process."""
+        return self._tokens_per_step / self._seconds_per_step if self._seconds_per_step else None
 
     def eta(self, steps_left: int, pauses_left: int) -> float:
         """Seconds to the end of the run."""
@@ -86,6 +87,8 @@ class RunConsole:
         self.console.print(text, markup=False)
 
     def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
+        if pace.tokens_per_second is None:
+            return [f"loss {loss:.4f}"]
         evaluations_left = -(-(self._total - step) // self._eval_interval)
         eta = duration(pace.eta(self._total - step, evaluations_left))
         return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
@@ -103,8 +106,6 @@ def print_table(title: str, rows: dict[str, str]) -> None:
 
 def duration(seconds: float) -> str:
     """'42 s', '3:05 min', '7:12 h' or '3 d 4 h'."""
-    if seconds == float("inf"):
-        return "?"
     s = round(seconds)
     if s < 60:
         return f"{s} s"

@@ -37,17 +37,22 @@ class Reporter:
         values = {LOGGED_AS[name]: float(value) for name, value in metrics.items()}
         self._pace.lap()
         self._console.step(step, values["train/loss"], self._pace)
-        values["speed/tokens_per_second"] = self._pace.tokens_per_second
-        if self._peak_flops is not None:
-            flops = self._pace.tokens_per_second * self._flops_per_token
-            values["speed/mfu"] = flops / self._peak_flops
-        return {**values, **hardware.memory_in_use(self._device)}
+        return {**values, **self._speed(), **hardware.memory_in_use(self._device)}
 
     def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
         """Log at every log_interval."""
         if step % self._log_interval == 0:
             self._log.scalars(step, scalars)
             self._console.log_line(step, scalars["train/loss"], self._pace)
+
+    def _speed(self) -> dict[str, float]:
+        tokens_per_second = self._pace.tokens_per_second
+        if tokens_per_second is None:
+            return {}
+        values = {"speed/tokens_per_second": tokens_per_second}
+        if self._peak_flops is not None:
+            values["speed/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        return values
 
     def leave_out_pause(self) -> None:
         """Do not count the time since the last `read` as a step's."""

@@ -34,35 +34,64 @@ def continue_from(cfg: Config, saved: Config) -> Config:
         ConfigError: if `cfg` is another run than `saved`, with a table of the differences.
     """
     new, old = flat_values(cfg), flat_values(saved)
-    kept = {name: old[name] for name in KEPT if new[name] is None} | {
-        name: old[name] for name in FIXED
-    }
-    cfg = with_fields(cfg, **kept)
-    new = flat_values(cfg)
-    differing = [k for k in old if k not in MAY_CHANGE and old[k] != new[k]]
+    kept = {name: old[name] for name in KEPT if new[name] is None}
+    kept |= {name: old[name] for name in FIXED}
+    new |= kept
+    differing = [name for name in old if name not in MAY_CHANGE and old[name] != new[name]]
     if differing:
         raise ConfigError(_difference_table(cfg, differing, old, new))
-    return cfg
+    return with_fields(cfg, **kept)
 
 
 def load_saved(out_dir: Path) -> Config | None:
-    """The configuration of the run in `out_dir`, None where no run has got to a checkpoint yet."""
+    """The configuration of the run in `out_dir`, None where no run has got to a checkpoint yet.
+
+    Raises:
+        ConfigError: if `out_dir` cannot be a run's folder, or its configuration cannot be read.
+    """
     path = out_dir / CONFIG_FILE
-    has_checkpoint = any(p.name.isdigit() for p in (out_dir / "checkpoints").glob("*"))
-    return load_config(path) if path.exists() and has_checkpoint else None
+    try:
+        _check_writable(out_dir)
+        has_checkpoint = any(p.name.isdigit() for p in (out_dir / "checkpoints").glob("*"))
+        if not has_checkpoint or not path.exists():
+            return None
+    except OSError as fault:
+        raise ConfigError(f"--out-dir {out_dir}: {fault}") from None
+    try:
+        return load_config(path)
+    except ConfigError as fault:
+        raise ConfigError(
+            f"{fault}\nIf this command is the one the run was started with, delete {path}: the "
+            "run goes on, and the file is written again. Or start anew with another --out-dir."
+        ) from None
+
+
+def _check_writable(out_dir: Path) -> None:
+    nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file; choose a folder for the run")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{nearest} cannot be written to; choose another folder")
 
 
 def save_config(cfg: Config, out_dir: Path) -> None:
-    """Write `config.json`, whole or not at all."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """Write `config.json`, whole or not at all.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     path = out_dir / CONFIG_FILE
     part = path.with_suffix(".json.tmp")
-    with part.open("w") as file:
-        json.dump(flat_values(cfg), file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(flat_values(cfg), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as fault:
+        raise ConfigError(f"{path} cannot be written: {fault}") from None
 
 
 def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> None:

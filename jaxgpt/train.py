@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(cfg, argv)
     except UserError as fault:
         cli.fail(PROG, str(fault))
+    except KeyboardInterrupt:
+        cli.fail(PROG, "interrupted; the same command goes on from the last checkpoint", 130)
 
 
 def run(cfg: Config, argv: Sequence[str]) -> int:

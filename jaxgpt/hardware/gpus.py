@@ -18,6 +18,8 @@ import difflib
 import re
 import subprocess
 
+from jaxgpt.errors import UserError
+
 MIB = 2**20
 GIB = 2**30
 
@@ -154,22 +156,22 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
         memory_bytes: all of the card's memory; tells cards of one name apart.
 
     Raises:
-        ValueError: if no card or more than one answers to the name, with the nearest names.
+        UserError: if no card or more than one answers to the name, with the nearest names.
     """
     found = _matches(name, memory_bytes)
     if len(found) == 1:
         return found[0]
     if found:
         keys = " or ".join(gpu.key for gpu in found)
-        raise ValueError(f"GPU {name!r} could be {keys}; say which")
+        raise UserError(f"GPU {name!r} could be {keys}; say which")
     namesakes = _matches(_spell(name)[0], None)
     if namesakes:
         sizes = ", ".join(f"{g.key} ({g.memory_bytes / GIB:.0f} GiB)" for g in namesakes)
-        raise ValueError(f"GPU {name!r} is not known with that much memory; known: {sizes}")
+        raise UserError(f"GPU {name!r} is not known with that much memory; known: {sizes}")
     known = {spelling: gpu.key for gpu in GPUS for spelling in (gpu.key, *gpu.spellings)}
     near = difflib.get_close_matches(_spell(name)[0], known, n=5, cutoff=0.5)
     keys = ", ".join(dict.fromkeys(known[s] for s in near)) or ", ".join(g.key for g in GPUS)
-    raise ValueError(f"unknown GPU {name!r}; {'did you mean' if near else 'known'}: {keys}")
+    raise UserError(f"unknown GPU {name!r}; {'did you mean' if near else 'known'}: {keys}")
 
 
 def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:

@@ -9,9 +9,10 @@ from flax import nnx
 from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.hardware.device import compute_capability
 from jaxgpt.model.attention import pick_attention
-from jaxgpt.model.gpt import Params, build_gpt, init_params
+from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.optim import make_optimizer, make_schedule
 from jaxgpt.training.step import (
+    EvalStep,
     TrainState,
     TrainStep,
     init_state,
@@ -32,7 +33,7 @@ class Training(NamedTuple):
     init: Callable[[], TrainState]  # the state before the first step
     state_like: TrainState  # its shapes, dtypes and shardings
     train_step: TrainStep  # donates its state
-    eval_step: Callable[[Params, jax.Array], jax.Array]
+    eval_step: EvalStep
 
 
 def build_training(

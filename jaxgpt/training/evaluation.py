@@ -1,13 +1,9 @@
 """Validation loss on a fixed set of windows: the same weights always get the same number."""
 
-from collections.abc import Callable
-
-import jax
 import numpy as np
 
 from jaxgpt.model.gpt import Params
-
-EvalStep = Callable[[Params, jax.Array], jax.Array]
+from jaxgpt.training.step import EvalStep
 
 
 def evaluate(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxgpt.model.gpt import Params
 from jaxgpt.model.loss import mean_cross_entropy, token_losses
@@ -29,7 +30,8 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, ArrayLike], jax.Array]
 
 
 def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> TrainState:
@@ -60,7 +62,8 @@ def make_train_step(
 
         return jax.value_and_grad(loss_fn)(params)
 
-    def train_step(state: TrainState, tokens_ABT1: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, tokens_ABT1: ArrayLike) -> tuple[TrainState, Metrics]:
+        tokens_ABT1 = jnp.asarray(tokens_ABT1)
         A = tokens_ABT1.shape[0]
         step_key = jax.random.fold_in(state.key, state.step)
 
@@ -121,10 +124,11 @@ def keep_floats_unless(finite: jax.Array, new: TrainState, old: TrainState) -> T
     return jax.tree.map(choose, new, old)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Params, jax.Array], jax.Array]:
+def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
     """Make `eval_step(params, tokens_BT1) -> losses_B`: each window's mean loss, float32."""
 
-    def eval_step(params: Params, tokens_BT1: jax.Array) -> jax.Array:
+    def eval_step(params: Params, tokens_BT1: ArrayLike) -> jax.Array:
+        tokens_BT1 = jnp.asarray(tokens_BT1)
         model = nnx.merge(graphdef, params)
         h_BTD = model.features(tokens_BT1[:, :-1])
         wte_VD = model.wte.embedding[...]
