@@ -142,7 +142,7 @@ def parsed(command: list[str]) -> Config:
 
 
 def test_a_finished_run_says_its_result_and_a_sample(capsys):
-    _, out, _ = finished(["--preset=demo"], capsys)
+    _, out, _ = finished(["--preset=demo", "--max-iters=2000"], capsys)
     assert "Done: 2,000 steps, validation loss 1.2500 (best: 1.2000 at step 100)" in out
     assert "Once upon\na time" in out
 
