@@ -18,8 +18,10 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import Attend
+from jaxgpt.model.gelu import gelu
 from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.loss import mask_padding
+from jaxgpt.model.remat import Remat, rematerialized
 
 Params = dict[str, Any]
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
@@ -28,11 +30,19 @@ INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
 class GPT(nnx.Module):
     """Next-token logits from token ids. Computes in `dtype`, keeps its parameters in float32."""
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        dtype: jnp.dtype,
+        attend: Attend,
+        rngs: nnx.Rngs,
+        remat: Remat = "none",
+    ):
         assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.cfg = cfg
         self.dtype = dtype
+        self.remat = remat
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.drop = nnx.Dropout(cfg.dropout)
@@ -47,7 +57,7 @@ class GPT(nnx.Module):
         keys = [None] * (len(self.blocks) + 1) if key is None else _split(key, len(self.blocks) + 1)
         x_BTD = dropout(self.drop, x_BTD.astype(self.dtype), keys[-1])
         for block, block_key in zip(self.blocks, keys, strict=False):
-            x_BTD = block(x_BTD, block_key)
+            x_BTD = rematerialized(block, self.remat)(x_BTD, block_key)
         return self.ln_f(x_BTD)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -96,7 +106,7 @@ class MLP(nnx.Module):
         self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = jax.nn.gelu(self.c_fc(x_BTD), approximate=True)
+        h_BTF = gelu(self.c_fc(x_BTD))
         return self.c_proj(h_BTF)
 
 
@@ -140,9 +150,11 @@ def _split(key: jax.Array, n: int) -> list[jax.Array]:
     return list(jax.random.split(key, n))
 
 
-def build_gpt(cfg: ModelConfig, dtype: Any, attend: Attend) -> nnx.GraphDef:
+def build_gpt(
+    cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none"
+) -> nnx.GraphDef:
     """The network without its parameters: `nnx.merge(graphdef, params)` is a GPT."""
-    abstract = nnx.eval_shape(lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat))
     return nnx.graphdef(abstract)
 
 

@@ -10,6 +10,7 @@ from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.hardware.device import compute_capability
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.remat import Remat
 from jaxgpt.training.optim import make_optimizer, make_schedule
 from jaxgpt.training.step import (
     EvalStep,
@@ -43,6 +44,7 @@ def build_training(
     max_iters: int,
     accumulation: int,
     dtype: str,
+    remat: Remat,
     seed: int,
     device: Any,
 ) -> Training:
@@ -50,7 +52,7 @@ def build_training(
     attend, attention = pick_attention(
         device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
     )
-    graphdef = build_gpt(model, dtype, attend)
+    graphdef = build_gpt(model, dtype, attend, remat)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
     options = GPU_OPTIONS if device.platform == "gpu" else None
