@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
+Remat = Literal["none", "light", "full"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
 # JAX counts steps in 32 bits, and keeps no more of a seed.
@@ -147,6 +148,9 @@ class Config:
     out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
+    # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
+    # more work, a third less memory); full: whole blocks (a quarter more work, the least memory).
+    remat: Remat = "none"
     # Windows of the validation split in one evaluation: fixed when the run is created.
     eval_windows: Annotated[int | None, Suppress] = None
     # Memory in GB of the smallest card that the preset is made for; None runs anywhere.

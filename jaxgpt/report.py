@@ -100,7 +100,7 @@ def print_run(
         "validation split",
         "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
         f"newest {cfg.keep_checkpoints} and the best are kept",
-        "device": f"{device.device_kind} ({device.platform}), {cfg.dtype}",
+        "device": f"{device.device_kind} ({device.platform}), {cfg.dtype}, remat {cfg.remat}",
         "attention": attention,
         "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
     }

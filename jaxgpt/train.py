@@ -77,6 +77,7 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
         max_iters=cfg.max_iters,
         accumulation=accumulation,
         dtype=cfg.dtype,
+        remat=cfg.remat,
         seed=cfg.seed,
         device=device,
     )

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import ModelConfig, Remat
 from jaxgpt.model.attention import Attend
 from jaxgpt.model.gelu import gelu
 from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.loss import mask_padding
-from jaxgpt.model.remat import Remat, rematerialized
+from jaxgpt.model.remat import rematerialized
 
 Params = dict[str, Any]
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
@@ -150,9 +150,7 @@ def _split(key: jax.Array, n: int) -> list[jax.Array]:
     return list(jax.random.split(key, n))
 
 
-def build_gpt(
-    cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none"
-) -> nnx.GraphDef:
+def build_gpt(cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none") -> nnx.GraphDef:
     """The network without its parameters: `nnx.merge(graphdef, params)` is a GPT."""
     abstract = nnx.eval_shape(lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat))
     return nnx.graphdef(abstract)

@@ -5,11 +5,11 @@ kernel's softmax statistics are neither a matrix product nor named. `saves_produ
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["none", "light", "full"]
+from jaxgpt.config import Remat
 
 
 def rematerialized(block: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:

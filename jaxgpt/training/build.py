@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxgpt.config import ModelConfig, OptimizerConfig
+from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
 from jaxgpt.hardware.device import compute_capability
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.remat import Remat
 from jaxgpt.training.optim import make_optimizer, make_schedule
 from jaxgpt.training.step import (
     EvalStep,
