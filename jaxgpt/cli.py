@@ -18,7 +18,7 @@ from jaxgpt.config import Config, ConfigError, flat_fields
 from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_answer
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
-OTHER_FLAGS = ("--help", "--tyro-print-completion", "--tyro-write-completion")
+OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
 
 
 def parse(
@@ -98,16 +98,16 @@ def _expanded(path: Path) -> Path:
 
 def _refuse_at_sight(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
     """Raises ConfigError for what would be read wrongly, or answered less well, further on."""
-    fields = [_as_flag(name) for name, field in flat_fields().items() if not _is_hidden(field)]
+    known = [name.replace("_", "-") for name, f in flat_fields().items() if not _is_hidden(f)]
     faults = []
     for name, value in flags.items():
-        flag = _as_flag(name)
+        flag = name.replace("_", "-")
         if answer := nanogpt_answer(name, value):
             faults.append(f"--{name}{'=' + value if value else ''} {answer}")
-        elif flag in fields and not value:
-            faults.append(f"{flag} needs a value")
-        elif flag not in fields and flag not in OTHER_FLAGS:
-            faults.append(f"{flag} is no flag{did_you_mean(flag, fields)}")
+        elif flag in known and not value:
+            faults.append(f"--{flag} needs a value")
+        elif flag not in known and flag not in OTHER_FLAGS:
+            faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
     faults += [
         f"{arg}: nanoGPT's config files are Python; here they are TOML: --preset my.toml"
         for arg in argv
@@ -115,10 +115,6 @@ def _refuse_at_sight(argv: Sequence[str], flags: Mapping[str, str | None]) -> No
     ]
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def _as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _is_hidden(field: dataclasses.Field) -> bool:

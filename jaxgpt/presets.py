@@ -120,10 +120,10 @@ def nanogpt_answer(setting: str, value: object) -> str | None:
     return None
 
 
-def did_you_mean(word: str, known: Collection[str]) -> str:
+def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:
     """The end of a message about a word that is not known: the nearest that is, if one is near."""
     near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 # ---------------------------------------------------------------- what a mistake is answered with

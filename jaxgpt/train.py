@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(cfg, argv)
     except UserError as fault:
         cli.fail(PROG, str(fault))
+    except RuntimeError as fault:  # XLA's among them
+        if "RESOURCE_EXHAUSTED" not in str(fault):
+            raise
+        cli.fail(PROG, out_of_memory(cfg, str(fault)))
     except KeyboardInterrupt:
         cli.fail(PROG, "interrupted; the same command goes on from the last checkpoint", 130)
 
@@ -158,6 +162,16 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
         console.stop()
         report.print_finished(cfg, PROG, argv, val_loss, checkpoints.best, text)
     return 0
+
+
+def out_of_memory(cfg: Config, fault: str) -> str:
+    """What to tell a user whose device is full, from XLA's message of many lines."""
+    smaller = f"--batch-size {max(1, cfg.batch_size // 2)} (accumulation doubles by itself)"
+    return (
+        f"the device's memory is full: {fault.splitlines()[0][:200]}\n"
+        f"halve what it holds at a time with {smaller}, compute more again with --remat light or "
+        "--remat full, or take a smaller model"
+    )
 
 
 def preset_of_this_machine() -> str | None:

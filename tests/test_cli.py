@@ -62,9 +62,16 @@ def shown_help(capsys, monkeypatch):
 def test_every_field_is_a_flag_with_an_explanation_and_nothing_else_is_a_flag(shown_help):
     _, flags = shown_help("--preset=24gb", "--help")
     assert sorted(flags) == sorted(["help", *PUBLIC])
-    for name in PUBLIC:
-        explanation = re.sub(r"^\S+ |\(default: .*?\)", "", flags[name])
-        assert len(explanation.split()) > 1, name
+    texts = [re.sub(r"^\S+ |\(default: .*?\)", "", flags[name]) for name in PUBLIC]
+    assert all(len(text.split()) > 1 for text in texts)
+    assert len(set(texts)) == len(texts)
+
+
+def test_help_explains_each_section_by_what_it_is(shown_help):
+    # A comment above a field is also taken for the fields that follow it without a blank line.
+    text = " ".join(shown_help("--help")[0].split())
+    assert text.count("a name from configs/") == 1
+    assert "The shape of the network" in text
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -246,6 +253,10 @@ def test_what_a_run_finds_out_is_no_flag(mistake, name):
 @pytest.mark.parametrize("typed", ["3", "-n", "-batch_size=3"])
 def test_what_belongs_to_no_flag_is_refused(mistake, typed):
     assert f"Unrecognized options: {typed}" in mistake("--preset=24gb", typed)
+
+
+def test_a_flag_like_no_other_is_answered_without_a_guess(mistake):
+    assert mistake("--preset=24gb", "--nope") == "train: --nope is no flag"
 
 
 def test_every_misspelt_flag_is_reported_at_once(mistake):

@@ -173,6 +173,9 @@ def test_a_file_may_give_accumulation_in_place_of_the_effective_batch(toml):
     assert cfg.effective_batch_size == 480
     cfg = load_preset(toml("gradient_accumulation_steps = 8"))
     assert cfg.effective_batch_size == 8 * Config.batch_size
+    both = "gradient_accumulation_steps = 8\neffective_batch_size = "
+    assert load_preset(toml(f"{both}256")).effective_batch_size == 256
+    assert "is not effective_batch_size 250" in refusal(toml(f"{both}250"))
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -34,7 +34,7 @@ SAME_RUN = (
     | dict(dropout=0.1, batch_size=4, gradient_accumulation_steps=1, eval_interval=7)
     | dict(eval_iters=3, log_interval=2, checkpoint_minutes=1.0, keep_checkpoints=5)
     | dict(sample_tokens=0, out_dir=Path("moved"), data_dir=Path("there"), device="cpu")
-    | dict(dtype="bfloat16", vram_gb=24)
+    | dict(dtype="bfloat16", remat="full", vram_gb=24)
 )
 
 

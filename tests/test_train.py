@@ -162,6 +162,25 @@ def test_missing_data_is_said_in_a_sentence(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_device_is_answered_with_what_would_fit(tmp_path, capsys, monkeypatch) -> None:
+    dump = (
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nBufferAssignment:\n"
+    )
+
+    def run_out(*_: object) -> int:
+        raise RuntimeError(dump + "line\n" * 1000)
+
+    monkeypatch.setattr("jaxgpt.train.run", run_out)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert "trying to allocate 9 bytes" in err
+    assert "--batch-size 2 (accumulation doubles by itself)" in err
+    assert "--remat" in err
+    assert "BufferAssignment" not in err
+
+
 def test_no_step_is_logged_twice_after_a_crash(straight: Path, tmp_path: Path) -> None:
     """What lies after the newest checkpoint is taken out, and written again when it happens."""
     train(tmp_path, "--max-iters", "6")
