@@ -82,6 +82,8 @@ def print_run(
     source = "embedded text" if cfg.dataset == "embedded" else str(cfg.data_dir)
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
     rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
+    if cfg.max_iters <= o.warmup_iters:
+        rate += ", which is longer than the run"
     rows = {
         "run": f"{cfg.out_dir}, {where} to step {cfg.max_iters:,}",
         "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
@@ -120,7 +122,7 @@ def print_finished(
     print(f"\nDone: {cfg.max_iters:,} steps, validation loss {val_loss:.4f}{best_is}")
     if text:
         print(f"\nA sample of what it writes:\n\n{text.strip()}")
-    print(f"\nNext:\n{_next_commands(cfg, prog, argv)}")
+    print(f"\nNext:\n{_next_commands(cfg, prog, argv, cfg.max_iters)}")
 
 
 def print_finished_before(
@@ -132,13 +134,13 @@ def print_finished_before(
     result = f", validation loss {losses[-1]:.4f}" if losses else ""
     best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
     print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
-    print(f"Next:\n{_next_commands(cfg, prog, argv)}")
+    print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
 
 
-def _next_commands(cfg: Config, prog: str, argv: Sequence[str]) -> str:
+def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:
     again = _without(argv, "max_iters", "out_dir")
     here = [] if _without(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
-    longer = shlex.join([*again, *here, "--max-iters", str(2 * cfg.max_iters)])
+    longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
     commands = {
         f"{prog} {longer}": "train on (--lr-decay-iters moves the end of the decay too)",

@@ -5,6 +5,7 @@ of checkpoints and the x of every curve. JAX is imported after the command line 
 because that takes seconds that a typo or `--help` should not cost.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import local_cards
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.training.metrics import MetricsLog
+from jaxgpt.training.stopping import StopRequest
 
 PROG = "python -m jaxgpt.train"
 
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         default_preset=preset_of_this_machine,
     )
     try:
-        return run(cfg, argv)
+        with StopRequest() as stop:
+            return run(cfg, argv, stop)
     except UserError as fault:
         cli.fail(PROG, str(fault))
     except RuntimeError as fault:  # XLA's among them
@@ -43,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         cli.fail(PROG, out_of_memory(cfg, str(fault)))
     except KeyboardInterrupt:
-        cli.fail(PROG, "interrupted; the same command goes on from the last checkpoint", 130)
+        print(f"{PROG}: interrupted; the same command goes on from what was saved", file=sys.stderr)
+        sys.stdout.flush()
+        # XLA may be at work on another thread, and does not survive Python's own way out.
+        os._exit(130)
 
 
-def run(cfg: Config, argv: Sequence[str]) -> int:
+def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     """Train as `cfg` says, from the start or from the newest checkpoint in its folder."""
     out_dir = cfg.out_dir
     assert out_dir is not None
@@ -71,7 +77,6 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
     from jaxgpt.training.step import Metrics
-    from jaxgpt.training.stopping import StopRequest
 
     device = hardware.choose_device(cfg)
     cfg = with_fields(cfg, dtype=hardware.compute_dtype(cfg.dtype, device))
@@ -111,7 +116,6 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
         )
         console = stack.enter_context(RunConsole(step, cfg.max_iters, cfg.eval_interval))
         reporter = report.Reporter(cfg, device, log, console)
-        stop = stack.enter_context(StopRequest())
 
         def evaluate_now() -> float:
             loss = evaluate(training.eval_step, state.params, windows_WT1, cfg.batch_size)
@@ -134,6 +138,10 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
             save_now(val_loss)
         unread: Metrics | None = None
         for tokens_ABT1 in batches:
+            if stop.name and unread is None:  # nothing has been done since the last save
+                checkpoints.wait()
+                console.say(f"{stop.name}: saved step {step:,}; the same command goes on from here")
+                return 0
             state, metrics = training.train_step(state, tokens_ABT1)
             if unread is not None:  # the step before's: reading them now, the device has work
                 reporter.log_if_due(step, reporter.read(step, unread))
@@ -153,10 +161,6 @@ def run(cfg: Config, argv: Sequence[str]) -> int:
             else:
                 reporter.log_if_due(step, scalars)
             save_now(val_loss if evaluate_due else None)
-            if stop.name and step < cfg.max_iters:
-                checkpoints.wait()
-                console.say(f"{stop.name}: saved step {step:,}; the same command goes on from here")
-                return 0
             reporter.leave_out_pause()
         checkpoints.close()  # before anyone is told that it is done
         console.stop()

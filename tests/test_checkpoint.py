@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_not_there_is_said_in_a_sentence(training, tmp_path
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step is None
         assert checkpoints.best is None
-        with pytest.raises(CheckpointError, match=r"checkpoint 7 .* cannot be read"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 7 cannot be read .* delete .*7"):
             checkpoints.restore(7, training.state_like)
 
 
@@ -113,4 +113,30 @@ def test_an_error_in_the_run_is_not_hidden_by_its_last_save(training, tmp_path) 
 
     with pytest.raises(KeyError, match="the reason"):
         fail_after_a_save()
+    assert steps_on_disk(tmp_path) == [0]
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be made .* choose another --out-dir"):
+        Checkpoints(tmp_path / "file" / "run", 1)
+
+
+def test_a_save_that_fails_is_said_in_a_sentence_and_the_one_before_stays(
+    training, tmp_path, monkeypatch
+) -> None:
+    state = training.init()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(state, config={}, data={}, val_loss=None)
+        checkpoints.wait()
+
+        class Failing:
+            def result(self) -> None:
+                raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmany lines")
+
+        checkpoints._pending = Failing()
+        with pytest.raises(
+            CheckpointError, match=r"could not be saved .*No space left on device\)"
+        ):
+            checkpoints.wait()
     assert steps_on_disk(tmp_path) == [0]

@@ -37,7 +37,7 @@ MAPPED_AT_ONCE = 512
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-PREPARE = "nanoGPT's or llm.c's data scripts"  # what makes such files
+PREPARE = "llm.c's dev/data/fineweb.py or nanoGPT's prepare.py"  # what makes such files
 
 
 class DataError(UserError):

@@ -48,7 +48,13 @@ def choose_device(cfg: Config) -> Any:
     except (RuntimeError, AssertionError) as fault:
         if _needs_gpu(cfg):
             raise ConfigError(_no_gpu(cfg, f"JAX finds none ({_first_line(fault)})")) from None
+    try:
         return jax.devices()[0]
+    except (RuntimeError, AssertionError) as fault:
+        raise ConfigError(
+            f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
+            f"({_first_line(fault)}); unset it, or use --device cpu"
+        ) from None
 
 
 def compute_dtype(asked: str, device: Any) -> str:

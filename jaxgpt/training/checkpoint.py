@@ -45,8 +45,15 @@ class Checkpoints:
 
     def __init__(self, out_dir: Path, keep: int):
         policies = ocp.training.preservation_policies
+        folder = (out_dir / "checkpoints").absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise CheckpointError(
+                f"{folder} cannot be made ({fault.strerror}); choose another --out-dir"
+            ) from None
         self._orbax = ocp.training.Checkpointer(
-            (out_dir / "checkpoints").absolute(),
+            folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [
@@ -131,8 +138,10 @@ class Checkpoints:
             stored = self._orbax.load_checkpointables(step, {"state": target})["state"]
             notes = self._orbax.checkpointables_metadata(step).custom_metadata
         except Exception as fault:  # Orbax raises a dozen kinds for damaged files
+            folder = Path(self._orbax.directory) / str(step)
             raise CheckpointError(
-                f"checkpoint {step} in {self._orbax.directory} cannot be read: {fault}"
+                f"checkpoint {step} cannot be read ({_first_line(fault)}); delete {folder} to go "
+                "on from the one before, or start anew with another --out-dir"
             ) from fault
         acc_grads = jax.tree.map(_zeros, like.opt_state.acc_grads)
         stored["opt_state"] = stored["opt_state"]._replace(acc_grads=acc_grads)
@@ -145,8 +154,16 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the save under way is on disk; raises what went wrong in it."""
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        try:
             pending.result()
+        except Exception as fault:  # a full disk is a ValueError here
+            raise CheckpointError(
+                f"a checkpoint could not be saved in {self._orbax.directory} "
+                f"({_first_line(fault)}); the ones before it are as they were: make room there and "
+                "give the same command again"
+            ) from fault
 
     def close(self) -> None:
         """Wait for the save under way and let go of Orbax's threads."""
@@ -154,6 +171,10 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
