@@ -288,6 +288,7 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
         (["--n-layer", "-3"], ["n_layer -3 must be at least 1"]),
         (["--batch-size=" + "9" * 4000], ["must be at most 2147483647"]),
         (["--batch-size=" + "9" * 5000], ["--batch-size", "4300 digits"]),
+        (["--batch-size=0"], ["batch_size 0 must be at least 1"]),
         (["--effective-batch-size=0"], ["effective_batch_size 0 must be at least 1"]),
         (["--gradient-accumulation-steps=0"], ["gradient_accumulation_steps 0 must be at least"]),
         (["--preset=demo", "--data-dir=x"], ["data_dir x is not read with dataset 'embedded'"]),
@@ -300,7 +301,8 @@ def test_a_wrong_value_is_answered_with_flag_and_value(mistake, argv, answers):
 
 def test_every_impossible_combination_is_reported_at_once(mistake):
     answer = mistake("--preset=24gb", "--n-head=7", "--beta2=2", "--batch-size=48", "--seed=-1")
-    for part in ("n_embd 640 is not a multiple of n_head 7", "beta2 2.0", "512", "seed -1"):
+    assert "effective_batch_size 512 is not a multiple of batch_size 48" in answer
+    for part in ("n_embd 640 is not a multiple of n_head 7", "beta2 2.0", "seed -1"):
         assert part in answer
 
 

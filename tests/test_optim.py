@@ -9,6 +9,7 @@ from conftest import TINY
 
 from jaxgpt.config import OptimizerConfig
 from jaxgpt.model.gpt import init_params
+from jaxgpt.presets import load_preset
 from jaxgpt.training.optim import decay_mask, grad_norm, make_optimizer, make_schedule
 
 
@@ -83,3 +84,22 @@ def test_a_grad_clip_of_zero_is_off() -> None:
     tx = make_optimizer(cfg, optax.constant_schedule(1e-3), accumulation=1)
     _, state = tx.update({"kernel": jnp.array([7.0])}, tx.init(params), params)
     assert float(optax.tree.get(state.inner_opt_state, "mu")["kernel"][0]) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("preset", "decayed", "spared"),
+    [
+        # (tensors, numbers) in the two groups of nanoGPT's configure_optimizers.
+        ("80gb", (50, 124_354_560), (25, 19_200)),
+        ("24gb", (42, 82_001_920), (21, 13_440)),
+        ("gpt2-124m", (50, 124_354_560), (98, 121_344)),
+    ],
+)
+def test_the_tensors_that_decay_are_nanogpts(preset: str, decayed, spared) -> None:
+    cfg = load_preset(preset).model
+    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    mask, sizes = jax.tree.leaves(decay_mask(params)), [x.size for x in jax.tree.leaves(params)]
+    groups = [
+        [n for n, m in zip(sizes, mask, strict=True) if m is chosen] for chosen in (True, False)
+    ]
+    assert [(len(group), sum(group)) for group in groups] == [decayed, spared]
