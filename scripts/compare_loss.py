@@ -296,7 +296,14 @@ def evaluate_jaxgpt(out_dir: Path) -> tuple[int, int, float]:
     assert cfg is not None, "the run has ended well"
     cpu = jax.devices("cpu")[0]
     training = build_training(  # of which the schedule does not matter here
-        cfg.model, cfg.optimizer, max_iters=1, accumulation=1, dtype="float32", seed=0, device=cpu
+        cfg.model,
+        cfg.optimizer,
+        max_iters=1,
+        accumulation=1,
+        dtype="float32",
+        remat="none",
+        seed=0,
+        device=cpu,
     )
     with Checkpoints(out_dir, cfg.keep_checkpoints) as checkpoints:
         step = checkpoints.latest_step
