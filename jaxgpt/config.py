@@ -17,6 +17,7 @@ from jaxgpt.errors import UserError
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["none", "light", "full"]
+StateDtype = Literal["float32", "bfloat16"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
 # JAX counts steps in 32 bits, and keeps no more of a seed.
@@ -94,6 +95,8 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.99  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 switches it off
+    # AdamW's moments and the accumulator: bfloat16 makes 10 bytes of a parameter's 16
+    state_dtype: StateDtype = "float32"
 
     def faults(self) -> list[str]:
         """What is wrong with it, a sentence for each fault."""
@@ -151,6 +154,8 @@ class Config:
     # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
     # more work, a third less memory); full: whole blocks (a quarter more work, the least memory).
     remat: Remat = "none"
+    # one compiled block for all layers: many times quicker to compile, a little more memory
+    scan_layers: bool = False
     # Windows of the validation split in one evaluation: fixed when the run is created.
     eval_windows: Annotated[int | None, Suppress] = None
     # Memory in GB of the smallest card that the preset is made for; None runs anywhere.

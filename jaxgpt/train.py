@@ -87,6 +87,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         accumulation=accumulation,
         dtype=cfg.dtype,
         remat=cfg.remat,
+        scan_layers=cfg.scan_layers,
         seed=cfg.seed,
         device=device,
     )

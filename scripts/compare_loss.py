@@ -301,7 +301,6 @@ def evaluate_jaxgpt(out_dir: Path) -> tuple[int, int, float]:
         max_iters=1,
         accumulation=1,
         dtype="float32",
-        remat="none",
         seed=0,
         device=cpu,
     )

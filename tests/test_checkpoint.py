@@ -19,7 +19,6 @@ def training() -> Training:
         max_iters=20,
         accumulation=2,
         dtype="float32",
-        remat="none",
         seed=0,
         device=jax.devices("cpu")[0],
     )

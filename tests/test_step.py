@@ -17,7 +17,7 @@ from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.model.loss import mean_cross_entropy
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.optim import make_optimizer, make_schedule
+from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_eval_step, make_train_step
 
 GRAPHDEF = build_gpt(TINY, "float32", plain_attention)
@@ -31,7 +31,7 @@ def make(accumulation: int, model: ModelConfig = TINY):
     schedule = make_schedule(CFG, max_iters=20)
     optimizer = make_optimizer(CFG, schedule, accumulation)
     state = init_state(init_params(model, jax.random.key(0)), optimizer, jax.random.key(1))
-    step = make_train_step(graphdef, optimizer, schedule)
+    step = make_train_step(graphdef, optimizer, make_accumulator(CFG, accumulation), schedule)
     return state, step, jax.jit(step)
 
 

@@ -37,12 +37,14 @@ class GPT(nnx.Module):
         attend: Attend,
         rngs: nnx.Rngs,
         remat: Remat = "none",
+        scan_layers: bool = False,
     ):
         assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.cfg = cfg
         self.dtype = dtype
         self.remat = remat
+        self.scan_layers = scan_layers
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.drop = nnx.Dropout(cfg.dropout)
@@ -56,9 +58,8 @@ class GPT(nnx.Module):
         x_BTD = self.wte(tokens_BT.astype(jnp.int32)) + self.wpe(jnp.arange(T))
         keys = [None] * (len(self.blocks) + 1) if key is None else _split(key, len(self.blocks) + 1)
         x_BTD = dropout(self.drop, x_BTD.astype(self.dtype), keys[-1])
-        for block, block_key in zip(self.blocks, keys, strict=False):
-            x_BTD = rematerialized(block, self.remat)(x_BTD, block_key)
-        return self.ln_f(x_BTD)
+        through = scanned if self.scan_layers else unrolled
+        return self.ln_f(through(self.blocks, x_BTD, keys[:-1], self.remat))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Next-token logits_BTV in float32, minus infinity in the padded vocabulary."""
@@ -80,6 +81,39 @@ class Block(nnx.Module):
         attn_key, mlp_key = (None, None) if key is None else _split(key, 2)
         x_BTD = x_BTD + dropout(self.drop, self.attn(self.ln_1(x_BTD)), attn_key)
         return x_BTD + dropout(self.drop, self.mlp(self.ln_2(x_BTD)), mlp_key)
+
+
+Keys = list[jax.Array] | list[None]  # one for each block; None without dropout
+
+
+def unrolled(blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat) -> jax.Array:
+    """x through the blocks, each compiled for itself."""
+    for block, key in zip(blocks, keys, strict=True):
+        x_BTD = rematerialized(block, remat)(x_BTD, key)
+    return x_BTD
+
+
+def scanned(blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat) -> jax.Array:
+    """x through the blocks by one `lax.scan` over their stacked parameters.
+
+    Compiles in a time that does not grow with depth. Costs a stack of all the weights and, in the
+    backward pass, one of their gradients; matrices are stacked in the dtype of their products.
+    """
+    graphdef = nnx.graphdef(blocks[0])
+    params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in blocks]
+    stacked = jax.tree.map(lambda *leaves: _stack(leaves, x_BTD.dtype), *params)
+
+    def one(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
+        params, key = layer
+        return nnx.merge(graphdef, params)(x_BTD, key), None
+
+    stacked_keys = None if keys[0] is None else jnp.stack(keys)
+    return jax.lax.scan(rematerialized(one, remat), x_BTD, (stacked, stacked_keys))[0]
+
+
+def _stack(leaves: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
+    # Norms' scales and biases stay in float32, in which they are used.
+    return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
 
 
 class Attention(nnx.Module):
@@ -150,9 +184,13 @@ def _split(key: jax.Array, n: int) -> list[jax.Array]:
     return list(jax.random.split(key, n))
 
 
-def build_gpt(cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none") -> nnx.GraphDef:
+def build_gpt(
+    cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none", scan_layers: bool = False
+) -> nnx.GraphDef:
     """The network without its parameters: `nnx.merge(graphdef, params)` is a GPT."""
-    abstract = nnx.eval_shape(lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat))
+    abstract = nnx.eval_shape(
+        lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat, scan_layers)
+    )
     return nnx.graphdef(abstract)
 
 

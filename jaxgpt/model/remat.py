@@ -12,7 +12,7 @@ import jax
 from jaxgpt.config import Remat
 
 
-def rematerialized(block: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
+def rematerialized(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`block`, which keeps for its backward pass all it computes ('none'), its matrix products and
     attention ('light': norms and GELU are computed again), or its input alone ('full')."""
     if remat == "none":

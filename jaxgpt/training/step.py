@@ -1,12 +1,14 @@
 """One optimizer step in one jit: gradients of A micro-batches, averaged, applied or skipped.
 
 `optax.MultiSteps` runs its inner optimizer on every micro-batch and throws the result away on all
-but the last. Here each micro-batch goes through the real `update`, but the scan over the first
-A - 1 carries only the accumulator out of it, so XLA deletes the inner optimizer from the loop.
+but the last. Here a scan over the micro-batches runs the half of it that accumulates
+(`make_accumulator`), and what comes out goes once through the real one. Nothing of the last
+micro-batch stands outside the loop: XLA would compute that one first, and hold its gradients and
+every weight's bfloat16 copy while the loop runs.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,10 @@ def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> T
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.MultiSteps, schedule: optax.Schedule
+    graphdef: nnx.GraphDef,
+    optimizer: optax.MultiSteps,
+    accumulator: optax.MultiSteps,
+    schedule: optax.Schedule,
 ) -> TrainStep:
     """Make `train_step(state, tokens_ABT1) -> (state, metrics)`, to be jitted with state donated.
 
@@ -68,27 +73,23 @@ def make_train_step(
         step_key = jax.random.fold_in(state.key, state.step)
 
         def accumulate(
-            carry: tuple[jax.Array, Any], micro_batch: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[jax.Array, Any], jax.Array]:
-            i, tokens_BT1 = micro_batch
-            opt_state = state.opt_state._replace(mini_step=carry[0], acc_grads=carry[1])
-            key = jax.random.fold_in(step_key, i)
+            carry: tuple[jax.Array, Params], tokens_BT1: jax.Array
+        ) -> tuple[tuple[jax.Array, Params], jax.Array]:
+            mini_step, acc_grads = carry
+            key = jax.random.fold_in(step_key, mini_step)
             loss, grads = loss_and_grads(state.params, tokens_BT1, key)
-            _, new = optimizer.update(grads, opt_state, state.params)
-            return (new.mini_step, new.acc_grads), loss
+            before = state.opt_state._replace(mini_step=mini_step, acc_grads=acc_grads)
+            _, after = accumulator.update(grads, before._replace(inner_opt_state=()), state.params)
+            return (after.mini_step, after.acc_grads), loss
 
-        carry = (state.opt_state.mini_step, state.opt_state.acc_grads)
-        losses_A1 = jnp.zeros(0)
-        if A > 1:
-            carry, losses_A1 = jax.lax.scan(
-                accumulate, carry, (jnp.arange(A - 1), tokens_ABT1[:-1])
-            )
-        opt_state = state.opt_state._replace(mini_step=carry[0], acc_grads=carry[1])
-        last_key = jax.random.fold_in(step_key, A - 1)
-        loss, grads = loss_and_grads(state.params, tokens_ABT1[-1], last_key)
+        empty = (state.opt_state.mini_step, state.opt_state.acc_grads)
+        (_, mean_grads), losses_A = jax.lax.scan(accumulate, empty, tokens_ABT1)
+        # As the last of A micro-batches the mean of all A leaves the mean as it is.
+        opt_state = state.opt_state._replace(mini_step=A - 1, acc_grads=mean_grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), mean_grads)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
 
-        loss = (losses_A1.sum() + loss) / A
+        loss = losses_A.mean()
         norm = grad_norm(opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = TrainState(
@@ -104,7 +105,11 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "skipped": new.skipped,
         }
-        return keep_floats_unless(finite, new, state), metrics
+        # A step begins with an empty accumulator. To name the one it began with would have XLA keep
+        # a copy of it through the step: 4 bytes a parameter.
+        zeros = optax.tree.zeros_like(mean_grads)
+        old = state._replace(opt_state=state.opt_state._replace(acc_grads=zeros))
+        return keep_floats_unless(finite, new, old), metrics
 
     return train_step
 
