@@ -10,15 +10,38 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
-from jaxgpt.config import Config, ConfigError, flat_fields
+from jaxgpt.config import Config, ConfigError, divisors, flat_fields
 from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_answer
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
 OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(Config):
+    """What argv says, before anything follows from anything.
+
+    A command with flags of its own has a subclass with a field for each.
+    """
+
+    batch_size: Annotated[
+        int | Literal["auto"],
+        tyro.conf.arg(
+            help="sequences one device holds at a time; halve it when memory runs out; auto: as "
+            "many as fit, with the cheapest remat that fits unless --remat says which",
+            metavar="INT|auto",
+        ),
+    ] = 32  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        pass
+
+
+Own = TypeVar("Own", bound=Flags)
 
 
 def parse(
@@ -28,9 +51,23 @@ def parse(
 
     `default_preset` is asked for a preset's name when `argv` has none; None lists the presets.
     """
+    return parse_with(
+        Flags, argv, prog=prog, description=description, default_preset=default_preset
+    )[0]
+
+
+def parse_with(
+    flags_type: type[Own],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default_preset: Callable[[], str | None],
+) -> tuple[Config, Own, set[str]]:
+    """The same for a command with flags of its own: (configuration, all flags, names given)."""
     try:
-        flags = _flags(argv)
-        _refuse_at_sight(argv, flags)
+        flags = flag_values(argv)
+        _refuse_at_sight(argv, flags, flags_type)
         preset = flags.get("preset") or default_preset()
         if preset is None and {"-h", "--help"} & set(argv):
             preset = Config.preset
@@ -40,8 +77,8 @@ def parse(
                 + describe_presets()
             )
         base = load_preset(preset)
-        draft = _parse_flags(argv, base, prog=prog, description=description)
-        return _settle(draft, base, flags)
+        draft = _parse_flags(argv, base, flags_type, prog=prog, description=description)
+        return _settle(draft, base, flags), draft, set(flags)
     except ConfigError as fault:
         fail(prog, str(fault))
 
@@ -52,30 +89,30 @@ def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Draft(Config):
-    # What the flags say, before anything follows from anything: checked as a whole in `_settle`.
-    def __post_init__(self) -> None:
-        pass
-
-
-def _parse_flags(argv: Sequence[str], base: Config, *, prog: str, description: str) -> Config:
+def _parse_flags(
+    argv: Sequence[str], base: Config, flags_type: type[Own], *, prog: str, description: str
+) -> Own:
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     return tyro.cli(
-        _Draft,
+        flags_type,
         prog=prog,
         description=f"{description}\n\nDefaults are those of preset {base.preset}. The presets:\n"
         + describe_presets(),
-        default=_Draft(**{**fields, "gradient_accumulation_steps": None}),
+        default=flags_type(**{**fields, "gradient_accumulation_steps": None}),
         args=list(argv),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
 
 
-def _settle(draft: Config, base: Config, flags: Mapping[str, str | None]) -> Config:
+def _settle(draft: Flags, base: Config, flags: Mapping[str, str | None]) -> Config:
     """Fill in what follows from other fields, and check the whole."""
-    fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(draft)}
-    B, effective = draft.batch_size, draft.effective_batch_size
+    fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(Config)}
+    if draft.batch_size == "auto":
+        # A number that will do until the machine has been asked.
+        small = [d for d in divisors(max(1, draft.effective_batch_size)) if d <= base.batch_size]
+        fields |= {"batch_size": small[-1], "auto_batch_size": True}
+        fields["remat"] = draft.remat if "remat" in flags else "auto"
+    B, effective = fields["batch_size"], draft.effective_batch_size
     accumulation = draft.gradient_accumulation_steps
     if accumulation is not None and "effective_batch_size" not in flags:
         fields["effective_batch_size"] = accumulation * B
@@ -96,15 +133,25 @@ def _expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _refuse_at_sight(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
+def _refuse_at_sight(
+    argv: Sequence[str], flags: Mapping[str, str | None], flags_type: type[Flags]
+) -> None:
     """Raises ConfigError for what would be read wrongly, or answered less well, further on."""
+    inherited = {f.name for f in dataclasses.fields(Config)}
+    own = {
+        f.name.replace("_", "-"): f
+        for f in dataclasses.fields(flags_type)
+        if f.name not in inherited
+    }
+    switches = [name for name, f in own.items() if bool in (f.type, *typing.get_args(f.type))]
     known = [name.replace("_", "-") for name, f in flat_fields().items() if not _is_hidden(f)]
+    known += own
     faults = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
         if answer := nanogpt_answer(name, value):
             faults.append(f"--{name}{'=' + value if value else ''} {answer}")
-        elif flag in known and not value:
+        elif flag in known and flag not in switches and not value:
             faults.append(f"--{flag} needs a value")
         elif flag not in known and flag not in OTHER_FLAGS:
             faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
@@ -121,7 +168,7 @@ def _is_hidden(field: dataclasses.Field) -> bool:
     return tyro.conf.Suppress in typing.get_args(field.type)
 
 
-def _flags(argv: Sequence[str]) -> dict[str, str | None]:
+def flag_values(argv: Sequence[str]) -> dict[str, str | None]:
     """The flags in argv by the names of their fields, each with the last value given to it."""
     flags: dict[str, str | None] = {}
     for arg, following in zip_longest(argv, argv[1:]):

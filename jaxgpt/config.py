@@ -10,13 +10,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
+from tyro.conf import FlagConversionOff, Suppress, arg
 
 from jaxgpt.errors import UserError
 
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
-Remat = Literal["none", "light", "full"]
+Remat = Literal["auto", "none", "light", "full"]
 StateDtype = Literal["float32", "bfloat16"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
@@ -33,6 +33,10 @@ IntIfSet = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_unless_n
 PathIfSet = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_unless_none)]
 
 
+# nanoGPT's spelling: `--bias=True`, never a bare `--bias`.
+TrueOrFalse = Annotated[bool, FlagConversionOff]
+
+
 class ConfigError(UserError):
     """What a user asked for cannot be done; the message names the field, the reason, the remedy."""
 
@@ -47,7 +51,7 @@ class ModelConfig:
     block_size: int = 1024  # context length in tokens
     vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
     dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
-    bias: bool = False  # biases in linear layers and layer norms (GPT-2: True)
+    bias: TrueOrFalse = False  # biases in linear layers and layer norms (GPT-2: True)
     # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
     n_vocab: Annotated[int | None, Suppress] = None
 
@@ -88,7 +92,7 @@ class OptimizerConfig:
 
     learning_rate: float = 6e-4  # peak, reached after the warm-up
     min_lr: float = 6e-5  # where the cosine ends
-    decay_lr: bool = True  # False keeps the peak after the warm-up
+    decay_lr: TrueOrFalse = True  # False keeps the peak after the warm-up
     warmup_iters: int = 2000  # steps of linear warm-up; a run may be shorter
     lr_decay_iters: IntIfSet = None  # step at which min_lr is reached; if unset, max_iters
     weight_decay: float = 0.1  # on matrices and embeddings, never on biases and norms
@@ -152,10 +156,13 @@ class Config:
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
     # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
-    # more work, a third less memory); full: whole blocks (a quarter more work, the least memory).
+    # more work, a third less memory); full: whole blocks (a fifth more work, the least memory);
+    # auto: the first of these that fits.
     remat: Remat = "none"
     # one compiled block for all layers: many times quicker to compile, a little more memory
-    scan_layers: bool = False
+    scan_layers: TrueOrFalse = False
+    # --batch-size auto: becomes a number when the run starts.
+    auto_batch_size: Annotated[bool, Suppress] = False
     # Windows of the validation split in one evaluation: fixed when the run is created.
     eval_windows: Annotated[int | None, Suppress] = None
     # Memory in GB of the smallest card that the preset is made for; None runs anywhere.
@@ -235,8 +242,13 @@ def _nearest_multiple(value: int, of: int) -> int:
 
 
 def _largest_divisor(value: int, limit: int) -> int:
+    return max(d for d in divisors(value) if d <= limit)
+
+
+def divisors(value: int) -> list[int]:
+    """Every divisor of a number, smallest first."""
     small = [k for k in range(1, math.isqrt(value) + 1) if value % k == 0]
-    return max(d for k in small for d in (k, value // k) if d <= limit)
+    return sorted({d for k in small for d in (k, value // k)})
 
 
 # ---------------------------------------------------------------- flat names <-> sections

@@ -1,7 +1,8 @@
 """What a run says while it goes: a live bar on a terminal, plain lines anywhere else."""
 
 import time
-from typing import Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -92,6 +93,12 @@ class RunConsole:
         evaluations_left = -(-(self._total - step) // self._eval_interval)
         eta = duration(pace.eta(self._total - step, evaluations_left))
         return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
+
+
+def waiting(text: str) -> AbstractContextManager[Any]:
+    """Shown while something takes long: a spinner, where standard error is a terminal."""
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else nullcontext()
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:

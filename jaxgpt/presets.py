@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from jaxgpt.config import Config, ConfigError, flat_fields, with_fields
 
 # What a run finds out and keeps in its config.json; a preset has no say in it.
-FOUND_OUT = {"preset", "n_vocab", "eval_windows"}
+FOUND_OUT = {"preset", "n_vocab", "eval_windows", "auto_batch_size"}
 
 # Settings of nanoGPT that mean nothing here, and what serves instead.
 NANOGPT_SETTINGS = {

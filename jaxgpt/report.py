@@ -3,14 +3,18 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt.config import Config
 from jaxgpt.console import Pace, RunConsole, print_table
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.gpus import flops_per_token, lookup_gpu
+from jaxgpt.hardware.gpus import GIB, lookup_gpu
+from jaxgpt.hardware.speed import model_flops_per_token
 from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+
+if TYPE_CHECKING:  # it imports JAX, which comes after the command line
+    from jaxgpt.hardware.memory import Need
 
 # Names of the step's metrics in the log.
 LOGGED_AS = {
@@ -30,7 +34,7 @@ class Reporter:
         self._pace = Pace(cfg.tokens_per_step)
         gpu = lookup_gpu(device.device_kind)
         self._peak_flops = gpu.bf16_flops if gpu and cfg.dtype == "bfloat16" else None
-        self._flops_per_token = run_flops_per_token(cfg)
+        self._flops_per_token = model_flops_per_token(cfg.model)
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Wait for the metrics of `step`, show them, and return what belongs into the log."""
@@ -59,19 +63,13 @@ class Reporter:
         self._pace.leave_out_pause()
 
 
-def run_flops_per_token(cfg: Config) -> int:
-    """FLOPs of training on one token, by nanoGPT's formula."""
-    m = cfg.model
-    without_positions = m.parameter_count() - m.block_size * m.n_embd
-    return flops_per_token(without_positions, m.n_layer, m.n_embd, m.block_size)
-
-
 def print_run(
     cfg: Config,
     loader: WindowLoader,
     eval_windows: int,
     device: Any,
     attention: str,
+    need: "Need",
     resumed_step: int | None,
 ) -> None:
     """Print the resolved configuration and what follows from it."""
@@ -104,6 +102,8 @@ def print_run(
         f"newest {cfg.keep_checkpoints} and the best are kept",
         "device": f"{device.device_kind} ({device.platform}), {cfg.dtype}, remat {cfg.remat}",
         "attention": attention,
+        "memory": f"{need.peak_bytes / GIB:.2f} GiB at the step's peak, compiled; "
+        f"{need.host_bytes / GIB:.2f} GiB on the host for a checkpoint",
         "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
     }
     print_table(f"jaxgpt {cfg.preset}", rows)

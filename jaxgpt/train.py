@@ -12,15 +12,16 @@ from contextlib import ExitStack
 
 from jaxgpt import cli, report, resume
 from jaxgpt.config import Config, flat_values, with_fields
-from jaxgpt.console import RunConsole
+from jaxgpt.console import RunConsole, waiting
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.sources import embedded_tokens
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import local_cards
 from jaxgpt.presets import preset_for_memory
+from jaxgpt.resolve import resolve
 from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stopping import StopRequest
 
@@ -41,10 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(cfg, argv, stop)
     except UserError as fault:
         cli.fail(PROG, str(fault))
-    except RuntimeError as fault:  # XLA's among them
-        if "RESOURCE_EXHAUSTED" not in str(fault):
-            raise
-        cli.fail(PROG, out_of_memory(cfg, str(fault)))
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command goes on from what was saved", file=sys.stderr)
         sys.stdout.flush()
@@ -68,30 +65,19 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
     position = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
-    accumulation = cfg.gradient_accumulation_steps or 1
 
     import jax
 
+    from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
+    from jaxgpt.model.attention import compute_capability
     from jaxgpt.model.generate import make_generate
-    from jaxgpt.training.build import build_training
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
     from jaxgpt.training.step import Metrics
 
     device = hardware.choose_device(cfg)
-    cfg = with_fields(cfg, dtype=hardware.compute_dtype(cfg.dtype, device))
-    training = build_training(
-        cfg.model,
-        cfg.optimizer,
-        max_iters=cfg.max_iters,
-        accumulation=accumulation,
-        dtype=cfg.dtype,
-        remat=cfg.remat,
-        scan_layers=cfg.scan_layers,
-        seed=cfg.seed,
-        device=device,
-    )
-    generate = make_generate(training.graphdef, cfg.sample_tokens)
+    dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
+    cfg = with_fields(cfg, dtype=dtype)
 
     with ExitStack() as stack:
         stack.enter_context(jax.default_device(device))
@@ -100,7 +86,14 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best)
             return 0
-        report.print_run(cfg, loader, len(windows_WT1), device, training.attention, resumed_step)
+        stack.enter_context(out_of_memory_in_words(cfg))
+        with waiting("compiling the training step"):
+            cfg, training, need = prepare_to_run(cfg, device)
+        accumulation = cfg.gradient_accumulation_steps or 1
+        generate = make_generate(training.graphdef, cfg.sample_tokens)
+        report.print_run(
+            cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
+        )
         if resumed_step is None:
             state = training.init()
         else:
@@ -169,30 +162,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     return 0
 
 
-def out_of_memory(cfg: Config, fault: str) -> str:
-    """What to tell a user whose device is full, from XLA's message of many lines."""
-    smaller = f"--batch-size {max(1, cfg.batch_size // 2)} (accumulation doubles by itself)"
-    return (
-        f"the device's memory is full: {fault.splitlines()[0][:200]}\n"
-        f"halve what it holds at a time with {smaller}, compute more again with --remat light or "
-        "--remat full, or take a smaller model"
-    )
-
-
 def preset_of_this_machine() -> str | None:
     """The tier of the first card that the driver lists, None without one."""
     cards = local_cards()
     return preset_for_memory(cards[0].memory_bytes / 2**30) if cards else None
-
-
-def resolve(cfg: Config, tokenizer: Tokenizer) -> Config:
-    """`cfg` with the fields that were left to follow from the tokenizer and from each other."""
-    return with_fields(
-        cfg,
-        n_vocab=tokenizer.n_vocab,
-        vocab_size=cfg.model.vocab_size or padded_vocab_size(tokenizer.n_vocab),
-        lr_decay_iters=cfg.optimizer.lr_decay_iters or cfg.max_iters,
-    )
 
 
 def load_tokens(cfg: Config, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream]:

@@ -1,4 +1,3 @@
-import dataclasses
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from jaxgpt.config import Config, OptimizerConfig, flat_fields, flat_values
 from jaxgpt.hardware.gpus import GIB, LocalCard
 from jaxgpt.presets import NANOGPT_SETTINGS, describe_presets
 
-HIDDEN = {"n_vocab", "eval_windows", "vram_gb"}
+HIDDEN = {"n_vocab", "eval_windows", "vram_gb", "auto_batch_size"}
 PUBLIC = sorted(flat_fields().keys() - HIDDEN)
 ROOT = Path(jaxgpt.__file__).parents[1]
 
@@ -420,5 +419,12 @@ def test_the_command_itself_explains_its_flags():
 def test_hidden_fields_travel_through_the_command_line():
     cfg = parse("--preset=24gb", "--max-iters=5")
     assert cfg.vram_gb == 24
-    hidden = [field.name for field in dataclasses.fields(Config) if field.name in HIDDEN]
-    assert hidden == ["eval_windows", "vram_gb"]
+    assert not cfg.auto_batch_size
+
+
+def test_batch_size_auto_leaves_the_remat_open_unless_it_is_given():
+    cfg = parse("--preset=24gb", "--batch-size=auto")
+    assert (cfg.auto_batch_size, cfg.remat) == (True, "auto")
+    assert cfg.effective_batch_size == 512
+    cfg = parse("--preset=24gb", "--batch-size", "auto", "--remat", "full")
+    assert (cfg.auto_batch_size, cfg.remat) == (True, "full")

@@ -10,11 +10,11 @@ from jaxgpt.hardware.device import (
     MEMORY_SETTINGS,
     MEMORY_SHARE,
     choose_device,
-    compute_capability,
     compute_dtype,
     memory_in_use,
     prepare_environment,
 )
+from jaxgpt.model.attention import compute_capability
 from jaxgpt.presets import load_preset, preset_names
 
 DEMO, TIER = load_preset("demo"), load_preset("24gb")
@@ -131,17 +131,21 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [("9.0", "bfloat16"), ("8.0", "bfloat16"), ("7.5", "float32"), ("gfx90a", "float32")],
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32"), ((0, 0), "float32")],
 )
 def test_bfloat16_is_used_where_the_card_has_it(capability, dtype):
-    device = SimpleNamespace(platform="gpu", compute_capability=capability)
-    assert compute_dtype("auto", device) == dtype
+    assert compute_dtype("auto", "gpu", capability) == dtype
+
+
+def test_bfloat16_is_refused_on_a_card_without_it():
+    with pytest.raises(ConfigError, match=r"needs a GPU of compute capability 8.0.*has 7.5"):
+        compute_dtype("bfloat16", "gpu", (7, 5))
+    assert compute_dtype("float32", "gpu", (7, 5)) == "float32"
 
 
 def test_a_cpu_computes_in_float32_unless_told_otherwise():
-    cpu = SimpleNamespace(platform="cpu")
-    assert compute_dtype("auto", cpu) == "float32"
-    assert compute_dtype("bfloat16", cpu) == "bfloat16"
+    assert compute_dtype("auto", "cpu", (0, 0)) == "float32"
+    assert compute_dtype("bfloat16", "cpu", (0, 0)) == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ from conftest import TINY
 from jaxgpt.config import OptimizerConfig
 from jaxgpt.model.gpt import init_params
 from jaxgpt.presets import load_preset
-from jaxgpt.training.optim import decay_mask, grad_norm, make_optimizer, make_schedule
+from jaxgpt.training.optim import (
+    decay_mask,
+    grad_norm,
+    make_optimizer,
+    make_schedule,
+    random_bits,
+    stochastic_round,
+    stored_in_bfloat16,
+)
 
 
 def nanogpt_lr(it: int, cfg: OptimizerConfig, decay_iters: int) -> float:
@@ -103,3 +111,49 @@ def test_the_tensors_that_decay_are_nanogpts(preset: str, decayed, spared) -> No
         [n for n, m in zip(sizes, mask, strict=True) if m is chosen] for chosen in (True, False)
     ]
     assert [(len(group), sum(group)) for group in groups] == [decayed, spared]
+
+
+def test_state_in_bfloat16_takes_ten_bytes_a_parameter() -> None:
+    cfg = OptimizerConfig(state_dtype="bfloat16")
+    params = init_params(TINY, jax.random.key(0))
+    state = make_optimizer(cfg, make_schedule(cfg, 10), 2).init(params)
+    floats = [x for x in jax.tree.leaves(state) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floats} == {jnp.dtype("bfloat16")}
+    assert sum(x.nbytes for x in floats) == 6 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_rounding_at_random_is_right_on_average_and_never_off_by_more_than_one() -> None:
+    x = jnp.array([1.0, 1.001, -3.14159, 1e-30, 0.0, 255.9], jnp.float32)
+    draws = jnp.stack(
+        [
+            stochastic_round(x, random_bits(x.shape, jnp.int32(i), salt=3)).astype(jnp.float32)
+            for i in range(400)
+        ]
+    )
+    below, above = x * (1 - 2**-7), x * (1 + 2**-7)
+    low, high = jnp.minimum(below, above), jnp.maximum(below, above)
+    assert ((draws >= low) & (draws <= high)).all()
+    assert (draws[:, 0] == 1).all()  # what bfloat16 holds exactly stays
+    # The spread of a mean of 400 draws between neighbours 2^-7 apart: four of its deviations.
+    np.testing.assert_allclose(draws.mean(0), x, rtol=4 * 2**-7 / 2 / 20)
+
+
+def test_a_second_moment_in_bfloat16_does_not_stand_still() -> None:
+    """Rounded to nearest, a steady gradient's square would stop it at a third below its value."""
+    adam = stored_in_bfloat16(optax.scale_by_adam(b1=0.9, b2=0.99))
+    grads = {"kernel": jnp.full((64, 64), 0.1)}
+    state = adam.init(grads)
+    update = jax.jit(adam.update)
+    for _ in range(1000):
+        _, state = update(grads, state)
+    assert state.nu["kernel"].dtype == jnp.bfloat16
+    assert float(state.nu["kernel"].astype(jnp.float32).mean()) == pytest.approx(0.01, rel=0.02)
+
+
+def test_the_random_bits_differ_between_steps_leaves_and_elements() -> None:
+    draws = [
+        np.asarray(random_bits((1000,), jnp.int32(c), salt)) for c in (1, 2) for salt in (0, 1)
+    ]
+    assert len({draw.tobytes() for draw in draws}) == 4
+    assert all(len(set(draw.tolist())) > 990 for draw in draws)
+    assert abs(np.mean([draw.mean() for draw in draws]) / 2**31 - 1) < 0.05

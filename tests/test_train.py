@@ -167,18 +167,36 @@ def test_a_full_device_is_answered_with_what_would_fit(tmp_path, capsys, monkeyp
         "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nBufferAssignment:\n"
     )
 
-    def run_out(*_: object) -> int:
+    def run_out(*_: object) -> float:
         raise RuntimeError(dump + "line\n" * 1000)
 
-    monkeypatch.setattr("jaxgpt.train.run", run_out)
+    monkeypatch.setattr("jaxgpt.training.evaluation.evaluate", run_out)
     with pytest.raises(SystemExit) as left:
         train(tmp_path)
     assert left.value.code == 2
     err = capsys.readouterr().err
     assert "trying to allocate 9 bytes" in err
-    assert "--batch-size 2 (accumulation doubles by itself)" in err
-    assert "--remat" in err
+    assert "--batch-size" in err
     assert "BufferAssignment" not in err
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("jaxgpt.hardware.memory.device_limit", lambda _: 1000)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path)
+    assert left.value.code == 2
+    assert "a step needs" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_batch_size_auto_is_settled_before_anything_is_printed(tmp_path, capsys) -> None:
+    assert train(tmp_path, "--batch-size", "auto", "--max-iters", "2") == 0
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        saved["batch_size"] * saved["gradient_accumulation_steps"] == saved["effective_batch_size"]
+    )
+    assert (saved["auto_batch_size"], saved["remat"]) == (False, "none")
+    assert f"= batch_size {saved['batch_size']} x" in capsys.readouterr().out
 
 
 def test_no_step_is_logged_twice_after_a_crash(straight: Path, tmp_path: Path) -> None:

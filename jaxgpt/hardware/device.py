@@ -57,18 +57,22 @@ def choose_device(cfg: Config) -> Any:
         ) from None
 
 
-def compute_dtype(asked: str, device: Any) -> str:
-    """'bfloat16' or 'float32' for the matrix products on `device`."""
+def compute_dtype(asked: str, platform: str, compute_capability: tuple[int, int]) -> str:
+    """'bfloat16' or 'float32' for the matrix products on a device.
+
+    Raises:
+        ConfigError: if bfloat16 is asked of a GPU that has no instructions for it; XLA would accept
+            it and compute by slow detours.
+    """
+    has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
+    if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
+        raise ConfigError(
+            "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
+            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float32"
+        )
     if asked != "auto":
         return asked
-    has_bfloat16 = device.platform == "gpu" and compute_capability(device) >= (8, 0)
     return "bfloat16" if has_bfloat16 else "float32"
-
-
-def compute_capability(device: Any) -> tuple[int, int]:
-    """CUDA compute capability, (0, 0) for a device that has none."""
-    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
-    return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)
 
 
 def memory_in_use(device: Any) -> dict[str, float]:

@@ -174,6 +174,20 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
     raise UserError(f"unknown GPU {name!r}; {'did you mean' if near else 'known'}: {keys}")
 
 
+def unnamed_card(gigabytes: float) -> Gpu:
+    """A card of which only the memory is known: compiled for as an RTX 3090's chip, no peak."""
+    like = find_gpu("rtx3090")
+    return dataclasses.replace(
+        like,
+        key=f"{gigabytes:g}gb",
+        name=f"{gigabytes:g} GB card",
+        memory_bytes=int(gigabytes * GIB),
+        bf16_flops=None,
+        source="--vram",
+        spellings=(),
+    )
+
+
 def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:
     """The card a driver (`jax.Device.device_kind`) names, or None where the table has no such one.
 

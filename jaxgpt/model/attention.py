@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +50,9 @@ def pick_attention(
         if is_there:
             return plain_attention, f"plain (cuDNN flash attention: {obstacle})"
     return cudnn_attention, "cuDNN flash attention"
+
+
+def compute_capability(device: Any) -> tuple[int, int]:
+    """CUDA compute capability of a `jax.Device`, (0, 0) for one that has none."""
+    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)

@@ -1,20 +1,18 @@
 """From a configuration to the compiled functions of a run, for whichever command needs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
-from jaxgpt.hardware.device import compute_capability
-from jaxgpt.model.attention import pick_attention
+from jaxgpt.model.attention import compute_capability, pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import (
-    EvalStep,
     TrainState,
-    TrainStep,
     init_state,
     make_eval_step,
     make_train_step,
@@ -37,8 +35,8 @@ class Training(NamedTuple):
     attention: str  # which kernel was chosen, and why
     init: Callable[[], TrainState]  # the state before the first step
     state_like: TrainState  # its shapes, dtypes and shardings
-    train_step: TrainStep  # donates its state
-    eval_step: EvalStep
+    train_step: Any  # a jitted TrainStep, which donates its state
+    eval_step: Any  # a jitted EvalStep
 
 
 def build_training(
@@ -52,15 +50,19 @@ def build_training(
     device: Any,
     remat: Remat = "none",
     scan_layers: bool = False,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Training:
-    """Build everything that is compiled; nothing is computed or allocated yet."""
+    """Build everything that is compiled; nothing is computed or allocated yet.
+
+    `compiler_options` come on top of those that every GPU gets.
+    """
     attend, attention = pick_attention(
         device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
     )
     graphdef = build_gpt(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
-    options = GPU_OPTIONS if device.platform == "gpu" else None
+    options = {**(GPU_OPTIONS if device.platform == "gpu" else {}), **(compiler_options or {})}
 
     def init() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -84,3 +86,23 @@ def build_training(
         ),
         eval_step=jax.jit(make_eval_step(graphdef), compiler_options=options),
     )
+
+
+def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step compiled for tokens_ABT1 of one shape: to be called, and asked for memory."""
+    return training.train_step.lower(
+        training.state_like, _tokens_like(training, accumulation, batch_size)
+    ).compile()
+
+
+def compile_eval_step(training: Training, batch_size: int) -> Any:
+    """The evaluation step compiled for tokens_BT1 of one shape."""
+    return training.eval_step.lower(
+        training.state_like.params, _tokens_like(training, batch_size)
+    ).compile()
+
+
+def _tokens_like(training: Training, *leading: int) -> jax.ShapeDtypeStruct:
+    T, _ = training.state_like.params["wpe"]["embedding"].shape
+    sharding = training.state_like.step.sharding
+    return jax.ShapeDtypeStruct((*leading, T + 1), jnp.uint16, sharding=sharding)

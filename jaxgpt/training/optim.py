@@ -82,7 +82,7 @@ def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTra
         updates, new = inner.update(updates, _cast_floats(state, jnp.float32), params)
         leaves, treedef = jax.tree.flatten(new)
         rounded = [
-            stochastic_round(leaf, _random_bits(leaf.shape, new.count, salt=i))
+            stochastic_round(leaf, random_bits(leaf.shape, new.count, salt=i))
             if jnp.issubdtype(leaf.dtype, jnp.floating)
             else leaf
             for i, leaf in enumerate(leaves)
@@ -103,7 +103,7 @@ def stochastic_round(x: jax.Array, random: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _random_bits(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
+def random_bits(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
     """uint32 of a shape, another draw for each count and salt.
 
     A hash of each element's index, Wellons' lowbias32: rounding needs no better, and JAX's own

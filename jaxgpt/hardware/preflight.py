@@ -1,0 +1,104 @@
+"""Before the first step: everything compiled, and held against the memory that is there.
+
+What does not fit is said with its figures and with flags that would fit, before hours are spent.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from jaxgpt.config import Config
+from jaxgpt.hardware import fit, memory
+from jaxgpt.hardware.gpus import GIB
+from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
+
+
+class Ready(NamedTuple):
+    """A run that fits its device."""
+
+    cfg: Config  # with nothing left to the machine
+    training: Training  # its steps compiled for the run's shapes
+    need: memory.Need
+
+
+def prepare_to_run(cfg: Config, device: Any) -> Ready:
+    """Choose what `cfg` leaves open, compile its steps for `device`, and check that they fit.
+
+    Raises:
+        TooLargeError: with what is needed, what is there, and the flags that would fit.
+    """
+    limit = memory.device_limit(device)
+    compiled: dict[Config, Ready] = {}
+
+    def measure(cfg: Config) -> memory.Need:
+        compiled[cfg] = _compile(cfg, device)
+        return compiled[cfg].need
+
+    if not fit.is_open(cfg):
+        ready = _compile(cfg, device)
+        _check_device(ready, limit)
+    elif limit is None:
+        raise memory.TooLargeError(
+            f"{device.device_kind} does not tell its memory, so nothing can be chosen by it; give "
+            "--batch-size and --remat"
+        )
+    else:
+        found = fit.best_fit(cfg, limit, measure)
+        if found is None:
+            raise memory.TooLargeError(fit.too_small(cfg, device.device_kind, limit))
+        ready = compiled[found.cfg]
+    _check_host(ready, device)
+    return ready
+
+
+@contextmanager
+def out_of_memory_in_words(cfg: Config) -> Iterator[None]:
+    """Turns XLA's pages on a full device into a sentence and the flags to try next.
+
+    Raises:
+        TooLargeError: in place of XLA's error.
+    """
+    try:
+        yield
+    except RuntimeError as fault:  # XLA's is one of these
+        if "RESOURCE_EXHAUSTED" not in str(fault):
+            raise
+        line = str(fault).strip().splitlines()[0][:200]
+        raise memory.TooLargeError(
+            f"the device's memory is full after all: {line}\n{fit.smaller(cfg)}"
+        ) from None
+
+
+def _compile(cfg: Config, device: Any) -> Ready:
+    training = memory.build_for(cfg, device)
+    train_step = compile_train_step(training, cfg.gradient_accumulation_steps or 1, cfg.batch_size)
+    eval_step = compile_eval_step(training, cfg.batch_size)
+    return Ready(
+        cfg,
+        training._replace(train_step=train_step, eval_step=eval_step),
+        memory.need_of(cfg, train_step, eval_step),
+    )
+
+
+def _check_device(ready: Ready, limit: int | None) -> None:
+    cfg, need = ready.cfg, ready.need
+    if limit is None or need.peak_bytes <= limit:
+        return
+    raise memory.TooLargeError(
+        f"a step needs {need.peak_bytes / GIB:.2f} GiB (batch_size {cfg.batch_size}, remat "
+        f"{cfg.remat}, compiled for this device), and {limit / GIB:.2f} GiB are there.\n"
+        f"{fit.advice(cfg, limit)}"
+    )
+
+
+def _check_host(ready: Ready, device: Any) -> None:
+    available = memory.host_available()
+    need = ready.need.host_bytes
+    if device.platform == "cpu":
+        need += ready.need.peak_bytes  # one memory for both
+    if available is not None and need > available:
+        raise memory.TooLargeError(
+            f"a checkpoint is copied to the host's memory while it is written, which takes "
+            f"{ready.need.host_bytes / GIB:.2f} GiB, and {available / GIB:.2f} GiB are free there; "
+            "close other programs, take a smaller model, or --state-dtype bfloat16"
+        )

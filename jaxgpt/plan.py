@@ -1,0 +1,139 @@
+"""What fits a card, and how long it takes: `python -m jaxgpt.plan --gpu rtx4090`.
+
+The card need not be here: the step that `train` would run is compiled for it. Every figure says
+how it is known. Flags of `train` describe the run to plan; none of its files are read.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from jaxgpt import cli, plan_report
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.console import waiting
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.hardware import target
+from jaxgpt.hardware.gpus import GPUS, Gpu, find_gpu, local_cards, lookup_gpu, unnamed_card
+from jaxgpt.presets import preset_for_memory
+from jaxgpt.resolve import resolve
+
+PROG = "python -m jaxgpt.plan"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlags(cli.Flags):
+    """What to plan for, and how to say it; the rest is `train`'s and describes the run."""
+
+    gpu: Annotated[
+        str | None,
+        arg(help="the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine"),
+    ] = None
+    vram: Annotated[
+        float | None, arg(help="in place of --gpu: memory in GB of a card that is in no table")
+    ] = None
+    fit: Annotated[
+        bool, arg(help="choose the batch_size and remat that fit and should train fastest")
+    ] = False
+    hours: Annotated[
+        float | None, arg(help="find the model and token count that make best use of these hours")
+    ] = None
+    json: Annotated[bool, arg(help="print one JSON object")] = False
+    estimate: Annotated[
+        bool, arg(help="arithmetic instead of the compiler: at once, and off by up to a tenth")
+    ] = False
+
+
+OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {
+    f.name for f in dataclasses.fields(cli.Flags)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        cfg, flags, given = cli.parse_with(
+            PlanFlags,
+            argv,
+            prog=PROG,
+            description="What fits a card, what it needs, and how long it takes.",
+            default_preset=lambda: _tier(cli.flag_values(argv)),
+        )
+        plan(cfg, flags, given)
+    except UserError as fault:
+        cli.fail(PROG, str(fault))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
+    """Answer the question that the flags ask, as tables or as JSON."""
+    gpu = _card(flags.gpu, flags.vram)
+    if flags.hours is not None and not 0 < flags.hours < math.inf:
+        raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
+    target.prepare_environment()
+    from jaxgpt.hardware.planner import Planner
+
+    why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
+    planner = Planner(gpu, why_estimated, on_compile=waiting)
+    cfg = planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer)))
+    show: Callable[[dict[str, Any]], None]
+    if flags.hours is not None:
+        answer, show = planner.best_for_hours(cfg, flags.hours), plan_report.print_hours
+    elif given - OWN or flags.fit:
+        free = {"batch_size", "remat"} - given if flags.fit else set()
+        answer, show = planner.one(cfg, free), plan_report.print_one
+    else:
+        answer, show = planner.overview(cfg), plan_report.print_overview
+    if flags.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show(answer)
+
+
+def _tier(values: dict[str, str | None]) -> str:
+    # Of a flag that is wrong, parsing says more; any tier will do until then.
+    try:
+        vram = values.get("vram")
+        gpu = _card(values.get("gpu"), None if vram is None else float(vram))
+    except (UserError, ValueError):
+        return Config.preset
+    return preset_for_memory(gpu.memory_bytes / 2**30)
+
+
+def _card(name: str | None, vram: float | None) -> Gpu:
+    """The card that is asked about.
+
+    Raises:
+        UserError: if none is named and none is here, or both ways of naming one are used.
+    """
+    if name is not None and vram is not None:
+        raise ConfigError("--gpu names a card and --vram stands for one without a name; give one")
+    if vram is not None:
+        if not 1 <= vram <= 1024:
+            raise ConfigError(f"--vram {vram:g} must be between 1 and 1024 (GB)")
+        return unnamed_card(vram)
+    if name is not None:
+        return find_gpu(name)
+    cards = local_cards()
+    if not cards:
+        known = ", ".join(gpu.key for gpu in GPUS)
+        raise ConfigError(
+            "nvidia-smi lists no card in this machine; say which one to plan for with --gpu NAME "
+            f"or --vram GB. Known: {known}"
+        )
+    found = lookup_gpu(cards[0].name, cards[0].memory_bytes)
+    return found or dataclasses.replace(
+        unnamed_card(cards[0].memory_bytes / 2**30), name=cards[0].name
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
