@@ -178,6 +178,8 @@ class Config:
             *_bad_counts(self, "sample_tokens", "seed", least=0),
             *self._batch_faults(),
         ]
+        if self.vram_gb is not None:
+            faults += _bad_counts(self, "vram_gb")
         if not 0 < self.checkpoint_minutes < math.inf:
             faults.append(
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"

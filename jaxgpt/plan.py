@@ -19,7 +19,7 @@ from jaxgpt.console import waiting
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import target
-from jaxgpt.hardware.gpus import GPUS, Gpu, find_gpu, local_cards, lookup_gpu, unnamed_card
+from jaxgpt.hardware.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.resolve import resolve
 
@@ -122,17 +122,15 @@ def _card(name: str | None, vram: float | None) -> Gpu:
         return unnamed_card(vram)
     if name is not None:
         return find_gpu(name)
-    cards = local_cards()
-    if not cards:
+    card = visible_card()
+    if card is None:
         known = ", ".join(gpu.key for gpu in GPUS)
         raise ConfigError(
             "nvidia-smi lists no card in this machine; say which one to plan for with --gpu NAME "
             f"or --vram GB. Known: {known}"
         )
-    found = lookup_gpu(cards[0].name, cards[0].memory_bytes)
-    return found or dataclasses.replace(
-        unnamed_card(cards[0].memory_bytes / 2**30), name=cards[0].name
-    )
+    unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / 2**30), name=card.name)
+    return lookup_gpu(card.name, card.memory_bytes) or unnamed
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxgpt.data.sources import embedded_tokens
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.gpus import local_cards
+from jaxgpt.hardware.gpus import visible_card
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.resolve import resolve
 from jaxgpt.training.metrics import MetricsLog
@@ -163,9 +163,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
 
 
 def preset_of_this_machine() -> str | None:
-    """The tier of the first card that the driver lists, None without one."""
-    cards = local_cards()
-    return preset_for_memory(cards[0].memory_bytes / 2**30) if cards else None
+    """The tier of the card that a run would get, None without one."""
+    card = visible_card()
+    return preset_for_memory(card.memory_bytes / 2**30) if card else None
 
 
 def load_tokens(cfg: Config, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream]:

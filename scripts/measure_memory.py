@@ -160,9 +160,38 @@ def measure_all(path: Path, only: str | None) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The presets as the README shows them, one line each, every card in one cell."""
+    """The presets as the README shows them: one line each, on the best-known card of its tier."""
+    from jaxgpt.hardware.memory import capacity_of
+    from jaxgpt.hardware.speed import HOUR, tokens_per_second
 
-    raise NotImplementedError
+    lines = [
+        "| preset | parameters | n_layer / n_head / n_embd | batch_size x accumulation | remat | "
+        "needs | card: free of its pool | learning_rate | tokens, a parameter | days there |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in preset_names():
+        cfg = resolve(load_preset(name), load_tokenizer("gpt2"))
+        here = {r["gpu"]: r for r in rows if r["list"] == "presets" and r["preset"] == name}
+        if not here:
+            continue
+        gpu = find_gpu(CARDS[cfg.vram_gb or 0][-1])
+        peak, m = here[gpu.key]["peak_bytes"], cfg.model
+        tokens = cfg.tokens_per_step * cfg.max_iters
+        rate = tokens_per_second(with_fields(cfg, dtype="bfloat16"), gpu)
+        cells = (
+            f"`{name}`",
+            f"{m.parameter_count() / 1e6:.1f}M",
+            f"{m.n_layer} / {m.n_head} / {m.n_embd}",
+            f"{cfg.batch_size} x {cfg.gradient_accumulation_steps}",
+            cfg.remat,
+            f"{peak / GIB:.1f} GiB",
+            f"{gpu.name}: {(capacity_of(gpu) - peak) / GIB:.1f} GiB",
+            f"{cfg.optimizer.learning_rate:g}",
+            f"{tokens / 1e9:.1f}B, {tokens / m.parameter_count():.0f}",
+            "?" if rate is None else f"{tokens / rate / HOUR / 24:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import pytest
 import jaxgpt
 from jaxgpt import cli, train
 from jaxgpt.config import Config, OptimizerConfig, flat_fields, flat_values
+from jaxgpt.hardware import gpus
 from jaxgpt.hardware.gpus import GIB, LocalCard
 from jaxgpt.presets import NANOGPT_SETTINGS, describe_presets
 
@@ -200,7 +201,7 @@ def test_a_tilde_means_the_home_folder_wherever_the_shell_left_it(monkeypatch):
 )
 def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes, preset):
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
-    monkeypatch.setattr(train, "local_cards", lambda: cards)
+    monkeypatch.setattr(gpus, "local_cards", lambda: cards)
     cfg = cli.parse(
         ["--n-layer=2"], prog="", description="", default_preset=train.preset_of_this_machine
     )
@@ -208,7 +209,7 @@ def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
-    monkeypatch.setattr(train, "local_cards", list)
+    monkeypatch.setattr(gpus, "local_cards", list)
     assert train.preset_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
@@ -372,8 +373,9 @@ WITHOUT_JAX = """
 import os, sys
 import jaxgpt.hardware.device as device
 from jaxgpt import train
+from jaxgpt.hardware import gpus
 device.PLUGINS = ()  # as on a machine without a GPU version of JAX
-train.local_cards = lambda: []
+gpus.local_cards = lambda: []
 codes = []
 for argv in {argvs}:
     try:

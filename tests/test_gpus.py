@@ -4,7 +4,16 @@ import subprocess
 import pytest
 
 from jaxgpt.hardware import gpus
-from jaxgpt.hardware.gpus import GIB, GPUS, Gpu, find_gpu, flops_per_token, local_cards, lookup_gpu
+from jaxgpt.hardware.gpus import (
+    GIB,
+    GPUS,
+    Gpu,
+    LocalCard,
+    find_gpu,
+    flops_per_token,
+    local_cards,
+    lookup_gpu,
+)
 
 FLOPS_PER_SM_AND_CLOCK = {
     (7, 0): None,
@@ -149,6 +158,20 @@ def test_without_a_working_driver_there_are_no_cards(
 
     monkeypatch.setattr(gpus.subprocess, "run", run)
     assert local_cards() == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"), [(None, "A"), ("1", "B"), ("1,0", "B"), ("7", "A"), ("GPU-3f", "A")]
+)
+def test_the_card_a_program_gets_is_the_first_visible_one(monkeypatch, visible, name) -> None:
+    cards = [LocalCard(name=n, memory_bytes=1) for n in "AB"]
+    monkeypatch.setattr(gpus, "local_cards", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.visible_card().name == name
+    monkeypatch.setattr(gpus, "local_cards", list)
+    assert gpus.visible_card() is None
 
 
 def test_flops_per_token_are_nanogpts() -> None:

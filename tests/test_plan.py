@@ -168,10 +168,10 @@ def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:
 
 def test_the_card_in_this_machine_is_the_default(answer, monkeypatch) -> None:
     card = LocalCard(name="NVIDIA GeForce RTX 4090", memory_bytes=24564 * 2**20)
-    monkeypatch.setattr(plan, "local_cards", lambda: [card])
+    monkeypatch.setattr(plan, "visible_card", lambda: card)
     assert answer("--preset", "24gb")["gpu"] == "rtx4090"
     laptop = LocalCard(name="NVIDIA GeForce RTX 4090 Laptop GPU", memory_bytes=16376 * 2**20)
-    monkeypatch.setattr(plan, "local_cards", lambda: [laptop])
+    monkeypatch.setattr(plan, "visible_card", lambda: laptop)
     got = answer("--preset", "16gb")
     assert (got["gpu_name"], got["hours"]) == (laptop.name, None)
 
@@ -193,7 +193,7 @@ def test_mistakes_are_answered_in_a_sentence(refused, argv, words) -> None:
 
 
 def test_without_a_card_the_answer_is_how_to_name_one(refused, monkeypatch) -> None:
-    monkeypatch.setattr(plan, "local_cards", list)
+    monkeypatch.setattr(plan, "visible_card", lambda: None)
     assert "--gpu NAME or --vram GB" in refused("--preset", "24gb")
 
 

@@ -15,6 +15,7 @@ Imports no JAX: the planner and the presets ask about cards that this machine do
 
 import dataclasses
 import difflib
+import os
 import re
 import subprocess
 
@@ -225,6 +226,15 @@ def local_cards() -> list[LocalCard]:
         for name, _, mib in rows
         if mib.strip().isdecimal()
     ]
+
+
+def visible_card() -> LocalCard | None:
+    """The card that a program here gets first: of those in CUDA_VISIBLE_DEVICES, if it is set."""
+    cards = local_cards()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    # Anything but a number names a card by its UUID, or none; the first one stands for it.
+    index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
+    return cards[index] if cards else None
 
 
 def flops_per_token(n_params_without_wpe: int, n_layer: int, n_embd: int, block_size: int) -> int:

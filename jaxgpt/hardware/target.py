@@ -40,6 +40,8 @@ def prepare_environment() -> None:
     """Have JAX start without looking for a card; call before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # XLA reports a step that nearly fills the card, and a slow compilation, as if they were faults.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def obstacle(gpu: Gpu) -> str | None:
