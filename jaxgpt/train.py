@@ -72,7 +72,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
 
     import jax
 
-    from jaxgpt.model.generate import make_generate
+    from jaxgpt.model.generate import Generator, Sampling
     from jaxgpt.training.build import build_training
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
@@ -90,7 +90,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         seed=cfg.seed,
         device=device,
     )
-    generate = make_generate(training.graphdef, cfg.sample_tokens)
+    generator = Generator(
+        training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
+    )
 
     with ExitStack() as stack:
         stack.enter_context(jax.default_device(device))
@@ -127,9 +129,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
             checkpoints.save(state, config=flat_values(cfg), data=position, val_loss=val_loss)
 
         def sample_now() -> str:
-            prompt_BP = jax.numpy.full((1, 1), tokenizer.eot)
             key = jax.random.fold_in(state.key, state.step)
-            return tokenizer.decode(jax.device_get(generate(state.params, prompt_BP, key))[0, 1:])
+            prompt, length = [tokenizer.eot], cfg.sample_tokens
+            tokens_1L = generator.generate(state.params, prompt, length, key, samples=1)
+            return tokenizer.decode(tokens_1L[0])
 
         text = ""
         if resumed_step is None:

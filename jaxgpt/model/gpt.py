@@ -92,10 +92,14 @@ class Attention(nnx.Module):
         self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.c_proj(self.attend(*self.heads(x_BTD)).reshape(x_BTD.shape))
+
+    def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTNH, v_BTNH), which `generate` keeps for the tokens to come."""
         B, T, D = x_BTD.shape
         qkv_BT3NH = self.c_attn(x_BTD).reshape(B, T, 3, self.n_head, D // self.n_head)
         q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BT3NH, axis=2)
-        return self.c_proj(self.attend(q_BTNH, k_BTNH, v_BTNH).reshape(B, T, D))
+        return q_BTNH, k_BTNH, v_BTNH
 
 
 class MLP(nnx.Module):
