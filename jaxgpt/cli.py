@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import tyro
 
@@ -19,6 +19,20 @@ from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
 OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
+
+MAY_BE_EMPTY = ("prompt",)
+
+
+class Flags(Protocol):
+    """A command's flags: a dataclass that checks itself."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def faults(self) -> list[str]:
+        """What is wrong with them, a sentence for each fault."""
+
+
+Command = TypeVar("Command", bound=Flags)
 
 
 def parse(
@@ -29,7 +43,7 @@ def parse(
     `default_preset` is asked for a preset's name when `argv` has none; None lists the presets.
     """
     try:
-        flags = _flags(argv)
+        flags = flags_of(argv)
         _refuse_at_sight(argv, flags)
         preset = flags.get("preset") or default_preset()
         if preset is None and {"-h", "--help"} & set(argv):
@@ -44,6 +58,49 @@ def parse(
         return _settle(draft, base, flags)
     except ConfigError as fault:
         fail(prog, str(fault))
+
+
+def parse_command(
+    argv: Sequence[str],
+    kind: type[Command],
+    *,
+    prog: str,
+    description: str,
+    instead: Mapping[str, str] | None = None,
+) -> Command:
+    """The flags of a command other than `train`; a mistake ends the process with exit code 2.
+
+    `kind` is a dataclass whose field comments are the help; its `faults()` says what is wrong.
+    `instead` answers nanoGPT's flags by name.
+    """
+    fields = dataclasses.fields(kind)
+    known = {field.name.replace("_", "-"): field for field in fields}
+    faults = []
+    for name, value in flags_of(argv).items():
+        flag = name.replace("_", "-")
+        if instead and name in instead:
+            faults.append(f"--{name} is nanoGPT's; {instead[name]}")
+        elif flag not in known and flag not in OTHER_FLAGS:
+            faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
+        elif (
+            flag in known
+            and known[flag].type is not bool
+            and not value
+            and flag not in MAY_BE_EMPTY
+        ):
+            faults.append(f"--{flag} needs a value")
+    if faults:
+        fail(prog, "\n".join(faults))
+    flags = tyro.cli(
+        kind,
+        prog=prog,
+        description=description,
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    if faults := flags.faults():
+        fail(prog, "\n".join(faults))
+    return flags
 
 
 def fail(prog: str, message: str, code: int = 2) -> NoReturn:
@@ -121,7 +178,7 @@ def _is_hidden(field: dataclasses.Field) -> bool:
     return tyro.conf.Suppress in typing.get_args(field.type)
 
 
-def _flags(argv: Sequence[str]) -> dict[str, str | None]:
+def flags_of(argv: Sequence[str]) -> dict[str, str | None]:
     """The flags in argv by the names of their fields, each with the last value given to it."""
     flags: dict[str, str | None] = {}
     for arg, following in zip_longest(argv, argv[1:]):

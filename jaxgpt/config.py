@@ -17,6 +17,7 @@ from jaxgpt.errors import UserError
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["none", "light", "full"]
+Gelu = Literal["tanh", "erf"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
 # JAX counts steps in 32 bits, and keeps no more of a seed.
@@ -29,6 +30,8 @@ def _unless_none(default: str) -> str:
 
 
 IntIfSet = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_unless_none)]
+FloatIfSet = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_unless_none)]
+TextIfSet = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint=_unless_none)]
 PathIfSet = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_unless_none)]
 
 
@@ -47,6 +50,7 @@ class ModelConfig:
     vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
     dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
     bias: bool = False  # biases in linear layers and layer norms (GPT-2: True)
+    gelu: Gelu = "tanh"  # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
     # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
     n_vocab: Annotated[int | None, Suppress] = None
 
@@ -126,6 +130,10 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
+    # Hub, or a folder; they bring their architecture and tokenizer, block_size may be shorter
+    init_from: TextIfSet = None
 
     dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
