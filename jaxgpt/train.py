@@ -23,6 +23,7 @@ from jaxgpt.hardware.gpus import local_cards
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stopping import StopRequest
+from jaxgpt.weights import load_like, start_from
 
 PROG = "python -m jaxgpt.train"
 
@@ -57,6 +58,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     out_dir = cfg.out_dir
     assert out_dir is not None
     saved = resume.load_saved(out_dir)
+    cfg, pretrained = start_from(cfg, saved, cli.flags_of(argv))
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
@@ -104,6 +106,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         report.print_run(cfg, loader, len(windows_WT1), device, training.attention, resumed_step)
         if resumed_step is None:
             state = training.init()
+            if pretrained is not None:
+                params = load_like(pretrained, cfg.model, state.params)
+                state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)
             resume.check_data(restored.data, position, out_dir)

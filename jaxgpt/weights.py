@@ -7,11 +7,21 @@ at once.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, ConfigError, Device, Dtype, ModelConfig, PathIfSet, TextIfSet
+from jaxgpt.config import (
+    Config,
+    ConfigError,
+    Device,
+    Dtype,
+    ModelConfig,
+    PathIfSet,
+    TextIfSet,
+    flat_values,
+    with_fields,
+)
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from jaxgpt.data.tokenizer_files import RECOGNIZED, recognize_tokenizer
 from jaxgpt.hardware import device as hardware
@@ -76,7 +86,7 @@ def open_weights(flags: WeightsFlags) -> Weights:
         name=flags.init_from,
         model=model,
         tokenizer=tokenizer,
-        load=lambda device: _put(huggingface.load_params(folder, model), device),
+        load=lambda device: _on_device(huggingface.load_params(folder, model), device),
     )
 
 
@@ -103,6 +113,63 @@ def build_network(weights: Weights, device: Any, dtype: str) -> Any:
     capability = hardware.compute_capability(device)
     attend, _ = pick_attention(device.platform, capability, dtype, model.n_embd // model.n_head)
     return build_gpt(model, dtype, attend)
+
+
+def start_from(
+    cfg: Config, saved: Config | None, given: Collection[str]
+) -> tuple[Config, Path | None]:
+    """`cfg` with the architecture of the weights it starts from, and their folder.
+
+    Without --init-from `cfg` is as it was. A run that goes on, `saved`, has its weights in its
+    checkpoints and its architecture in its configuration; then there is no folder. `given` are
+    the names of the flags that were typed.
+
+    Raises:
+        UserError: if there are no such weights, or a flag asks for another architecture.
+    """
+    init_from = cfg.init_from or (saved.init_from if saved else None)
+    if init_from is None:
+        return cfg, None
+    cfg = with_fields(cfg, init_from=init_from)
+    if saved is not None and saved.init_from == init_from:
+        return _with_architecture(cfg, saved.model, saved.tokenizer, given), None
+    folder = find_folder(init_from)
+    model, tokenizer = read_folder(folder)
+    return _with_architecture(cfg, model, tokenizer.name, given), folder
+
+
+def load_like(folder: Path, model: ModelConfig, like: Any) -> Any:
+    """The weights in `folder` as parameters of `model`, placed as those of `like` are."""
+    import jax
+
+    params = huggingface.load_params(folder, model)
+    # Copies, because a training step donates them.
+    return jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like
+    )
+
+
+def _with_architecture(
+    cfg: Config, model: ModelConfig, tokenizer: str, given: Collection[str]
+) -> Config:
+    asked = flat_values(cfg)
+    names = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
+    found = {**{name: getattr(model, name) for name in names}, "tokenizer": tokenizer}
+    faults = [
+        f"--{name.replace('_', '-')} {asked[name]}: the weights of {cfg.init_from} have "
+        f"{found[name]}; leave it out"
+        for name in found
+        if name in given and asked[name] not in (found[name], None)
+    ]
+    if "block_size" in given and asked["block_size"] > model.block_size:
+        faults.append(
+            f"--block-size {asked['block_size']}: the weights of {cfg.init_from} have positions "
+            f"for {model.block_size} tokens; it may be shorter, not longer"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+    block_size = min(cfg.model.block_size, model.block_size)
+    return with_fields(cfg, **found, n_vocab=model.n_vocab, block_size=block_size)
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -232,7 +299,7 @@ def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, 
     return int(which)
 
 
-def _put(params: Any, device: Any) -> Any:
+def _on_device(params: Any, device: Any) -> Any:
     import jax
 
-    return jax.tree.map(lambda x: jax.device_put(x, device, may_alias=False), params)
+    return jax.device_put(params, device)
