@@ -151,6 +151,8 @@ class Config:
     log_interval: int = 100  # steps between lines in the log
     checkpoint_minutes: float = 15.0  # the longest time between two checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
+    hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets': scored at each evaluation
+    lambada: TextIfSet = None  # lambada_test.jsonl, or 'datasets': scored at each evaluation
     sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
 
     out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>

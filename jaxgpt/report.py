@@ -59,6 +59,16 @@ class Reporter:
         self._pace.leave_out_pause()
 
 
+def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The accuracies of benchmarks under the names they have in the log."""
+    return {
+        f"{benchmark}/{name}": figures[name]
+        for benchmark, figures in scores.items()
+        for name in ("acc", "acc_norm")
+        if name in figures
+    }
+
+
 def run_flops_per_token(cfg: Config) -> int:
     """FLOPs of training on one token, by nanoGPT's formula."""
     m = cfg.model

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from jaxgpt import cli, report, resume
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole
+from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.sources import embedded_tokens
@@ -69,16 +70,19 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     windows_WT1 = evaluation_windows(
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
+    sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
+    questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
     position = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
     accumulation = cfg.gradient_accumulation_steps or 1
 
     import jax
 
     from jaxgpt.model.generate import Generator, Sampling
+    from jaxgpt.training.benchmarks import score_benchmarks
     from jaxgpt.training.build import build_training
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
-    from jaxgpt.training.step import Metrics
+    from jaxgpt.training.step import Metrics, make_score_step
 
     device = hardware.choose_device(cfg)
     cfg = with_fields(cfg, dtype=hardware.compute_dtype(cfg.dtype, device))
@@ -95,6 +99,8 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     generator = Generator(
         training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
     )
+
+    score_step = jax.jit(make_score_step(training.graphdef))
 
     with ExitStack() as stack:
         stack.enter_context(jax.default_device(device))
@@ -124,10 +130,15 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         console = stack.enter_context(RunConsole(step, cfg.max_iters, cfg.eval_interval))
         reporter = report.Reporter(cfg, device, log, console)
 
-        def evaluate_now() -> float:
+        def evaluate_now() -> dict[str, float]:
             loss = evaluate(training.eval_step, state.params, windows_WT1, cfg.batch_size)
-            console.say(f"step {step:,}  validation loss {loss:.4f}")
-            return loss
+            scores = score_benchmarks(
+                questions, score_step, state.params, cfg.model.block_size, cfg.batch_size
+            )
+            accuracies = report.benchmark_scalars(scores)
+            said = "".join(f"  {name} {share:.4f}" for name, share in accuracies.items())
+            console.say(f"step {step:,}  validation loss {loss:.4f}{said}")
+            return {"val/loss": loss, **accuracies}
 
         def save_now(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing
@@ -141,9 +152,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
 
         text = ""
         if resumed_step is None:
-            val_loss = evaluate_now()
-            log.scalars(step, {"val/loss": val_loss})
-            save_now(val_loss)
+            evaluated = evaluate_now()
+            log.scalars(step, evaluated)
+            save_now(evaluated["val/loss"])
         unread: Metrics | None = None
         for tokens_ABT1 in batches:
             if stop.name and unread is None:  # nothing has been done since the last save
@@ -161,18 +172,18 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
                 continue
             scalars, unread = reporter.read(step, unread), None
             if evaluate_due:
-                val_loss = evaluate_now()
-                log.scalars(step, {**scalars, "val/loss": val_loss})
+                evaluated = evaluate_now()
+                log.scalars(step, {**scalars, **evaluated})
                 if cfg.sample_tokens:
                     text = sample_now()
                     log.text(step, "sample", text)
             else:
                 reporter.log_if_due(step, scalars)
-            save_now(val_loss if evaluate_due else None)
+            save_now(evaluated["val/loss"] if evaluate_due else None)
             reporter.leave_out_pause()
         checkpoints.close()  # before anyone is told that it is done
         console.stop()
-        report.print_finished(cfg, PROG, argv, val_loss, checkpoints.best, text)
+        report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
     return 0
 
 

@@ -78,6 +78,12 @@ class Tokenizer:
             return b"".join(BYTE_VOCABULARY[id] for id in ids)
         return self.bpe.decode_bytes([int(id) for id in ids])
 
+    def byte_lengths(self) -> np.ndarray:
+        """(n_vocab,) int64: the bytes of text that each id stands for, none for `eot`."""
+        lengths = [len(self.decode_bytes([id])) for id in range(self.n_vocab)]
+        lengths[self.eot] = 0
+        return np.array(lengths)
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """'gpt2' and 'byte' from the package, any other name as tiktoken knows it.
