@@ -23,7 +23,7 @@ from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, p
 PROG = "python -m jaxgpt.sample"
 FROM_FILE = "FILE:"
 SEPARATOR = "---------------"  # nanoGPT's, between two samples
-STREAM_CHUNK = 4  # tokens between two looks at the terminal
+STREAM_CHUNK = 8  # tokens between two looks at the terminal
 INSTEAD = {
     "start": "here it is --prompt",
     "compile": "drop it: generation is compiled by XLA",

@@ -2,6 +2,9 @@
 
 While the text fits the context, a step feeds one token and finds the others in a cache. Past it
 the context slides as nanoGPT's does, every position changes, and a step reads the whole window.
+
+Letters besides those of gpt.py: P prompt, W the width it is filled up to, L length of a text,
+C tokens of one call, K candidates.
 """
 
 import dataclasses
