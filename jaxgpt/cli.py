@@ -20,8 +20,6 @@ from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_
 # Flags that are no fields: the help, and what tyro has for shells that complete.
 OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
 
-MAY_BE_EMPTY = ("prompt",)
-
 
 class Flags(Protocol):
     """A command's flags: a dataclass that checks itself."""
@@ -73,23 +71,7 @@ def parse_command(
     `kind` is a dataclass whose field comments are the help; its `faults()` says what is wrong.
     `instead` answers nanoGPT's flags by name.
     """
-    fields = dataclasses.fields(kind)
-    known = {field.name.replace("_", "-"): field for field in fields}
-    faults = []
-    for name, value in flags_of(argv).items():
-        flag = name.replace("_", "-")
-        if instead and name in instead:
-            faults.append(f"--{name} is nanoGPT's; {instead[name]}")
-        elif flag not in known and flag not in OTHER_FLAGS:
-            faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
-        elif (
-            flag in known
-            and known[flag].type is not bool
-            and not value
-            and flag not in MAY_BE_EMPTY
-        ):
-            faults.append(f"--{flag} needs a value")
-    if faults:
+    if faults := _faults_at_sight(argv, kind, instead or {}):
         fail(prog, "\n".join(faults))
     flags = tyro.cli(
         kind,
@@ -172,6 +154,23 @@ def _refuse_at_sight(argv: Sequence[str], flags: Mapping[str, str | None]) -> No
     ]
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _faults_at_sight(
+    argv: Sequence[str], kind: type[Command], instead: Mapping[str, str]
+) -> list[str]:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    names = [name.replace("_", "-") for name in known]
+    faults = []
+    for name, value in flags_of(argv).items():
+        flag = name.replace("_", "-")
+        if name in instead:
+            faults.append(f"--{name} is nanoGPT's; {instead[name]}")
+        elif name not in known and flag not in OTHER_FLAGS:
+            faults.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
+        elif name in known and known[name].type is not bool and not value and name != "prompt":
+            faults.append(f"--{flag} needs a value")  # but a prompt may be empty
+    return faults
 
 
 def _is_hidden(field: dataclasses.Field) -> bool:

@@ -14,10 +14,10 @@ from tyro.conf import Suppress, arg
 
 from jaxgpt.errors import UserError
 
+Gelu = Literal["tanh", "erf"]
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["none", "light", "full"]
-Gelu = Literal["tanh", "erf"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
 # JAX counts steps in 32 bits, and keeps no more of a seed.

@@ -22,9 +22,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import local_cards
 from jaxgpt.presets import preset_for_memory
+from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stopping import StopRequest
-from jaxgpt.weights import load_like, start_from
 
 PROG = "python -m jaxgpt.train"
 
@@ -99,7 +99,6 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     generator = Generator(
         training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
     )
-
     score_step = jax.jit(make_score_step(training.graphdef))
 
     with ExitStack() as stack:

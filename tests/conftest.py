@@ -38,6 +38,16 @@ def tiny_run(tmp_path_factory) -> Path:
     return out_dir
 
 
+@pytest.fixture(scope="session")
+def exported(tiny_run: Path, tmp_path_factory) -> Path:
+    """The tiny run as a Hugging Face folder."""
+    from jaxgpt import export
+
+    folder = tmp_path_factory.mktemp("exported") / "tiny-austen"
+    assert export.main(["--out-dir", str(tiny_run), "--to", str(folder)]) == 0
+    return folder
+
+
 def assert_trees_equal(a, b) -> None:
     """Every leaf of two pytrees is equal bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)

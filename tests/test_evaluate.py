@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from jaxgpt import export, train
+from jaxgpt import train
 from jaxgpt.data.loader import first_windows
 from jaxgpt.data.shards import DataError, TokenStream, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
@@ -58,11 +58,10 @@ def test_the_loss_is_what_training_logged_for_the_same_windows(
     assert (found["step"], found["validation"]["tokens"]) == (step, 5 * 12 * 16)
 
 
-def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, tmp_path) -> None:
-    export.main(["--out-dir", str(tiny_run), "--to", str(tmp_path / "hf")])
+def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, exported) -> None:
     small = ("--val-tokens", 5000, "--batch-size", 3)
     run = evaluated("--out-dir", tiny_run, *small)["validation"]
-    folder = evaluated("--init-from", tmp_path / "hf", "--dataset", "embedded", *small)
+    folder = evaluated("--init-from", exported, "--dataset", "embedded", *small)
     assert folder["validation"] == pytest.approx(run)
     assert run["tokens"] == 5000 // 16 * 16
 
@@ -174,8 +173,7 @@ def test_a_mistake_is_answered_in_a_sentence(mistake, tiny_run, flags, answers) 
     assert [part for part in answers if part not in answer] == []
 
 
-def test_a_folder_has_no_text_of_its_own(mistake, tiny_run, tmp_path) -> None:
-    export.main(["--out-dir", str(tiny_run), "--to", str(tmp_path / "hf")])
-    answer = mistake("--init-from", tmp_path / "hf")
+def test_a_folder_has_no_text_of_its_own(mistake, exported) -> None:
+    answer = mistake("--init-from", exported)
     assert "has no text of its own; say which with --data-dir" in answer
-    assert "is for runs" in mistake("--init-from", tmp_path / "hf", "--as-in-training")
+    assert "is for runs" in mistake("--init-from", exported, "--as-in-training")

@@ -12,18 +12,12 @@ from jaxgpt.training.metrics import read_metrics
 from jaxgpt.weights import WeightsFlags, build_network, open_weights
 
 
-@pytest.fixture
-def exported(tiny_run: Path, tmp_path: Path) -> Path:
-    assert main(["--out-dir", str(tiny_run), "--to", str(tmp_path / "out" / "model")]) == 0
-    return tmp_path / "out" / "model"
-
-
 def test_the_folder_has_all_that_transformers_looks_for_and_nothing_else(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert [path.name for path in exported.parent.iterdir()] == ["model"]
+    assert [path.name for path in exported.parent.iterdir()] == ["tiny-austen"]
 
 
 def test_transformers_gives_the_runs_logits_and_text(tiny_run: Path, exported: Path) -> None:

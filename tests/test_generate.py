@@ -87,6 +87,13 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(params, generators)
     assert a != c
 
 
+def test_each_position_draws_anew(params, generators) -> None:
+    undecided = jax.tree.map(jnp.zeros_like, params)  # every id is as likely as any other
+    tokens = generators["temperature"].generate(undecided, [1], 40, jax.random.key(0), samples=2)
+    assert all(len(set(row)) > 20 for row in tokens.tolist())
+    assert (tokens[0] == tokens[1]).mean() < 0.2
+
+
 def test_a_sample_does_not_depend_on_how_many_there_are(params, generators) -> None:
     few, many = (
         generators["temperature"].generate(params, [1], 20, jax.random.key(0), samples=n)
