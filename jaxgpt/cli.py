@@ -91,6 +91,13 @@ def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def fail_for_memory(prog: str, fault: RuntimeError, remedy: str) -> NoReturn:
+    """Leave with a sentence if `fault` is XLA's of a full device, else raise it again."""
+    if "RESOURCE_EXHAUSTED" not in str(fault):
+        raise fault
+    fail(prog, f"the device's memory is full: {str(fault).splitlines()[0][:200]}\n{remedy}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Draft(Config):
     # What the flags say, before anything follows from anything: checked as a whole in `_settle`.

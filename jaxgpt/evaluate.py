@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(flags)
     except UserError as fault:
         cli.fail(PROG, str(fault))
+    except RuntimeError as fault:  # XLA's among them
+        smaller = f"hold less at a time with --batch-size {max(1, flags.batch_size // 2)}"
+        cli.fail_for_memory(PROG, fault, smaller)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -124,6 +124,8 @@ def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
         "trained on": f"{step * run.tokens_per_step:,} tokens in {step:,} steps",
         "validation loss": loss,
     }
+    if weights.tokenizer.bpe is not None and has_files(weights.tokenizer):
+        rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
     settings = {k: v for k, v in flat_values(run).items() if k not in NOT_ON_THE_CARD}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
     lines = [

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(flags, prompt)
     except UserError as fault:
         cli.fail(PROG, str(fault))
+    except RuntimeError as fault:  # XLA's among them
+        cli.fail_for_memory(PROG, fault, "make fewer texts at a time with --num-samples")
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0

@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 from pathlib import Path
@@ -171,6 +172,19 @@ def test_training_scores_benchmarks_at_each_evaluation(tmp_path, hellaswag_file,
 def test_a_mistake_is_answered_in_a_sentence(mistake, tiny_run, flags, answers) -> None:
     answer = mistake("--out-dir", tiny_run, *flags)
     assert [part for part in answers if part not in answer] == []
+
+
+def test_a_full_device_is_answered_with_what_would_fit(mistake, tiny_run, monkeypatch) -> None:
+    def run_out(*_: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\nBufferAssignment:\n")
+
+    for command, remedy in (("evaluate", "--batch-size 4"), ("sample", "--num-samples")):
+        monkeypatch.setattr(f"jaxgpt.{command}.run", run_out)
+        monkeypatch.setattr("test_evaluate.main", importlib.import_module(f"jaxgpt.{command}").main)
+        answer = mistake("--out-dir", tiny_run)
+        assert "memory is full: RESOURCE_EXHAUSTED: Out of memory, 9 bytes." in answer
+        assert remedy in answer
+        assert "BufferAssignment" not in answer
 
 
 def test_a_folder_has_no_text_of_its_own(mistake, exported) -> None:
