@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import tyro
 
@@ -22,7 +22,7 @@ OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags(Config):
+class TrainFlags(Config):
     """What argv says, before anything follows from anything.
 
     A command with flags of its own has a subclass with a field for each.
@@ -41,7 +41,19 @@ class Flags(Config):
         pass
 
 
-Own = TypeVar("Own", bound=Flags)
+Own = TypeVar("Own", bound=TrainFlags)
+
+
+class Flags(Protocol):
+    """A command's flags: a dataclass that checks itself."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def faults(self) -> list[str]:
+        """What is wrong with them, a sentence for each fault."""
+
+
+Command = TypeVar("Command", bound=Flags)
 
 
 def parse(
@@ -52,7 +64,7 @@ def parse(
     `default_preset` is asked for a preset's name when `argv` has none; None lists the presets.
     """
     return parse_with(
-        Flags, argv, prog=prog, description=description, default_preset=default_preset
+        TrainFlags, argv, prog=prog, description=description, default_preset=default_preset
     )[0]
 
 
@@ -66,7 +78,7 @@ def parse_with(
 ) -> tuple[Config, Own, set[str]]:
     """The same for a command with flags of its own: (configuration, all flags, names given)."""
     try:
-        flags = flag_values(argv)
+        flags = flags_of(argv)
         _refuse_at_sight(argv, flags, flags_type)
         preset = flags.get("preset") or default_preset()
         if preset is None and {"-h", "--help"} & set(argv):
@@ -83,10 +95,44 @@ def parse_with(
         fail(prog, str(fault))
 
 
+def parse_command(
+    argv: Sequence[str],
+    kind: type[Command],
+    *,
+    prog: str,
+    description: str,
+    instead: Mapping[str, str] | None = None,
+) -> Command:
+    """The flags of a command other than `train`; a mistake ends the process with exit code 2.
+
+    `kind` is a dataclass whose field comments are the help; its `faults()` says what is wrong.
+    `instead` answers nanoGPT's flags by name.
+    """
+    if faults := _faults_at_sight(argv, kind, instead or {}):
+        fail(prog, "\n".join(faults))
+    flags = tyro.cli(
+        kind,
+        prog=prog,
+        description=description,
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    if faults := flags.faults():
+        fail(prog, "\n".join(faults))
+    return flags
+
+
 def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     """Print one plain message to standard error and leave."""
     print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
     sys.exit(code)
+
+
+def fail_for_memory(prog: str, fault: RuntimeError, remedy: str) -> NoReturn:
+    """Leave with a sentence if `fault` is XLA's of a full device, else raise it again."""
+    if "RESOURCE_EXHAUSTED" not in str(fault):
+        raise fault
+    fail(prog, f"the device's memory is full: {str(fault).splitlines()[0][:200]}\n{remedy}")
 
 
 def _parse_flags(
@@ -104,7 +150,7 @@ def _parse_flags(
     )
 
 
-def _settle(draft: Flags, base: Config, flags: Mapping[str, str | None]) -> Config:
+def _settle(draft: TrainFlags, base: Config, flags: Mapping[str, str | None]) -> Config:
     """Fill in what follows from other fields, and check the whole."""
     fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(Config)}
     if draft.batch_size == "auto":
@@ -134,7 +180,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _refuse_at_sight(
-    argv: Sequence[str], flags: Mapping[str, str | None], flags_type: type[Flags]
+    argv: Sequence[str], flags: Mapping[str, str | None], flags_type: type[TrainFlags]
 ) -> None:
     """Raises ConfigError for what would be read wrongly, or answered less well, further on."""
     inherited = {f.name for f in dataclasses.fields(Config)}
@@ -164,11 +210,28 @@ def _refuse_at_sight(
         raise ConfigError("\n".join(faults))
 
 
+def _faults_at_sight(
+    argv: Sequence[str], kind: type[Command], instead: Mapping[str, str]
+) -> list[str]:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    names = [name.replace("_", "-") for name in known]
+    faults = []
+    for name, value in flags_of(argv).items():
+        flag = name.replace("_", "-")
+        if name in instead:
+            faults.append(f"--{name} is nanoGPT's; {instead[name]}")
+        elif name not in known and flag not in OTHER_FLAGS:
+            faults.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
+        elif name in known and known[name].type is not bool and not value and name != "prompt":
+            faults.append(f"--{flag} needs a value")  # but a prompt may be empty
+    return faults
+
+
 def _is_hidden(field: dataclasses.Field) -> bool:
     return tyro.conf.Suppress in typing.get_args(field.type)
 
 
-def flag_values(argv: Sequence[str]) -> dict[str, str | None]:
+def flags_of(argv: Sequence[str]) -> dict[str, str | None]:
     """The flags in argv by the names of their fields, each with the last value given to it."""
     flags: dict[str, str | None] = {}
     for arg, following in zip_longest(argv, argv[1:]):

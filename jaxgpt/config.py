@@ -14,6 +14,7 @@ from tyro.conf import FlagConversionOff, Suppress, arg
 
 from jaxgpt.errors import UserError
 
+Gelu = Literal["tanh", "erf"]
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
@@ -30,6 +31,8 @@ def _unless_none(default: str) -> str:
 
 
 IntIfSet = Annotated[int | None, arg(metavar="INT", help_behavior_hint=_unless_none)]
+FloatIfSet = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=_unless_none)]
+TextIfSet = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint=_unless_none)]
 PathIfSet = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_unless_none)]
 
 
@@ -52,6 +55,7 @@ class ModelConfig:
     vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
     dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
     bias: TrueOrFalse = False  # biases in linear layers and layer norms (GPT-2: True)
+    gelu: Gelu = "tanh"  # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
     # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
     n_vocab: Annotated[int | None, Suppress] = None
 
@@ -134,6 +138,10 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
+    # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
+    # Hub, or a folder; they bring their architecture and tokenizer, block_size may be shorter
+    init_from: TextIfSet = None
+
     dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
     tokenizer: str = "gpt2"  # what made the tokens: gpt2, byte, or a tiktoken name
@@ -150,6 +158,8 @@ class Config:
     log_interval: int = 100  # steps between lines in the log
     checkpoint_minutes: float = 15.0  # the longest time between two checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
+    hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets': scored at each evaluation
+    lambada: TextIfSet = None  # lambada_test.jsonl, or 'datasets': scored at each evaluation
     sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
 
     out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>

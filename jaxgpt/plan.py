@@ -27,7 +27,7 @@ PROG = "python -m jaxgpt.plan"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanFlags(cli.Flags):
+class PlanFlags(cli.TrainFlags):
     """What to plan for, and how to say it; the rest is `train`'s and describes the run."""
 
     gpu: Annotated[
@@ -50,7 +50,7 @@ class PlanFlags(cli.Flags):
 
 
 OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {
-    f.name for f in dataclasses.fields(cli.Flags)
+    f.name for f in dataclasses.fields(cli.TrainFlags)
 }
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv,
             prog=PROG,
             description="What fits a card, what it needs, and how long it takes.",
-            default_preset=lambda: _tier(cli.flag_values(argv)),
+            default_preset=lambda: _tier(cli.flags_of(argv)),
         )
         plan(cfg, flags, given)
     except UserError as fault:

@@ -28,10 +28,6 @@ NANOGPT_SETTINGS = {
         "drop it: every evaluation saves a checkpoint; --keep-checkpoints N says how many of the "
         "newest are kept besides the best"
     ),
-    "init_from": (
-        "drop it: the same command resumes a run from its --out-dir, and a new --out-dir starts "
-        "from scratch"
-    ),
     "eval_only": "drop it: every run evaluates at step 0, at each --eval-interval and at its end",
     "backend": "drop it: XLA chooses its own collectives",
 }
@@ -110,6 +106,11 @@ def nanogpt_answer(setting: str, value: object) -> str | None:
     """What serves instead of a setting that only nanoGPT has; None for one that is known here."""
     if setting in NANOGPT_SETTINGS:
         return f"is nanoGPT's and has no meaning here; {NANOGPT_SETTINGS[setting]}"
+    if setting == "init_from" and value in ("resume", "scratch"):
+        return (
+            "is nanoGPT's; drop it: the same command resumes a run from its --out-dir, and a new "
+            "--out-dir starts from scratch"
+        )
     if setting == "device" and isinstance(value, str) and value.startswith(("cuda", "mps")):
         return (
             "is nanoGPT's; here it is gpu (CUDA_VISIBLE_DEVICES=N chooses among several), cpu or "

@@ -63,6 +63,16 @@ class Reporter:
         self._pace.leave_out_pause()
 
 
+def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The accuracies of benchmarks under the names they have in the log."""
+    return {
+        f"{benchmark}/{name}": figures[name]
+        for benchmark, figures in scores.items()
+        for name in ("acc", "acc_norm")
+        if name in figures
+    }
+
+
 def print_run(
     cfg: Config,
     loader: WindowLoader,
@@ -87,6 +97,7 @@ def print_run(
         "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
+        "weights": f"random, seed {cfg.seed}" if cfg.init_from is None else cfg.init_from,
         "data": f"{source}: {len(loader.tokens):,} {cfg.tokenizer} tokens, seed {cfg.seed}",
         "step": f"{cfg.effective_batch_size} sequences = batch_size {cfg.batch_size} x "
         f"{cfg.gradient_accumulation_steps} accumulated; {tokens:,} tokens",

@@ -23,7 +23,7 @@ MAY_CHANGE = {
     *("warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout"),
     *("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"),
     *("checkpoint_minutes", "keep_checkpoints", "sample_tokens", "out_dir", "data_dir", "device"),
-    *("dtype", "remat", "vram_gb"),
+    *("dtype", "remat", "vram_gb", "hellaswag", "lambada"),
 }
 
 

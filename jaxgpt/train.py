@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from jaxgpt import cli, report, resume
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole, waiting
+from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.sources import embedded_tokens
@@ -21,6 +22,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import visible_card
 from jaxgpt.presets import preset_for_memory
+from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stopping import StopRequest
@@ -54,6 +56,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     out_dir = cfg.out_dir
     assert out_dir is not None
     saved = resume.load_saved(out_dir)
+    cfg, pretrained = start_from(cfg, saved, cli.flags_of(argv))
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
@@ -64,16 +67,19 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     windows_WT1 = evaluation_windows(
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
+    sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
+    questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
     position = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
 
     import jax
 
     from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
     from jaxgpt.model.attention import compute_capability
-    from jaxgpt.model.generate import make_generate
+    from jaxgpt.model.generate import Generator, Sampling
+    from jaxgpt.training.benchmarks import score_benchmarks
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
-    from jaxgpt.training.step import Metrics
+    from jaxgpt.training.step import Metrics, make_score_step
 
     device = hardware.choose_device(cfg)
     dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
@@ -90,12 +96,18 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         with waiting("compiling the training step"):
             cfg, training, need = prepare_to_run(cfg, device)
         accumulation = cfg.gradient_accumulation_steps or 1
-        generate = make_generate(training.graphdef, cfg.sample_tokens)
+        generator = Generator(
+            training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
+        )
+        score_step = jax.jit(make_score_step(training.graphdef))
         report.print_run(
             cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
         )
         if resumed_step is None:
             state = training.init()
+            if pretrained is not None:
+                params = load_like(pretrained, cfg.model, state.params)
+                state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)
             resume.check_data(restored.data, position, out_dir)
@@ -111,25 +123,31 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         console = stack.enter_context(RunConsole(step, cfg.max_iters, cfg.eval_interval))
         reporter = report.Reporter(cfg, device, log, console)
 
-        def evaluate_now() -> float:
+        def evaluate_now() -> dict[str, float]:
             loss = evaluate(training.eval_step, state.params, windows_WT1, cfg.batch_size)
-            console.say(f"step {step:,}  validation loss {loss:.4f}")
-            return loss
+            scores = score_benchmarks(
+                questions, score_step, state.params, cfg.model.block_size, cfg.batch_size
+            )
+            accuracies = report.benchmark_scalars(scores)
+            said = "".join(f"  {name} {share:.4f}" for name, share in accuracies.items())
+            console.say(f"step {step:,}  validation loss {loss:.4f}{said}")
+            return {"val/loss": loss, **accuracies}
 
         def save_now(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing
             checkpoints.save(state, config=flat_values(cfg), data=position, val_loss=val_loss)
 
         def sample_now() -> str:
-            prompt_BP = jax.numpy.full((1, 1), tokenizer.eot)
             key = jax.random.fold_in(state.key, state.step)
-            return tokenizer.decode(jax.device_get(generate(state.params, prompt_BP, key))[0, 1:])
+            prompt, length = [tokenizer.eot], cfg.sample_tokens
+            tokens_1L = generator.generate(state.params, prompt, length, key, samples=1)
+            return tokenizer.decode(tokens_1L[0])
 
         text = ""
         if resumed_step is None:
-            val_loss = evaluate_now()
-            log.scalars(step, {"val/loss": val_loss})
-            save_now(val_loss)
+            evaluated = evaluate_now()
+            log.scalars(step, evaluated)
+            save_now(evaluated["val/loss"])
         unread: Metrics | None = None
         for tokens_ABT1 in batches:
             if stop.name and unread is None:  # nothing has been done since the last save
@@ -147,18 +165,18 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
                 continue
             scalars, unread = reporter.read(step, unread), None
             if evaluate_due:
-                val_loss = evaluate_now()
-                log.scalars(step, {**scalars, "val/loss": val_loss})
+                evaluated = evaluate_now()
+                log.scalars(step, {**scalars, **evaluated})
                 if cfg.sample_tokens:
                     text = sample_now()
                     log.text(step, "sample", text)
             else:
                 reporter.log_if_due(step, scalars)
-            save_now(val_loss if evaluate_due else None)
+            save_now(evaluated["val/loss"] if evaluate_due else None)
             reporter.leave_out_pause()
         checkpoints.close()  # before anyone is told that it is done
         console.stop()
-        report.print_finished(cfg, PROG, argv, val_loss, checkpoints.best, text)
+        report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
     return 0
 
 

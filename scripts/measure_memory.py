@@ -45,6 +45,7 @@ TIERS = {
     "12gb": "rtx4070ti",
 }
 REMATS = ("none", "light", "full")
+MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
 ACCUMULATION = 4  # of the free shapes; memory does not depend on it
 
 
@@ -118,7 +119,7 @@ def record(kind: str, gpu: str, cfg: Config, peak_bytes: int) -> dict[str, Any]:
         "gpu": gpu,
         "preset": cfg.preset if kind != "shapes" else None,
         "parameters": m.parameter_count(),
-        **{k: v for k, v in dataclasses.asdict(m).items() if k != "n_vocab"},
+        **{name: getattr(m, name) for name in MODEL_FIELDS},
         "batch_size": cfg.batch_size,
         "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
         "remat": cfg.remat,
@@ -131,8 +132,14 @@ def record(kind: str, gpu: str, cfg: Config, peak_bytes: int) -> dict[str, Any]:
 
 def config_from(row: dict[str, Any]) -> Config:
     """The configuration that a record was made from."""
-    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "n_vocab"]
-    names += ["batch_size", "gradient_accumulation_steps", "remat", "scan_layers", "dtype"]
+    names = [
+        *MODEL_FIELDS,
+        "batch_size",
+        "gradient_accumulation_steps",
+        "remat",
+        "scan_layers",
+        "dtype",
+    ]
     values = {name: row[name] for name in [*names, "state_dtype"]}
     effective = row["batch_size"] * row["gradient_accumulation_steps"]
     return with_fields(Config(), **values, effective_batch_size=effective, n_vocab=50257)

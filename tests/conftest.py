@@ -1,6 +1,7 @@
 """Shapes and steps shared by the tests; every model is tiny and everything runs on the CPU."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where XLA's compiler for cards is installed, it must not look for one.
@@ -22,6 +23,31 @@ TINY = ModelConfig(
 def tokens_BT1() -> np.ndarray:
     """Six windows of random tokens, (6, 9) uint16."""
     return np.random.default_rng(0).integers(0, TINY.n_vocab, (6, 9)).astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a run of eight steps on the embedded text, byte tokens, evaluated at each 4."""
+    from jaxgpt.train import main
+
+    out_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = [
+        *("--preset", "demo", "--n-layer", "2", "--n-head", "2", "--n-embd", "16"),
+        *("--block-size", "16", "--batch-size", "4", "--effective-batch-size", "4"),
+        *("--max-iters", "8", "--eval-interval", "4", "--eval-iters", "5", "--sample-tokens", "0"),
+    ]
+    assert main([*flags, "--out-dir", str(out_dir)]) == 0
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_run: Path, tmp_path_factory) -> Path:
+    """The tiny run as a Hugging Face folder."""
+    from jaxgpt import export
+
+    folder = tmp_path_factory.mktemp("exported") / "tiny-austen"
+    assert export.main(["--out-dir", str(tiny_run), "--to", str(folder)]) == 0
+    return folder
 
 
 def assert_trees_equal(a, b) -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.model.attention import cudnn_attention, plain_attention
-from jaxgpt.model.gelu import gelu
+from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.model.loss import mean_cross_entropy
 
@@ -127,12 +127,13 @@ def test_light_keeps_what_flash_attention_hands_to_its_backward_pass(monkeypatch
     assert forward_calls("full") == 2 * CFG.n_layer
 
 
+@pytest.mark.parametrize("name", ["tanh", "erf"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gelu_and_its_gradient_are_those_of_jax(dtype) -> None:
+def test_gelu_and_its_gradient_are_those_of_jax(dtype, name) -> None:
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"atol": 0.02}
-    got, vjp = jax.vjp(gelu, x)
-    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), x)
+    got, vjp = jax.vjp(GELUS[name], x)
+    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=name == "tanh"), x)
     assert got.dtype == dtype
     as32 = [np.asarray(y, np.float32) for y in (got, expected)]
     np.testing.assert_allclose(*as32, **tolerance)

@@ -118,6 +118,23 @@ def evaluation_windows(
     return windows
 
 
+def first_windows(
+    tokens: TokenStream, block_size: int, count: int, n_vocab: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """Batches (batch_size or less, T+1) uint16 of the first `count` windows, end to end.
+
+    No token is predicted twice, and none but the first is passed over. Raises DataError if there
+    is no whole window or an id is bad.
+    """
+    _check_length(tokens, block_size)
+    count = min(count, (len(tokens) - 1) // block_size)
+    for first in range(0, count, batch_size):
+        starts = np.arange(first, min(first + batch_size, count)) * block_size
+        windows = tokens.windows(starts, block_size + 1)
+        tokens.check_ids(windows, starts, n_vocab)
+        yield windows
+
+
 def _check_length(tokens: TokenStream, block_size: int) -> None:
     if len(tokens) < block_size + 1:
         raise DataError(

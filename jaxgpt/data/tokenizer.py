@@ -70,9 +70,19 @@ class Tokenizer:
                 f"id {foreign[0]} is none of the {self.n_vocab:,} ids of tokenizer {self.name!r}; "
                 "decode with the tokenizer that the ids were made with"
             )
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of ids that this tokenizer has: a token may end in the middle of a letter."""
         if self.bpe is None:
-            return b"".join(BYTE_VOCABULARY[id] for id in ids).decode(errors="replace")
-        return self.bpe.decode(ids.tolist(), errors="replace")
+            return b"".join(BYTE_VOCABULARY[id] for id in ids)
+        return self.bpe.decode_bytes([int(id) for id in ids])
+
+    def byte_lengths(self) -> np.ndarray:
+        """(n_vocab,) int64: the bytes of text that each id stands for, none for `eot`."""
+        lengths = [len(self.decode_bytes([id])) for id in range(self.n_vocab)]
+        lengths[self.eot] = 0
+        return np.array(lengths)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -94,23 +104,33 @@ def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
     return -(-n_vocab // multiple) * multiple
 
 
+def byte_characters() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the order of their ranks.
+
+    Those printable by themselves come first, then the others under characters from 256 on
+    (`bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py).
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def gpt2_merges() -> list[str]:
+    """The lines of vocab.bpe after its version, in order of rank: "Ġ t" joins " " and "t"."""
+    return load_embedded("vocab.bpe.xz").decode().splitlines()[1:]
+
+
 def _build_gpt2() -> tiktoken.Encoding:
     """`tiktoken.get_encoding("gpt2")`, without its cache, its environment variables, its network.
 
-    vocab.bpe has a version line and then a merge a line, in order of rank: "Ġ t" joins " " and
-    "t". It writes each byte as one printable character; the 256 bytes come first in rank, those
-    printable by themselves before the others (`bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py).
+    The 256 bytes come first in rank, then the merges.
     """
     import tiktoken
 
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + index): byte for index, byte in enumerate(others)}
-
-    merges = load_embedded("vocab.bpe.xz").decode().splitlines()[1:]
-    pieces = [bytes([byte]) for byte in printable + others]
-    pieces += [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in merges]
+    byte_of = {character: byte for byte, character in byte_characters().items()}
+    pieces = [bytes([byte]) for byte in byte_of.values()]
+    pieces += [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in gpt2_merges()]
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=GPT2_PATTERN,

@@ -22,13 +22,20 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> 
 
 def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
     """Softmax over T x S scores in float32, on any device. Out_BTNH in the inputs' dtype."""
-    _, T, _, H = q_BTNH.shape
+    T = q_BTNH.shape[1]
+    return attention_over(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)))
+
+
+def attention_over(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array
+) -> jax.Array:
+    """Attention of T positions to those of S keys that `visible_TS` marks; out as above."""
+    H = q_BTNH.shape[-1]
     scores_BNTS = jnp.einsum(
-        "BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=jnp.float32
+        "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
     ) / jnp.sqrt(jnp.float32(H))
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    weights_BNTS = jax.nn.softmax(jnp.where(causal_TS, scores_BNTS, -jnp.inf), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BTNH.dtype), v_BTNH)
+    weights_BNTS = jax.nn.softmax(jnp.where(visible_TS, scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
 def pick_attention(

@@ -1,10 +1,11 @@
-"""tanh-GELU with its own gradient: float32 inside, and only its input saved.
+"""GELU, by tanh or exact, with its own gradient: float32 inside, and only its input saved.
 
 Left to automatic differentiation XLA keeps several arrays as wide as the MLP, some of them in
 float32: the largest activations of a layer, several times over.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,39 @@ def _tanh(x32: jax.Array) -> jax.Array:
     return jnp.tanh(SCALE * (x32 + CUBIC * x32**3))
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gelu(x), x
-
-
-def _backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    # Without the barrier XLA finds the same tanh in the forward pass and keeps it, in float32.
-    x, dy = jax.lax.optimization_barrier((x, dy))
+@jax.custom_vjp
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) = 0.5 x (1 + erf(x / sqrt(2))), in the dtype of x; torch's default."""
     x32 = x.astype(jnp.float32)
+    return (x32 * _phi(x32)).astype(x.dtype)
+
+
+def _phi(x32: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x32 / math.sqrt(2)))
+
+
+def _tanh_slope(x32: jax.Array) -> jax.Array:
     t = _tanh(x32)
     inner = SCALE * (1 + 3 * CUBIC * x32**2)
-    slope = 0.5 * (1 + t) + 0.5 * x32 * (1 - t * t) * inner
-    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+    return 0.5 * (1 + t) + 0.5 * x32 * (1 - t * t) * inner
 
 
-gelu.defvjp(_forward, _backward)
+def _exact_slope(x32: jax.Array) -> jax.Array:
+    return _phi(x32) + x32 * jnp.exp(-0.5 * x32 * x32) / math.sqrt(2 * math.pi)
+
+
+def _give_gradient(gelu: jax.custom_vjp, slope: Callable[[jax.Array], jax.Array]) -> None:
+    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return gelu(x), x
+
+    def backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+        # Without the barrier XLA finds the forward pass's tanh again and keeps it, in float32.
+        x, dy = jax.lax.optimization_barrier((x, dy))
+        return ((dy.astype(jnp.float32) * slope(x.astype(jnp.float32))).astype(x.dtype),)
+
+    gelu.defvjp(forward, backward)
+
+
+_give_gradient(gelu, _tanh_slope)
+_give_gradient(exact_gelu, _exact_slope)
+GELUS = {"tanh": gelu, "erf": exact_gelu}

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig, Remat
 from jaxgpt.model.attention import Attend
-from jaxgpt.model.gelu import gelu
+from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.loss import mask_padding
 from jaxgpt.model.remat import rematerialized
@@ -126,21 +126,26 @@ class Attention(nnx.Module):
         self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.c_proj(self.attend(*self.heads(x_BTD)).reshape(x_BTD.shape))
+
+    def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTNH, v_BTNH), which `generate` keeps for the tokens to come."""
         B, T, D = x_BTD.shape
         qkv_BT3NH = self.c_attn(x_BTD).reshape(B, T, 3, self.n_head, D // self.n_head)
         q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BT3NH, axis=2)
-        return self.c_proj(self.attend(q_BTNH, k_BTNH, v_BTNH).reshape(B, T, D))
+        return q_BTNH, k_BTNH, v_BTNH
 
 
 class MLP(nnx.Module):
-    """Four times as wide in the middle, tanh-GELU as in GPT-2 (nanoGPT's own is erf)."""
+    """Four times as wide in the middle."""
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gelu = GELUS[cfg.gelu]
         self.c_fc = make_linear(cfg, cfg.n_embd, 4 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = gelu(self.c_fc(x_BTD))
+        h_BTF = self.gelu(self.c_fc(x_BTD))
         return self.c_proj(h_BTF)
 
 

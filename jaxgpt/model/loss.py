@@ -47,14 +47,28 @@ def token_losses(
     chunk_rows: int = CHUNK_ROWS,
 ) -> jax.Array:
     """Loss of each token, losses_BT in nats, float32; not meant to be differentiated."""
+    return token_scores(h_BTD, wte_VD, targets_BT, n_vocab, chunk_rows)[0]
+
+
+def token_scores(
+    h_BTD: jax.Array,
+    wte_VD: jax.Array,
+    targets_BT: jax.Array,
+    n_vocab: int | None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> tuple[jax.Array, jax.Array]:
+    """(losses_BT, hits_BT): each token's loss, and whether no other token was likelier."""
     wte_VD = wte_VD.astype(h_BTD.dtype)
 
-    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_CD, targets_C = chunk
-        return _log_softmax_parts(h_CD, wte_VD, targets_C, n_vocab)[0]
+        losses_C, logits_CV, _ = _log_softmax_parts(h_CD, wte_VD, targets_C, n_vocab)
+        return losses_C, logits_CV.argmax(-1) == targets_C
 
     chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
-    return jax.lax.map(one_chunk, chunks).reshape(-1)[:M].reshape(targets_BT.shape)
+    losses, hits = jax.lax.map(one_chunk, chunks)
+    shape = targets_BT.shape
+    return losses.reshape(-1)[:M].reshape(shape), hits.reshape(-1)[:M].reshape(shape)
 
 
 def _forward(

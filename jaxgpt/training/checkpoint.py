@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.errors import UserError
+from jaxgpt.model.gpt import Params
 from jaxgpt.training.step import TrainState
 
 VAL_LOSS = "val_loss"
@@ -171,6 +172,41 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+
+
+def load_params(out_dir: Path, step: int, like: Params) -> Params:
+    """The parameters of a checkpoint alone, in the shapes and shardings of `like`.
+
+    Reads and writes nothing else, so a run may be training in the same folder.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or does not fit `like`.
+    """
+    folder = (out_dir / "checkpoints" / str(step)).absolute()
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            params = ocp.load_checkpointables(folder, {"state": {"params": like}})
+        return jax.tree.map(_fitting, params["state"]["params"], like)
+    except Exception as fault:  # Orbax raises a dozen kinds for damaged files
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read ({_first_line(fault)}); choose another with "
+            "--checkpoint, or see whether the config.json beside it is the run's own"
+        ) from fault
+
+
+def load_notes(out_dir: Path, step: int) -> dict[str, Any]:
+    """What was saved beside the state: the flat `config`, and `data`, where the run was in it."""
+    folder = (out_dir / "checkpoints" / str(step)).absolute()
+    return ocp.checkpointables_metadata(folder).custom_metadata
+
+
+def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    # Orbax hands back what it did not find as it was asked for.
+    if not isinstance(leaf, jax.Array) or leaf.shape != like.shape:
+        raise ValueError(f"it has no parameter of shape {like.shape} where there must be one")
+    return leaf
 
 
 def _first_line(fault: Exception) -> str:

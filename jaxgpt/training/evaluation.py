@@ -1,9 +1,13 @@
 """Validation loss on a fixed set of windows: the same weights always get the same number."""
 
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 
 from jaxgpt.model.gpt import Params
-from jaxgpt.training.step import EvalStep
+from jaxgpt.training.step import EvalStep, ScoreStep
 
 
 def evaluate(
@@ -19,3 +23,49 @@ def evaluate(
     # Everything is dispatched before anything is read, so that the device never waits.
     losses = [eval_step(params, windows_WT1[rows]) for rows in batches]
     return float(np.concatenate([np.asarray(x, np.float64) for x in losses])[:W].mean())
+
+
+class TextLoss(NamedTuple):
+    """How well a model predicts a text."""
+
+    loss: float  # nats per token
+    standard_error: float  # of the loss, windows taken as independent of each other
+    perplexity: float
+    bits_per_byte: float
+    tokens: int  # predicted
+    bytes: int  # what they stand for; end-of-text tokens stand for none
+
+
+def measure_text(
+    score_step: ScoreStep,
+    params: Params,
+    batches: Iterable[np.ndarray],
+    byte_lengths_V: np.ndarray,
+) -> TextLoss:
+    """The loss over batches of windows, each (W, T+1) uint16, all of one shape but the last.
+
+    Bits per byte leave the end-of-text tokens out, in nats as in bytes.
+    """
+    means, nats, byte_count, tokens = [], 0.0, 0, 0
+    shape: tuple[int, int] | None = None
+    for windows_WT1 in batches:
+        W, T1 = windows_WT1.shape
+        shape = shape or (W, T1)
+        filled_BT1 = np.resize(windows_WT1, shape)  # the last batch; one shape is compiled
+        losses_WT = np.asarray(score_step(params, filled_BT1)[0], np.float64)[:W]
+        lengths_WT = byte_lengths_V[windows_WT1[:, 1:]]
+        means.append(losses_WT.mean(axis=1))
+        nats += losses_WT[lengths_WT > 0].sum()
+        byte_count += int(lengths_WT.sum())
+        tokens += losses_WT.size
+    means_W = np.concatenate(means)
+    loss = float(means_W.mean())
+    error = means_W.std(ddof=1) / math.sqrt(len(means_W)) if len(means_W) > 1 else math.nan
+    return TextLoss(
+        loss=loss,
+        standard_error=float(error),
+        perplexity=math.exp(loss),
+        bits_per_byte=nats / math.log(2) / byte_count,
+        tokens=tokens,
+        bytes=byte_count,
+    )

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxgpt.model.gpt import Params
-from jaxgpt.model.loss import mean_cross_entropy, token_losses
+from jaxgpt.model.loss import mean_cross_entropy, token_losses, token_scores
 from jaxgpt.training.optim import grad_norm
 
 
@@ -34,6 +34,7 @@ class TrainState(NamedTuple):
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, ArrayLike], jax.Array]
+ScoreStep = Callable[[Params, ArrayLike], tuple[jax.Array, jax.Array]]
 
 
 def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> TrainState:
@@ -141,3 +142,16 @@ def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
         return losses_BT.mean(axis=1)
 
     return eval_step
+
+
+def make_score_step(graphdef: nnx.GraphDef) -> ScoreStep:
+    """Make `score_step(params, tokens_BT1) -> (losses_BT, hits_BT)`, T at most block_size."""
+
+    def score_step(params: Params, tokens_BT1: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        tokens_BT1 = jnp.asarray(tokens_BT1)
+        model = nnx.merge(graphdef, params)
+        h_BTD = model.features(tokens_BT1[:, :-1])
+        wte_VD = model.wte.embedding[...]
+        return token_scores(h_BTD, wte_VD, tokens_BT1[:, 1:], model.cfg.n_vocab)
+
+    return score_step

@@ -1,0 +1,128 @@
+"""Turn nanoGPT's ckpt.pt into a Hugging Face folder, for --init-from and for transformers.
+
+    python scripts/convert_nanogpt.py out/ckpt.pt --to my-nanogpt       # needs torch
+
+The file is a pickle and is read by torch's weights-only loader, which runs no code in it. nanoGPT
+computes with the exact GELU, and so does the result.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_files import write_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.model.huggingface import save_model
+
+COMPILED = "_orig_mod."  # before every name, where torch.compile was at work
+# nanoGPT pads GPT-2's 50,257 ids to 50,304 and leaves the others in its softmax; no text has them.
+PADDED_GPT2 = 50_304
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="nanoGPT's ckpt.pt")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to write; a new one")
+    args = parser.parse_args()
+    try:
+        convert(args.checkpoint, args.to)
+    except UserError as fault:
+        print(f"{parser.prog}: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+def convert(checkpoint: Path, folder: Path) -> None:
+    """Read `checkpoint` and write `folder`.
+
+    Raises:
+        UserError: if it is not there, is none of nanoGPT's, or the folder is in the way.
+    """
+    if folder.exists():
+        raise UserError(f"--to {folder} is there already; name another folder")
+    args, weights = read_checkpoint(checkpoint)
+    try:
+        cfg = model_config(args)
+        params = to_params(cfg, weights)
+    except KeyError as fault:
+        raise UserError(f"{checkpoint} is no ckpt.pt of nanoGPT: it has no {fault}") from None
+    folder.mkdir(parents=True)
+    is_gpt2 = cfg.n_vocab == load_tokenizer("gpt2").n_vocab
+    save_model(folder, cfg, params, eot=50_256 if is_gpt2 else 0)
+    if is_gpt2:
+        write_tokenizer(folder, load_tokenizer("gpt2"), cfg.block_size)
+    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}"
+    print(f"{folder}: {shape}, {cfg.n_vocab:,} ids")
+    if not is_gpt2:
+        print(
+            "its vocabulary is not GPT-2's and lies in nanoGPT's meta.pkl: transformers loads the "
+            "weights, jaxgpt has no tokenizer for them"
+        )
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(model_args, weights by nanoGPT's names in float32) of a ckpt.pt."""
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        args, state = checkpoint["model_args"], checkpoint["model"]
+    except OSError as fault:
+        raise UserError(f"{path} cannot be read: {fault}") from None
+    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as fault:
+        reason = (str(fault).strip().splitlines() or ["?"])[0]
+        raise UserError(
+            f"{path} is no ckpt.pt of nanoGPT ({type(fault).__name__}: {reason})"
+        ) from None
+    return args, {name.removeprefix(COMPILED): x.float().numpy() for name, x in state.items()}
+
+
+def model_config(args: dict) -> ModelConfig:
+    """The architecture that nanoGPT's model_args tell."""
+    rows = args["vocab_size"]
+    return ModelConfig(
+        n_layer=args["n_layer"],
+        n_head=args["n_head"],
+        n_embd=args["n_embd"],
+        block_size=args["block_size"],
+        bias=args["bias"],
+        dropout=args.get("dropout", 0.0),
+        vocab_size=rows,
+        n_vocab=50_257 if rows == PADDED_GPT2 else rows,
+        gelu="erf",
+    )
+
+
+def to_params(cfg: ModelConfig, weights: dict[str, np.ndarray]) -> dict:
+    """nanoGPT's weights as the nested dict of `init_params`."""
+
+    def layer_norm(name: str) -> dict[str, np.ndarray]:
+        norm = {"scale": weights[f"{name}.weight"]}
+        return {**norm, "bias": weights[f"{name}.bias"]} if cfg.bias else norm
+
+    def linear(name: str) -> dict[str, np.ndarray]:
+        layer = {"kernel": weights[f"{name}.weight"].T}
+        return {**layer, "bias": weights[f"{name}.bias"]} if cfg.bias else layer
+
+    def block(name: str) -> dict:
+        return {
+            "ln_1": layer_norm(f"{name}.ln_1"),
+            "attn": {part: linear(f"{name}.attn.{part}") for part in ("c_attn", "c_proj")},
+            "ln_2": layer_norm(f"{name}.ln_2"),
+            "mlp": {part: linear(f"{name}.mlp.{part}") for part in ("c_fc", "c_proj")},
+        }
+
+    return {
+        "wte": {"embedding": weights["transformer.wte.weight"]},
+        "wpe": {"embedding": weights["transformer.wpe.weight"]},
+        "blocks": {i: block(f"transformer.h.{i}") for i in range(cfg.n_layer)},
+        "ln_f": layer_norm("transformer.ln_f"),
+    }
+
+
+if __name__ == "__main__":
+    main()
