@@ -14,6 +14,7 @@ from jaxgpt import cli, report, resume
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
+from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.sources import embedded_tokens
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
@@ -62,12 +63,11 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     hardware.prepare_environment(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
-    train_tokens, val_tokens = load_tokens(cfg, tokenizer)
+    train_tokens, val_tokens, position = load_tokens(cfg, tokenizer)
     loader = WindowLoader(train_tokens, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
     windows_WT1 = evaluation_windows(
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
-    position = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
     accumulation = cfg.gradient_accumulation_steps or 1
 
     import jax
@@ -194,16 +194,24 @@ def resolve(cfg: Config, tokenizer: Tokenizer) -> Config:
     )
 
 
-def load_tokens(cfg: Config, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream]:
-    """The training and the validation split, checked."""
+def load_tokens(
+    cfg: Config, tokenizer: Tokenizer
+) -> tuple[TokenStream, TokenStream, dict[str, int | str]]:
+    """The training and the validation split, checked, and what tells them from other data."""
+    position: dict[str, int | str] = {}
     if cfg.dataset == "embedded":
         arrays = embedded_tokens(tokenizer)
         train, val = (TokenStream.from_arrays([arrays[name]]) for name in ("train", "val"))
     else:
         assert cfg.data_dir is not None
-        train = load_split(cfg.data_dir, "train", tokenizer.n_vocab)
-        val = load_split(cfg.data_dir, "val", tokenizer.n_vocab)
-    return train, val
+        if fingerprint := check_manifest(cfg.data_dir, tokenizer):
+            position["manifest_fingerprint"] = fingerprint
+        tokens_wanted = cfg.tokens_per_step * cfg.max_iters
+        train = load_split(cfg.data_dir, "train", tokenizer.n_vocab, tokens_wanted)
+        val = load_split(cfg.data_dir, "val", tokenizer.n_vocab, tokens_wanted)
+    position |= {"train_tokens": len(train), "val_tokens": len(val)}
+    position |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    return train, val, position
 
 
 if __name__ == "__main__":
