@@ -5,7 +5,6 @@ pieces of the input (`preparation/tokenize.py`), and shards are cut from the pie
 (`preparation/assemble.py`). Everything but the flags is imported once they are understood.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,10 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{fault.filename}: " if fault.filename else ""
         fail(PROG, f"{where}{fault.strerror}; the same command goes on once that is mended")
     except KeyboardInterrupt as stop:
-        print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # A download on another thread must not be waited for.
-        os._exit(143 if isinstance(stop, Terminated) else 130)
+        print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
 

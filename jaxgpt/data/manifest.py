@@ -86,7 +86,7 @@ def _refuse_unfinished(data_dir: Path) -> None:
             f"{data_dir}: was prepared by several processes; join what they made with {PREPARE} "
             f"--merge {data_dir}"
         )
-    if (data_dir / WORK_FOLDER).is_dir():
+    if any((data_dir / WORK_FOLDER).rglob("*.json")):
         raise DataError(
             f"{data_dir}: is not finished; run its {PREPARE} command again, which goes on where it "
             f"stopped, or delete {data_dir / WORK_FOLDER} to train on the shards that are there"

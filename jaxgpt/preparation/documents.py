@@ -249,13 +249,24 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             documents, counts = [], []
             for line in group:
                 record = _parse(line, options)
-                if first and isinstance(record, dict):
-                    check_column(slice.input, list(record), options.text_column)
+                if first:
+                    _check_first(record, line, slice, options)
                     first = False
                 documents.append(_text_of(record, options))
                 counts.append(record.get("token_count") if isinstance(record, dict) else None)
             before, position = position, file.tell()
             yield Batch(documents, position - before, _sum_of_used(documents, counts))
+
+
+def _check_first(record: Any, line: bytes, slice: Slice, options: ReadOptions) -> None:
+    """Raises UserError where the first line shows that the whole file is meant otherwise."""
+    if slice.part == 0 and line.lstrip().startswith(b"["):
+        raise UserError(
+            f"{slice.path}: is a JSON array, and is to hold one object a line; write it so, as jq "
+            "-c '.[]' does"
+        )
+    if isinstance(record, dict):
+        check_column(slice.input, list(record), options.text_column)
 
 
 def _parse(line: bytes, options: ReadOptions) -> Any:

@@ -24,7 +24,7 @@ SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
 }
 COMPRESSED = (".gz", ".zst")  # of jsonl and text
-READABLE = "*.parquet, *.jsonl, *.txt (also .jsonl.gz, .jsonl.zst, .txt.gz, .txt.zst)"
+READABLE = ".parquet, .jsonl, .txt, the last two also as .gz or .zst"
 
 # Bytes of text in a byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
 # parquet; gzip and zstd make a third of English.
@@ -188,16 +188,20 @@ def _files_of(argument: str) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
-    files = [path for path in files if not any(p.startswith(".") for p in path.parts[-2:])]
-    if files:
-        return [path.resolve() for path in files]
     if any(folder.glob("*.bin")):
         raise UserError(
             f"{folder}: holds tokens already; train on them with python -m jaxgpt.train --data-dir "
             f"{folder}, or look at them with python -m jaxgpt.prepare --inspect {folder}"
         )
-    raise UserError(f"{folder}: holds no text; looked for {READABLE}")
+    files = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
+    files = [path for path in files if not _is_hidden(path.relative_to(folder))]
+    if not files:
+        raise UserError(f"{folder}: holds no text; looked for {READABLE}")
+    return [path.resolve() for path in files]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _unreadable(path: Path) -> str:

@@ -17,6 +17,12 @@ from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
 
 
+def nothing_done(work: Path) -> bool:
+    """Whether a folder's plan can still be replaced: no unit and no shard came of it."""
+    journals = (work / "units.jsonl", work / "shards.jsonl")
+    return not any(path.exists() and path.stat().st_size for path in journals)
+
+
 class Journal:
     """JSON values in a file, a line each."""
 

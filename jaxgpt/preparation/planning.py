@@ -14,7 +14,7 @@ from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.flags import ALIASES, PROG, SHARD_TOKENS, Flags, count
 from jaxgpt.preparation.hub import DATASETS, list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs, kind_of
-from jaxgpt.preparation.journal import Plan, Settings, check_same, with_inputs
+from jaxgpt.preparation.journal import Plan, Settings, check_same, nothing_done, with_inputs
 from jaxgpt.preparation.ranks import find_rank
 
 SMALL_TEXT = 100_000_000  # bytes; a tenth of less is validation, a hundredth of more
@@ -90,7 +90,8 @@ def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
     Raises UserError if the folder was begun with something else.
     """
     path = folder.work / "plan.json"
-    old = Plan.load(path)
+    # A plan that nothing came of was a mistake: a column's name, a rule for validation.
+    old = None if nothing_done(folder.work) else Plan.load(path)
     if is_hub_name(flags.inputs):
         return _plan_for_hub(flags, folder, tokenizer, old, path)
     inputs = find_inputs(flags.inputs)

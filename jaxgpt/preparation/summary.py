@@ -213,6 +213,7 @@ def announce(out: Path, manifest: dict[str, Any], world_size: int = 1) -> None:
     if out.parent == Path("data"):
         command += "" if out.name == "fineweb" else f" --dataset {out.name}"
     else:
-        command += f" --data-dir {out}"
+        # The name as well: presets that train on the text in the package need another.
+        command += f" --dataset {out.name} --data-dir {out}"
     tokenizer = manifest["tokenizer"]["name"]
     print(f"train on it: {command}" + (f" --tokenizer {tokenizer}" if tokenizer != "gpt2" else ""))

@@ -99,10 +99,12 @@ class PartFile:
         self._pending: list[np.ndarray] = []
         self._waiting = self.tokens = 0
 
-    def add(self, tokenizer: Tokenizer, document: str | LongText) -> None:
-        """One document, whatever its length."""
+    def add(self, tokenizer: Tokenizer, document: str | LongText, progress: Adds) -> None:
+        """One document, whatever its length; raises StoppedError in the midst of a long one."""
         self._append(self._eot)
-        for piece in pieces(document):
+        for number, piece in enumerate(pieces(document)):
+            if number:
+                progress.add(0, 0, 0)
             self._append(tokenizer.encode(piece))
 
     def _append(self, tokens: np.ndarray) -> None:
@@ -158,7 +160,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_part_of(document, job.val_fraction)].add(tokenizer, document)
+                    parts[_part_of(document, job.val_fraction)].add(tokenizer, document, progress)
                 token_counts.append(token_count)
                 tokens = sum(part.tokens for part in parts.values()) - before
                 progress.add(len(documents), tokens, size)
