@@ -22,6 +22,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.prepare import main
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 build = runpy.run_path(str(SCRIPTS / "build_fineweb_like.py"))["build"]
 SMALL = ("--shard-tokens", "30K", "--unit-bytes", "100K")
 
@@ -535,3 +536,18 @@ def test_too_many_ranks_for_the_input_are_refused(
 ) -> None:
     message = refusal(capsys, texts, "--out", tmp_path, "--rank", "0", "--world-size", "9")
     assert "the input is only 1 units of work" in message
+
+
+# Other trainers
+
+
+def test_shards_are_those_of_llm_c_and_modded_nanogpt_byte_for_byte(tmp_path: Path) -> None:
+    """The hashes are of files that their own scripts wrote of this text; see the JSON's command."""
+    recorded = json.loads((RESULTS / "interchange.json").read_text())
+    assert len(recorded["writers_whose_files_are_equal_byte_for_byte"]) == 2
+    build(tmp_path / "text", files=2, n_bytes=600_000)
+    out, tokens = tmp_path / "fineweb", recorded["shard_tokens"]
+    flags = ("--val-tokens", tokens, "--shard-tokens", tokens, "--unit-bytes", "100K")
+    assert prepare(tmp_path / "text", "--out", out, *flags) == 0
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.bin")}
+    assert found == recorded["shards"]

@@ -112,9 +112,12 @@ WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 def fraction_of(document: str | LongText) -> float:
     """A number in [0, 1) that depends on the document's text alone, evenly spread."""
-    digest = hashlib.sha256()
-    for chunk in [document] if isinstance(document, str) else document.chunks():
-        digest.update(chunk.encode(errors="surrogatepass"))
+    if isinstance(document, str):
+        digest = hashlib.sha256(document.encode(errors="surrogatepass"))
+    else:
+        digest = hashlib.sha256()
+        for chunk in document.chunks():
+            digest.update(chunk.encode())
     return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 

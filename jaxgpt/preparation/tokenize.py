@@ -32,6 +32,7 @@ from jaxgpt.preparation.documents import (
 from jaxgpt.preparation.inputs import Unit
 
 BUFFERED = 1 << 20  # tokens gathered before they are written
+GROUPED = 1 << 18  # characters of short documents encoded in one call
 
 
 class Job(NamedTuple):
@@ -91,21 +92,34 @@ class Adds(Protocol):
 class PartFile:
     """The tokens of one unit that belong to one split, written as they come."""
 
-    def __init__(self, path: Path, eot: int):
-        self._path, self._eot = path, np.array([eot], np.uint16)
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        self._path, self._tokenizer = path, tokenizer
         # Its own name: a worker that outlives a killed parent may still be writing the same part.
         self._partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._file = self._partial.open("wb")
+        self._texts: list[str] = []  # to be encoded in one call
         self._pending: list[np.ndarray] = []
-        self._waiting = self.tokens = 0
+        self._characters = self._waiting = self.tokens = 0
 
-    def add(self, tokenizer: Tokenizer, document: str | LongText, progress: Adds) -> None:
+    def add(self, document: str | LongText, progress: Adds) -> None:
         """One document, whatever its length; raises StoppedError in the midst of a long one."""
-        self._append(self._eot)
-        for number, piece in enumerate(pieces(document)):
-            if number:
-                progress.add(0, 0, 0)
-            self._append(tokenizer.encode(piece))
+        if isinstance(document, str) and len(document) <= GROUPED:
+            self._texts.append(document)
+            self._characters += len(document)
+            if self._characters > GROUPED:
+                self.encode()
+            return
+        self.encode()
+        self._append(np.array([self._tokenizer.eot], np.uint16))
+        for piece in pieces(document):
+            progress.add(0, 0, 0)
+            self._append(self._tokenizer.encode(piece))
+
+    def encode(self) -> None:
+        """Encode what has been added."""
+        if self._texts:
+            self._append(self._tokenizer.encode_documents(self._texts))
+        self._texts, self._characters = [], 0
 
     def _append(self, tokens: np.ndarray) -> None:
         self._pending.append(tokens)
@@ -122,6 +136,7 @@ class PartFile:
     def close(self, *, keep: bool) -> None:
         """Give the file its name, once it is safely on disk; or remove it."""
         if keep:
+            self.encode()
             self._write()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -143,9 +158,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
     Raises UserError for an input that cannot be read, and StoppedError.
     """
     names = ("all",) if job.val_fraction is None else ("train", "val")
-    parts = {
-        name: PartFile(part_path(job.folder, job.number, name), tokenizer.eot) for name in names
-    }
+    parts = {name: PartFile(part_path(job.folder, job.number, name), tokenizer) for name in names}
     counts = Counter[str]()
     examples: dict[str, str] = {}
     token_counts: list[int | None] = []
@@ -160,7 +173,9 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_part_of(document, job.val_fraction)].add(tokenizer, document, progress)
+                    parts[_part_of(document, job.val_fraction)].add(document, progress)
+                for part in parts.values():
+                    part.encode()
                 token_counts.append(token_count)
                 tokens = sum(part.tokens for part in parts.values()) - before
                 progress.add(len(documents), tokens, size)
