@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             code = "EntryNotFound" if (self.hub.folder / repo).is_dir() else "RepoNotFound"
             return self._send(404, b"", {"X-Error-Code": code})
         if self.command == "GET":
-            self.hub.hold.wait(30)
+            self.hub.hold.wait(120)
         data = path.read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
