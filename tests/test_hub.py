@@ -116,12 +116,21 @@ def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
     assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb"
     assert manifest["source"]["commit"] == COMMIT
     assert manifest["token_count"]["equal"]
-    assert not list((out / ".prepare" / "downloads").rglob("*.parquet"))
+    assert not (out / ".prepare" / "downloads").exists()
+    assert "it/s" not in done.stderr, "one progress bar is enough"
     assert not any("100BT" in request for request in hub.requests)
     before = len(hub.requests)
     again = run(environment, "fineweb", "--name", "sample-10BT", "--out", out, *SMALL)
     assert "is complete" in again.stdout
     assert len(hub.requests) == before, "a finished folder asks for nothing"
+
+
+def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "fineweb"
+    done = run(environment, "fineweb", "--out", out, *SMALL, "--limit-tokens", "500")
+    assert done.returncode == 0, done.stderr
+    assert len(load_split(out, "train", 50257)) == 500
+    assert not (out / ".prepare" / "downloads").exists()
 
 
 def test_a_download_that_is_killed_or_cut_off_goes_on(

@@ -490,6 +490,28 @@ def test_a_full_disk_is_told_before_anything_is_read(
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
+def test_a_disk_that_fills_up_is_told_and_gone_on_from(
+    fineweb_like: Path, prepared: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jaxgpt.prepare", str(fineweb_like), "--out", str(out), *SMALL]
+    for limit, said in ((30_000, "File too large"), (60_000, "File too large")):
+        full = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
+        )
+        assert full.returncode == 2
+        assert said in full.stderr
+        assert "the same command goes on once that is mended" in full.stderr
+        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+    assert prepare(fineweb_like, "--out", out, *SMALL) == 0
+    assert contents(out) == contents(prepared)
+
+
 def test_a_damaged_file_stops_the_run_and_keeps_what_is_finished(
     fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ SAMPLES = {name: f"sample/{name.removeprefix('sample-')}" for name in (
 
 WAITS = (1, 2, 4, 8, 15, 30, 60)  # seconds between tries
 QUICK_WAITS = (0.5, 1)  # when the first question of all finds no network
+DOWNLOADS = "downloads"  # where files lie while they are read
 AHEAD = 2  # files downloaded while others are being read
 
 
@@ -119,6 +120,9 @@ def download(
 ) -> Path:
     """One file of a data set, under `folder`; continues one that was cut off. Raises UserError."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # there is one bar already
 
     def fetch() -> Path:
         got = Path(

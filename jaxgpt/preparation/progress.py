@@ -15,9 +15,9 @@ LINE_SECONDS = 30  # between two lines where no bar can be drawn
 class PreparationConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
-    def __init__(self, total_bytes: int, done_bytes: int, what: str = "tokens"):
+    def __init__(self, total_bytes: int, done_bytes: int):
         self.console = Console(highlight=False, soft_wrap=True)
-        self._total, self._done_before, self._what = total_bytes, done_bytes, what
+        self._total, self._done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.percentage:3.0f} %"),
@@ -54,9 +54,9 @@ class PreparationConsole:
         elapsed = max(time.monotonic() - self._began, 1e-6)
         bytes_left = max(self._total - done_bytes, 0)
         parts = [f"{decimal(bytes_left)} left"]
-        if tokens:
-            rate = f"{tokens / elapsed:,.0f} {self._what}/s"
-            parts = [f"{tokens:,} {self._what}", f"{documents:,} documents", rate, *parts]
+        if tokens:  # few characters, so that all fits into 80 columns
+            made = f"{tokens / 1e6:,.1f}M tokens ({tokens / elapsed / 1e6:.2f}M/s)"
+            parts = [made, f"{documents:,} documents", *parts]
         speed = (done_bytes - self._done_before) / elapsed
         if speed > 0 and elapsed > 1:
             parts.append(f"{duration(bytes_left / speed)} to go")

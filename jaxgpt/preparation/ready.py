@@ -15,7 +15,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.estimate import check_disk
 from jaxgpt.preparation.flags import Flags, count
-from jaxgpt.preparation.hub import download, retrying
+from jaxgpt.preparation.hub import DOWNLOADS, download, retrying
 from jaxgpt.preparation.journal import Journal
 from jaxgpt.preparation.planning import Folder
 from jaxgpt.preparation.progress import PreparationConsole
@@ -127,7 +127,7 @@ def _download_all(
         if name not in known:
             path = out / name
             if not path.exists():
-                got = download(repo, file.path, file.size, commit, work / "downloads", console.say)
+                got = download(repo, file.path, file.size, commit, work / DOWNLOADS, console.say)
                 _check(got, file, tokenizer)
                 os.replace(got, path)
             known[name] = _entry(path, tokenizer)

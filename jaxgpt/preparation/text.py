@@ -1,6 +1,7 @@
 """Text into shards, from wherever an earlier run got to."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler, empty_splits
 from jaxgpt.preparation.estimate import check_disk, estimate
 from jaxgpt.preparation.flags import Flags, count
-from jaxgpt.preparation.hub import Downloads, download
+from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download
 from jaxgpt.preparation.inputs import Input
 from jaxgpt.preparation.journal import Plan
 from jaxgpt.preparation.planning import Folder, explain_empty, make_plan
@@ -35,7 +36,7 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
     name = MANIFEST if world_size == 1 else rank_manifest_name(folder.rank, world_size)
     manifest = read_manifest(out / name)
     if assembler.finished and manifest is not None:
-        assembler.clean()
+        _clean(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
         return manifest
     (out / name).unlink(missing_ok=True)  # a folder that has one is complete
@@ -44,8 +45,14 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
         raise UserError(explain_empty(out, plan.settings, missing[0]))
     manifest = text_manifest(plan, tokenizer, assembler.shards, assembler.used_records())
     write_json(out / name, manifest)
-    assembler.clean()
+    _clean(folder, assembler)
     return manifest
+
+
+def _clean(folder: Folder, assembler: Assembler) -> None:
+    """Delete what only the work needed; a limit leaves tokens and downloads behind."""
+    assembler.clean()
+    shutil.rmtree(folder.work / DOWNLOADS, ignore_errors=True)
 
 
 def _tokenize(
@@ -98,7 +105,7 @@ def _places(
     """Where each input can be read, and what to do once it is not needed."""
     if "repo" not in plan.source:
         return (lambda item: Path(item.path)), (lambda item: None)
-    repo, commit, folder = plan.source["repo"], plan.source["commit"], work / "downloads"
+    repo, commit, folder = plan.source["repo"], plan.source["commit"], work / DOWNLOADS
 
     def get(item: Input) -> Path:
         return download(repo, item.path, item.size, commit, folder, say)
