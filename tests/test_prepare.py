@@ -553,6 +553,27 @@ def test_the_ranks_shards_in_order_are_those_of_one_process(
         assert merged[name] == single[name], name
 
 
+def test_another_number_of_processes_is_refused(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    (out / ".prepare" / "rank-000-of-002").mkdir(parents=True)
+    (alone / ".prepare").mkdir(parents=True)
+    (alone / ".prepare" / "plan.json").touch()
+    ranked = ("--rank", "0", "--world-size", "3")
+    for folder, flags, was in ((out, (), 2), (out, ranked, 2), (alone, ranked, 1)):
+        message = refusal(capsys, fineweb_like, "--out", folder, *SMALL, *flags)
+        assert f"was begun with --world-size {was}, not" in message
+
+
+def test_text_is_not_mixed_with_ready_made_shards(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / ".prepare").mkdir(parents=True)
+    (tmp_path / "out" / ".prepare" / "ready.json").write_text('{"repo": "a/b"}')
+    assert "holds ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
+
+
 def test_too_many_ranks_for_the_input_are_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

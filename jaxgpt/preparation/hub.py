@@ -247,7 +247,10 @@ def _explain(error: BaseException, what: str, status: int | None) -> str:
     if isinstance(error, GatedRepoError):
         return f"{what}: asks for your consent on its page first; then set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{what}: there is none of this name on the Hub (a private one needs HF_TOKEN set)"
+        return (
+            f"{what}: there is none of this name on the Hub, nor a folder here (a private one "
+            "needs HF_TOKEN set)"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"{what}: has no such --revision"
     if isinstance(error, HFValidationError):

@@ -156,8 +156,6 @@ def _flat(source: dict[str, str], settings: Settings) -> dict[str, Any]:
     flat = asdict(settings)
     # A hash in place of a name helps nobody; the size of a unit changes no token.
     hidden = {"options", "unit_bytes", "prefix"}
-    if source.get("kind") == "files":
-        hidden |= {"kind"}
     return {k: v for k, v in {**source, **flat, **flat["options"]}.items() if k not in hidden}
 
 

@@ -39,6 +39,7 @@ def open_folder(flags: Flags) -> Iterator[Folder]:
     if launcher:
         print(f"rank {rank} of {world_size} ({launcher})")
     own = f"rank-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
+    _refuse_other_division(out, world_size)
     work = out / WORK_FOLDER / own
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -48,6 +49,18 @@ def open_folder(flags: Flags) -> Iterator[Folder]:
         raise UserError(
             f"{out}: another prepare is writing to it; wait for it, or give this one another --out"
         ) from None
+
+
+def _refuse_other_division(out: Path, world_size: int) -> None:
+    """Raises UserError for a folder that was begun by another number of processes."""
+    sizes = {int(path.name.rpartition("-")[2]) for path in (out / WORK_FOLDER).glob("rank-*-of-*")}
+    if (out / WORK_FOLDER / "plan.json").exists():
+        sizes.add(1)
+    if others := sizes - {world_size}:
+        raise UserError(
+            f"{out}: was begun with --world-size {others.pop()}, not {world_size}; go on with "
+            "that, or choose another folder with --out"
+        )
 
 
 def default_out(flags: Flags) -> Path:
@@ -90,6 +103,8 @@ def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
     Raises UserError if the folder was begun with something else.
     """
     path = folder.work / "plan.json"
+    if (folder.work / "ready.json").exists():
+        raise UserError(f"{folder.out}: holds ready-made shards; give text another --out")
     # A plan that nothing came of was a mistake: a column's name, a rule for validation.
     old = None if nothing_done(folder.work) else Plan.load(path)
     if is_hub_name(flags.inputs):

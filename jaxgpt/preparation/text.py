@@ -39,7 +39,8 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
         _clean(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
         return manifest
-    (out / name).unlink(missing_ok=True)  # a folder that has one is complete
+    for stale in {name, MANIFEST}:  # a folder that has one is complete
+        (out / stale).unlink(missing_ok=True)
     _tokenize(flags, folder, plan, assembler, limit)
     if world_size == 1 and (missing := empty_splits(assembler)):
         raise UserError(explain_empty(out, plan.settings, missing[0]))
