@@ -493,20 +493,17 @@ def test_a_full_disk_is_told_before_anything_is_read(
 def test_a_disk_that_fills_up_is_told_and_gone_on_from(
     fineweb_like: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    import resource
-
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jaxgpt.prepare", str(fineweb_like), "--out", str(out), *SMALL]
-    for limit, said in ((30_000, "File too large"), (60_000, "File too large")):
-        full = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
-        )
+    code = (
+        "import resource, sys; from jaxgpt.prepare import main\n"
+        "limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    for limit in ("30000", "60000"):  # less than a unit's tokens, less than a shard
+        command = [sys.executable, "-c", code, limit, str(fineweb_like), "--out", str(out), *SMALL]
+        full = subprocess.run(command, capture_output=True, text=True)
         assert full.returncode == 2
-        assert said in full.stderr
-        assert "the same command goes on once that is mended" in full.stderr
+        assert "File too large; the same command goes on once that is mended" in full.stderr
         assert len(full.stderr.strip().splitlines()) == 1, full.stderr
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
     assert contents(out) == contents(prepared)
