@@ -15,6 +15,7 @@ from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
+from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.sources import embedded_tokens
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,14 +63,13 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
     hardware.prepare_environment(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
-    train_tokens, val_tokens = load_tokens(cfg, tokenizer)
+    train_tokens, val_tokens, position = load_tokens(cfg, tokenizer)
     loader = WindowLoader(train_tokens, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
     windows_WT1 = evaluation_windows(
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
     sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
     questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
-    position = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
 
     import jax
 
@@ -186,16 +186,24 @@ def preset_of_this_machine() -> str | None:
     return preset_for_memory(card.memory_bytes / 2**30) if card else None
 
 
-def load_tokens(cfg: Config, tokenizer: Tokenizer) -> tuple[TokenStream, TokenStream]:
-    """The training and the validation split, checked."""
+def load_tokens(
+    cfg: Config, tokenizer: Tokenizer
+) -> tuple[TokenStream, TokenStream, dict[str, int | str]]:
+    """The training and the validation split, checked, and what tells them from other data."""
+    position: dict[str, int | str] = {}
     if cfg.dataset == "embedded":
         arrays = embedded_tokens(tokenizer)
         train, val = (TokenStream.from_arrays([arrays[name]]) for name in ("train", "val"))
     else:
         assert cfg.data_dir is not None
-        train = load_split(cfg.data_dir, "train", tokenizer.n_vocab)
-        val = load_split(cfg.data_dir, "val", tokenizer.n_vocab)
-    return train, val
+        if fingerprint := check_manifest(cfg.data_dir, tokenizer):
+            position["manifest_fingerprint"] = fingerprint
+        tokens_wanted = cfg.tokens_per_step * cfg.max_iters
+        train = load_split(cfg.data_dir, "train", tokenizer.n_vocab, tokens_wanted)
+        val = load_split(cfg.data_dir, "val", tokenizer.n_vocab, tokens_wanted)
+    position |= {"train_tokens": len(train), "val_tokens": len(val)}
+    position |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    return train, val, position
 
 
 if __name__ == "__main__":

@@ -214,3 +214,14 @@ def test_importing_the_module_loads_neither_jax_nor_tiktoken() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_documents_together_have_the_tokens_of_each_with_the_end_of_text_before_it(
+    name: str,
+) -> None:
+    tokenizer = load_tokenizer(name)
+    plain = ["one", "", " two\n\n", "<|endoftext|", "|>three", "<", "ünï ☃ <|endoftext", "\n"]
+    for texts in (plain, [*plain, "a <|endoftext|> b"], ["half \ud800 a pair", *plain], ["x"]):
+        expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
+        assert tokenizer.encode_documents(texts).tolist() == expected

@@ -5,12 +5,14 @@ shards open with a magic number, nanoGPT's `train.bin` and `val.bin` have no hea
 Headerless is therefore believed only under exactly those two names.
 """
 
+import hashlib
 import mmap
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -37,7 +39,8 @@ MAPPED_AT_ONCE = 512
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-PREPARE = "llm.c's dev/data/fineweb.py or nanoGPT's prepare.py"  # what makes such files
+SAMPLE_10BT = 10_000_000_000  # training tokens of FineWeb's smallest sample, and 0.27B more
+PREPARE = "python -m jaxgpt.prepare"  # what makes such files
 
 
 class DataError(UserError):
@@ -103,6 +106,13 @@ class TokenStream:
             f"another tokenizer made it: prepare the text again with {PREPARE}"
         )
 
+    def fingerprint(self) -> str:
+        """A hash of the length and of tokens spread over the whole, to tell other data by."""
+        length = min(64, len(self))
+        starts = np.linspace(0, len(self) - length, 1024).astype(np.int64)
+        sampled = self.windows(np.unique(starts), length)
+        return hashlib.sha256(str(len(self)).encode() + sampled.tobytes()).hexdigest()[:16]
+
     def _spans(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(part, first, end) of every piece that a window consists of."""
         index, stop = bisect_right(self._borders, start) - 1, start + length
@@ -129,15 +139,17 @@ class TokenStream:
                 self._mapped(part)[1].madvise(mmap.MADV_WILLNEED, begin, stop - begin)
 
 
-def load_split(data_dir: Path, split: Literal["train", "val"], n_vocab: int) -> TokenStream:
+def load_split(
+    data_dir: Path, split: Literal["train", "val"], n_vocab: int, tokens_wanted: int | None = None
+) -> TokenStream:
     """All files of a split in the order of their names, checked, as one stream.
 
     Headers and sizes are checked in every file. Ids are all checked in small data and sampled in
     large, since nobody waits for 200 GB: check every batch too (`TokenStream.check_ids`).
-    Raises DataError.
+    Raises DataError; where there are no files, it says how to make `tokens_wanted`.
     """
     files, faults = [], []
-    for path in find_files(data_dir, split):
+    for path in find_files(data_dir, split, tokens_wanted):
         try:
             files.append(inspect_file(path))
         except DataError as fault:
@@ -150,21 +162,32 @@ def load_split(data_dir: Path, split: Literal["train", "val"], n_vocab: int) -> 
     return tokens
 
 
-def find_files(data_dir: Path, split: str) -> list[Path]:
+def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:
     """The .bin files with the word `split` in their name: val.bin, edu_fineweb_val_000000.bin."""
     remedy = (
-        f"make them with {PREPARE}, name another folder with --data-dir, or train on the text "
-        "that comes with jaxgpt: --dataset embedded"
+        f"make them with {prepare_command(data_dir, tokens_wanted)}, name another folder "
+        "with --data-dir, or train on the text that comes with jaxgpt: --dataset embedded"
     )
     wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
     if not data_dir.is_dir():
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
         raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
-    paths = sorted(path for path in data_dir.glob("*.bin") if _split_of(path) == split)
+    paths = sorted(path for path in data_dir.glob("*.bin") if split_of(path) == split)
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
     return paths
+
+
+def prepare_command(data_dir: Path, tokens: int | None) -> str:
+    """What to type for `data_dir` to hold `tokens` of training text; FineWeb, if it is named so."""
+    out = "" if data_dir == Path("data/fineweb") else f" --out {data_dir}"
+    if "fineweb" not in data_dir.name.lower():
+        return f"{PREPARE} YOUR_TEXT{out}"
+    billions = -(-(tokens or SAMPLE_10BT) // 10**9)
+    if billions * 10**9 > SAMPLE_10BT:
+        return f"{PREPARE} fineweb --name sample-100BT --limit-tokens {billions}B{out}"
+    return f"{PREPARE} fineweb --name sample-10BT{out}"
 
 
 def inspect_file(path: Path) -> TokenFile:
@@ -194,17 +217,27 @@ def inspect_file(path: Path) -> TokenFile:
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Writes 1-D integer tokens as an llm.c shard; `path` appears complete or not at all."""
-    tokens = as_uint16(tokens, str(path))
-    assert 0 < len(tokens) <= np.iinfo(np.int32).max, "the header holds the length as an int32"
+    tokens = np.ascontiguousarray(as_uint16(tokens, str(path)))
+    write_pieces(path, len(tokens), [tokens])
+
+
+def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
+    """`write_shard` for `length` tokens that come as uint16 arrays; returns the file's SHA-256."""
+    assert 0 < length <= np.iinfo(np.int32).max, "the header holds the length as an int32"
     header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
+    header[:3] = MAGIC, VERSION, length
+    digest, written = hashlib.sha256(), 0
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(np.ascontiguousarray(tokens).data)
+        for piece in chain([header], pieces):
+            file.write(piece.data)
+            digest.update(piece.data)
+            written += piece.nbytes
+        assert written == HEADER_BYTES + 2 * length, (path, written, length)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    return digest.hexdigest()
 
 
 def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
@@ -275,7 +308,7 @@ def _check_stream(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> 
     tokens.check_ids(tokens.windows(starts, SAMPLE_TOKENS), starts, n_vocab)
 
 
-def _split_of(path: Path) -> str | None:
+def split_of(path: Path) -> str | None:
     """The last of a name's words that is a split: 'val' for fineweb_val_000000.bin."""
     words = re.split("[^a-z]+", path.name)
     return next((word for word in reversed(words) if word in ("train", "val")), None)

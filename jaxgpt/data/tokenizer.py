@@ -10,6 +10,7 @@ import base64
 import difflib
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,12 +51,28 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """(tokens,) uint16. Half a surrogate pair, which UTF-8 has no bytes for, becomes U+FFFD."""
         try:
-            utf8 = text.encode()
+            return self._encode(text)
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            utf8 = text.encode()
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """(tokens,) uint16: for each text the end-of-text token, and then its own.
+
+        They are joined by the end-of-text token's name and encoded in one call, which takes a
+        thirtieth less time than a call each; a text that has this name in it is left out of that.
+        """
+        if self.bpe is not None and not any(EOT_TEXT in text for text in texts):
+            joined = EOT_TEXT + EOT_TEXT.join(texts)
+            with suppress(UnicodeEncodeError):
+                return self.bpe.encode_to_numpy(
+                    joined, allowed_special={EOT_TEXT}, disallowed_special=()
+                ).astype(np.uint16)
+        eot = np.array([self.eot], np.uint16)
+        return np.concatenate([part for text in texts for part in (eot, self.encode(text))])
+
+    def _encode(self, text: str) -> np.ndarray:
         if self.bpe is None:
-            return np.frombuffer(utf8, np.uint8).astype(np.uint16)
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -1,0 +1,148 @@
+"""manifest.json: what the shards in a folder are, and how to tell that they still are.
+
+`jaxgpt.prepare` writes it last, so a folder that has one is complete. Folders without one (llm.c's,
+modded-nanogpt's, nanoGPT's) are read all the same; there is then nothing to hold them against.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.shards import HEADER_BYTES, PREPARE, DataError, TokenFile, TokenStream
+from jaxgpt.data.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+WORK_FOLDER = ".prepare"  # what is not finished yet
+VERSION = 1
+REQUIRED = ("version", "tokenizer", "splits", "shards")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all, and is on disk when this returns."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_manifest(data_dir: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None where there is none; DataError if it cannot be read."""
+    return read_manifest(data_dir / MANIFEST)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """`load_manifest` from a file that may have another name."""
+    data_dir = path.parent
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {_remedy(data_dir)}") from None
+    if not isinstance(manifest, dict) or any(name not in manifest for name in REQUIRED):
+        raise DataError(f"{path}: is no manifest of jaxgpt's; {_remedy(data_dir)}")
+    if manifest["version"] != VERSION:
+        raise DataError(
+            f"{path}: is of version {manifest['version']}, and this jaxgpt reads {VERSION}; update "
+            "jaxgpt, or prepare the text again"
+        )
+    return manifest
+
+
+def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
+    """The fingerprint of a folder's data, None without a manifest.
+
+    Raises DataError if another tokenizer made it, or if its shards are not those that were written:
+    each must be there in its size, and none may have been added.
+    """
+    manifest = load_manifest(data_dir)
+    if manifest is None:
+        _refuse_unfinished(data_dir)
+        return None
+    made_with = manifest["tokenizer"]
+    if made_with["sha256"] != tokenizer.sha256:
+        raise DataError(
+            f"{data_dir}: was made with tokenizer {made_with['name']!r}, and the run's is "
+            f"{tokenizer.name!r}; train with --tokenizer {made_with['name']}, or prepare the text "
+            f"again with {PREPARE} --tokenizer {tokenizer.name} --out ANOTHER_FOLDER"
+        )
+    if faults := list(size_faults(data_dir, manifest)):
+        more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise DataError("\n".join(faults[:5]) + more)
+    return fingerprint(manifest)
+
+
+def _refuse_unfinished(data_dir: Path) -> None:
+    if any(data_dir.glob("manifest-*-of-*.json")):
+        raise DataError(
+            f"{data_dir}: was prepared by several processes; join what they made with {PREPARE} "
+            f"--merge {data_dir}"
+        )
+    if any((data_dir / WORK_FOLDER).rglob("*.json")):
+        raise DataError(
+            f"{data_dir}: is not finished; run its {PREPARE} command again, which goes on where it "
+            f"stopped, or delete {data_dir / WORK_FOLDER} to train on the shards that are there"
+        )
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A short hash of the tokenizer and of every shard's checksum, equal for equal data."""
+    what = [manifest["tokenizer"]["sha256"]]
+    what += [f"{shard['split']} {shard['sha256']}" for shard in manifest["shards"]]
+    return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+
+
+def size_faults(data_dir: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each shard that is missing, of another size, or not in the manifest."""
+    listed = {shard["file"]: shard for shard in manifest["shards"]}
+    for name, shard in listed.items():
+        path, expected = data_dir / name, HEADER_BYTES + 2 * shard["tokens"]
+        if not path.is_file():
+            yield f"{path}: is missing; {MANIFEST} lists it: {_remedy(data_dir)}"
+        elif path.stat().st_size != expected:
+            yield (
+                f"{path}: has {path.stat().st_size:,} bytes, and {MANIFEST} says {expected:,}; "
+                f"{_remedy(data_dir)}"
+            )
+    for path in sorted(data_dir.glob("*.bin")):
+        if path.name not in listed:
+            yield f"{path}: is not in {MANIFEST}; move it to a folder of its own"
+
+
+def checksum_faults(
+    data_dir: Path, manifest: dict[str, Any], advance: Callable[[int], object]
+) -> Iterator[str]:
+    """A sentence for each shard whose content is no longer what was written; reads all of it."""
+    for shard in manifest["shards"]:
+        path = data_dir / shard["file"]
+        if path.is_file() and sha256_of(path, advance) != shard["sha256"]:
+            yield f"{path}: its checksum is not that of {MANIFEST}; {_remedy(data_dir)}"
+
+
+def count_documents(file: TokenFile, eot: int) -> int:
+    """How often the end-of-text token stands in a file: the documents that begin in it."""
+    stream, step = TokenStream([file], str(file.path)), 1 << 22
+    windows = (stream.window(i, min(step, file.length - i)) for i in range(0, file.length, step))
+    return sum(int(np.count_nonzero(window == eot)) for window in windows)
+
+
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """The SHA-256 of a file, in hexadecimal; `advance` is told of every 8 MB read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 23):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _remedy(data_dir: Path) -> str:
+    return f"copy {data_dir} again, or delete it and make it with {PREPARE}"

@@ -1,0 +1,240 @@
+"""Parts into shards: the tokens of all units, in the order of the inputs, cut where shards end.
+
+A shard is cut as soon as all its tokens are there, written under another name, renamed when it is
+on disk and then never touched again. The parts behind it are deleted.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.manifest import count_documents, sha256_of
+from jaxgpt.data.shards import inspect_file, write_pieces
+from jaxgpt.preparation.journal import Journal, Plan
+from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
+
+
+@dataclass(frozen=True)
+class Output:
+    """A split, and which stretch of which parts' tokens it is made of."""
+
+    split: str
+    part: str
+    start: int
+    stop: int | None
+
+
+def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
+    """The splits of a plan; `limit_tokens` ends 'train', and comes on top of 'val'."""
+    s = plan.settings
+    if s.val_fraction is not None:
+        return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
+    # The first tokens of all are the first rank's.
+    first = s.val_tokens or 0 if s.rank == 0 else 0
+    stop = None if limit_tokens is None else first + limit_tokens
+    train = Output("train", "all", first, stop)
+    return [Output("val", "all", 0, first), train] if first else [train]
+
+
+class Assembler:
+    """The state of a folder: which units are done, which shards are cut, and what comes next."""
+
+    def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
+        self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
+        self._parts.mkdir(exist_ok=True)
+        self._units, self._shards = Journal(work / "units.jsonl"), Journal(work / "shards.jsonl")
+        self._outputs = outputs_of(plan, limit_tokens)
+        self._round_ends = plan.round_ends()
+        self._n_units = self._round_ends[-1] if self._round_ends else 0
+        self._records = {e["number"]: Record(**e) for e in self._units.entries}
+        # Where each unit's tokens end in the stream of its part; only of the leading done units.
+        self._ends: dict[str, list[int]] = {output.part: [0] for output in self._outputs}
+        self._adopt()
+        self._remove_leftovers()
+        self._forget_lost_parts()
+        self._extend()
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """file, split, tokens, documents and sha256 of each finished shard, in order."""
+        return self._shards.entries
+
+    @property
+    def tokens_done(self) -> int:
+        """In finished shards."""
+        return sum(shard["tokens"] for shard in self.shards)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no shard remains to be cut."""
+        return all(self._is_finished(output) for output in self._outputs)
+
+    def pending_units(self) -> list[int]:
+        """The units that are still to be done, in order; none once the limit is reached."""
+        if self._last_needed() is not None:
+            return []
+        return [k for k in range(self._n_units) if k not in self._records]
+
+    def used_records(self) -> list[Record]:
+        """The records of the units that the shards were made from."""
+        last = self._last_needed()
+        return [self._records[k] for k in range(self._n_units if last is None else last + 1)]
+
+    def add(self, record: Record) -> None:
+        """Note a unit whose parts are on disk."""
+        self._units.append(record._asdict())
+        self._records[record.number] = record
+        self._extend()
+
+    def cut(self) -> None:
+        """Write every shard whose tokens are all there."""
+        for output in self._outputs:
+            while stop := self._next_stop(output):
+                self._write_shard(output, self._position(output), stop)
+                self._delete_used_parts()
+
+    def clean(self) -> None:
+        """Delete the parts that no shard of this run needs."""
+        for path in self._parts.iterdir():
+            path.unlink()
+
+    def _extend(self) -> None:
+        for part, ends in self._ends.items():
+            while (record := self._records.get(len(ends) - 1)) is not None:
+                ends.append(ends[-1] + record.tokens[part])
+
+    def _position(self, output: Output) -> int:
+        """Where the next shard of a split begins in the stream of its part."""
+        return output.start + sum(s["tokens"] for s in self.shards if s["split"] == output.split)
+
+    def _last_needed(self) -> int | None:
+        """The unit in which the limit is reached, None as long as it is not."""
+        train = self._outputs[-1]
+        ends = self._ends[train.part]
+        if train.stop is None or ends[-1] < train.stop:
+            return None
+        return max(0, next(k for k, end in enumerate(ends) if end >= train.stop) - 1)
+
+    def _stop(self, output: Output) -> int | None:
+        """Where a split ends, as far as that is known."""
+        if output.stop is not None:
+            return output.stop
+        ends, last = self._ends[output.part], self._last_needed()
+        if last is not None:
+            return ends[last + 1]
+        return ends[-1] if len(ends) == self._n_units + 1 else None
+
+    def _next_stop(self, output: Output) -> int | None:
+        """Where the next shard ends, None while it cannot be cut."""
+        position, ends = self._position(output), self._ends[output.part]
+        borders = [ends[k] for k in self._round_ends if k < len(ends)]
+        borders += [position + self._plan.settings.shard_tokens, self._stop(output) or 0]
+        stop = min(border for border in borders if border > position)
+        final = self._stop(output)
+        if stop > ends[-1] or (final is not None and stop > final):
+            return None
+        return stop
+
+    def _is_finished(self, output: Output) -> bool:
+        stop, position = self._stop(output), self._position(output)
+        all_done = len(self._ends[output.part]) == self._n_units + 1
+        if all_done and position >= self._ends[output.part][-1]:
+            return True
+        return stop is not None and position >= stop
+
+    def _name(self, output: Output) -> str:
+        s = self._plan.settings
+        count = sum(shard["split"] == output.split for shard in self.shards)
+        number = count + (output.split == "train")  # llm.c's: val is 0, train begins at 1
+        rank = f"{s.rank:03d}_" if s.world_size > 1 else ""
+        return f"{s.prefix}_{output.split}_{rank}{number:06d}.bin"
+
+    def _write_shard(self, output: Output, start: int, stop: int) -> None:
+        documents = 0
+
+        def pieces() -> Iterator[np.ndarray]:
+            nonlocal documents
+            for piece in self._tokens(output.part, start, stop):
+                documents += int(np.count_nonzero(piece == self._eot))
+                yield piece
+
+        name = self._name(output)
+        sha256 = write_pieces(self._out / name, stop - start, pieces())
+        self._note(name, output, stop - start, documents, sha256)
+
+    def _note(self, name: str, output: Output, tokens: int, documents: int, sha256: str) -> None:
+        self._shards.append(
+            {
+                "file": name,
+                "split": output.split,
+                "tokens": tokens,
+                "documents": documents,
+                "sha256": sha256,
+            }
+        )
+
+    def _tokens(self, part: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        ends = self._ends[part]
+        unit = bisect_right(ends, start) - 1
+        while start < stop:
+            first, last = ends[unit : unit + 2]
+            end = min(stop, last)
+            path = part_path(self._parts, unit, part)
+            yield from iterate_tokens(path, start - first, end - first)
+            unit, start = unit + 1, end
+
+    def _adopt(self) -> None:
+        """Take in shards that were finished when a kill came before their line in the journal."""
+        for output in self._outputs:
+            while (path := self._out / self._name(output)).exists():
+                file = inspect_file(path)
+                documents = count_documents(file, self._eot)
+                self._note(path.name, output, file.length, documents, sha256_of(path))
+
+    def _remove_leftovers(self) -> None:
+        for path in [*self._parts.glob("*.tmp"), *self._out.glob("*.bin.tmp")]:
+            if self._plan.settings.world_size == 1 or path.parent == self._parts:
+                path.unlink(missing_ok=True)
+
+    def _forget_lost_parts(self) -> None:
+        """Units whose tokens are in no shard and no longer on disk are to be done again."""
+        ends: dict[str, int] | None = dict.fromkeys(self._ends, 0)
+        for number in range(self._n_units):
+            record = self._records.get(number)
+            if record is None:
+                ends = None  # behind a gap nothing has been cut
+                continue
+            if ends is not None:
+                ends = {part: end + record.tokens[part] for part, end in ends.items()}
+            for part in self._ends:
+                path = part_path(self._parts, number, part)
+                there = path.exists() and path.stat().st_size == 2 * record.tokens[part]
+                if not there and (ends is None or not self._is_used(part, ends[part])):
+                    self._records.pop(number, None)
+            if number not in self._records:
+                ends = None
+
+    def _is_used(self, part: str, end: int) -> bool:
+        """Whether everything before `end` is in shards."""
+        outputs = [output for output in self._outputs if output.part == part]
+        return all(
+            self._position(o) >= end or (o.split == "val" and o.stop == self._position(o))
+            for o in outputs
+        )
+
+    def _delete_used_parts(self) -> None:
+        for part, ends in self._ends.items():
+            for number in range(len(ends) - 1):
+                path = part_path(self._parts, number, part)
+                if self._is_used(part, ends[number + 1]) and path.exists():
+                    path.unlink()
+
+
+def empty_splits(assembler: Assembler) -> Sequence[str]:
+    """The splits that got no token."""
+    there = {shard["split"] for shard in assembler.shards}
+    return [split for split in ("train", "val") if split not in there]

@@ -1,0 +1,151 @@
+"""The flags of `jaxgpt.prepare`, and answers to those that cannot be meant.
+
+Nothing heavy is imported here: a mistake is answered before datasets and pyarrow are loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxgpt.cli import fail
+from jaxgpt.errors import UserError
+from jaxgpt.presets import did_you_mean
+
+PROG = "python -m jaxgpt.prepare"
+ALIASES = ("fineweb", "fineweb-edu")
+SHARD_TOKENS = 100_000_000  # llm.c's
+SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+DESCRIPTION = """Make token shards for training from FineWeb, from another data set of the Hugging \
+Face Hub, or from text files. The same command goes on where one was stopped.
+
+  python -m jaxgpt.prepare fineweb --name sample-10BT
+  python -m jaxgpt.prepare fineweb --name sample-100BT --limit-tokens 27B
+  python -m jaxgpt.prepare fineweb --ready --tokens 10B
+  python -m jaxgpt.prepare path/to/*.parquet *.jsonl.zst *.txt --out data/mine
+  python -m jaxgpt.prepare --inspect data/fineweb"""
+
+Count = Annotated[str | None, tyro.conf.arg(metavar="N")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line; what is None follows from the rest."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """fineweb, fineweb-edu, owner/name of a data set of the Hub; or files, patterns, a folder of
+    text, a folder of save_to_disk: .parquet .jsonl .txt, .gz and .zst of the last two"""
+    out: Path | None = None
+    """folder for the shards; by default data/ and the source's name"""
+    name: str | None = None
+    """configuration of a Hub data set, for FineWeb a sample: sample-10BT, sample-100BT, ..."""
+    split: str = "train"
+    """split of a Hub data set"""
+    revision: str | None = None
+    """branch, tag or commit of a Hub data set"""
+    limit_tokens: Count = None
+    """stop after so many training tokens (27B, 500M); a larger one later goes on from there"""
+    ready: bool = False
+    """download GPT-2 tokens that others have made, in place of text"""
+    tokens: Count = None
+    """with --ready: how many training tokens"""
+    tokenizer: str = "gpt2"
+    """gpt2, byte, or a name of tiktoken's with at most 65,535 tokens"""
+    text_column: str = "text"
+    """column or JSON key that holds the text"""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """what one document of a .txt file is: the file, or what blank lines part, or a line"""
+    encoding_errors: Literal["skip", "replace"] = "skip"
+    """leave out documents that are not UTF-8, or put U+FFFD for what is not"""
+    val_tokens: Count = None
+    """validation is the first so many tokens: FineWeb's default, 100M as in llm.c"""
+    val_fraction: float | None = None
+    """validation is this share of the documents, by their hash: the default for all else, 0.1
+    of less than 100 MB of text and 0.01 of more"""
+    shard_tokens: Count = "100M"
+    """tokens in a shard"""
+    workers: int | None = None
+    """processes; by default one for each CPU"""
+    rank: int | None = None
+    """which of --world-size processes this is; by default from Slurm, torchrun or Open MPI"""
+    world_size: int | None = None
+    """over how many machines the input is split; --merge joins what they made"""
+    merge: bool = False
+    """write the manifest of a folder in which all ranks have finished"""
+    inspect: bool = False
+    """say what a folder of tokens holds, and check every file"""
+    unit_bytes: Count = "256M"
+    """text that a process takes at a time, which is what a kill can cost it"""
+
+
+def parse(argv: Sequence[str]) -> Flags:
+    """The flags in `argv`; a mistake ends the process with exit code 2."""
+    known = [f.name.replace("_", "-") for f in fields(Flags)]
+    for arg in argv:
+        flag = arg.removeprefix("--").partition("=")[0].replace("_", "-")
+        if arg.startswith("--") and flag not in [*known, "help", "no-ready"]:
+            fail(PROG, f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
+    flags = tyro.cli(
+        Flags,
+        prog=PROG,
+        description=DESCRIPTION,
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return _checked(flags)
+    except UserError as fault:
+        fail(PROG, str(fault))
+
+
+def _checked(flags: Flags) -> Flags:
+    """Raises UserError for flags that contradict each other or that no number can be."""
+    for name in ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes"):
+        count(flags, name)
+    if flags.inspect or flags.merge:
+        if flags.merge and flags.inspect:
+            raise UserError("--merge and --inspect are two commands; give one")
+        if len(flags.inputs) != 1:
+            what = "--merge" if flags.merge else "--inspect"
+            raise UserError(f"{what} takes one folder: {PROG} {what} data/fineweb")
+        return flags
+    if not flags.inputs:
+        raise UserError(
+            "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
+            "--help has examples"
+        )
+    if flags.val_tokens is not None and flags.val_fraction is not None:
+        raise UserError("--val-tokens and --val-fraction are two rules for validation; give one")
+    if flags.val_fraction is not None and not 0 < flags.val_fraction < 1:
+        raise UserError(f"--val-fraction {flags.val_fraction:g} must be between 0 and 1")
+    if flags.workers is not None and flags.workers < 1:
+        raise UserError(f"--workers {flags.workers} must be at least 1")
+    if flags.tokens is not None and not flags.ready:
+        raise UserError("--tokens belongs to --ready; --limit-tokens stops tokenizing")
+    if flags.ready and flags.limit_tokens is not None:
+        raise UserError("--limit-tokens stops tokenizing; with --ready it is --tokens")
+    return flags
+
+
+def count(flags: Flags, name: str) -> int | None:
+    """A flag's number: 27B, 100M, 5_000, 1e9. Raises UserError."""
+    text = getattr(flags, name)
+    if text is None:
+        return None
+    digits, factor = text.strip().upper().replace("_", "").replace(",", ""), 1
+    if digits[-1:] in SUFFIXES:
+        digits, factor = digits[:-1], SUFFIXES[digits[-1]]
+    try:
+        value = float(digits) * factor
+    except ValueError:
+        value = -1
+    if not 1 <= value < 2**62 or value != int(value):
+        raise UserError(
+            f"--{name.replace('_', '-')} {text}: is no number of tokens; write 27B, 100M or 5000"
+        )
+    if name == "shard_tokens" and value >= 2**31:
+        raise UserError(f"--shard-tokens {text}: a shard's header holds at most 2,147,483,647")
+    return int(value)

@@ -1,0 +1,234 @@
+"""What there is to read, and the work units it is grouped into.
+
+Units follow from the list of inputs alone: paths and sizes, never contents or the number of
+workers. A killed run and its continuation therefore mean the same thing by "unit 12".
+"""
+
+import glob
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jaxgpt.errors import UserError
+
+Kind = Literal["parquet", "jsonl", "text", "arrow"]
+
+SUFFIXES: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+}
+COMPRESSED = (".gz", ".zst")  # of jsonl and text
+READABLE = ".parquet, .jsonl, .txt, the last two also as .gz or .zst"
+
+# Bytes of text in a byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
+# parquet; gzip and zstd make a third of English.
+TEXT_IN_PARQUET, TEXT_IN_COMPRESSED = 1.56, 3.0
+TEXT_BYTES_PER_TOKEN = 4.6  # GPT-2's BPE on FineWeb
+
+UNIT_BYTES = 256_000_000  # of text: 14 s of work, which is what a kill can cost a worker
+EDGE = 1 << 16  # bytes at both ends of a file that tell it from another of its size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One file, local or on the Hub; or a folder that save_to_disk wrote, which is one input."""
+
+    path: str
+    size: int  # bytes
+    kind: Kind
+    check: str  # a checksum that tells another file of this name from it
+    rows: int = 0  # of a save_to_disk folder
+
+    @property
+    def name(self) -> str:
+        """The name in messages and in the manifest, which is free of the machine's folders."""
+        return Path(self.path).name
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text it holds."""
+        if self.kind == "parquet":
+            return int(self.size * TEXT_IN_PARQUET)
+        return int(self.size * (TEXT_IN_COMPRESSED if self.is_compressed else 1))
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.kind in ("jsonl", "text") and self.path.endswith(COMPRESSED)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a reader can start in the middle."""
+        return self.kind in ("parquet", "arrow") or (
+            self.kind == "jsonl" and not self.is_compressed
+        )
+
+
+class Slice(NamedTuple):
+    """Part `part` of `parts` equal ones of an input; `path` is where it can be read now."""
+
+    input: Input
+    path: str
+    part: int
+    parts: int
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return self.input.size * (self.part + 1) // self.parts - (
+            self.input.size * self.part // self.parts
+        )
+
+
+Unit = tuple[Slice, ...]
+
+
+def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
+    """Consecutive inputs grouped until they hold `unit_bytes` of text; larger ones divided."""
+    units: list[Unit] = []
+    group: list[Slice] = []
+    grouped = 0
+    for item in inputs:
+        parts = -(-item.text_bytes // unit_bytes) if item.divisible else 1
+        if group and (parts > 1 or grouped + item.text_bytes > unit_bytes):
+            units.append(tuple(group))
+            group, grouped = [], 0
+        slices = [Slice(item, item.path, part, parts) for part in range(max(1, parts))]
+        if parts > 1:
+            units += [(one,) for one in slices]
+        else:
+            group += slices
+            grouped += item.text_bytes
+    return [*units, tuple(group)] if group else units
+
+
+def share_of_rank(units: Sequence[Unit], rank: int, world_size: int) -> list[Unit]:
+    """The consecutive units of one rank; the ranks' streams in order are the stream of one."""
+    n = len(units)
+    return list(units[n * rank // world_size : n * (rank + 1) // world_size])
+
+
+def find_inputs(arguments: Sequence[str]) -> list[Input]:
+    """The files that paths, patterns and folders name, sorted, each once.
+
+    Raises UserError for what does not exist and for what is no text.
+    """
+    if len(arguments) == 1 and is_saved_dataset(Path(arguments[0]).expanduser()):
+        return [saved_dataset(Path(arguments[0]).expanduser())]
+    found: set[Path] = set()
+    for argument in arguments:
+        found |= set(_files_of(argument))
+    return [_local_input(path) for path in sorted(found, key=str)]
+
+
+def kind_of(path: str) -> Kind | None:
+    """What a file holds by its name; None for anything unknown."""
+    name = path.lower()
+    bare = os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name
+    kind = SUFFIXES.get(os.path.splitext(bare)[1])
+    return None if kind == "parquet" and bare != name else kind
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether datasets' save_to_disk wrote this folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_dataset(path: Path) -> Input:
+    """A folder of save_to_disk, its split 'train' where it holds several; raises UserError."""
+    if (path / "dataset_dict.json").is_file():
+        if not (path / "train" / "state.json").is_file():
+            splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+            raise UserError(f"{path}: has no split 'train'; name one of its folders ({splits})")
+        path = path / "train"
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:  # datasets wraps pyarrow's and its own
+        raise UserError(
+            f"{path}: cannot be read as a saved dataset ({_first_line(error)})"
+        ) from None
+    files = sorted(path.glob("*.arrow"))
+    return Input(
+        path=str(path.resolve()),
+        size=sum(file.stat().st_size for file in files),
+        kind="arrow",
+        check=f"{zlib.crc32(''.join(_edges(file) for file in files).encode()):08x}",
+        rows=len(dataset),
+    )
+
+
+def _files_of(argument: str) -> list[Path]:
+    path = Path(argument).expanduser()
+    if path.is_dir():
+        return _files_in(path)
+    if path.exists():
+        if kind_of(str(path)) is None:
+            raise UserError(_unreadable(path))
+        return [path.resolve()]
+    if glob.has_magic(argument):
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise UserError(f"{argument}: no file matches; give a path to {READABLE}")
+        for file in files:
+            if kind_of(str(file)) is None:
+                raise UserError(_unreadable(file))
+        return [file.resolve() for file in files]
+    raise UserError(
+        f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a data "
+        "set of the Hub as fineweb, fineweb-edu or owner/name"
+    )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder}: holds tokens already; train on them with python -m jaxgpt.train --data-dir "
+            f"{folder}, or look at them with python -m jaxgpt.prepare --inspect {folder}"
+        )
+    files = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
+    files = [path for path in files if not _is_hidden(path.relative_to(folder))]
+    if not files:
+        raise UserError(f"{folder}: holds no text; looked for {READABLE}")
+    return [path.resolve() for path in files]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _unreadable(path: Path) -> str:
+    if path.suffix == ".bin":
+        return (
+            f"{path}: holds tokens already; train on its folder with python -m jaxgpt.train "
+            f"--data-dir {path.parent}"
+        )
+    return f"{path}: is no text that can be read here; convert it to one of {READABLE}"
+
+
+def _local_input(path: Path) -> Input:
+    kind = kind_of(path.name)
+    assert kind is not None
+    try:
+        return Input(path=str(path), size=path.stat().st_size, kind=kind, check=_edges(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); replace it") from None
+
+
+def _edges(path: Path) -> str:
+    """CRC-32 of a file's first and last 64 KB, in hexadecimal."""
+    with path.open("rb") as file:
+        head = file.read(EDGE)
+        file.seek(max(EDGE, path.stat().st_size - EDGE))
+        return f"{zlib.crc32(file.read(EDGE), zlib.crc32(head)):08x}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,234 @@
+"""From flags to a plan: where the shards go, what is read, and whether the folder agrees."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from jaxgpt.data.manifest import WORK_FOLDER
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.flags import ALIASES, PROG, SHARD_TOKENS, Flags, count
+from jaxgpt.preparation.hub import DATASETS, list_dataset
+from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs, kind_of
+from jaxgpt.preparation.journal import Plan, Settings, check_same, nothing_done, with_inputs
+from jaxgpt.preparation.ranks import find_rank
+
+SMALL_TEXT = 100_000_000  # bytes; a tenth of less is validation, a hundredth of more
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where shards go, where the work on them is noted, and which of how many processes this is."""
+
+    out: Path
+    work: Path
+    rank: int
+    world_size: int
+
+
+@contextmanager
+def open_folder(flags: Flags) -> Iterator[Folder]:
+    """The folder that the flags name, for this process alone. Raises UserError."""
+    out = (flags.out or default_out(flags)).expanduser()
+    refuse_foreign(out)
+    rank, world_size, launcher = find_rank(flags.rank, flags.world_size)
+    if launcher:
+        print(f"rank {rank} of {world_size} ({launcher})")
+    own = f"rank-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
+    _refuse_other_division(out, world_size)
+    work = out / WORK_FOLDER / own
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            yield Folder(out, work, rank, world_size)
+    except Timeout:
+        raise UserError(
+            f"{out}: another prepare is writing to it; wait for it, or give this one another --out"
+        ) from None
+
+
+def _refuse_other_division(out: Path, world_size: int) -> None:
+    """Raises UserError for a folder that was begun by another number of processes."""
+    sizes = {int(path.name.rpartition("-")[2]) for path in (out / WORK_FOLDER).glob("rank-*-of-*")}
+    if (out / WORK_FOLDER / "plan.json").exists():
+        sizes.add(1)
+    if others := sizes - {world_size}:
+        raise UserError(
+            f"{out}: was begun with --world-size {others.pop()}, not {world_size}; go on with "
+            "that, or choose another folder with --out"
+        )
+
+
+def default_out(flags: Flags) -> Path:
+    """data/ and the name of the source: of the data set, of the one file, or of its folder."""
+    first = Path(flags.inputs[0]).expanduser()
+    if is_hub_name(flags.inputs):
+        return Path("data") / flags.inputs[0].rpartition("/")[2]
+    parent = first if first.is_dir() else first.parent if len(flags.inputs) > 1 else first
+    name = parent.resolve().name.partition(".")[0] if "*" not in parent.name else ""
+    name = name or first.resolve().parent.name
+    out = Path("data") / (name or "text")
+    return Path(f"{out}-tokens") if out.resolve() == first.resolve() else out
+
+
+def is_hub_name(inputs: Sequence[str]) -> bool:
+    """Whether the one input is a data set of the Hub: an alias, or owner/name where no file is."""
+    if len(inputs) != 1:
+        return False
+    only = inputs[0]
+    if only in ALIASES:
+        return True
+    is_name = only.count("/") == 1 and not only.startswith((".", "~", "/")) and "*" not in only
+    return is_name and kind_of(only) is None and not Path(only).exists()
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises UserError for a folder that holds tokens which this command did not make."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder with --out")
+    if any(out.glob("*.bin")) and not (out / WORK_FOLDER).is_dir():
+        raise UserError(
+            f"{out}: holds tokens already that {PROG} did not put there; choose another folder "
+            "with --out"
+        )
+
+
+def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
+    """The plan of the folder: the one that is there, if this command continues it, or a new one.
+
+    Raises UserError if the folder was begun with something else.
+    """
+    path = folder.work / "plan.json"
+    if (folder.work / "ready.json").exists():
+        raise UserError(f"{folder.out}: holds ready-made shards; give text another --out")
+    # A plan that nothing came of was a mistake: a column's name, a rule for validation.
+    old = None if nothing_done(folder.work) else Plan.load(path)
+    if is_hub_name(flags.inputs):
+        return _plan_for_hub(flags, folder, tokenizer, old, path)
+    inputs = find_inputs(flags.inputs)
+    _refuse_one_document(inputs, flags)
+    source, settings = {"kind": "files"}, _settings(flags, folder, tokenizer, old, inputs)
+    if old is not None:
+        check_same(old, source, settings, folder.out)
+        plan = with_inputs(old, inputs, folder.out)
+    else:
+        plan = Plan(source=source, settings=settings, rounds=[inputs])
+    return _saved(plan, old, path)
+
+
+def _plan_for_hub(
+    flags: Flags, folder: Folder, tokenizer: Tokenizer, old: Plan | None, path: Path
+) -> Plan:
+    """As `make_plan`; what is begun goes on with the commit it began with, unasked."""
+    source = _hub_source(flags)
+    if old is not None:
+        begun = {name: value for name, value in old.source.items() if name != "commit"}
+        settings = _settings(flags, folder, tokenizer, old, [])
+        check_same(replace(old, source=begun), source, settings, folder.out)
+        return old
+    listing = list_dataset(
+        source["repo"],
+        source["name"] or None,
+        source["split"],
+        flags.revision,
+        lambda text: print(text, flush=True),
+    )
+    settings = _settings(flags, folder, tokenizer, old, listing.inputs)
+    source |= {"commit": listing.commit}
+    return _saved(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
+
+
+def _saved(plan: Plan, old: Plan | None, path: Path) -> Plan:
+    if not plan.units():
+        alone = replace(plan.settings, rank=0, world_size=1)
+        raise UserError(
+            f"--world-size {plan.settings.world_size}: the input is only "
+            f"{len(replace(plan, settings=alone).units())} units of work; split it over fewer, or "
+            "make units smaller with --unit-bytes"
+        )
+    if plan != old:
+        plan.save(path)
+    return plan
+
+
+def _hub_source(flags: Flags) -> dict[str, str]:
+    asked = flags.inputs[0]
+    name = flags.name or ("sample-10BT" if asked in ALIASES else "")
+    return {
+        "kind": "Hub",
+        "repo": DATASETS.get(asked, asked),
+        "name": name,
+        "split": flags.split,
+        "revision": flags.revision or "main",
+    }
+
+
+def _settings(
+    flags: Flags,
+    folder: Folder,
+    tokenizer: Tokenizer,
+    old: Plan | None,
+    inputs: Sequence[Input],
+) -> Settings:
+    """What the flags say, and where they say nothing the folder's plan, or the default."""
+    val_tokens, val_fraction = count(flags, "val_tokens"), flags.val_fraction
+    if val_tokens is None and val_fraction is None:
+        if old is not None:
+            val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
+        elif flags.inputs[0] in ALIASES:
+            val_tokens = SHARD_TOKENS
+        else:
+            small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
+            val_fraction = 0.1 if small else 0.01
+    return Settings(
+        prefix=_prefix(flags, folder.out),
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        options=ReadOptions(
+            text_column=flags.text_column,
+            sample_by=flags.sample_by,
+            encoding_errors=flags.encoding_errors,
+        ),
+        shard_tokens=count(flags, "shard_tokens") or SHARD_TOKENS,
+        val_tokens=val_tokens,
+        val_fraction=val_fraction,
+        unit_bytes=count(flags, "unit_bytes") or UNIT_BYTES,
+        rank=folder.rank,
+        world_size=folder.world_size,
+    )
+
+
+def _prefix(flags: Flags, out: Path) -> str:
+    """What the shards' names begin with: llm.c's for FineWeb, else the folder's name."""
+    if flags.inputs[0] == "fineweb-edu":
+        return "edu_fineweb"
+    if flags.inputs[0] == "fineweb":
+        return "fineweb"
+    return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
+
+
+def _refuse_one_document(inputs: Sequence[Input], flags: Flags) -> None:
+    """Raises UserError where no document could be left for validation."""
+    only_text = len(inputs) == 1 and inputs[0].kind == "text"
+    if only_text and flags.sample_by == "document" and flags.val_tokens is None:
+        raise UserError(
+            f"{inputs[0].path}: is one document, and validation takes whole ones; let blank lines "
+            "or line ends part it with --sample-by paragraph or --sample-by line, or keep the "
+            "first tokens with --val-tokens 50K"
+        )
+
+
+def explain_empty(out: Path, settings: Settings, split: str) -> str:
+    if settings.val_tokens is not None:
+        return (
+            f"{out}: all its tokens are validation, which is the first {settings.val_tokens:,}; "
+            "prepare more text, or lower --val-tokens and choose another --out"
+        )
+    return (
+        f"{out}: no document fell to {split!r}, as there are few of them; choose another --out "
+        "with --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K, the first tokens"
+    )

@@ -1,0 +1,67 @@
+"""Text to token shards: `python -m jaxgpt.prepare fineweb`. The same command goes on after a kill.
+
+The order of the tokens is the order of the inputs, whatever the number of workers: workers encode
+pieces of the input (`preparation/tokenize.py`), and shards are cut from the pieces in order
+(`preparation/assemble.py`). Everything but the flags is imported once they are understood.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxgpt.cli import fail
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import PROG, Flags, parse
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is answered as Ctrl-C is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    flags = parse(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run(flags)
+    except UserError as fault:
+        fail(PROG, str(fault))
+    except OSError as fault:
+        if fault.strerror is None:
+            raise
+        where = f"{fault.filename}: " if fault.filename else ""
+        fail(PROG, f"{where}{fault.strerror}; the same command goes on once that is mended")
+    except KeyboardInterrupt as stop:
+        print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def run(flags: Flags) -> int:
+    """Do what the flags say; returns the exit code. Raises UserError."""
+    from jaxgpt.preparation.inspection import inspect
+    from jaxgpt.preparation.planning import open_folder
+    from jaxgpt.preparation.ready import fetch_ready
+    from jaxgpt.preparation.summary import announce, merge
+    from jaxgpt.preparation.text import prepare_text
+
+    if flags.inspect:
+        return inspect(Path(flags.inputs[0]).expanduser(), flags.tokenizer)
+    if flags.merge:
+        out = Path(flags.inputs[0]).expanduser()
+        announce(out, merge(out))
+        return 0
+    with open_folder(flags) as folder:
+        manifest = fetch_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
+        announce(folder.out, manifest, folder.world_size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

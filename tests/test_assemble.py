@@ -1,0 +1,140 @@
+"""From parts to shards, and what a folder remembers of both after a kill."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt.data.shards import load_split
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.assemble import Assembler
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.inputs import Input
+from jaxgpt.preparation.journal import Journal, Plan, Settings
+from jaxgpt.preparation.tokenize import Record, part_path
+
+EOT = 9999
+
+
+def plan_of(n_units: int, **changes: object) -> Plan:
+    """A plan whose units are one file each."""
+    settings = {
+        "prefix": "x",
+        "tokenizer": "gpt2",
+        "tokenizer_sha256": "",
+        "options": ReadOptions(),
+        "shard_tokens": 100,
+        "val_tokens": 100,
+        "val_fraction": None,
+        "unit_bytes": 10,
+        **changes,
+    }
+    inputs = [Input(path=f"{n}.txt", size=10, kind="text", check="") for n in range(n_units)]
+    return Plan(source={}, settings=Settings(**settings), rounds=[inputs])  # type: ignore[arg-type]
+
+
+def finish_unit(assembler: Assembler, folder: Path, number: int, tokens: np.ndarray) -> None:
+    tokens.astype("<u2").tofile(part_path(folder / "parts", number, "all"))
+    record = Record(number, {"all": len(tokens)}, 1, {}, {}, None, 10)
+    assembler.add(record)
+
+
+def unit_tokens(number: int, n: int = 70) -> np.ndarray:
+    return np.array([EOT, *range(number * 1000, number * 1000 + n - 1)], np.uint16)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / ".prepare"
+    folder.mkdir()
+    return folder
+
+
+def test_units_that_finish_out_of_order_are_cut_in_order(tmp_path: Path, work: Path) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    for number in (3, 1, 4, 0, 2):
+        finish_unit(assembler, work, number, unit_tokens(number))
+        assembler.cut()
+    assert assembler.finished
+    expected = np.concatenate([unit_tokens(number) for number in range(5)])
+    val, train = (load_split(tmp_path, split, 10_000) for split in ("val", "train"))
+    np.testing.assert_array_equal(val.window(0, len(val)), expected[:100])
+    np.testing.assert_array_equal(train.window(0, len(train)), expected[100:])
+    assert [shard["tokens"] for shard in assembler.shards] == [100, 100, 100, 50]
+    assert [shard["documents"] for shard in assembler.shards] == [2, 1, 2, 0]
+    assert not list((work / "parts").iterdir())
+
+
+def test_a_shard_is_cut_as_soon_as_its_tokens_are_there(tmp_path: Path, work: Path) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    cut = []
+    for number in range(5):
+        finish_unit(assembler, work, number, unit_tokens(number))
+        assembler.cut()
+        cut.append(len(assembler.shards))
+    assert cut == [0, 1, 2, 2, 4]
+
+
+def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
+    tmp_path: Path, work: Path
+) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    for number in range(3):
+        finish_unit(assembler, work, number, unit_tokens(number))
+    assembler.cut()
+    journal = work / "shards.jsonl"
+    whole = journal.read_text()
+    journal.write_text(whole.splitlines(keepends=True)[0])  # killed before the second line
+    again = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    assert again.shards == assembler.shards
+    assert journal.read_text() == whole
+    assert again.pending_units() == [3, 4]
+
+
+def test_a_unit_whose_tokens_are_lost_is_done_again(tmp_path: Path, work: Path) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    for number in (0, 1, 2, 4):
+        finish_unit(assembler, work, number, unit_tokens(number))
+    assembler.cut()
+    # Units 0 and 1 are in shards, 2 in part; a power cut took the end of 2, a user's rm 4.
+    part_path(work / "parts", 2, "all").write_bytes(b"short")
+    part_path(work / "parts", 4, "all").unlink()
+    assert Assembler(tmp_path, work, plan_of(5), None, EOT).pending_units() == [2, 3, 4]
+
+
+def test_a_limit_ends_the_training_tokens_exactly(tmp_path: Path, work: Path) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), 130, EOT)
+    for number in range(3):
+        assert assembler.pending_units()[0] == number
+        finish_unit(assembler, work, number, unit_tokens(number))
+        assembler.cut()
+    assert not assembler.finished
+    finish_unit(assembler, work, 3, unit_tokens(3))
+    assembler.cut()
+    assert assembler.finished
+    assert assembler.pending_units() == []
+    assert [shard["tokens"] for shard in assembler.shards] == [100, 100, 30]
+    assert [record.number for record in assembler.used_records()] == [0, 1, 2, 3]
+
+
+def test_an_unfinished_line_of_a_journal_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path).append({"a": 1})
+    with path.open("ab") as file:
+        file.write(b'{"a": 2')
+    journal = Journal(path)
+    assert journal.entries == [{"a": 1}]
+    journal.append({"a": 3})
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_a_plan_comes_back_as_it_was_written_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    plan = plan_of(3, val_tokens=None, val_fraction=0.1, rank=1, world_size=2)
+    path = tmp_path / "plan.json"
+    assert Plan.load(path) is None
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(path.read_text().replace("shard_tokens", "shard_size"))
+    with pytest.raises(UserError, match="was not written by this version"):
+        Plan.load(path)

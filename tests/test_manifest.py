@@ -1,0 +1,216 @@
+"""What training and --inspect make of a manifest, of its absence, and of shards that changed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt import train
+from jaxgpt.data.manifest import check_manifest, fingerprint, load_manifest
+from jaxgpt.data.shards import DataError, write_shard
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.prepare import main
+
+BYTE = load_tokenizer("byte")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of several shards, bytes as tokens."""
+    folder = tmp_path_factory.mktemp("original")
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"line {number} of a text. " * 40)
+    out = folder / "out"
+    flags = ["--tokenizer=byte", "--shard-tokens=5K", "--val-fraction=0.3"]
+    assert main([str(folder), "--out", str(out), *flags]) == 0
+    return out
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "data"))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*_train_*.bin"))[0]
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = first_shard(folder)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def remove(folder: Path) -> None:
+    first_shard(folder).unlink()
+
+
+def cut(folder: Path) -> None:
+    first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:-2])
+
+
+def add(folder: Path) -> None:
+    write_shard(folder / "other_train_000009.bin", np.arange(10))
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def strip_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"version": 1}')
+
+
+def age_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (remove, "is missing; manifest.json lists it"),
+        (cut, "and manifest.json says"),
+        (add, "is not in manifest.json"),
+        (damage_manifest, "cannot be read"),
+        (strip_manifest, "is no manifest of jaxgpt's"),
+        (age_manifest, "is of version 99"),
+    ],
+)
+def test_training_refuses_a_folder_that_is_not_what_was_written(
+    folder: Path, fault: Callable[[Path], None], said: str
+) -> None:
+    assert check_manifest(folder, BYTE)
+    fault(folder)
+    with pytest.raises(DataError, match=said) as caught:
+        check_manifest(folder, BYTE)
+    assert str(folder) in str(caught.value)
+
+
+def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="made with tokenizer 'byte', and the run's is 'gpt2'"):
+        check_manifest(folder, load_tokenizer("gpt2"))
+
+
+def test_an_unfinished_folder_is_not_trained_on(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match="is not finished; run its"):
+        check_manifest(folder, BYTE)
+    shutil.rmtree(folder / ".prepare")
+    assert check_manifest(folder, BYTE) is None
+    (folder / "manifest-000-of-002.json").touch()
+    with pytest.raises(DataError, match="--merge"):
+        check_manifest(folder, BYTE)
+
+
+def test_the_fingerprint_is_of_the_contents(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    before = fingerprint(manifest)
+    manifest["source"]["files"] = []
+    assert fingerprint(manifest) == before
+    manifest["shards"][0]["sha256"] = "0" * 64
+    assert fingerprint(manifest) != before
+
+
+# A run and its data
+
+
+def run(folder: Path, out: Path, max_iters: int) -> int:
+    small = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=16", "--eval-iters=2"]
+    flags = ["--preset=demo", "--dataset=mine", f"--data-dir={folder}", f"--out-dir={out}"]
+    return train.main([*flags, *small, f"--max-iters={max_iters}", "--lr-decay-iters=4"])
+
+
+def without_a_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / ".prepare")
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_run_goes_on_with_its_data_and_refuses_other_data_of_the_same_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], with_manifest: bool
+) -> None:
+    if not with_manifest:
+        without_a_manifest(folder)
+    assert run(folder, tmp_path / "run", 2) == 0
+    if with_manifest:
+        assert run(folder, tmp_path / "run", 3) == 0
+    shard = first_shard(folder)
+    tokens = np.fromfile(shard, "<u2", offset=1024)
+    write_shard(shard, tokens[::-1])
+    if with_manifest:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["shards"][0]["sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as caught:
+        run(folder, tmp_path / "run", 4)
+    assert caught.value.code == 2
+    assert "the data is not what the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "preset", "command"),
+    [
+        ("data/fineweb", "24gb", "fineweb --name sample-100BT --limit-tokens 27B,"),
+        ("x/fineweb", "gpt2-124m", "fineweb --name sample-10BT --out x/fineweb,"),
+        ("x/mine", "24gb", "YOUR_TEXT --out x/mine,"),
+    ],
+)
+def test_missing_data_is_answered_with_the_command_that_makes_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data_dir: str,
+    preset: str,
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        train.main([f"--preset={preset}", "--device=cpu", f"--data-dir={data_dir}"])
+    assert caught.value.code == 2
+    assert f"make them with python -m jaxgpt.prepare {command}" in capsys.readouterr().err
+
+
+# --inspect
+
+
+def test_inspect_shows_what_is_there_and_finds_it_sound(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--inspect", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    for split in ("train", "val"):
+        assert f"{manifest['splits'][split]['tokens']:,} tokens" in said
+    assert "<|endoftext|>line" in said
+    assert "sound: headers, sizes, checksums, ids checked" in said
+
+
+@pytest.mark.parametrize("fault", [flip_a_bit, remove, cut, add])
+def test_inspect_finds_every_fault(
+    folder: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[Path], None]
+) -> None:
+    fault(folder)
+    assert main(["--inspect", str(folder)]) == 2
+    assert "FAULT" in capsys.readouterr().out
+
+
+def test_inspect_reads_what_others_have_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    text = tokenizer.encode("Some text of somebody else's.")
+    for name in ("fineweb_val_000000", "fineweb_train_000001"):
+        write_shard(tmp_path / f"{name}.bin", np.array([tokenizer.eot, *text]))
+    assert main(["--inspect", str(tmp_path)]) == 0
+    assert "somebody else's" in " ".join(capsys.readouterr().out.split())
+    write_shard(tmp_path / "fineweb_train_000002.bin", np.array([50_300]))
+    assert main(["--inspect", str(tmp_path)]) == 2
+    assert "is id 50300" in capsys.readouterr().out
