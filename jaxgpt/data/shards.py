@@ -157,11 +157,17 @@ def find_files(data_dir: Path, split: str) -> list[Path]:
         "that comes with jaxgpt: --dataset embedded"
     )
     wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
-    if not data_dir.is_dir():
+    try:
+        is_dir = data_dir.is_dir()
+        names = sorted(data_dir.glob("*.bin")) if is_dir else []
+        os.scandir(data_dir if is_dir else ".").close()  # glob passes over what it may not read
+    except OSError as error:
+        raise DataError(f"{data_dir}: cannot be read ({error.strerror}); {remedy}") from None
+    if not is_dir:
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
         raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
-    paths = sorted(path for path in data_dir.glob("*.bin") if _split_of(path) == split)
+    paths = [path for path in names if _split_of(path) == split]
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
     return paths
@@ -283,9 +289,12 @@ def _split_of(path: Path) -> str | None:
 
 def _listing(folder: Path) -> str:
     """What lies in a folder, in a few words of a sentence."""
-    if not folder.is_dir():
+    try:
+        names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    except FileNotFoundError:
         return "does not exist either"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if not names:
         return "is empty"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

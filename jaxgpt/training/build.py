@@ -46,6 +46,7 @@ def build_training(
     remat: Remat,
     seed: int,
     device: Any,
+    skip_spikes: float = 0.0,
 ) -> Training:
     """Build everything that is compiled; nothing is computed or allocated yet."""
     attend, attention = pick_attention(
@@ -70,7 +71,7 @@ def build_training(
             jax.eval_shape(init),
         ),
         train_step=jax.jit(
-            make_train_step(graphdef, multi_steps, schedule),
+            make_train_step(graphdef, multi_steps, schedule, skip_spikes),
             donate_argnums=0,
             compiler_options=options,
         ),
