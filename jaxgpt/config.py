@@ -180,6 +180,11 @@ class Config:
             faults.append(
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
             )
+        faults += [
+            f"{name} {str(path)!r} has a zero byte in it, which no file system takes"
+            for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
+            if "\0" in str(path)
+        ]
         if self.dataset == "embedded" and self.data_dir is not None:
             faults.append(
                 f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "

@@ -2,14 +2,15 @@
 
     python scripts/torture.py --kills 100 --json benchmarks/results/torture.json
 
-Runs the real command line on the demo's text and shape, with a checkpoint every few steps so that
-there is much to hit. Every second kill waits for a save to be under way. A run that was killed must
-end with the bits and the losses of one that was not, and must never repeat more than one checkpoint
-interval, or what was done beyond that while the newest save was still being written. Exit code 1
-and a sentence if any of it is not so.
+Runs the real command line on the demo's text, with a small model and many checkpoints, so that
+there is much to hit. Of four kills one falls into the start of a process, one anywhere in its
+training, and two are held back until a save is under way. A run that was killed must end with the
+bits and the losses of one that was not, and repeats one checkpoint interval at most, besides what
+was done while the save at its end was still under way. Exit code 1 and a sentence if not.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 from jaxgpt.training.retention import FOLDER, finished_steps
 
-STEPS, INTERVAL = 300, 20
+STEPS, INTERVAL = 4000, 250
 FLAGS = [
     *("--preset", "demo", "--device", "cpu", "--max-iters", str(STEPS), "--log-interval", "1"),
+    *("--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--block-size", "32"),
     *("--eval-interval", str(INTERVAL), "--eval-iters", "2", "--sample-tokens", "0"),
 ]
+RUN_KILLS = 10  # about as many as it takes to get through one run
 
 
 @dataclasses.dataclass
@@ -86,7 +90,7 @@ def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     """Kill `kills` times over as many runs as that takes; the last one is left to its end."""
     started = time.monotonic()
     undisturbed = work / "undisturbed"
-    seconds_to_first_step = run_to_end(undisturbed)
+    seconds_to_first_step, seconds_of_training = run_to_end(undisturbed)
     expected = contents(undisturbed)
     done: list[Kill] = []
     runs = 0
@@ -94,46 +98,63 @@ def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         out_dir = work / f"run-{runs}"
         runs += 1
         while len(done) < kills:
-            delay = rng.uniform(0, 2 * seconds_to_first_step)
-            into_save = rng.uniform(0, 0.2) if len(done) % 2 else None
-            kill = kill_one(out_dir, delay, into_save)
+            moment = rng.random()
+            match len(done) % 4:
+                case 0:
+                    kill = kill_one(out_dir, after_start=moment * seconds_to_first_step)
+                case 2:
+                    into_training = moment * 3 * seconds_of_training / RUN_KILLS
+                    kill = kill_one(out_dir, after_first_step=into_training)
+                case _:
+                    kill = kill_one(out_dir, into_save=moment * 0.2)
             if kill is None:  # it got to its end
                 break
             done.append(kill)
             check(kill)
-            print(f"kill {len(done)}: run {runs}, {kill.hit}, step {kill.step}, saved {kill.saved}")
+            told = f"kill {len(done)}: run {runs}, {kill.hit}, step {kill.step}, saved {kill.saved}"
+            print(told, flush=True)
         run_to_end(out_dir)
         if contents(out_dir) != expected:
             raise TortureError(f"{out_dir} does not end as {undisturbed} does")
+    repeated = [kill.repeated for kill in done]
+    beyond = [steps - INTERVAL for steps in repeated if steps > INTERVAL]
     return {
         "kills": len(done),
         "runs, each bit-identical to the undisturbed one": runs,
         "steps of a run": STEPS,
         "steps between checkpoints": INTERVAL,
         "kills by what they hit": dict(Counter(kill.hit for kill in done)),
-        "most steps repeated, no save under way": max(
-            (k.repeated for k in done if "under way" not in k.hit), default=0
-        ),
-        "most steps repeated, a save under way": max(
-            (k.repeated for k in done if "under way" in k.hit), default=0
-        ),
+        "most steps repeated": max(repeated),
+        "kills that repeated more than an interval, the next save being under way": len(beyond),
+        "most steps that those repeated beyond it": max(beyond, default=0),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
     }
 
 
-def kill_one(out_dir: Path, delay: float, into_save: float | None) -> Kill | None:
-    """Start or resume a run and kill it after `delay` seconds; None if it had ended by then.
+def kill_one(
+    out_dir: Path,
+    after_start: float | None = None,
+    after_first_step: float | None = None,
+    into_save: float | None = None,
+) -> Kill | None:
+    """Start or resume a run and kill it; None if it had got to its end by then.
 
-    With `into_save`, so many seconds after the next save begins.
+    One of three clocks says when, in seconds: from the start of the process, from the first step
+    that it logs, or from the first save that it has under way.
     """
+    log = out_dir / METRICS_FILE
+    size_before = log.stat().st_size if log.exists() else 0
+    left_before = unfinished(out_dir)
     process = start(out_dir)
     began = time.monotonic()
-    while process.poll() is None and time.monotonic() - began < delay:
-        time.sleep(0.002)
-    while into_save is not None and process.poll() is None and not saving(out_dir):
-        time.sleep(0.0005)
-    time.sleep(into_save or 0)
+    if after_first_step is not None:
+        # Resuming cuts the log at the checkpoint: it changes in size then, too.
+        wait(process, lambda: log.exists() and log.stat().st_size != size_before)
+    if into_save is not None:
+        wait(process, lambda: bool(unfinished(out_dir) - left_before))
+    deadline = time.monotonic() + (after_start or after_first_step or into_save or 0.0)
+    wait(process, lambda: time.monotonic() >= deadline)
     process.kill()
     code = process.wait()
     if code == 0:
@@ -146,31 +167,44 @@ def kill_one(out_dir: Path, delay: float, into_save: float | None) -> Kill | Non
         seconds=time.monotonic() - began,
         step=max(logged, default=None),
         saved=steps[-1] if steps else None,
-        hit=what_was_hit(out_dir, bool(logged)),
+        hit=what_was_hit(unfinished(out_dir) - left_before, bool(logged)),
     )
 
 
 def check(kill: Kill) -> None:
     """Raises TortureError if more is lost than may be."""
-    allowed = 2 * INTERVAL - 1 if "under way" in kill.hit else INTERVAL
-    if kill.repeated > allowed:
+    # A run saves at the end of each interval, and a save waits for the one before it: whoever is
+    # further than an interval past the newest checkpoint has the next one under way.
+    if kill.repeated >= 2 * INTERVAL:
         raise TortureError(f"{kill.repeated} steps are repeated after {kill}")
 
 
-def what_was_hit(out_dir: Path, has_log: bool) -> str:
+def unfinished(out_dir: Path) -> set[tuple[str, int]]:
+    """(name, inode) of each folder of a save or deletion that is under way or was when killed."""
+    found = set()
+    for path in (out_dir / FOLDER).glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if not path.name.isdecimal() or not (path / MANIFEST).exists():
+                found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def what_was_hit(left: set[tuple[str, int]], has_log: bool) -> str:
     """In words, what the killed process was at."""
-    folder = out_dir / FOLDER
-    if list(folder.glob("*.orbax-checkpoint-tmp*")):
+    names = {name for name, _ in left}
+    if any("orbax-checkpoint-tmp" in name and "deleted" not in name for name in names):
         return "a save under way, being written"
-    if any(not (p / MANIFEST).exists() for p in folder.glob("*") if p.name.isdecimal()):
+    if any(name.isdecimal() for name in names):
         return "a save under way, without its manifest"
-    if list(folder.glob("*.deleted")):
+    if names:
         return "an old checkpoint being deleted"
     return "between saves" if has_log else "before the first step"
 
 
-def saving(out_dir: Path) -> bool:
-    return "under way" in what_was_hit(out_dir, has_log=True)
+def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Return once the condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
 
 
 def start(out_dir: Path) -> subprocess.Popen[bytes]:
@@ -184,16 +218,15 @@ def log_of(out_dir: Path) -> Path:
     return out_dir.with_suffix(".log")
 
 
-def run_to_end(out_dir: Path) -> float:
-    """Seconds from the start to the first step in the log; TortureError if it does not end well."""
+def run_to_end(out_dir: Path) -> tuple[float, float]:
+    """Seconds to the first step and from there to the end; TortureError if it does not end well."""
     process = start(out_dir)
     began = time.monotonic()
-    while process.poll() is None and len(read_metrics(out_dir / METRICS_FILE)) < 2:
-        time.sleep(0.05)
-    seconds = time.monotonic() - began
+    wait(process, (out_dir / METRICS_FILE).exists)
+    first_step = time.monotonic()
     if process.wait() != 0:
         raise TortureError(f"{out_dir} ended with code {process.returncode}: {log_of(out_dir)}")
-    return seconds
+    return first_step - began, time.monotonic() - first_step
 
 
 def contents(out_dir: Path) -> dict[str, Any]:

@@ -243,6 +243,7 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
             checkpoints.save(state, config={}, data={}, val_loss=None)
+            checkpoints.poll()
             (line,) = told
             assert re.search(
                 r"step 1 could not be saved in .*MB are needed and 0.0 MB are free\); checkpoint 0 "

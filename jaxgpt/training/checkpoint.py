@@ -147,7 +147,9 @@ class Checkpoints:
             self._check_room(stored)
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
-            self._report(step, fault)
+            failed: Future[None] = Future()
+            failed.set_exception(fault)
+            self._saving = step, failed
             return
         self._saving = step, self._thread.submit(self._finish, written, step, notes)
 
