@@ -473,3 +473,19 @@ def wait_for(condition) -> None:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert condition()
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_every_row_of_the_table_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if len(row) == 3 and row[2] not in ("tests", "")]
+    assert len(rows) > 45
+    for fault, _, tests in rows:
+        for module, names in re.findall(r"(\w+): ([^;]+)", tests):
+            source = (ROOT / "tests" / f"test_{module}.py").read_text()
+            for name in names.split(", "):
+                assert f"def {name}(" in source, f"{fault}: tests/test_{module}.py has no {name}"
+        assert "test_" in tests, fault
