@@ -114,10 +114,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             resume.check_config(cfg, restored.config, str(checkpoints.folder))
             resume.check_data(restored.data, data_identity, out_dir)
             state = restored.state
-        resume.save_config(cfg, out_dir)
 
         step = resumed_step or 0
         log = stack.enter_context(MetricsLog(out_dir, resumed_step, cli.warn))
+        resume.save_config(cfg, out_dir)
         log.hparams(flat_values(cfg), metrics=("val/loss",))
         batches = stack.enter_context(
             prefetch(lambda i: loader.batch(i, accumulation, cfg.batch_size), step, cfg.max_iters)

@@ -268,7 +268,7 @@ def evaluate_nanogpt(folder: Path) -> tuple[int, int, float]:
     """(step, context, loss) of a trained copy's checkpoint, by the copy's own model.py."""
     import torch
 
-    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu")
+    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     code = runpy.run_path(str(folder / "model.py"))
     with contextlib.redirect_stdout(io.StringIO()):
         model = code["GPT"](code["GPTConfig"](**saved["model_args"])).eval()

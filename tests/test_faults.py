@@ -475,6 +475,19 @@ def wait_for(condition) -> None:
     assert condition()
 
 
+# ---------------------------------------------------------------- security
+
+
+def test_nothing_in_the_package_can_load_a_pickle() -> None:
+    loads = re.compile(
+        r"^\s*(import|from) (pickle|joblib|dill|shelve|marshal|torch)\b|allow_pickle|np\.load\(",
+        re.MULTILINE,
+    )
+    sources = sorted((ROOT / "jaxgpt").rglob("*.py"))
+    assert len(sources) > 30
+    assert [path.name for path in sources if loads.search(path.read_text())] == []
+
+
 # ---------------------------------------------------------------- the table
 
 

@@ -17,7 +17,7 @@ def wait_until(condition) -> None:
     assert condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_a_wish_that_the_loop_reads(number) -> None:
     with StopRequest() as stop:
         assert (stop.name, stop.save_now) == (None, False)
@@ -33,6 +33,19 @@ def test_sigusr1_asks_for_a_save_and_for_no_stop() -> None:
             wait_until(lambda: stop.save_now)
             stop.save_now = False
         assert stop.name is None
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: stop.save_now)
+            assert stop.name is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_sigterm_changes_nothing(monkeypatch) -> None:

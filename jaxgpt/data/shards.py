@@ -159,15 +159,14 @@ def find_files(data_dir: Path, split: str) -> list[Path]:
     wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
     try:
         is_dir = data_dir.is_dir()
-        names = sorted(data_dir.glob("*.bin")) if is_dir else []
-        os.scandir(data_dir if is_dir else ".").close()  # glob passes over what it may not read
+        names = sorted(data_dir.iterdir()) if is_dir else []
     except OSError as error:
         raise DataError(f"{data_dir}: cannot be read ({error.strerror}); {remedy}") from None
     if not is_dir:
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
         raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
-    paths = [path for path in names if _split_of(path) == split]
+    paths = [path for path in names if path.suffix == ".bin" and _split_of(path) == split]
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
     return paths

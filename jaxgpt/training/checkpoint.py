@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.training import retention
 from jaxgpt.training.integrity import DamagedError, verify, write_manifest
 from jaxgpt.training.step import TrainState
-from jaxgpt.training.stored import all_finite, describe, from_stored, misfits, to_store
+from jaxgpt.training.stored import abstract, all_finite, describe, from_stored, misfits, to_store
 
 # Orbax logs each phase of a save, and a failing one with a thousand lines of tracebacks; what a
 # user has to know, the run says itself.
@@ -135,16 +134,9 @@ class Checkpoints:
         if not all_finite(stored):
             raise CheckpointError(self._not_finite(step))
         self._last_save = time.monotonic()
-        notes = {
-            "step": step,
-            "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-            "config": dict(config),
-            "data": dict(data),
-            "arrays": describe(stored),
-            "made_with": {name: version(name) for name in MADE_WITH},
-        }
+        notes = _notes(stored, config, data, val_loss)
         try:
-            self._check_room(stored)
+            retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
             failed: Future[None] = Future()
@@ -169,7 +161,7 @@ class Checkpoints:
             manifest = self._verified(folder)
         except DamagedError as fault:
             raise CheckpointError(f"checkpoint {step} is missing or damaged: {fault}") from None
-        target = to_store(jax.tree.map(_abstract, like))
+        target = to_store(abstract(like))
         if differing := misfits(manifest["arrays"], describe(target)):
             raise CheckpointError(f"checkpoint {folder} is of another model:\n{differing}")
         try:
@@ -245,13 +237,6 @@ class Checkpoints:
         if tell:
             self._on_error(f"{self._failure}: training goes on, and saves again when it is due")
 
-    def _check_room(self, stored: Mapping[str, Any]) -> None:
-        # Before the disk is full to the last byte, which would stop the metrics as well.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
-
     def _not_finite(self, step: int) -> str:
         latest = self.latest_step
         return (
@@ -261,12 +246,24 @@ class Checkpoints:
         )
 
 
+def _notes(
+    stored: Mapping[str, Any],
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    val_loss: float | None,
+) -> dict[str, Any]:
+    """What can be known of a checkpoint without reading its arrays."""
+    return {
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+        "config": dict(config),
+        "data": dict(data),
+        "arrays": describe(stored),
+        "made_with": {name: version(name) for name in MADE_WITH},
+    }
+
+
 def _reason(fault: BaseException) -> str:
     """The end of the first line, where file systems say what is wrong, without their numbers."""
     line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
     by_the_system = re.search(r"([^:]+?) \[os_error_code", line)
     return by_the_system[1].strip() if by_the_system else line[:400]
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -48,6 +48,16 @@ def prune(folder: Path, keep: int) -> None:
             remove(folder / str(step))
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError if fewer than `needed` bytes are free.
+
+    Better than to find out by writing: a disk full to the last byte takes no metrics either.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint's folder, of which nothing is taken for a checkpoint on the way."""
     doomed = path.with_name(path.name.removesuffix(DELETED) + DELETED)

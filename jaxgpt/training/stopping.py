@@ -4,6 +4,7 @@ Python runs signal handlers between its own instructions, and a step or the comp
 waiting for minutes. A thread that the operating system wakes answers at once instead.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,12 +20,15 @@ LEFT_AT_ONCE = 130  # what shells report for a process that Ctrl-C ended
 class StopRequest:
     """While entered, signals become wishes that the loop reads between steps.
 
-    `name` is None until SIGTERM or the first SIGINT (Ctrl-C), then that signal's name; `save_now`
-    becomes True on SIGUSR1. A SIGINT after any of the two that stop leaves at once, with exit code
-    130, and loses what has not been saved. Enter it on the main thread.
+    `name` is None until SIGTERM, SIGHUP (the terminal is gone) or the first SIGINT (Ctrl-C), then
+    that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after any of those that stop
+    leaves at once, with exit code 130, and loses what has not been saved. What is ignored (by
+    nohup, for instance) stays so. Enter it on the main thread.
     """
 
-    STOPPING = (signal.SIGTERM, signal.SIGINT)
+    # Windows has neither SIGHUP nor SIGUSR1.
+    STOPPING = tuple(n for n in signal.Signals if n.name in ("SIGTERM", "SIGINT", "SIGHUP"))
+    SAVING = tuple(n for n in signal.Signals if n.name == "SIGUSR1")
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -38,9 +42,10 @@ class StopRequest:
         pythons.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(ours,), name="signals", daemon=True).start()
-        # Windows has no SIGUSR1. The handler does nothing but keep the default from being taken.
-        for number in (*self.STOPPING, *filter(None, [getattr(signal, "SIGUSR1", None)])):
-            self._before[number] = signal.signal(number, lambda *_: None)
+        for number in self.STOPPING + self.SAVING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                # It does nothing but keep the default from being taken.
+                self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(
@@ -59,8 +64,10 @@ class StopRequest:
                 self._note(signal.Signals(number), leave=os._exit)
 
     def _note(self, number: signal.Signals, leave: Callable[[int], object]) -> None:
-        if number not in self.STOPPING:
-            self.save_now |= number.name == "SIGUSR1"
+        if number in self.SAVING:
+            self.save_now = True
+        elif number not in self.STOPPING:
+            return
         elif self.name is None:
             self.name = number.name
             _say(f"{number.name}: stopping after this step; Ctrl-C again leaves at once, unsaved")
@@ -78,5 +85,7 @@ def _receive(numbers: socket.socket) -> bytes:
 
 
 def _say(text: str) -> None:
-    # Not through `print`, whose lock the main thread may hold while it waits.
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+    # Not through `print`, whose lock the main thread may hold while it waits; after SIGHUP there is
+    # nobody to read it.
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())

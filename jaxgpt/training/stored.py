@@ -27,6 +27,13 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
+def abstract(state: TrainState) -> TrainState:
+    """Its shapes, dtypes and shardings: a target to restore into, without the memory."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 def describe(stored: Mapping[str, Any]) -> dict[str, str]:
     """'float32(257, 128)' by path, for every array."""
     return {
