@@ -434,7 +434,7 @@ def test_a_run_whose_data_stops_coming_shows_where_every_thread_stands(
     monkeypatch.setattr(stalls, "REARM_SECONDS", 0.0)
     assert train(tmp_path / "run", "--max-iters", "64", "--eval-interval", "100") == 0
     err = capfd.readouterr().err
-    assert "no end of the step begun 1 s ago" in err
+    assert re.search(r"no end of the step begun \d+ s ago, which usually takes", err)
     assert "in read_from_a_lost_disk" in err
 
 

@@ -81,7 +81,7 @@ def stderr_of(stall: str) -> str:
 
 def test_a_stall_is_said_in_a_sentence_with_the_place_of_every_thread() -> None:
     err = stderr_of("time.sleep(1.6)")
-    assert re.search(r"no end of the step begun 0 s ago, which usually takes 0\.01\d* s", err)
+    assert re.search(r"no end of the step begun \d+ s ago, which usually takes 0\.\d+ s", err)
     assert "in read_from_a_lost_disk" in err
     assert err.index("Where every thread stands") < err.index("in read_from_a_lost_disk")
 
