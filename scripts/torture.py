@@ -42,6 +42,7 @@ FLAGS = [
     *("--eval-interval", str(INTERVAL), "--eval-iters", "2", "--sample-tokens", "0"),
 ]
 RUN_KILLS = 10  # about as many as it takes to get through one run
+LONGEST_SAVE = 1.5  # seconds, on a busy machine; later kills hit the steps after it
 
 
 @dataclasses.dataclass
@@ -106,7 +107,7 @@ def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
                     into_training = moment * 3 * seconds_of_training / RUN_KILLS
                     kill = kill_one(out_dir, after_first_step=into_training)
                 case _:
-                    kill = kill_one(out_dir, into_save=moment * 0.2)
+                    kill = kill_one(out_dir, into_save=moment * LONGEST_SAVE)
             if kill is None:  # it got to its end
                 break
             done.append(kill)
@@ -143,14 +144,14 @@ def kill_one(
     One of three clocks says when, in seconds: from the start of the process, from the first step
     that it logs, or from the first save that it has under way.
     """
-    log = out_dir / METRICS_FILE
-    size_before = log.stat().st_size if log.exists() else 0
+    log, saved_before = out_dir / METRICS_FILE, finished_steps(out_dir / FOLDER)
     left_before = unfinished(out_dir)
     process = start(out_dir)
-    began = time.monotonic()
+    began, began_at = time.monotonic(), time.time()
     if after_first_step is not None:
-        # Resuming cuts the log at the checkpoint: it changes in size then, too.
-        wait(process, lambda: log.exists() and log.stat().st_size != size_before)
+        # Resuming cuts the log at the checkpoint, so the first step is the next one after it.
+        first = (saved_before[-1] if saved_before else 0) + 1
+        wait(process, lambda: f'"step": {first},' in last_lines(log, began_at))
     if into_save is not None:
         wait(process, lambda: bool(unfinished(out_dir) - left_before))
     deadline = time.monotonic() + (after_start or after_first_step or into_save or 0.0)
@@ -199,6 +200,18 @@ def what_was_hit(left: set[tuple[str, int]], has_log: bool) -> str:
     if names:
         return "an old checkpoint being deleted"
     return "between saves" if has_log else "before the first step"
+
+
+def last_lines(log: Path, since: float) -> str:
+    """The end of a log, empty if nothing was written to it since then."""
+    try:
+        if log.stat().st_mtime < since:
+            return ""
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:  # a new run begins its log anew
+        return ""
 
 
 def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:

@@ -492,7 +492,7 @@ def test_nothing_in_the_package_can_load_a_pickle() -> None:
 
 
 def test_every_row_of_the_table_names_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "faults.md").read_text()
+    text = (ROOT / "docs" / "faults.md").read_text().partition("## The table")[2]
     rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
     rows = [row for row in rows if len(row) == 3 and row[2] not in ("tests", "")]
     assert len(rows) > 45

@@ -88,7 +88,7 @@ def test_a_stall_is_said_in_a_sentence_with_the_place_of_every_thread() -> None:
 
 def test_a_stall_that_stops_all_of_python_shows_its_place_all_the_same() -> None:
     # A regular expression holds the interpreter's lock as long as it takes.
-    err = stderr_of("import re; re.match('(a+)+b', 'a' * 24)")
+    err = stderr_of("import re; re.match('(a+)+b', 'a' * 26)")
     assert "in read_from_a_lost_disk" in err
 
 
