@@ -122,6 +122,11 @@ def parse_command(
     return flags
 
 
+def warn(message: str) -> None:
+    """Print a line to standard error and go on."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     """Print one plain message to standard error and leave."""
     print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)

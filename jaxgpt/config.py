@@ -19,6 +19,7 @@ Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
 StateDtype = Literal["float32", "bfloat16"]
+Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
 # JAX counts steps in 32 bits, and keeps no more of a seed.
@@ -152,6 +153,9 @@ class Config:
     gradient_accumulation_steps: IntIfSet = None
     max_iters: int = 50000  # optimizer steps in all
     seed: int = 1337  # of the initialization, the data's order and dropout
+    # skip a step whose loss or gradient norm lies this many standard deviations above those of the
+    # 128 steps before it, 6 for instance; 0 skips only what is not finite
+    skip_spikes: float = 0.0
 
     eval_interval: int = 1000  # steps between evaluations; each one also saves a checkpoint
     eval_iters: int = 200  # batches in one evaluation, of the preset's batch_size
@@ -163,6 +167,11 @@ class Config:
     sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
 
     out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>
+    # auto: go on from the newest checkpoint in out_dir, or start where there is none; must: go on
+    # from the newest or not at all; never: start, and refuse a folder that has a run
+    resume: Resume = "auto"
+    # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
+    deterministic: bool = False
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
     # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
@@ -186,6 +195,7 @@ class Config:
             *_bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
             *_bad_counts(self, "keep_checkpoints"),
             *_bad_counts(self, "sample_tokens", "seed", least=0),
+            *_bad_amounts(self, "skip_spikes"),
             *self._batch_faults(),
         ]
         if self.vram_gb is not None:
@@ -194,6 +204,11 @@ class Config:
             faults.append(
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
             )
+        faults += [
+            f"{name} {str(path)!r} has a zero byte in it, which no file system takes"
+            for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
+            if "\0" in str(path)
+        ]
         if self.dataset == "embedded" and self.data_dir is not None:
             faults.append(
                 f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "

@@ -29,10 +29,11 @@ class Pace:
         # An average over some twenty steps: steady enough to read, quick enough to follow.
         self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
 
-    def leave_out_pause(self) -> None:
-        """Leave out the time since the last lap, which went into something else than steps."""
+    def leave_out_pause(self, evaluated: bool = True) -> None:
+        """Leave out the time since the last lap, which went into an evaluation or a save alone."""
         now = time.monotonic()
-        self._pause = now - (self._since or now)
+        if evaluated:
+            self._pause = now - (self._since or now)
         self._since = now
 
     @property

@@ -16,6 +16,8 @@ from jaxgpt.config import Config, ConfigError, PathIfSet, flat_values
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model import huggingface
+from jaxgpt.training.integrity import read_manifest
+from jaxgpt.training.retention import FOLDER
 from jaxgpt.weights import Weights, WeightsFlags, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.export"
@@ -68,9 +70,8 @@ def run(flags: ExportFlags) -> None:
     assert weights.step is not None
     device, _ = prepare_device(flags.weights())
 
-    from jaxgpt.training.checkpoint import load_notes
-
-    data = load_notes(flags.out_dir.expanduser(), weights.step)["data"]
+    checkpoint = flags.out_dir.expanduser() / FOLDER / str(weights.step)
+    data = read_manifest(checkpoint)["data"]
     try:
         write_folder(folder, weights, weights.load(device), model_card(weights, weights.run, data))
     except OSError as fault:

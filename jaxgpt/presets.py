@@ -99,7 +99,16 @@ def load_config(path: Path) -> Config:
             raise ValueError("it holds no table of settings")
     except (OSError, ValueError, RecursionError) as fault:
         raise ConfigError(f"{path} cannot be read as a run's configuration: {fault}") from None
-    return _from_flat(values, str(path), known=flat_fields().keys())
+    return config_from(values, str(path))
+
+
+def config_from(values: Mapping[str, Any], source: str) -> Config:
+    """The configuration of a run from its flat values, as `config.flat_values` made them.
+
+    Raises:
+        ConfigError: if there are values that this version does not know, naming `source`.
+    """
+    return _from_flat(values, source, known=flat_fields().keys())
 
 
 def nanogpt_answer(setting: str, value: object) -> str | None:

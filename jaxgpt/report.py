@@ -12,6 +12,7 @@ from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import GIB, lookup_gpu
 from jaxgpt.hardware.speed import model_flops_per_token
 from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+from jaxgpt.training.skips import DivergedError, SkipCounter
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.hardware.memory import Need
@@ -28,8 +29,12 @@ LOGGED_AS = {
 class Reporter:
     """Takes each step's metrics to the bar and to the log."""
 
-    def __init__(self, cfg: Config, device: Any, log: MetricsLog, console: RunConsole):
+    def __init__(
+        self, cfg: Config, device: Any, log: MetricsLog, console: RunConsole, skipped: int
+    ):
+        """`skipped`: how many steps the run has skipped so far."""
         self._log, self._console, self._device = log, console, device
+        self._skips = SkipCounter(skipped)
         self._log_interval = cfg.log_interval
         self._pace = Pace(cfg.tokens_per_step)
         gpu = lookup_gpu(device.device_kind)
@@ -37,11 +42,22 @@ class Reporter:
         self._flops_per_token = model_flops_per_token(cfg.model)
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Wait for the metrics of `step`, show them, and return what belongs into the log."""
+        """Wait for the metrics of `step`, show them, and return what belongs into the log.
+
+        Raises:
+            DivergedError: if too many steps in a row were skipped.
+        """
         values = {LOGGED_AS[name]: float(value) for name, value in metrics.items()}
         self._pace.lap()
         self._console.step(step, values["train/loss"], self._pace)
-        return {**values, **self._speed(), **hardware.memory_in_use(self._device)}
+        scalars = {**values, **self._speed(), **hardware.memory_in_use(self._device)}
+        try:
+            if told := self._skips.note(step, values):
+                self._console.say(told)
+        except DivergedError:
+            self._log.scalars(step, scalars)
+            raise
+        return scalars
 
     def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
         """Log at every log_interval."""
@@ -58,9 +74,9 @@ class Reporter:
             values["speed/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
         return values
 
-    def leave_out_pause(self) -> None:
-        """Do not count the time since the last `read` as a step's."""
-        self._pace.leave_out_pause()
+    def leave_out_pause(self, evaluated: bool) -> None:
+        """Do not count the time since the last `read`, an evaluation's or a save's, as a step's."""
+        self._pace.leave_out_pause(evaluated)
 
 
 def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -120,6 +136,12 @@ def print_run(
     print_table(f"jaxgpt {cfg.preset}", rows)
 
 
+def print_changes(changes: Sequence[str]) -> None:
+    """Say which settings a run that goes on has been given anew."""
+    if changes:
+        print(f"Changed since the run was saved: {', '.join(changes)}")
+
+
 def print_finished(
     cfg: Config,
     prog: str,
@@ -141,8 +163,10 @@ def print_finished_before(
 ) -> None:
     """Print the result of a run that has nothing left to do, and how to go on or start anew."""
     assert cfg.out_dir is not None
-    losses = [r["val/loss"] for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
-    result = f", validation loss {losses[-1]:.4f}" if losses else ""
+    records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
+    result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
+    if records and records[-1]["step"] != step:  # it was stopped there, not evaluated
+        result += f" at step {records[-1]['step']:,}"
     best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
     print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")

@@ -5,7 +5,6 @@ of checkpoints and the x of every curve. JAX is imported after the command line 
 because that takes seconds that a typo or `--help` should not cost.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,8 +24,10 @@ from jaxgpt.hardware.gpus import visible_card
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
+from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import MetricsLog
-from jaxgpt.training.stopping import StopRequest
+from jaxgpt.training.stalls import StallWatch
+from jaxgpt.training.stopping import LEFT_AT_ONCE, StopRequest
 
 PROG = "python -m jaxgpt.train"
 
@@ -34,44 +35,42 @@ PROG = "python -m jaxgpt.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg = cli.parse(
-        argv,
-        prog=PROG,
-        description="Train a GPT. The same command resumes a run that was stopped.",
-        default_preset=preset_of_this_machine,
-    )
     try:
-        with StopRequest() as stop:
-            return run(cfg, argv, stop)
+        cfg = cli.parse(
+            argv,
+            prog=PROG,
+            description="Train a GPT. The same command resumes a run that was stopped.",
+            default_preset=preset_of_this_machine,
+        )
+        assert cfg.out_dir is not None
+        with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
+            return run(cfg, argv, stop, lock)
     except UserError as fault:
         cli.fail(PROG, str(fault))
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command goes on from what was saved", file=sys.stderr)
-        sys.stdout.flush()
-        # XLA may be at work on another thread, and does not survive Python's own way out.
-        os._exit(130)
+    except KeyboardInterrupt:  # before anything was begun
+        cli.fail(PROG, "interrupted", code=LEFT_AT_ONCE)
 
 
-def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
+def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> int:
     """Train as `cfg` says, from the start or from the newest checkpoint in its folder."""
     out_dir = cfg.out_dir
     assert out_dir is not None
-    saved = resume.load_saved(out_dir)
+    saved = resume.load_saved(out_dir, cfg.resume)
     cfg, pretrained = start_from(cfg, saved, cli.flags_of(argv))
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
-    train_tokens, val_tokens, position = load_tokens(cfg, tokenizer)
+    train_tokens, val_tokens, data_identity = load_tokens(cfg, tokenizer)
     loader = WindowLoader(train_tokens, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
     windows_WT1 = evaluation_windows(
         val_tokens, cfg.model.block_size, cfg.eval_windows or 1, tokenizer.n_vocab
     )
     sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
     questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
-
-    import jax
+    lock.take()  # before JAX takes the card's memory from the run that has the lock
+    jax = hardware.import_jax()
 
     from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
     from jaxgpt.model.attention import compute_capability
@@ -87,8 +86,8 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
 
     with ExitStack() as stack:
         stack.enter_context(jax.default_device(device))
-        checkpoints = stack.enter_context(Checkpoints(out_dir, cfg.keep_checkpoints))
-        resumed_step = checkpoints.latest_step
+        checkpoints = stack.enter_context(Checkpoints(out_dir, cfg.keep_checkpoints, cli.warn))
+        resumed_step = checkpoints.recover(cli.warn, strict=cfg.resume == "must")
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best)
             return 0
@@ -103,6 +102,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
         report.print_run(
             cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
         )
+        report.print_changes(resume.changes(cfg, saved) if saved else [])
         if resumed_step is None:
             state = training.init()
             if pretrained is not None:
@@ -110,18 +110,20 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
                 state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)
-            resume.check_data(restored.data, position, out_dir)
+            resume.check_config(cfg, restored.config, str(checkpoints.folder))
+            resume.check_data(restored.data, data_identity, out_dir)
             state = restored.state
-        resume.save_config(cfg, out_dir)
 
         step = resumed_step or 0
-        log = stack.enter_context(MetricsLog(out_dir, -1 if resumed_step is None else step))
+        log = stack.enter_context(MetricsLog(out_dir, resumed_step, cli.warn))
+        resume.save_config(cfg, out_dir)
         log.hparams(flat_values(cfg), metrics=("val/loss",))
         batches = stack.enter_context(
             prefetch(lambda i: loader.batch(i, accumulation, cfg.batch_size), step, cfg.max_iters)
         )
         console = stack.enter_context(RunConsole(step, cfg.max_iters, cfg.eval_interval))
-        reporter = report.Reporter(cfg, device, log, console)
+        reporter = report.Reporter(cfg, device, log, console, int(state.skipped))
+        watch = stack.enter_context(StallWatch())
 
         def evaluate_now() -> dict[str, float]:
             loss = evaluate(training.eval_step, state.params, windows_WT1, cfg.batch_size)
@@ -135,7 +137,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
 
         def save_now(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing
-            checkpoints.save(state, config=flat_values(cfg), data=position, val_loss=val_loss)
+            checkpoints.save(state, config=flat_values(cfg), data=data_identity, val_loss=val_loss)
 
         def sample_now() -> str:
             key = jax.random.fold_in(state.key, state.step)
@@ -148,7 +150,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
             evaluated = evaluate_now()
             log.scalars(step, evaluated)
             save_now(evaluated["val/loss"])
+            checkpoints.wait()  # whoever cannot save is told before hours are spent
         unread: Metrics | None = None
+        watch.begin("step")
         for tokens_ABT1 in batches:
             if stop.name and unread is None:  # nothing has been done since the last save
                 checkpoints.wait()
@@ -160,9 +164,12 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
             step, unread = step + 1, metrics
 
             evaluate_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
-            save_due = checkpoints.minutes_since_save() >= cfg.checkpoint_minutes
+            save_due = checkpoints.minutes_since_save() >= cfg.checkpoint_minutes or stop.save_now
+            checkpoints.poll()
             if not (evaluate_due or save_due or stop.name):
+                watch.begin("step")
                 continue
+            watch.begin("evaluation" if evaluate_due else "save")
             scalars, unread = reporter.read(step, unread), None
             if evaluate_due:
                 evaluated = evaluate_now()
@@ -172,8 +179,12 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest) -> int:
                     log.text(step, "sample", text)
             else:
                 reporter.log_if_due(step, scalars)
+            if stop.save_now:
+                console.say(f"SIGUSR1: saving step {step:,}")
+                stop.save_now = False
             save_now(evaluated["val/loss"] if evaluate_due else None)
-            reporter.leave_out_pause()
+            reporter.leave_out_pause(evaluate_due)
+            watch.begin("step")
         checkpoints.close()  # before anyone is told that it is done
         console.stop()
         report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
@@ -190,20 +201,21 @@ def load_tokens(
     cfg: Config, tokenizer: Tokenizer
 ) -> tuple[TokenStream, TokenStream, dict[str, int | str]]:
     """The training and the validation split, checked, and what tells them from other data."""
-    position: dict[str, int | str] = {}
+    identity: dict[str, int | str] = {}
     if cfg.dataset == "embedded":
         arrays = embedded_tokens(tokenizer)
         train, val = (TokenStream.from_arrays([arrays[name]]) for name in ("train", "val"))
     else:
         assert cfg.data_dir is not None
         if fingerprint := check_manifest(cfg.data_dir, tokenizer):
-            position["manifest_fingerprint"] = fingerprint
+            identity["manifest_fingerprint"] = fingerprint
         tokens_wanted = cfg.tokens_per_step * cfg.max_iters
         train = load_split(cfg.data_dir, "train", tokenizer.n_vocab, tokens_wanted)
         val = load_split(cfg.data_dir, "val", tokenizer.n_vocab, tokens_wanted)
-    position |= {"train_tokens": len(train), "val_tokens": len(val)}
-    position |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
-    return train, val, position
+    identity["tokenizer_sha256"] = tokenizer.sha256
+    identity |= {"train_tokens": len(train), "val_tokens": len(val)}
+    identity |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    return train, val, identity
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jaxgpt.model import huggingface
 from jaxgpt.presets import load_config
 from jaxgpt.pretrained import find_folder, read_folder
 from jaxgpt.resume import CONFIG_FILE
+from jaxgpt.training.retention import FOLDER, finished_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
     from jaxgpt.training.metrics import METRICS_FILE, read_metrics
 
     cfg = load_config(out_dir / CONFIG_FILE)
-    steps = _steps_on_disk(out_dir)
+    steps = finished_steps(out_dir / FOLDER)
     losses = {
         record["step"]: record["val/loss"]
         for record in read_metrics(out_dir / METRICS_FILE)
@@ -144,11 +145,6 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         step=step,
         val_loss=losses.get(step),
     )
-
-
-def _steps_on_disk(out_dir: Path) -> list[int]:
-    # A save under way lies in a folder with a longer name.
-    return sorted(int(p.name) for p in (out_dir / "checkpoints").glob("*") if p.name.isdecimal())
 
 
 def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:

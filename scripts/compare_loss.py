@@ -87,7 +87,7 @@ def main() -> None:
         write_data(work / "data")
         results: dict[str, Any] = {"about": describe(args.nanogpt)}
         if args.part in ("demo", "both"):
-            results["demo"] = demo(args.nanogpt, work, args.repeats, args.steps or DEMO_STEPS)
+            results["demo"] = demo(args.nanogpt, work, args.repeats, args.steps)
         if args.part in ("curve", "both"):
             results["curve"] = curve(args.nanogpt, work, args.seeds, args.steps or CURVE_STEPS)
     if args.json:
@@ -128,10 +128,12 @@ def check_nanogpt(folder: Path) -> None:
 # The two parts
 
 
-def demo(nanogpt: Path, work: Path, repeats: int, steps: int) -> list[dict[str, Any]]:
+def demo(nanogpt: Path, work: Path, repeats: int, steps: int | None) -> list[dict[str, Any]]:
     """Taking turns. nanoGPT's checkpoint is its best by its own estimate, not always its last."""
-    theirs = f"{NANOGPT_CPU} --max_iters={steps} --lr_decay_iters={steps}"
-    ours = "--preset=demo --device=cpu" + f" --max_iters={steps}" * (steps != DEMO_STEPS)
+    theirs = (
+        f"{NANOGPT_CPU} --max_iters={steps or DEMO_STEPS} --lr_decay_iters={steps or DEMO_STEPS}"
+    )
+    ours = "--preset=demo --device=cpu" + (f" --max_iters={steps}" if steps else "")
     runs = []
     for turn in range(repeats):
         runs.append(run_nanogpt(nanogpt, work / f"demo-nanogpt-{turn}", theirs))
@@ -266,7 +268,7 @@ def evaluate_nanogpt(folder: Path) -> tuple[int, int, float]:
     """(step, context, loss) of a trained copy's checkpoint, by the copy's own model.py."""
     import torch
 
-    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu")
+    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     code = runpy.run_path(str(folder / "model.py"))
     with contextlib.redirect_stdout(io.StringIO()):
         model = code["GPT"](code["GPTConfig"](**saved["model_args"])).eval()

@@ -420,7 +420,7 @@ def test_the_command_itself_explains_its_flags():
 
 def test_hidden_fields_travel_through_the_command_line():
     cfg = parse("--preset=24gb", "--max-iters=5")
-    assert cfg.vram_gb == 24
+    assert (cfg.vram_gb, cfg.eval_windows, cfg.model.n_vocab) == (24, 6400, None)
     assert not cfg.auto_batch_size
 
 

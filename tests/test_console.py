@@ -4,8 +4,9 @@ import shlex
 import pytest
 
 from jaxgpt import cli, console, report
-from jaxgpt.config import Config
+from jaxgpt.config import Config, with_fields
 from jaxgpt.console import Pace, RunConsole, duration, print_table
+from jaxgpt.presets import load_preset
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,18 @@ def test_evaluations_are_left_out_of_the_pace_but_not_of_the_time_to_go(clock):
     pace.lap()
     assert pace.tokens_per_second == pytest.approx(100)
     assert pace.eta(10, 2) == pytest.approx(10 + 2 * 30)
+
+
+def test_a_save_alone_is_left_out_and_taken_for_no_evaluation(clock):
+    pace = pace_of(clock, 1.0, 1.0)
+    clock(30)
+    pace.leave_out_pause(evaluated=True)
+    clock(2)
+    pace.leave_out_pause(evaluated=False)
+    clock(1.0)
+    pace.lap()
+    assert pace.tokens_per_second == pytest.approx(100)
+    assert pace.eta(0, 1) == pytest.approx(30)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +152,15 @@ def finished(argv: list[str], capsys) -> tuple[Config, str, dict[str, list[str]]
 def parsed(command: list[str]) -> Config:
     assert command[0] == "train"
     return cli.parse(command[1:], prog="train", description="", default_preset=lambda: None)
+
+
+@pytest.mark.parametrize(("step", "told"), [(600, "2.5000"), (700, "2.5000 at step 600")])
+def test_a_run_that_was_stopped_says_of_which_step_its_loss_is(tmp_path, capsys, step, told):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 600, "time": 0, "val/loss": 2.5}\n')
+    cfg = with_fields(load_preset("demo"), out_dir=tmp_path)
+    report.print_finished_before(cfg, "train", [], step, None)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{tmp_path} is finished: {step} steps, validation loss {told}"
 
 
 def test_a_finished_run_says_its_result_and_a_sample(capsys):

@@ -7,6 +7,7 @@ import pytest
 from jaxgpt.config import Config, ConfigError, with_fields
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.device import (
+    DETERMINISTIC,
     MEMORY_SETTINGS,
     MEMORY_SHARE,
     choose_device,
@@ -22,7 +23,7 @@ DEMO, TIER = load_preset("demo"), load_preset("24gb")
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("JAX_PLATFORMS", *MEMORY_SETTINGS):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", *MEMORY_SETTINGS):
         monkeypatch.setenv(name, "")  # so that what a test sets is taken back after it
         monkeypatch.delenv(name)
 
@@ -90,6 +91,18 @@ def test_the_users_own_memory_settings_win(monkeypatch, name):
         **dict.fromkeys(MEMORY_SETTINGS),
         name: "0.5",
     }
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_dump_to=x"])
+def test_the_same_bits_are_asked_of_xla_beside_what_the_user_asks(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    prepare_environment(with_fields(DEMO, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == f"{flags} {DETERMINISTIC}".strip()
+
+
+def test_the_cpu_needs_no_flag_for_the_same_bits():
+    prepare_environment(with_fields(DEMO, device="cpu", deterministic=True))
+    assert "XLA_FLAGS" not in os.environ
 
 
 # ---------------------------------------------------------------- the device itself

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,8 +13,15 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxgpt.errors import UserError
 from jaxgpt.training import metrics
-from jaxgpt.training.metrics import MetricsLog, event_files, read_metrics
+from jaxgpt.training.metrics import (
+    EVENTS_FOLDER,
+    METRICS_FILE,
+    MetricsLog,
+    event_files,
+    read_metrics,
+)
 
 
 def read_events(out_dir: Path) -> list[Event]:
@@ -144,8 +152,10 @@ def test_an_open_tensorboard_is_told_what_was_removed(tmp_path: Path) -> None:
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.hparams({"n_layer": 2})
-        log_steps(log, range(4))
-    with MetricsLog(tmp_path, resume_step=-1) as log:
+        log_steps(log, range(1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "tra')
+    with MetricsLog(tmp_path) as log:
         log.hparams({"n_layer": 3})
         log_steps(log, range(2))
     assert lines_by_step(tmp_path) == expected(range(2))
@@ -154,12 +164,33 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path)
     assert len(event_files(tmp_path / "tensorboard")) == 1
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "tensorboard/events.out.tfevents.1.host"])
-def test_a_new_run_refuses_a_folder_with_metrics(tmp_path: Path, left: str) -> None:
-    (tmp_path / "tensorboard").mkdir()
-    (tmp_path / left).touch()
-    with pytest.raises(ValueError, match="metrics of an earlier run: resume it or choose"):
+@pytest.mark.parametrize("gone", [METRICS_FILE, EVENTS_FOLDER])
+def test_a_new_run_leaves_the_metrics_of_steps_that_were_taken_alone(
+    tmp_path: Path, gone: str
+) -> None:
+    with MetricsLog(tmp_path) as log:
+        log_steps(log, range(3))
+    shutil.rmtree(tmp_path / gone) if gone == EVENTS_FOLDER else (tmp_path / gone).unlink()
+    (left,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    before = left.read_bytes()
+    with pytest.raises(UserError, match=r"no checkpoint to go on from; move .* another --out-dir"):
         MetricsLog(tmp_path)
+    assert left.read_bytes() == before
+
+
+def test_a_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text("epoch,loss\n1,2.5\n")
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        MetricsLog(tmp_path)
+    assert (tmp_path / METRICS_FILE).read_text() == "epoch,loss\n1,2.5\n"
+
+
+def test_a_number_that_is_not_finite_is_written_without_a_word_of_the_library(
+    tmp_path: Path, caplog
+) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.scalars(1, {"train/loss": math.nan})
+    assert caplog.records == []
 
 
 HPARAMS_TAGS = [

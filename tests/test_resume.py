@@ -11,11 +11,14 @@ from jaxgpt.resume import (
     FIXED,
     KEPT,
     MAY_CHANGE,
+    changes,
+    check_config,
     check_data,
     continue_from,
     load_saved,
     save_config,
 )
+from jaxgpt.training.integrity import MANIFEST, write_manifest
 
 # A run's configuration as it was saved: what a preset says, and what was found out at its start.
 CREATED = with_fields(
@@ -27,13 +30,22 @@ CREATED = with_fields(
 # Each with another value than it has above.
 OTHER_RUN = dict(
     n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=128, n_vocab=60
-) | dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24)
-OTHER_RUN |= dict(gelu="erf", init_from="gpt2")
+) | dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24, eval_iters=3)
+OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16")
 SAME_RUN = (
     dict(preset="my.toml", max_iters=200, lr_decay_iters=150, decay_lr=False, learning_rate=2e-3)
     | dict(min_lr=1e-5, warmup_iters=5, weight_decay=0.2, beta1=0.8, beta2=0.95, grad_clip=0.5)
     | dict(dropout=0.1, batch_size=4, gradient_accumulation_steps=1, eval_interval=7)
-    | dict(eval_iters=3, log_interval=2, checkpoint_minutes=1.0, keep_checkpoints=5)
+    | dict(
+        log_interval=2,
+        scan_layers=True,
+        auto_batch_size=True,
+        skip_spikes=6.0,
+        resume="must",
+        deterministic=True,
+        checkpoint_minutes=1.0,
+        keep_checkpoints=5,
+    )
     | dict(sample_tokens=0, out_dir=Path("moved"), data_dir=Path("there"), device="cpu")
     | dict(dtype="bfloat16", remat="full", vram_gb=24)
     | dict(hellaswag="val.jsonl", lambada="datasets")
@@ -55,8 +67,16 @@ def run(tmp_path):
     """The folder of a run that has got to a checkpoint."""
     out_dir = tmp_path / "run"
     save_config(CREATED, out_dir)
-    (out_dir / "checkpoints" / "10").mkdir(parents=True)
+    add_checkpoint(out_dir, 10)
     return out_dir
+
+
+def add_checkpoint(out_dir: Path, step: int, cfg: Config = CREATED) -> Path:
+    """What a checkpoint is without its arrays."""
+    folder = out_dir / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    write_manifest(folder, {"config": flat_values(cfg), "val_loss": None})
+    return folder
 
 
 # ---------------------------------------------------------------- the same run or another
@@ -126,8 +146,10 @@ def test_training_longer_keeps_the_end_of_the_decay_unless_the_flag_moves_it():
 def test_a_run_keeps_its_evaluation_windows_whatever_is_given():
     saved = with_fields(parse("--preset=demo"), vocab_size=320, n_vocab=257)
     assert saved.eval_windows == 50 * 12
-    cfg = continue_from(parse("--preset=demo", "--batch-size=6", "--eval-iters=2"), saved)
-    assert (cfg.eval_windows, cfg.batch_size, cfg.eval_iters) == (600, 6, 2)
+    cfg = continue_from(parse("--preset=demo", "--batch-size=6"), saved)
+    assert (cfg.eval_windows, cfg.batch_size) == (600, 6)
+    (row,) = refusal(parse("--preset=demo", "--eval-iters=2"), saved)[2:]
+    assert row.split() == ["eval_iters", "50", "2"]
 
 
 def test_a_smaller_batch_size_goes_on_with_the_same_effective_batch():
@@ -158,11 +180,41 @@ def test_what_is_saved_is_loaded_again(run):
     assert [path.name for path in run.iterdir() if path.is_file()] == [CONFIG_FILE]
 
 
+def test_a_run_without_its_file_is_known_by_its_newest_checkpoint_that_can_be_read(run):
+    (run / CONFIG_FILE).unlink()
+    assert load_saved(run) == CREATED
+    newer = add_checkpoint(run, 20, with_fields(CREATED, max_iters=300))
+    assert load_saved(run).max_iters == 300
+    (newer / MANIFEST).write_text("{}")
+    assert load_saved(run) == CREATED
+
+
+def test_a_checkpoint_of_another_run_than_the_file_beside_it_is_refused():
+    check_config(CREATED, flat_values(CREATED), "checkpoints")
+    with pytest.raises(ConfigError, match=r"seed +8 +7"):
+        check_config(CREATED, flat_values(with_fields(CREATED, seed=8)), "checkpoints")
+
+
+def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
+    assert load_saved(run, "must") == CREATED
+    assert load_saved(tmp_path / "new", "never") is None
+    with pytest.raises(ConfigError, match="has a run, of which step 10 is saved, and --resume nev"):
+        load_saved(run, "never")
+    with pytest.raises(ConfigError, match="has no finished checkpoint, and --resume must"):
+        load_saved(tmp_path / "new", "must")
+
+
+def test_what_has_changed_is_told_with_both_values():
+    cfg = with_fields(CREATED, max_iters=200, learning_rate=1e-4, out_dir=Path("moved"))
+    assert changes(CREATED, CREATED) == []
+    assert changes(cfg, CREATED) == ["max_iters 100 -> 200", "learning_rate 0.0006 -> 0.0001"]
+
+
 @pytest.mark.parametrize("name", ["demo", "24gb"])
 def test_a_parsed_configuration_is_saved_whole(tmp_path, name):
     cfg = parse("--preset", name, "--out-dir", str(tmp_path), "--n-layer=3", "--beta2=0.9")
     save_config(cfg, tmp_path)
-    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    add_checkpoint(tmp_path, 0)
     assert load_saved(tmp_path) == cfg
 
 
@@ -196,7 +248,7 @@ def test_a_damaged_file_is_answered_with_its_path_and_two_ways_out(run, content)
         load_saved(run)
     message = str(refused.value)
     assert message.startswith(str(run / CONFIG_FILE))
-    assert f"delete {run / CONFIG_FILE}" in message
+    assert f"Delete {run / CONFIG_FILE}" in message
     assert "--out-dir" in message
 
 

@@ -134,6 +134,26 @@ def test_a_step_that_is_not_finite_is_skipped_whole(where: str, accumulation: in
     assert int(healed.skipped) == 1
 
 
+@pytest.mark.parametrize("skip_spikes", [0.0, 6.0])
+def test_a_spike_is_skipped_whole_if_that_is_asked_for_and_remembered(skip_spikes: float) -> None:
+    state, _, _ = make(1)
+    schedule = make_schedule(CFG, max_iters=20)
+    optimizer, accumulator = make_optimizer(CFG, schedule, 1), make_accumulator(CFG, 1)
+    step = make_train_step(GRAPHDEF, optimizer, accumulator, schedule, skip_spikes)
+    calm = 0.1 + 1e-3 * jnp.tile(jnp.arange(2.0), 64)  # far below what an untrained model has
+    state = state._replace(recent=jnp.stack([calm, calm]))
+    after, metrics = step(state, batches(1, 1)[0])
+    assert int(after.skipped) == int(metrics["skipped"]) == bool(skip_spikes)
+    assert int(after.step) == 1
+    moved = [
+        bool((a != b).any())
+        for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True)
+    ]
+    assert any(moved) != bool(skip_spikes)
+    np.testing.assert_array_equal(after.recent[:, -1], [metrics["loss"], metrics["grad_norm"]])
+    np.testing.assert_array_equal(after.recent[:, :-1], state.recent[:, 1:])
+
+
 def test_the_inner_optimizer_is_not_in_the_loop() -> None:
     """AdamW's square roots of whole parameters appear outside the scan only."""
     state, step, _ = make(4)

@@ -16,6 +16,7 @@ from test_metrics import tags_by_step
 from jaxgpt.data.shards import write_shard
 from jaxgpt.train import main
 from jaxgpt.training.metrics import event_files, read_metrics
+from jaxgpt.training.retention import finished_steps
 
 SMALL = [
     *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),
@@ -33,7 +34,7 @@ def last_params(out_dir: Path) -> dict[str, bytes]:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    newest = max((out_dir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    newest = out_dir / "checkpoints" / str(finished_steps(out_dir / "checkpoints")[-1])
     tree = ocp.load_checkpointables(newest)["state"]
     tree.pop("key")
     return {

@@ -169,11 +169,16 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
         "with --data-dir, or train on the text that comes with jaxgpt: --dataset embedded"
     )
     wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
-    if not data_dir.is_dir():
+    try:
+        is_dir = data_dir.is_dir()
+        names = sorted(data_dir.iterdir()) if is_dir else []
+    except OSError as error:
+        raise DataError(f"{data_dir}: cannot be read ({error.strerror}); {remedy}") from None
+    if not is_dir:
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
         raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
-    paths = sorted(path for path in data_dir.glob("*.bin") if split_of(path) == split)
+    paths = [path for path in names if path.suffix == ".bin" and split_of(path) == split]
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
     return paths
@@ -278,12 +283,13 @@ def _inspect_headerless(path: Path, size: int) -> TokenFile:
             f"short; copy it again, or make it with {PREPARE}"
         )
     tokens = _map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
-    zeros_even, zeros_odd = np.mean(tokens[0::2] == 0), np.mean(tokens[1::2] == 0)
+    zeros_even, zeros_odd = (np.count_nonzero(tokens[i::2] == 0) for i in (0, 1))
     # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
-    if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.2:
+    if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.1 * len(tokens):
         raise DataError(
-            f"{path}: {zeros_odd:.0%} of every second value is zero, as in uint32 or int64 tokens "
-            f"read as uint16; write it again with .astype(np.uint16), or with {PREPARE}"
+            f"{path}: {2 * zeros_odd / len(tokens):.0%} of every second value is zero, as in "
+            "uint32 or int64 tokens read as uint16; write it again with .astype(np.uint16), or "
+            f"with {PREPARE}"
         )
     return TokenFile(path, 0, size // 2)
 
@@ -316,9 +322,12 @@ def split_of(path: Path) -> str | None:
 
 def _listing(folder: Path) -> str:
     """What lies in a folder, in a few words of a sentence."""
-    if not folder.is_dir():
+    try:
+        names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    except FileNotFoundError:
         return "does not exist either"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if not names:
         return "is empty"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

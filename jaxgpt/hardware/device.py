@@ -1,10 +1,13 @@
 """Which device a run uses: settings that JAX reads when it starts, then the device itself."""
 
+import importlib.metadata
 import importlib.util
 import os
+import platform
 from typing import Any
 
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.errors import UserError
 
 # JAX's own default is 75 %, which leaves 6 of a 24 GB card's gigabytes to nobody. The rest is for
 # the CUDA context, cuBLAS workspaces and the desktop.
@@ -15,6 +18,8 @@ MEMORY_SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
 )
+# No atomics, and no autotuning, whose choice among kernels differs from run to run.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
@@ -27,6 +32,9 @@ def prepare_environment(cfg: Config) -> None:
     if cfg.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return
+    if cfg.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
     # The order of nvidia-smi, which the preset was chosen by; CUDA's own is by speed.
@@ -35,6 +43,25 @@ def prepare_environment(cfg: Config) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(name in os.environ for name in MEMORY_SETTINGS):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+
+
+def import_jax() -> Any:
+    """The `jax` module.
+
+    Raises:
+        UserError: if what is installed does not fit together, with the versions found.
+    """
+    try:
+        import jax
+    except (ImportError, RuntimeError, AttributeError) as fault:  # jaxlib too old is the second
+        names = ("jax", "jaxlib", "numpy", *(name.replace("_", "-") for name in PLUGINS))
+        found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))
+        raise UserError(
+            f"JAX cannot be imported ({_first_line(fault)}); this is Python "
+            f"{platform.python_version()} with {found or 'no JAX'}. Install versions that fit: "
+            "pip install -U -e '.[cuda]', or pip install -U -e . without a GPU"
+        ) from None
+    return jax
 
 
 def choose_device(cfg: Config) -> Any:
@@ -84,6 +111,13 @@ def memory_in_use(device: Any) -> dict[str, float]:
     stats = device.memory_stats() or {}
     names = {"peak_bytes_in_use": "memory/peak_bytes", "bytes_limit": "memory/limit_bytes"}
     return {name: float(stats[key]) for key, name in names.items() if key in stats}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _needs_gpu(cfg: Config) -> bool:

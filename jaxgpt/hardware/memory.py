@@ -147,6 +147,7 @@ def build_for(
         device=device,
         remat=cfg.remat,
         scan_layers=cfg.scan_layers,
+        skip_spikes=cfg.skip_spikes,
         compiler_options=compiler_options,
     )
 

@@ -50,6 +50,7 @@ def build_training(
     device: Any,
     remat: Remat = "none",
     scan_layers: bool = False,
+    skip_spikes: float = 0.0,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Training:
     """Build everything that is compiled; nothing is computed or allocated yet.
@@ -79,7 +80,11 @@ def build_training(
         ),
         train_step=jax.jit(
             make_train_step(
-                graphdef, multi_steps, make_accumulator(optimizer, accumulation), schedule
+                graphdef,
+                multi_steps,
+                make_accumulator(optimizer, accumulation),
+                schedule,
+                skip_spikes,
             ),
             donate_argnums=0,
             compiler_options=options,

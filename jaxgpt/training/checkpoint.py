@@ -1,32 +1,42 @@
-"""Checkpoints of a run, through Orbax: saved in the background, newest and best kept, exact.
+"""Checkpoints of a run, through Orbax: saved in the background, checked, exact.
 
-Orbax saves nothing more once a process ends, and says so with exit code 0: every path out of a run
-goes through `close`. Its V1 interface is still marked experimental, so it is used here only.
+Orbax's part is to write and read one folder of arrays; which folders count is `retention.py`'s
+matter, and whether they are what was written `integrity.py`'s. What is still being saved when a
+process ends is lost, with exit code 0: every path out of a run goes through `close`. Orbax's V1
+interface is still marked experimental, so it is used here only.
 """
 
 import contextlib
 import logging
+import math
+import re
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import Params
+from jaxgpt.training import retention
+from jaxgpt.training.integrity import DamagedError, verify, write_manifest
 from jaxgpt.training.step import TrainState
+from jaxgpt.training.stored import abstract, all_finite, describe, from_stored, misfits, to_store
 
-VAL_LOSS = "val_loss"
-# Orbax logs each phase of each save; what a user has to know, the run says itself.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs each phase of a save, and a failing one with a thousand lines of tracebacks; what a
+# user has to know, the run says itself.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+MADE_WITH = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read; the message names it and what can be done."""
+    """A checkpoint that cannot be read or written; the message names it and what can be done."""
 
 
 class Restored(NamedTuple):
@@ -34,41 +44,30 @@ class Restored(NamedTuple):
 
     state: TrainState
     config: dict[str, Any]  # flat, as `config.flat_values` wrote it
-    data: dict[str, Any]  # where the run was in its data
+    data: dict[str, Any]  # what the run's data was
 
 
 class Checkpoints:
     """The checkpoints of one run, in `<out_dir>/checkpoints/<step>/`.
 
     The newest `keep` are kept by one rule and the best by validation loss by another, so that a
-    best checkpoint never pushes out the newest.
+    best checkpoint never pushes out the newest. A save that fails takes nothing with it: training
+    goes on, `on_error` is told, and the checkpoints before it stay.
     """
 
-    def __init__(self, out_dir: Path, keep: int):
-        policies = ocp.training.preservation_policies
-        folder = (out_dir / "checkpoints").absolute()
+    def __init__(self, out_dir: Path, keep: int, on_error: Callable[[str], object] = warnings.warn):
+        self.folder = (out_dir / retention.FOLDER).absolute()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             raise CheckpointError(
-                f"{folder} cannot be made ({fault.strerror}); choose another --out-dir"
+                f"{self.folder} cannot be made ({fault.strerror}); choose another --out-dir"
             ) from None
-        self._orbax = ocp.training.Checkpointer(
-            folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[VAL_LOSS],
-                        reverse=True,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-        )
-        self._pending: Any = None
+        self._keep, self._on_error = keep, on_error
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._failure: str | None = None  # of the newest save, if it failed
+        self._sound: dict[Path, dict[str, Any]] = {}  # manifests of what has been verified
         self._last_save = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
@@ -86,22 +85,31 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step on disk, or None."""
-        latest = self._orbax.latest
-        return None if latest is None else latest.step
+        """The newest step that is whole on disk, or None."""
+        steps = retention.finished_steps(self.folder)
+        return steps[-1] if steps else None
 
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, validation loss) of the best checkpoint, or None before the first evaluation."""
-        scored = [
-            (checkpoint.metrics[VAL_LOSS], checkpoint.step)
-            for checkpoint in self._orbax.checkpoints
-            if checkpoint.metrics
-        ]
-        if not scored:
-            return None
-        loss, step = min(scored)
-        return step, loss
+        return retention.best_step(self.folder)
+
+    def recover(self, tell: Callable[[str], object], strict: bool = False) -> int | None:
+        """The step to go on from, None for a new run; needs the run's lock.
+
+        Removes what killed saves left. Damaged checkpoints are named to `tell` and put aside; if
+        `strict`, the newest must be sound.
+
+        Raises:
+            UserError: if there are checkpoints and none to go on from.
+        """
+        try:
+            retention.remove_unfinished(self.folder)
+            return retention.newest_sound(self.folder, self._verified, tell, strict)
+        except OSError as fault:
+            raise CheckpointError(
+                f"{self.folder} cannot be cleaned up ({fault}); see who else owns what is in it"
+            ) from None
 
     def save(
         self,
@@ -113,65 +121,130 @@ class Checkpoints:
     ) -> None:
         """Start to save `state`, whose arrays may be donated as soon as this returns.
 
-        Waits for the save before it, and raises what went wrong in that one.
+        Waits for the save before it. A `val_loss` that is not finite is none.
+
+        Raises:
+            CheckpointError: if `state` holds a number that is not finite, or a save failed and
+                there is no checkpoint at all.
         """
-        self.wait()
+        self._settle()
         step = int(state.step)
         if step == self.latest_step:
             return
-        self._pending = self._orbax.save_checkpointables_async(
-            step,
-            {"state": _stored(state)},
-            metrics=None if val_loss is None else {VAL_LOSS: val_loss},
-            custom_metadata={"config": dict(config), "data": dict(data)},
-            force=True,
-        )
+        stored = to_store(state)
+        if not all_finite(stored):
+            raise CheckpointError(self._not_finite(step))
         self._last_save = time.monotonic()
+        notes = _notes(stored, config, data, val_loss)
+        try:
+            retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
+            written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
+        except Exception as fault:
+            failed: Future[None] = Future()
+            failed.set_exception(fault)
+            self._saving = step, failed
+            return
+        self._saving = step, self._thread.submit(self._finish, written, step, notes)
+
+    def poll(self) -> None:
+        """Tell of a save that has failed since it was started; costs next to nothing."""
+        if self._saving is not None and self._saving[1].done():
+            self._settle()
 
     def restore(self, step: int, like: TrainState) -> Restored:
         """Read a checkpoint into the shapes, dtypes and shardings of `like`.
 
         Raises:
-            CheckpointError: if there is no such step, or it does not fit `like`.
+            CheckpointError: if there is no such step, it is damaged, or it does not fit `like`.
         """
-        target = _stored(jax.tree.map(_abstract, like))
+        folder = self.folder / str(step)
         try:
-            stored = self._orbax.load_checkpointables(step, {"state": target})["state"]
-            notes = self._orbax.checkpointables_metadata(step).custom_metadata
-        except Exception as fault:  # Orbax raises a dozen kinds for damaged files
-            folder = Path(self._orbax.directory) / str(step)
+            manifest = self._verified(folder)
+        except DamagedError as fault:
+            raise CheckpointError(f"checkpoint {step} is missing or damaged: {fault}") from None
+        target = to_store(abstract(like))
+        if differing := misfits(manifest["arrays"], describe(target)):
+            raise CheckpointError(f"checkpoint {folder} is of another model:\n{differing}")
+        try:
+            stored = ocp.load_checkpointables(folder, {"state": target})["state"]
+        except Exception as fault:
+            if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+                raise  # the checkpoint is as good as it was
+            made_with = ", ".join(f"{name} {v}" for name, v in manifest["made_with"].items())
             raise CheckpointError(
-                f"checkpoint {step} cannot be read ({_first_line(fault)}); delete {folder} to go "
-                "on from the one before, or start anew with another --out-dir"
+                f"checkpoint {folder} is whole, and yet cannot be read ({_reason(fault)}); it was "
+                f"made with {made_with}: try these versions"
             ) from fault
-        acc_grads = jax.tree.map(_zeros, like.opt_state.acc_grads)
-        stored["opt_state"] = stored["opt_state"]._replace(acc_grads=acc_grads)
-        return Restored(TrainState(**stored), notes["config"], notes["data"])
+        return Restored(from_stored(stored, like), manifest["config"], manifest["data"])
 
     def minutes_since_save(self) -> float:
         """Minutes since a save was started, or since the run was opened."""
         return (time.monotonic() - self._last_save) / 60
 
     def wait(self) -> None:
-        """Return when the save under way is on disk; raises what went wrong in it."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except Exception as fault:  # a full disk is a ValueError here
-            raise CheckpointError(
-                f"a checkpoint could not be saved in {self._orbax.directory} "
-                f"({_first_line(fault)}); the ones before it are as they were: make room there and "
-                "give the same command again"
-            ) from fault
+        """Return when the newest save is on disk; CheckpointError if it is not."""
+        self._settle(tell=False)
+        if self._failure is not None:
+            raise CheckpointError(f"{self._failure}; then give the same command again")
 
     def close(self) -> None:
-        """Wait for the save under way and let go of Orbax's threads."""
+        """Wait for the save under way, and let go of the thread that finishes it."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            self._thread.shutdown()
+
+    def _verified(self, folder: Path) -> dict[str, Any]:
+        if folder not in self._sound:
+            self._sound[folder] = verify(folder)
+        return self._sound[folder]
+
+    def _finish(self, written: Any, step: int, notes: Mapping[str, Any]) -> None:
+        """On the thread: what makes a commit of Orbax's a checkpoint that can be relied upon."""
+        try:
+            written.result()
+            write_manifest(self.folder / str(step), notes)
+        except BaseException:
+            # What could not be finished holds the room that is missing.
+            with contextlib.suppress(OSError):
+                for path in self.folder.glob(f"{step}*"):
+                    if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
+                        retention.remove(path)
+            raise
+        try:
+            retention.prune(self.folder, self._keep)
+        except OSError as fault:
+            self._on_error(f"an old checkpoint cannot be deleted: {fault}")
+
+    def _settle(self, tell: bool = True) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        step, future = saving
+        fault = future.exception()
+        self._failure = None
+        if fault is not None:
+            self._report(step, fault, tell)
+
+    def _report(self, step: int, fault: BaseException, tell: bool = True) -> None:
+        latest = self.latest_step
+        stays = "there is none before it" if latest is None else f"checkpoint {latest} stays"
+        self._failure = (
+            f"step {step:,} could not be saved in {self.folder} ({_reason(fault)}); {stays}; make "
+            "room there"
+        )
+        if latest is None:  # nothing is lost yet, and a run that cannot save is not worth its time
+            raise CheckpointError(f"{self._failure}, or choose another --out-dir")
+        if tell:
+            self._on_error(f"{self._failure}: training goes on, and saves again when it is due")
+
+    def _not_finite(self, step: int) -> str:
+        latest = self.latest_step
+        return (
+            f"the parameters or the optimizer's moments of step {step:,} are not finite, so they "
+            f"are not saved; checkpoint {latest} in {self.folder} stays: go on from it with a "
+            "smaller --learning-rate, or with --grad-clip 1 if that was off"
+        )
 
 
 def load_params(out_dir: Path, step: int, like: Params) -> Params:
@@ -180,26 +253,24 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     Reads and writes nothing else, so a run may be training in the same folder.
 
     Raises:
+        DamagedError: if a byte of the checkpoint is not what was written.
         CheckpointError: if the checkpoint cannot be read or does not fit `like`.
     """
-    folder = (out_dir / "checkpoints" / str(step)).absolute()
+    folder = (out_dir / retention.FOLDER / str(step)).absolute()
+    verify(folder)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
             params = ocp.load_checkpointables(folder, {"state": {"params": like}})
         return jax.tree.map(_fitting, params["state"]["params"], like)
-    except Exception as fault:  # Orbax raises a dozen kinds for damaged files
+    except Exception as fault:  # Orbax raises a dozen kinds for what does not fit
+        if "RESOURCE_EXHAUSTED" in str(fault):
+            raise
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({_first_line(fault)}); choose another with "
+            f"checkpoint {folder} cannot be read ({_reason(fault)}); choose another with "
             "--checkpoint, or see whether the config.json beside it is the run's own"
         ) from fault
-
-
-def load_notes(out_dir: Path, step: int) -> dict[str, Any]:
-    """What was saved beside the state: the flat `config`, and `data`, where the run was in it."""
-    folder = (out_dir / "checkpoints" / str(step)).absolute()
-    return ocp.checkpointables_metadata(folder).custom_metadata
 
 
 def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -209,19 +280,24 @@ def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     return leaf
 
 
-def _first_line(fault: Exception) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:200]
+def _notes(
+    stored: Mapping[str, Any],
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    val_loss: float | None,
+) -> dict[str, Any]:
+    """What can be known of a checkpoint without reading its arrays."""
+    return {
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+        "config": dict(config),
+        "data": dict(data),
+        "arrays": describe(stored),
+        "made_with": {name: version(name) for name in MADE_WITH},
+    }
 
 
-def _stored(state: TrainState) -> dict[str, Any]:
-    # The accumulator is zero between steps: a quarter of the state that need not be written.
-    opt_state = state.opt_state._replace(acc_grads=())
-    return {**state._asdict(), "opt_state": opt_state}
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _zeros(leaf: jax.Array) -> jax.Array:
-    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+def _reason(fault: BaseException) -> str:
+    """The end of the first line, where file systems say what is wrong, without their numbers."""
+    line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    by_the_system = re.search(r"([^:]+?) \[os_error_code", line)
+    return by_the_system[1].strip() if by_the_system else line[:400]

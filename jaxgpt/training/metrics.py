@@ -11,6 +11,7 @@ an error ends its writer thread unseen, and after ten more events `add_scalar` w
 """
 
 import json
+import logging
 import math
 import os
 import socket
@@ -27,6 +28,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxgpt.errors import UserError
+
+# It has a word to say about every NaN, and a run has said that already.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 
@@ -49,32 +54,30 @@ class MetricsLog:
         Args:
             out_dir: the run's folder; made if missing.
             resume_step: step of the checkpoint to continue from: records of that step and before
-                stay, later ones are removed. -1 removes everything, for a run that died before
-                its first checkpoint; None expects to find nothing.
+                stay, later ones are removed. None is a new run's, which takes out what one that
+                died before its first checkpoint has left.
             on_error: told, once, that metrics cannot be written.
 
         Raises:
-            ValueError: if the run is new and the folder has metrics of an earlier one.
+            UserError: if the run is new and the folder has metrics of steps that were taken: those
+                of a run whose checkpoints are gone, or of another program.
         """
         self._on_error = on_error
         self._told = False
         self._has_hparams = False
         lines, folder = out_dir / METRICS_FILE, out_dir / EVENTS_FOLDER
-        if resume_step is not None:
-            self._softly(_cut_lines, lines, resume_step)
-            for path in event_files(folder):
-                self._softly(self._cut_events, path, resume_step)
-        elif lines.exists() or event_files(folder):
-            raise ValueError(
-                f"{out_dir} has the metrics of an earlier run: resume it or choose another out_dir"
-            )
+        if resume_step is None:
+            _refuse_foreign(lines, folder)
+        last_step = -1 if resume_step is None else resume_step
+        self._softly(_cut_lines, lines, last_step)
+        for path in event_files(folder):
+            self._softly(self._cut_events, path, last_step)
         self._lines = _Appender(lines)
         self._events = _Appender(folder / _next_name(event_files(folder)))
         self._add_event(0, time.time(), file_version="brain.Event:2")
         # Each start but the first has a TensorBoard that is already open forget what was removed.
-        first_step = 0 if resume_step is None else resume_step + 1
         start = SessionLog(status=SessionLog.START)
-        self._add_event(first_step, time.time(), session_log=start)
+        self._add_event(last_step + 1, time.time(), session_log=start)
         self._drain()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -212,10 +215,30 @@ def event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
+def _refuse_foreign(lines: Path, folder: Path) -> None:
+    try:
+        data = lines.read_bytes() if lines.exists() else b""
+        # The last line may be torn; any other that is no record of step 0 is somebody's work.
+        whole = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+        records = [_parse(line) for line in whole]
+        files = [path.read_bytes() for path in event_files(folder)]
+        events = [Event.FromString(record) for data in files for record in _records(data)]
+    except OSError as fault:
+        raise UserError(f"{fault}; move it away, or choose another --out-dir") from None
+    if any(
+        record is None or record["step"] > 0
+        for record in records + [{"step": e.step} for e in events]
+    ):
+        raise UserError(
+            f"{lines.parent} has metrics of steps that were taken, and no checkpoint to go on "
+            f"from; move {METRICS_FILE} and {EVENTS_FOLDER}/ away, or choose another --out-dir"
+        )
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

@@ -19,16 +19,18 @@ from jax.typing import ArrayLike
 from jaxgpt.model.gpt import Params
 from jaxgpt.model.loss import mean_cross_entropy, token_losses, token_scores
 from jaxgpt.training.optim import grad_norm
+from jaxgpt.training.spikes import add_to_history, is_spike, no_history
 
 
 class TrainState(NamedTuple):
     """All that a step changes; what is not here does not survive a restart."""
 
     step: jax.Array  # (), int32: optimizer steps taken, skipped ones included
-    skipped: jax.Array  # (), int32: steps skipped for a loss or gradient that was not finite
+    skipped: jax.Array  # (), int32: steps skipped, for a number not finite or for a spike
     params: Params
     opt_state: optax.MultiStepsState
     key: jax.Array  # (), PRNG key; folded with step and micro-batch, never advanced
+    recent: jax.Array  # (2, WINDOW), float32: losses and gradient norms that spikes are judged by
 
 
 Metrics = dict[str, jax.Array]
@@ -41,7 +43,7 @@ def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> T
     """The state before the first step."""
     # Two zeros, not one twice: the step donates its state, and a buffer can be donated only once.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, params, optimizer.init(params), key)
+    return TrainState(step, skipped, params, optimizer.init(params), key, no_history())
 
 
 def make_train_step(
@@ -49,12 +51,15 @@ def make_train_step(
     optimizer: optax.MultiSteps,
     accumulator: optax.MultiSteps,
     schedule: optax.Schedule,
+    skip_spikes: float = 0.0,
 ) -> TrainStep:
     """Make `train_step(state, tokens_ABT1) -> (state, metrics)`, to be jitted with state donated.
 
     `tokens_ABT1` are uint16 windows of block_size + 1 tokens; A must be the number of micro-batches
-    that `optimizer` accumulates. Metrics are scalars: `loss` in nats (mean over the step's tokens),
-    `grad_norm` before clipping, `learning_rate`, `skipped` (steps skipped so far).
+    that `optimizer` accumulates. A step is skipped if its loss or gradient is not finite or, unless
+    `skip_spikes` is 0, lies that many deviations above the recent ones. Metrics are scalars: `loss`
+    in nats (mean over the step's tokens), `grad_norm` before clipping, `learning_rate`, `skipped`
+    (steps skipped so far).
     """
 
     def loss_and_grads(
@@ -93,13 +98,19 @@ def make_train_step(
         loss = losses_A.mean()
         norm = grad_norm(opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = finite
+        if skip_spikes:
+            good &= ~is_spike(state.recent, loss, norm, skip_spikes)
         new = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + ~finite,
+            skipped=state.skipped + ~good,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             key=state.key,
+            recent=state.recent,
         )
+        # A spike is remembered, so that what has become usual is no spike for ever.
+        recent = jnp.where(finite, add_to_history(state.recent, loss, norm), state.recent)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -110,13 +121,13 @@ def make_train_step(
         # a copy of it through the step: 4 bytes a parameter.
         zeros = optax.tree.zeros_like(mean_grads)
         old = state._replace(opt_state=state.opt_state._replace(acc_grads=zeros))
-        return keep_floats_unless(finite, new, old), metrics
+        return keep_floats_unless(good, new, old)._replace(recent=recent), metrics
 
     return train_step
 
 
-def keep_floats_unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or with the floating-point leaves of `old` if not `finite`: integers always advance.
+def keep_floats_unless(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or with the floating-point leaves of `old` if not `good`: integers always advance.
 
     So a bad step changes no parameter, moment or accumulator, while every count stays the same
     integer as the loop's and the data goes on.
@@ -125,7 +136,7 @@ def keep_floats_unless(finite: jax.Array, new: TrainState, old: TrainState) -> T
     def choose(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(new_leaf.dtype, jnp.floating):
             return new_leaf
-        return jnp.where(finite, new_leaf, old_leaf)
+        return jnp.where(good, new_leaf, old_leaf)
 
     return jax.tree.map(choose, new, old)
 

@@ -1,0 +1,139 @@
+"""Whatever the bytes of a file are, the answer is the file's content or one plain sentence."""
+
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxgpt.config import Config, flat_fields
+from jaxgpt.data.loader import WindowLoader
+from jaxgpt.data.shards import MAGIC, inspect_file, load_split
+from jaxgpt.errors import UserError
+from jaxgpt.presets import load_config, load_preset
+from jaxgpt.training.integrity import MANIFEST, DamagedError, read_manifest
+from jaxgpt.training.metrics import MetricsLog, read_metrics
+
+T = TypeVar("T")
+NO_DEADLINE = settings(deadline=None, max_examples=150)  # a busy machine is no fault
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def read_or_named(read: Callable[[], T], path: Path) -> T | None:
+    """What was read, or None after a plain message that names the file; all else is an error."""
+    try:
+        return read()
+    except UserError as fault:
+        message = str(fault)
+    assert message.startswith((f"{path}: ", f"{path} "))
+    assert "Traceback" not in message
+    return None
+
+
+NUMBERS = st.one_of(st.sampled_from([MAGIC, 20240801, 1, 0, -1, 2**31 - 1]), st.integers(-9, 600))
+HEADERS = st.builds(
+    lambda words, rest: struct.pack(f"<{len(words)}i", *words).ljust(1024, b"\0") + rest,
+    st.lists(NUMBERS, max_size=5),
+    st.binary(max_size=1200),
+)
+
+
+@NO_DEADLINE
+@given(
+    content=st.one_of(st.binary(max_size=3000), HEADERS),
+    name=st.sampled_from(["x_train_0.bin", "train.bin"]),
+)
+@example(
+    content=struct.pack("<3i", MAGIC, 1, 3).ljust(1024, b"\0") + b"\1\0" * 3, name="x_train_0.bin"
+)
+def test_a_shard_of_any_bytes_is_read_or_named(folder: Path, content: bytes, name: str) -> None:
+    for path in folder.glob("*.bin"):
+        path.unlink()
+    path = folder / name
+    path.write_bytes(content)
+    found = read_or_named(lambda: inspect_file(path), path)
+    tokens = read_or_named(lambda: load_split(folder, "train", 257), path)
+    if found is None or tokens is None:
+        return
+    # What is read is what is there: all of it, and nothing else.
+    assert found.offset + 2 * found.length == len(content)
+    expected = np.frombuffer(content, "<u2", offset=found.offset)
+    np.testing.assert_array_equal(tokens.window(0, len(tokens)), expected)
+    assert expected.max() < 257
+    if len(tokens) > 4:
+        assert WindowLoader(tokens, 4, 257, seed=0).batch(0, 1, 2).shape == (1, 2, 5)
+
+
+VALUES = st.one_of(
+    st.integers(-3, 2**70),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=12),
+    st.just([]),
+    st.just({}),
+)
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, str):
+        return (
+            '"' + "".join(f"\\U{ord(c):08x}" for c in value if not "\ud800" <= c < "\ue000") + '"'
+        )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "{}" if value == {} else str(value)
+
+
+@NO_DEADLINE
+@given(values=st.dictionaries(st.sampled_from([*flat_fields(), "n_layers", "compile"]), VALUES))
+def test_a_preset_of_any_values_is_a_configuration_or_named(folder: Path, values) -> None:
+    path = folder / "any.toml"
+    path.write_text("".join(f"{k} = {as_toml(v)}\n" for k, v in values.items()), encoding="utf-8")
+    check_preset(path)
+
+
+@NO_DEADLINE
+@given(
+    content=st.one_of(
+        st.binary(max_size=200), st.text(max_size=200).map(lambda s: s.encode("utf-8", "replace"))
+    )
+)
+@example(content=b"a = " + b"[" * 100_000)
+@example(content=b"n_layer = 0x" + b"f" * 5000)
+def test_a_preset_of_any_bytes_is_a_configuration_or_named(folder: Path, content: bytes) -> None:
+    path = folder / "any.toml"
+    path.write_bytes(content)
+    check_preset(path)
+
+
+def check_preset(path: Path) -> None:
+    cfg = read_or_named(lambda: load_preset(str(path)), path)
+    assert cfg is None or type(cfg) is Config
+
+
+@NO_DEADLINE
+@given(content=st.one_of(st.binary(max_size=300), st.sampled_from([b"{}", b'{"n_layer": 1e999}'])))
+@example(content=b"[" * 100_000)
+def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: bytes) -> None:
+    path = folder / "config.json"
+    path.write_bytes(content)
+    cfg = read_or_named(lambda: load_config(path), path)
+    assert cfg is None or type(cfg) is Config
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedError, match="is not what was written"):
+        read_manifest(folder)
+    (folder / "metrics.jsonl").write_bytes(content)
+    assert all(isinstance(record["step"], int) for record in read_metrics(folder / "metrics.jsonl"))
+    told: list[str] = []
+    MetricsLog(folder, resume_step=0, on_error=told.append).close()
+    assert told == []
