@@ -96,9 +96,7 @@ def test_the_accumulator_is_not_written(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(training.init(), config={}, data={}, val_loss=None)
     (stored,) = (tmp_path / "checkpoints").rglob("_METADATA")
-    assert (
-        "('opt_state', 'inner_opt_state', '2', 'mu', 'wte', 'embedding')" in stored.read_text()
-    )
+    assert "('opt_state', 'inner_opt_state', '2', 'mu', 'wte', 'embedding')" in stored.read_text()
     assert "'acc_grads', 'wte'" not in stored.read_text()
 
 

@@ -22,7 +22,8 @@ from test_train import SMALL, last_params, losses, train
 import jaxgpt
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.data.shards import write_shard
-from jaxgpt.training import build, checkpoint, stalls
+from jaxgpt.hardware import preflight
+from jaxgpt.training import checkpoint, stalls
 from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import read_metrics
@@ -135,7 +136,7 @@ def test_other_data_of_the_same_size_is_refused(tmp_path, refused) -> None:
     before = saved_steps(tmp_path / "run")
     write_shard(tmp_path / "data/x_train_000000.bin", GOOD[::-1].copy())
     err = refused(tmp_path / "run", *data, "--max-iters", "2")
-    assert re.search(r"was trained on \(sample \w+ -> \w+\); give it back its data", err)
+    assert re.search(r"was trained on \(train_fingerprint \w+ -> \w+\); give it back its data", err)
     assert saved_steps(tmp_path / "run") == before
 
 
@@ -309,14 +310,18 @@ def test_a_full_device_is_answered_and_what_was_saved_stays(
     def run_out(*_: object) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:\n" * 99)
 
-    built = build.build_training
+    class Full:
+        def __init__(self, compiled) -> None:
+            self.memory_analysis = compiled.memory_analysis
+
+        __call__ = run_out
+
+    compile_it = getattr(preflight, f"compile_{name}")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            build, "build_training", lambda *a, **kw: built(*a, **kw)._replace(**{name: run_out})
-        )
+        patch.setattr(preflight, f"compile_{name}", lambda *a: Full(compile_it(*a)))
         err = refused(run, *STEPS)
-    assert "memory" in err
-    assert "--batch-size 2" in err
+    assert "the device's memory is full after all" in err
+    assert "batch_size" in err or "--batch-size" in err
     assert len(err.splitlines()) < 20
     verify(run / "checkpoints" / str(saved_steps(run)[-1]))
     assert train(run, *STEPS) == 0

@@ -67,7 +67,7 @@ def test_everything_is_as_before_afterwards() -> None:
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
     assert signal.set_wakeup_fd(-1) == -1
-    wait_until(lambda: threading.active_count() == threads)
+    wait_until(lambda: threading.active_count() <= threads)  # others may have ended meanwhile
 
 
 # The main thread is in C, as it is in XLA, and Python's own handlers have to wait.

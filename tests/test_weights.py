@@ -7,6 +7,7 @@ import pytest
 
 from jaxgpt.config import ConfigError
 from jaxgpt.training.checkpoint import CheckpointError
+from jaxgpt.training.integrity import write_manifest
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.weights import WeightsFlags, open_weights
 
@@ -28,7 +29,9 @@ def test_a_checkpoint_is_chosen_by_step_or_by_its_loss(tiny_run: Path) -> None:
 
 def test_the_best_checkpoint_need_not_be_the_latest(tiny_run: Path, tmp_path: Path) -> None:
     for step in (4, 8):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        folder = tmp_path / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        write_manifest(folder, {"val_loss": None})
     (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
     lines = [{"step": s, "val/loss": loss} for s, loss in ((0, 1.0), (4, 2.0), (8, None))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -49,7 +52,7 @@ def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
     for path in (broken / "checkpoints" / "8" / "state" / "d").iterdir():
         path.write_bytes(b"")
     weights = open_weights(WeightsFlags(out_dir=broken))
-    with pytest.raises(CheckpointError, match=r"checkpoints/8 cannot be read .*--checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
         weights.load(jax.devices("cpu")[0])
     values = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**values, "n_layer": 3}))

@@ -43,10 +43,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     data_dir = path.parent
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {_remedy(data_dir)}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be read ({reason}); {_remedy(data_dir)}") from None
     if not isinstance(manifest, dict) or any(name not in manifest for name in REQUIRED):
         raise DataError(f"{path}: is no manifest of jaxgpt's; {_remedy(data_dir)}")
     if manifest["version"] != VERSION:

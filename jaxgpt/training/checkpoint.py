@@ -253,11 +253,15 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     Reads and writes nothing else, so a run may be training in the same folder.
 
     Raises:
-        DamagedError: if a byte of the checkpoint is not what was written.
-        CheckpointError: if the checkpoint cannot be read or does not fit `like`.
+        CheckpointError: if the checkpoint is damaged, cannot be read or does not fit `like`.
     """
     folder = (out_dir / retention.FOLDER / str(step)).absolute()
-    verify(folder)
+    try:
+        verify(folder)
+    except DamagedError as fault:
+        raise CheckpointError(
+            f"checkpoint {step} is damaged: {fault}; choose another with --checkpoint"
+        ) from None
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
