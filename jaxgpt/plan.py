@@ -53,6 +53,12 @@ OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {
     f.name for f in dataclasses.fields(cli.TrainFlags)
 }
 
+# What `--hours` answers with, so that it cannot be given.
+CHOSEN_BY_HOURS = {
+    *("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps", "remat", "fit"),
+    *("max_iters", "lr_decay_iters", "learning_rate", "min_lr"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
@@ -78,11 +84,17 @@ def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
     gpu = _card(flags.gpu, flags.vram)
     if flags.hours is not None and not 0 < flags.hours < math.inf:
         raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
+    if flags.hours is not None and (idle := sorted(given & CHOSEN_BY_HOURS)):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")
     target.prepare_environment()
     from jaxgpt.hardware.planner import Planner
 
     why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
-    planner = Planner(gpu, why_estimated, on_compile=waiting)
+    try:
+        planner = Planner(gpu, why_estimated, waiting, cfg.dtype)
+    except target.NoCompilerError as fault:
+        planner = Planner(gpu, str(fault), waiting, cfg.dtype)
     cfg = planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer)))
     show: Callable[[dict[str, Any]], None]
     if flags.hours is not None:

@@ -153,6 +153,32 @@ def test_hours_find_the_least_predicted_loss(answer, shown) -> None:
     assert "prediction" in shown("--gpu", "rtx4090", "--hours", "48")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float32"], ["--lr-decay-iters", "1000"], ["--vocab-size", "60032"]],
+    ids=lambda flags: flags[0],
+)
+def test_the_command_says_what_was_asked_for(answer, flags) -> None:
+    got = answer("--gpu", "h100", "--preset", "24gb", "--batch-size", "4", *flags)
+    assert " ".join(flags) in got["command"]
+    assert " ".join(flags) in got["command_that_fits"]
+
+
+def test_hours_refuse_what_they_choose(refused) -> None:
+    text = refused("--gpu", "4090", "--hours", "48", "--n-layer", "12", "--max-iters", "9")
+    assert "--hours chooses --max-iters, --n-layer itself" in text
+
+
+def test_a_compiler_that_does_not_start_leaves_the_estimate(shown, monkeypatch) -> None:
+    def broken(_):
+        raise target.NoCompilerError("the CUDA compiler does not start (no such library)")
+
+    monkeypatch.setattr(target, "CUDA_PLUGINS", ("json",))
+    monkeypatch.setattr(target, "card_device", broken)
+    text = shown("--preset", "24gb", "--gpu", "4090")
+    assert "estimated, within a tenth; the CUDA compiler does not start" in text
+
+
 def test_hours_need_a_card_of_known_speed(refused) -> None:
     assert "no speed is published" in refused("--gpu", "t4", "--hours", "10")
     assert "hours -1 must be finite and above 0" in refused("--gpu", "4090", "--hours=-1")

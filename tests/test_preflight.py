@@ -8,7 +8,7 @@ from conftest import TINY
 from jaxgpt.config import Config, with_fields
 from jaxgpt.hardware import memory, preflight
 from jaxgpt.hardware.gpus import GIB
-from jaxgpt.hardware.memory import TooLargeError
+from jaxgpt.hardware.memory import TooLargeError, estimate
 from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
 
 CPU = jax.devices("cpu")[0]
@@ -50,13 +50,16 @@ def test_a_step_that_does_not_fit_is_refused_with_figures_and_flags(machine, mon
         prepare_to_run(CFG, CPU)
     machine(1000)
     monkeypatch.setattr(preflight.fit, "advice", lambda cfg, limit: f"less than {limit}")
-    with pytest.raises(TooLargeError, match="less than 1000"):
+    with pytest.raises(TooLargeError, match="less than 0"):
         prepare_to_run(CFG, CPU)
 
 
 def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
     machine(GIB, host=10)
     with pytest.raises(TooLargeError, match="copied to the host's memory"):
+        preflight._check_host(estimate(CFG))
+    machine(memory.host_bytes(CFG) + 1000)  # on a CPU both lie in one memory
+    with pytest.raises(TooLargeError, match=r"and 0\.00 GiB are there"):
         prepare_to_run(CFG, CPU)
 
 
@@ -98,13 +101,15 @@ def test_running_out_all_the_same_is_told_in_words() -> None:
     [
         ("MemTotal: 9 kB\nMemAvailable: 8 kB\n", None, None, 8192),
         ("MemAvailable: 8 kB\n", "max", "10", 8192),
-        ("MemAvailable: 8 kB\n", "5000", "1000", 4000),
-        ("", "5000", "1000", 4000),
+        ("MemAvailable: 8 kB\n", "5000", "1000", 4400),
+        ("", "5000", "1000", 4400),
         ("", None, None, None),
     ],
 )
 def test_a_containers_limit_counts(monkeypatch, meminfo, limit, current, expected) -> None:
+    stat = None if current is None else "file 500\ninactive_file 400\n"
     files = {"meminfo": meminfo, "memory.max": limit, "memory.current": current}
+    files["memory.stat"] = stat
 
     def read_text(path):
         if files.get(path.name) is None:

@@ -214,7 +214,10 @@ def host_available() -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            available.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+            # Files in the cache are counted as used, but are given back when memory is wanted.
+            stats = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stats["inactive_file"])
+            available.append(int(limit) - used)
+    except (OSError, ValueError, KeyError):
         pass
     return min(available, default=None)

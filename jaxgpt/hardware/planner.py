@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgpt.config import Config, flat_fields, flat_values, with_fields
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import fit, memory, speed, target
 from jaxgpt.hardware.device import compute_dtype
 from jaxgpt.hardware.gpus import Gpu
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.presets import load_preset, preset_for_memory, preset_names
+from jaxgpt.resolve import resolve
 
 TRAIN = "python -m jaxgpt.train"
 # What a command line need not say: it follows from other flags, or belongs to a machine or run.
 NOT_SAID = {
-    *("preset", "n_vocab", "vocab_size", "eval_windows", "vram_gb", "auto_batch_size", "dtype"),
-    *("gradient_accumulation_steps", "lr_decay_iters", "out_dir", "data_dir", "device"),
+    *("preset", "n_vocab", "eval_windows", "vram_gb", "auto_batch_size"),
+    *("gradient_accumulation_steps", "out_dir", "data_dir", "device"),
 }
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal, and the least for a preset
 
@@ -35,17 +37,19 @@ class Planner:
         gpu: Gpu,
         why_estimated: str | None,
         on_compile: Callable[[str], AbstractContextManager[Any]],
+        dtype: str = "auto",
     ):
         """Args:
         gpu: the card.
         why_estimated: why nothing is compiled for it, None to compile.
         on_compile: entered with a line of text while something compiles.
+        dtype: what was asked for, to be said again in commands.
         """
         self.gpu = gpu
         self.capacity = memory.capacity_of(gpu)
         self.why_estimated = why_estimated
         self._device = None if why_estimated else target.card_device(gpu)
-        self._on_compile = on_compile
+        self._on_compile, self.dtype = on_compile, dtype
 
     def for_card(self, cfg: Config) -> Config:
         """`cfg` with the dtype that the card computes in."""
@@ -71,7 +75,7 @@ class Planner:
             return self.record(cfg, self.need(cfg))
         found = fit.best_fit(cfg, self.capacity, self.need)
         if found is None:
-            raise UserError(fit.too_small(cfg, f"an {self.gpu.name}", self.capacity))
+            raise UserError(fit.too_small(cfg, self.gpu.name, self.capacity))
         return self.record(found.cfg, found.need)
 
     def overview(self, cfg: Config) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class Planner:
             "presets": [self.record(p, memory.estimate(p)) for p in presets if p.vram_gb],
             "recommended": recommended,
             "largest_model": self.record(largest.cfg, largest.need) if largest else None,
-            "command": recommended["command"],
+            "command": recommended["command_that_fits"],
         }
 
     def best_for_hours(self, cfg: Config, hours: float) -> dict[str, Any]:
@@ -101,20 +105,28 @@ class Planner:
         """
         if speed.mfu_of(self.gpu) is None:
             raise UserError(
-                f"no speed is published for an {self.gpu.name}, so hours mean nothing for it; "
+                f"no speed is published for this card, {self.gpu.name}, so hours mean nothing for it; "
                 "plan without --hours, and take tokens/s from a short run of train"
             )
-        open_shapes = (self._trained_for(hours, shape) for shape in fit.ladder(cfg))
-        choices = [choice for choice in open_shapes if choice]
-        if not choices and fit.largest_model(cfg, self.capacity):
-            raise UserError(f"{hours:g} hours are no time for one step on an {self.gpu.name}")
+        shapes = (fit.best_fit(shape, self.capacity) for shape in fit.ladder(cfg))
+        fitting = [self._trained_for(hours, found) for found in shapes if found]
+        choices = [choice for choice in fitting if choice]
         if not choices:
-            raise UserError(fit.too_small(cfg, f"an {self.gpu.name}", self.capacity))
-        best = min(choices, key=lambda choice: choice.loss)
-        cfg = with_fields(fit.left_open(best.cfg), state_dtype=cfg.optimizer.state_dtype)
-        found = fit.best_fit(cfg, self.capacity, self.need) or best.fitting
+            raise UserError(
+                f"{hours:g} hours are no time for one step on this card: {self.gpu.name}"
+                if fitting
+                else fit.too_small(cfg, self.gpu.name, self.capacity)
+            )
+        for choice in sorted(choices, key=lambda choice: choice.loss):
+            found = fit.best_fit(fit.left_open(choice.fitting.cfg), self.capacity, self.need)
+            # The compiler may think otherwise of batch_size and remat, and so of the speed.
+            best = self._trained_for(hours, found) if found else None
+            if best:
+                break
+        else:
+            raise UserError(fit.too_small(cfg, self.gpu.name, self.capacity))
         return {
-            **self.record(found.cfg, found.need),
+            **self.record(best.fitting.cfg, best.fitting.need),
             "hours_given": hours,
             "predicted_loss": best.loss,
             "choices": [self._choice_record(choice) for choice in reversed(choices)],
@@ -163,30 +175,29 @@ class Planner:
             "hours": total / rate / speed.HOUR if rate else None,
             "learning_rate": cfg.optimizer.learning_rate,
             "suggested_learning_rate": speed.suggested_learning_rate(parameters),
-            "command": train_command(cfg),
-            "command_that_fits": train_command(cfg) if fits else self._command_that_fits(cfg),
+            "command": train_command(cfg, self.dtype),
+            "command_that_fits": train_command(cfg, self.dtype)
+            if fits
+            else self._command_that_fits(cfg),
         }
 
     def _preset(self, name: str) -> Config:
-        from jaxgpt.data.tokenizer import load_tokenizer
-        from jaxgpt.resolve import resolve
-
         cfg = load_preset(name)
         return self.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer)))
 
-    def _trained_for(self, hours: float, cfg: Config) -> "_Choice | None":
-        found = fit.best_fit(cfg, self.capacity)
-        if found is None:
+    def _trained_for(self, hours: float, found: fit.Fitting) -> "_Choice | None":
+        """What fits, with the steps and the learning rate of so many hours."""
+        cfg = found.cfg
+        rate = speed.tokens_per_second(cfg, self.gpu)
+        if rate is None:  # in float32 no MFU is known
             return None
-        rate = speed.tokens_per_second(found.cfg, self.gpu)
-        assert rate is not None, "the card has an MFU, and computes in bfloat16"
         max_iters = int(rate * hours * speed.HOUR / cfg.tokens_per_step)
         if max_iters < 1:
             return None
         parameters = cfg.model.parameter_count()
         peak = speed.suggested_learning_rate(parameters)
         cfg = with_fields(
-            found.cfg,
+            cfg,
             max_iters=max_iters,
             lr_decay_iters=max_iters,
             learning_rate=peak,
@@ -194,10 +205,11 @@ class Planner:
             warmup_iters=min(cfg.optimizer.warmup_iters, max(1, max_iters // 20)),
         )
         loss = speed.predicted_loss(parameters, max_iters * cfg.tokens_per_step)
-        return _Choice(cfg, fit.Fitting(cfg, found.need), loss)
+        return _Choice(fit.Fitting(cfg, found.need), loss)
 
     def _choice_record(self, choice: "_Choice") -> dict[str, Any]:
-        m, tokens = choice.cfg.model, choice.cfg.max_iters * choice.cfg.tokens_per_step
+        cfg = choice.fitting.cfg
+        m, tokens = cfg.model, cfg.max_iters * cfg.tokens_per_step
         return {
             "parameters": m.parameter_count(),
             "n_layer": m.n_layer,
@@ -205,30 +217,33 @@ class Planner:
             "n_embd": m.n_embd,
             "total_tokens": tokens,
             "tokens_per_parameter": tokens / m.parameter_count(),
-            "tokens_per_second": speed.tokens_per_second(choice.cfg, self.gpu),
+            "tokens_per_second": speed.tokens_per_second(cfg, self.gpu),
             "predicted_loss": choice.loss,
         }
 
     def _command_that_fits(self, cfg: Config) -> str | None:
         found = fit.best_fit(fit.left_open(cfg), self.capacity)
-        return train_command(found.cfg) if found else None
+        return train_command(found.cfg, self.dtype) if found else None
 
 
 class _Choice(NamedTuple):
-    cfg: Config
     fitting: fit.Fitting
     loss: float
 
 
-def train_command(cfg: Config) -> str:
-    """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
-    preset, values = flat_values(load_preset(cfg.preset)), flat_values(cfg)
-    differing = [
-        name for name in flat_fields() if name not in NOT_SAID and values[name] != preset[name]
-    ]
+def train_command(cfg: Config, dtype: str = "auto") -> str:
+    """The command line that trains `cfg`: its preset, and a flag for each field that differs.
+
+    `dtype` is what was asked for; the one in `cfg` may be the card's.
+    """
+    preset = resolve(load_preset(cfg.preset), load_tokenizer(cfg.tokenizer))
+    # Unless it is said, the decay ends with the run.
+    old = {**flat_values(preset), "lr_decay_iters": cfg.max_iters}
+    new = {**flat_values(cfg), "dtype": dtype}
+    differing = [name for name in flat_fields() if name not in NOT_SAID and new[name] != old[name]]
     words = ["--preset", cfg.preset]
     for name in differing:
-        words += [f"--{name.replace('_', '-')}", str(values[name])]
+        words += [f"--{name.replace('_', '-')}", str(new[name])]
     if {"n_layer", "n_head", "n_embd"} & set(differing):  # not a run of the preset any more
         size = f"{cfg.model.parameter_count() / 1e6:.0f}m"
         words += ["--out-dir", f"runs/{Path(cfg.preset).stem}-{size}"]

@@ -28,6 +28,9 @@ def prepare_to_run(cfg: Config, device: Any) -> Ready:
         TooLargeError: with what is needed, what is there, and the flags that would fit.
     """
     limit = memory.device_limit(device)
+    if device.platform == "cpu" and limit is not None:
+        # A checkpoint's copy lies in the same memory.
+        limit = max(0, limit - memory.host_bytes(cfg))
     compiled: dict[Config, Ready] = {}
 
     def measure(cfg: Config) -> memory.Need:
@@ -47,7 +50,8 @@ def prepare_to_run(cfg: Config, device: Any) -> Ready:
         if found is None:
             raise memory.TooLargeError(fit.too_small(cfg, device.device_kind, limit))
         ready = compiled[found.cfg]
-    _check_host(ready, device)
+    if device.platform != "cpu":
+        _check_host(ready.need)
     return ready
 
 
@@ -91,14 +95,11 @@ def _check_device(ready: Ready, limit: int | None) -> None:
     )
 
 
-def _check_host(ready: Ready, device: Any) -> None:
+def _check_host(need: memory.Need) -> None:
     available = memory.host_available()
-    need = ready.need.host_bytes
-    if device.platform == "cpu":
-        need += ready.need.peak_bytes  # one memory for both
-    if available is not None and need > available:
+    if available is not None and need.host_bytes > available:
         raise memory.TooLargeError(
             f"a checkpoint is copied to the host's memory while it is written, which takes "
-            f"{ready.need.host_bytes / GIB:.2f} GiB, and {available / GIB:.2f} GiB are free there; "
+            f"{need.host_bytes / GIB:.2f} GiB, and {available / GIB:.2f} GiB are free there; "
             "close other programs, take a smaller model, or --state-dtype bfloat16"
         )

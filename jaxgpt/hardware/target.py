@@ -49,7 +49,7 @@ def obstacle(gpu: Gpu) -> str | None:
     if not any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
         return "the CUDA compiler is not installed: pip install -e '.[plan]'"
     if gpu.compute_capability < OLDEST:
-        return f"the CUDA compiler no longer targets an {gpu.name}"
+        return f"the CUDA compiler no longer targets this card, {gpu.name}"
     return None
 
 
