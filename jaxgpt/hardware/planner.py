@@ -105,8 +105,8 @@ class Planner:
         """
         if speed.mfu_of(self.gpu) is None:
             raise UserError(
-                f"no speed is published for this card, {self.gpu.name}, so hours mean nothing for it; "
-                "plan without --hours, and take tokens/s from a short run of train"
+                f"no speed is published for this card, {self.gpu.name}, so hours mean nothing "
+                "for it; plan without --hours, and take tokens/s from a short run of train"
             )
         shapes = (fit.best_fit(shape, self.capacity) for shape in fit.ladder(cfg))
         fitting = [self._trained_for(hours, found) for found in shapes if found]

@@ -140,6 +140,7 @@ class Checkpoints:
             retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
+            self._give_room_back(step)
             failed: Future[None] = Future()
             failed.set_exception(fault)
             self._saving = step, failed
@@ -205,16 +206,19 @@ class Checkpoints:
             written.result()
             write_manifest(self.folder / str(step), notes)
         except BaseException:
-            # What could not be finished holds the room that is missing.
-            with contextlib.suppress(OSError):
-                for path in self.folder.glob(f"{step}*"):
-                    if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
-                        retention.remove(path)
+            self._give_room_back(step)
             raise
         try:
             retention.prune(self.folder, self._keep)
         except OSError as fault:
             self._on_error(f"an old checkpoint cannot be deleted: {fault}")
+
+    def _give_room_back(self, step: int) -> None:
+        """Delete what was written of a save that failed: it holds the room that is missing."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(f"{step}*"):
+                if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
+                    retention.remove(path)
 
     def _settle(self, tell: bool = True) -> None:
         saving, self._saving = self._saving, None
