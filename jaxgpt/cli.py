@@ -133,13 +133,6 @@ def fail(prog: str, message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def fail_for_memory(prog: str, fault: RuntimeError, remedy: str) -> NoReturn:
-    """Leave with a sentence if `fault` is XLA's of a full device, else raise it again."""
-    if "RESOURCE_EXHAUSTED" not in str(fault):
-        raise fault
-    fail(prog, f"the device's memory is full: {str(fault).splitlines()[0][:200]}\n{remedy}")
-
-
 def _parse_flags(
     argv: Sequence[str], base: Config, flags_type: type[Own], *, prog: str, description: str
 ) -> Own:

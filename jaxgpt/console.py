@@ -46,20 +46,25 @@ class Pace:
         return steps_left * self._seconds_per_step + pauses_left * self._pause
 
 
+def make_bar(console: Console, left: str) -> Progress:
+    """One bar as wide as the terminal between `left` and the task's `status`; none elsewhere."""
+    return Progress(
+        TextColumn(left),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+
+
 class RunConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
     def __init__(self, start: int, total: int, eval_interval: int):
         self.console = Console(highlight=False, soft_wrap=True)
         self._total, self._eval_interval = total, eval_interval
-        self._bar = Progress(
-            TextColumn("step {task.completed:,}/{task.total:,}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            expand=True,
-            disable=not self.console.is_terminal,
-        )
+        self._bar = make_bar(self.console, "step {task.completed:,}/{task.total:,}")
         self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
 
     def __enter__(self) -> Self:

@@ -21,9 +21,9 @@ from jaxgpt.config import ConfigError, PathIfSet, TextIfSet
 from jaxgpt.console import print_table
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import evaluation_windows, first_windows
-from jaxgpt.data.shards import TokenStream, load_split
-from jaxgpt.data.sources import embedded_tokens
-from jaxgpt.errors import UserError
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.sources import open_split
+from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.evaluate"
@@ -67,13 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description="Measure a model: validation loss, perplexity, bits per byte, benchmarks.",
     )
+    smaller = f"hold less at a time with --batch-size {max(1, flags.batch_size // 2)}"
     try:
-        run(flags)
+        with out_of_memory_in_words(lambda: smaller):
+            run(flags)
     except UserError as fault:
         cli.fail(PROG, str(fault))
-    except RuntimeError as fault:  # XLA's among them
-        smaller = f"hold less at a time with --batch-size {max(1, flags.batch_size // 2)}"
-        cli.fail_for_memory(PROG, fault, smaller)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -119,7 +118,7 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
         UserError: if there is no text, or it is not made of this tokenizer's tokens.
     """
     block_size, n_vocab = weights.model.block_size, weights.tokenizer.n_vocab
-    tokens = open_split(flags, weights)
+    tokens = open_val_split(flags, weights)
     available = (len(tokens) - 1) // block_size
     run = weights.run
     if flags.as_in_training:
@@ -135,7 +134,7 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
     return f"{tokens.name}: {what} {count:,} windows of {block_size:,}", batches, count
 
 
-def open_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
+def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
     """The validation split that the flags name, or else the run's own."""
     run = weights.run
     dataset = flags.dataset or (run.dataset if run and flags.data_dir is None else None)
@@ -144,14 +143,13 @@ def open_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
         of_run = run is not None and flags.dataset in (None, run.dataset)
         data_dir = run.data_dir if run and of_run else Path("data") / str(dataset)
     if dataset == "embedded":
-        tokens = embedded_tokens(weights.tokenizer)["val"]
-        return TokenStream.from_arrays([tokens], "the embedded text (val)")
+        return open_split(None, "val", weights.tokenizer)
     if data_dir is None:
         raise ConfigError(
             f"{weights.name} has no text of its own; say which with --data-dir FOLDER or --dataset "
             "embedded, or measure benchmarks alone with --skip-loss"
         )
-    return load_split(data_dir.expanduser(), "val", weights.tokenizer.n_vocab)
+    return open_split(data_dir.expanduser(), "val", weights.tokenizer)
 
 
 def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Iterable[np.ndarray]:

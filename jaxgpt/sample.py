@@ -17,7 +17,7 @@ import numpy as np
 from jaxgpt import cli
 from jaxgpt.config import ConfigError, FloatIfSet
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
@@ -77,11 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         prompt = read_prompt(flags.prompt)
-        run(flags, prompt)
+        with out_of_memory_in_words(lambda: "make fewer texts at a time with --num-samples"):
+            run(flags, prompt)
     except UserError as fault:
         cli.fail(PROG, str(fault))
-    except RuntimeError as fault:  # XLA's among them
-        cli.fail_for_memory(PROG, fault, "make fewer texts at a time with --num-samples")
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0

@@ -15,10 +15,10 @@ from jaxgpt.console import RunConsole, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.manifest import check_manifest
-from jaxgpt.data.shards import TokenStream, load_split
-from jaxgpt.data.sources import embedded_tokens
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import visible_card
 from jaxgpt.presets import preset_for_memory
@@ -72,7 +72,8 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     lock.take()  # before JAX takes the card's memory from the run that has the lock
     jax = hardware.import_jax()
 
-    from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
+    from jaxgpt.hardware.fit import smaller
+    from jaxgpt.hardware.preflight import prepare_to_run
     from jaxgpt.model.attention import compute_capability
     from jaxgpt.model.generate import Generator, Sampling
     from jaxgpt.training.benchmarks import score_benchmarks
@@ -91,7 +92,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best)
             return 0
-        stack.enter_context(out_of_memory_in_words(cfg))
+        stack.enter_context(out_of_memory_in_words(lambda: smaller(cfg)))
         with waiting("compiling the training step"):
             cfg, training, need = prepare_to_run(cfg, device)
         accumulation = cfg.gradient_accumulation_steps or 1
@@ -202,16 +203,12 @@ def load_tokens(
 ) -> tuple[TokenStream, TokenStream, dict[str, int | str]]:
     """The training and the validation split, checked, and what tells them from other data."""
     identity: dict[str, int | str] = {}
-    if cfg.dataset == "embedded":
-        arrays = embedded_tokens(tokenizer)
-        train, val = (TokenStream.from_arrays([arrays[name]]) for name in ("train", "val"))
-    else:
-        assert cfg.data_dir is not None
-        if fingerprint := check_manifest(cfg.data_dir, tokenizer):
-            identity["manifest_fingerprint"] = fingerprint
-        tokens_wanted = cfg.tokens_per_step * cfg.max_iters
-        train = load_split(cfg.data_dir, "train", tokenizer.n_vocab, tokens_wanted)
-        val = load_split(cfg.data_dir, "val", tokenizer.n_vocab, tokens_wanted)
+    data_dir = None if cfg.dataset == "embedded" else cfg.data_dir
+    if data_dir is not None and (fingerprint := check_manifest(data_dir, tokenizer)):
+        identity["manifest_fingerprint"] = fingerprint
+    tokens_wanted = cfg.tokens_per_step * cfg.max_iters
+    train = open_split(data_dir, "train", tokenizer, tokens_wanted)
+    val = open_split(data_dir, "val", tokenizer, tokens_wanted)
     identity["tokenizer_sha256"] = tokenizer.sha256
     identity |= {"train_tokens": len(train), "val_tokens": len(val)}
     identity |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}

@@ -22,8 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
-from jaxgpt.data.shards import TokenStream
-from jaxgpt.data.sources import embedded_tokens
+from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import load_tokenizer, padded_vocab_size
 from jaxgpt.presets import load_preset
 from jaxgpt.training.build import build_training
@@ -44,8 +43,7 @@ def train(state_dtype: str, seed: int, steps: int, beta2: float) -> dict[str, An
     )
     optimizer = dataclasses.replace(preset.optimizer, state_dtype=state_dtype, beta2=beta2)
     accumulation = preset.effective_batch_size // MICRO_BATCH
-    arrays = embedded_tokens(tokenizer)
-    train, val = (TokenStream.from_arrays([arrays[name]]) for name in ("train", "val"))
+    train, val = (open_split(None, split, tokenizer) for split in ("train", "val"))
     loader = WindowLoader(train, model.block_size, tokenizer.n_vocab, seed)
     training = build_training(
         model,

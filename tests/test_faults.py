@@ -270,6 +270,7 @@ def test_a_last_save_without_room_is_not_called_done(
 
 def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) -> None:
     """Row 16, with writes that really fail; SIGUSR1 saves when the test says so."""
+    out_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     flags = ["--eval-interval", "100000", "--max-iters", "100000", "--log-interval", "20"]
     with started(tmp_path / "run", *flags) as process:
         wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 2)
@@ -285,9 +286,8 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
         process.send_signal(signal.SIGUSR1)
         wait_for(lambda: len(saved_steps(tmp_path / "run")) == 2)
-        # Threads of Orbax's may write on after their save has failed: what they leave goes when the
-        # run is started again, and is never taken for a checkpoint.
-        assert 0 in saved_steps(tmp_path / "run")
+        # Threads of Orbax's may write on after their save has failed, until the next one.
+        wait_for(lambda: set(os.listdir(folder)) == {str(step) for step in saved_steps(out_dir)})
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -322,7 +322,7 @@ def test_a_full_device_is_answered_and_what_was_saved_stays(
     with monkeypatch.context() as patch:
         patch.setattr(preflight, f"compile_{name}", lambda *a: Full(compile_it(*a)))
         err = refused(run, *STEPS)
-    assert "the device's memory is full after all" in err
+    assert "the device's memory is full" in err
     assert "batch_size" in err or "--batch-size" in err
     assert len(err.splitlines()) < 20
     verify(run / "checkpoints" / str(saved_steps(run)[-1]))

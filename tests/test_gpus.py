@@ -10,7 +10,6 @@ from jaxgpt.hardware.gpus import (
     Gpu,
     LocalCard,
     find_gpu,
-    flops_per_token,
     local_cards,
     lookup_gpu,
 )
@@ -172,7 +171,3 @@ def test_the_card_a_program_gets_is_the_first_visible_one(monkeypatch, visible, 
     assert gpus.visible_card().name == name
     monkeypatch.setattr(gpus, "local_cards", list)
     assert gpus.visible_card() is None
-
-
-def test_flops_per_token_are_nanogpts() -> None:
-    assert flops_per_token(123_587_328, n_layer=12, n_embd=768, block_size=1024) == 854_770_176

@@ -6,10 +6,11 @@ import pytest
 from conftest import TINY
 
 from jaxgpt.config import Config, with_fields
-from jaxgpt.hardware import memory, preflight
+from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.hardware import fit, memory, preflight
 from jaxgpt.hardware.gpus import GIB
 from jaxgpt.hardware.memory import TooLargeError, estimate
-from jaxgpt.hardware.preflight import out_of_memory_in_words, prepare_to_run
+from jaxgpt.hardware.preflight import prepare_to_run
 
 CPU = jax.devices("cpu")[0]
 CFG = with_fields(
@@ -88,11 +89,11 @@ def test_auto_says_when_nothing_fits(machine) -> None:
 def test_running_out_all_the_same_is_told_in_words() -> None:
     page = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n" + 99 * "x\n"
     with (
-        pytest.raises(TooLargeError, match=r"full after all: .*allocate 9 bytes\.\n.*--batch-size"),
-        out_of_memory_in_words(with_fields(CFG, batch_size=4)),
+        pytest.raises(UserError, match=r"is full: .*allocate 9 bytes\.\n.*--batch-size"),
+        out_of_memory_in_words(lambda: fit.smaller(with_fields(CFG, batch_size=4))),
     ):
         raise RuntimeError(page)
-    with pytest.raises(RuntimeError, match="another"), out_of_memory_in_words(CFG):
+    with pytest.raises(RuntimeError, match="another"), out_of_memory_in_words(str):
         raise RuntimeError("another")
 
 

@@ -4,10 +4,14 @@ The end-of-text token stands *before* each document (llm.c's convention): a stre
 anywhere shows where documents begin, and sampling can start from that token alone.
 """
 
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.data.embedded import load_embedded
+from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.tokenizer import Tokenizer
 
 # Between two documents of the embedded text. A form feed occurs nowhere in the novels.
@@ -50,3 +54,21 @@ def embedded_tokens(tokenizer: Tokenizer) -> dict[str, NDArray[np.uint16]]:
     """
     splits = split_documents(load_embedded_documents())
     return {name: tokenize_documents(documents, tokenizer) for name, documents in splits.items()}
+
+
+def open_split(
+    data_dir: Path | None,
+    split: Literal["train", "val"],
+    tokenizer: Tokenizer,
+    tokens_wanted: int | None = None,
+) -> TokenStream:
+    """A split of the shards in a folder, or of the embedded text where there is no folder; checked.
+
+    Raises:
+        DataError: as `shards.load_split` does.
+    """
+    if data_dir is not None:
+        return load_split(data_dir, split, tokenizer.n_vocab, tokens_wanted)
+    documents = split_documents(load_embedded_documents())[split]
+    tokens = tokenize_documents(documents, tokenizer)
+    return TokenStream.from_arrays([tokens], f"the embedded text ({split})")

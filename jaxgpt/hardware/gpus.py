@@ -235,13 +235,3 @@ def visible_card() -> LocalCard | None:
     # Anything but a number names a card by its UUID, or none; the first one stands for it.
     index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
     return cards[index] if cards else None
-
-
-def flops_per_token(n_params_without_wpe: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """FLOPs of one training token, forward and backward: 6 N + 12 L D T.
-
-    The formula of nanoGPT and of PaLM's appendix B: position embeddings left out of N, the tied
-    head counted once, attention counted in full rather than causal, and recomputation not at all.
-    GPT-2 124M has N = 123,587,328, hence 854,770,176.
-    """
-    return 6 * n_params_without_wpe + 12 * n_layer * n_embd * block_size

@@ -20,7 +20,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.hardware import target
 from jaxgpt.hardware.device import MEMORY_SHARE
 from jaxgpt.hardware.gpus import GIB, Gpu
-from jaxgpt.model.attention import pick_attention
+from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.training.build import Training, build_training, compile_train_step
 
@@ -111,7 +111,8 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch_size * m.block_size
-    flash = "plain" not in pick_attention("gpu", (8, 0), cfg.dtype, m.n_embd // m.n_head)[1]
+    attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.n_embd // m.n_head)
+    flash = attend is cudnn_attention
     scores = 0 if flash else 4 * rows * m.n_head * m.block_size
     BTD = rows * m.n_embd * width / 2
     logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size

@@ -15,7 +15,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import fit, memory, speed, target
 from jaxgpt.hardware.device import compute_dtype
-from jaxgpt.hardware.gpus import Gpu
+from jaxgpt.hardware.gpus import GIB, Gpu
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.presets import load_preset, preset_for_memory, preset_names
 from jaxgpt.resolve import resolve
@@ -26,7 +26,6 @@ NOT_SAID = {
     *("preset", "n_vocab", "eval_windows", "vram_gb", "auto_batch_size"),
     *("gradient_accumulation_steps", "out_dir", "data_dir", "device"),
 }
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal, and the least for a preset
 
 
 class Planner:
@@ -84,9 +83,8 @@ class Planner:
         `cfg` gives what a shape leaves open: context, effective batch, steps.
         """
         presets = [self._preset(name) for name in preset_names()]
-        recommended = self.one(
-            self._preset(preset_for_memory(self.gpu.memory_bytes / 2**30)), set()
-        )
+        tier = self._preset(preset_for_memory(self.gpu.memory_bytes / GIB))
+        recommended = self.one(tier, set())
         largest = fit.largest_model(cfg, self.capacity, self.need)
         return {
             "gpu": self.gpu.key,
@@ -103,10 +101,11 @@ class Planner:
         Raises:
             UserError: if no speed is known for the card.
         """
-        if speed.mfu_of(self.gpu) is None:
+        if speed.tokens_per_second(cfg, self.gpu) is None:
             raise UserError(
-                f"no speed is published for this card, {self.gpu.name}, so hours mean nothing "
-                "for it; plan without --hours, and take tokens/s from a short run of train"
+                f"no speed is published for this card, {self.gpu.name}, in {cfg.dtype}, so hours "
+                "mean nothing for it; plan without --hours, and take tokens/s from a short run of "
+                "train"
             )
         shapes = (fit.best_fit(shape, self.capacity) for shape in fit.ladder(cfg))
         fitting = [self._trained_for(hours, found) for found in shapes if found]
@@ -139,7 +138,7 @@ class Planner:
         mfu = speed.mfu_of(self.gpu)
         total = cfg.tokens_per_step * cfg.max_iters
         parameters = m.parameter_count()
-        fits = need.fits(self.capacity)
+        fits, command = need.fits(self.capacity), train_command(cfg, self.dtype)
         return {
             "preset": cfg.preset,
             "gpu": self.gpu.key,
@@ -175,10 +174,8 @@ class Planner:
             "hours": total / rate / speed.HOUR if rate else None,
             "learning_rate": cfg.optimizer.learning_rate,
             "suggested_learning_rate": speed.suggested_learning_rate(parameters),
-            "command": train_command(cfg, self.dtype),
-            "command_that_fits": train_command(cfg, self.dtype)
-            if fits
-            else self._command_that_fits(cfg),
+            "command": command,
+            "command_that_fits": command if fits else self._command_that_fits(cfg),
         }
 
     def _preset(self, name: str) -> Config:
@@ -189,8 +186,7 @@ class Planner:
         """What fits, with the steps and the learning rate of so many hours."""
         cfg = found.cfg
         rate = speed.tokens_per_second(cfg, self.gpu)
-        if rate is None:  # in float32 no MFU is known
-            return None
+        assert rate is not None, "asked before"
         max_iters = int(rate * hours * speed.HOUR / cfg.tokens_per_step)
         if max_iters < 1:
             return None

@@ -3,8 +3,6 @@
 What does not fit is said with its figures and with flags that would fit, before hours are spent.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxgpt.config import Config
@@ -53,24 +51,6 @@ def prepare_to_run(cfg: Config, device: Any) -> Ready:
     if device.platform != "cpu":
         _check_host(ready.need)
     return ready
-
-
-@contextmanager
-def out_of_memory_in_words(cfg: Config) -> Iterator[None]:
-    """Turns XLA's pages on a full device into a sentence and the flags to try next.
-
-    Raises:
-        TooLargeError: in place of XLA's error.
-    """
-    try:
-        yield
-    except RuntimeError as fault:  # XLA's is one of these
-        if "RESOURCE_EXHAUSTED" not in str(fault):
-            raise
-        line = str(fault).strip().splitlines()[0][:200]
-        raise memory.TooLargeError(
-            f"the device's memory is full after all: {line}\n{fit.smaller(cfg)}"
-        ) from None
 
 
 def _compile(cfg: Config, device: Any) -> Ready:

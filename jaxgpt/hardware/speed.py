@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from jaxgpt.config import Config, ModelConfig, Remat
-from jaxgpt.hardware.gpus import Gpu, flops_per_token
+from jaxgpt.hardware.gpus import Gpu
 
 
 class Mfu(NamedTuple):
@@ -42,9 +42,14 @@ LEARNING_RATES = ((30e6, 8e-4), (124e6, 6e-4), (355e6, 5e-4), (774e6, 3e-4), (1.
 
 
 def model_flops_per_token(model: ModelConfig) -> int:
-    """FLOPs of training on one token, by nanoGPT's formula."""
-    without_positions = model.parameter_count() - model.block_size * model.n_embd
-    return flops_per_token(without_positions, model.n_layer, model.n_embd, model.block_size)
+    """FLOPs of one training token, forward and backward: 6 N + 12 L D T.
+
+    The formula of nanoGPT and of PaLM's appendix B: position embeddings left out of N, the tied
+    head counted once, attention counted in full rather than causal, and recomputation not at all.
+    GPT-2 124M has N = 123,587,328, hence 854,770,176.
+    """
+    D, T = model.n_embd, model.block_size
+    return 6 * (model.parameter_count() - T * D) + 12 * model.n_layer * D * T
 
 
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:

@@ -5,9 +5,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxgpt.console import duration
+from jaxgpt.console import duration, make_bar
 
 LINE_SECONDS = 30  # between two lines where no bar can be drawn
 
@@ -19,14 +18,7 @@ class PreparationConsole:
         self.console = Console(highlight=False, soft_wrap=True)
         self._total, self._done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("{task.percentage:3.0f} %"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            expand=True,
-            disable=not self.console.is_terminal,
-        )
+        self._bar = make_bar(self.console, "{task.percentage:3.0f} %")
         self._task = self._bar.add_task(
             "prepare", total=max(total_bytes, 1), completed=done_bytes, status="starting"
         )

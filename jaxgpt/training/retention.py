@@ -41,7 +41,13 @@ def best_step(folder: Path) -> tuple[int, float] | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all finished checkpoints but the newest `keep` and the best: two rules, never one."""
+    """Delete all finished checkpoints but the newest `keep` and the best: two rules, never one.
+
+    To be called between saves: what a failed one left goes too, unless a thread of Orbax's still
+    writes to it, which some do after their save has failed; then it goes next time.
+    """
+    for path in _leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
     steps, best = finished_steps(folder), best_step(folder)
     for step in steps[:-keep]:
         if best is None or step != best[0]:
@@ -81,7 +87,7 @@ def remove_unfinished(folder: Path) -> list[str]:
             f"{missing} is missing, so nobody can tell whether the checkpoint is whole; copy the "
             "whole folder again, or start anew with another --out-dir"
         )
-    leftovers = {*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob(f"*{DELETED}"), *unfinished}
+    leftovers = {*_leftovers(folder), *unfinished}
     for path in leftovers:
         remove(path)
     return sorted(path.name for path in leftovers)
@@ -123,6 +129,11 @@ def newest_sound(
             f"copy, or start anew with another --out-dir\n{each}"
         )
     return None
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Folders of saves and deletions that did not end."""
+    return [*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob(f"*{DELETED}")]
 
 
 def _committed(folder: Path) -> list[Path]:
