@@ -19,6 +19,7 @@ Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
 StateDtype = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
 Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
@@ -93,8 +94,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule and its clipping."""
+    """AdamW or Muon, the schedule and the clipping."""
 
+    # muon: the blocks' matrices by orthogonalized momentum, the rest by AdamW, at one learning rate
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 6e-4  # peak, reached after the warm-up
     min_lr: float = 6e-5  # where the cosine ends
     decay_lr: TrueOrFalse = True  # False keeps the peak after the warm-up
@@ -104,7 +107,7 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.99  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 switches it off
-    # AdamW's moments and the accumulator: bfloat16 makes 10 bytes of a parameter's 16
+    # the optimizer's moments and the accumulator: bfloat16 makes 10 bytes of a parameter's 16
     state_dtype: StateDtype = "float32"
 
     def faults(self) -> list[str]:

@@ -106,7 +106,7 @@ def _items(record: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     what = {
         "parameters": "float32",
-        "optimizer": f"AdamW's two moments, {record['state_dtype']}",
+        "optimizer": f"its moments, {record['optimizer']}, {record['state_dtype']}",
         "accumulator": f"of gradients, {record['state_dtype']}",
         "activations": f"batch_size {record['batch_size']} x {record['block_size']} tokens, "
         f"remat {record['remat']}",

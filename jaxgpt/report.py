@@ -118,7 +118,7 @@ def print_run(
         "step": f"{cfg.effective_batch_size} sequences = batch_size {cfg.batch_size} x "
         f"{cfg.gradient_accumulation_steps} accumulated; {tokens:,} tokens",
         "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
-        "optimizer": f"AdamW, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
+        "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
         "learning rate": f"{rate}, cosine to {o.min_lr:g} at step {decay_end:,}"
         if o.decay_lr

@@ -67,18 +67,21 @@ def test_every_preset_leaves_head_room_on_the_smallest_card_of_its_tier() -> Non
     assert {"rtx3090", "rtx4090"} <= {r["gpu"] for r in presets if r["preset"] == "24gb-1558m"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_the_state_is_counted_to_the_byte(state_dtype) -> None:
-    cfg = with_fields(CFG, state_dtype=state_dtype)
+def test_the_state_is_counted_to_the_byte(state_dtype, optimizer) -> None:
+    cfg = with_fields(CFG, state_dtype=state_dtype, optimizer=optimizer)
     like = memory.build_for(cfg, jax.devices("cpu")[0]).state_like
-    nbytes = {
+    kept = {
         "parameters": like.params,
-        "optimizer": (like.opt_state.inner_opt_state[2].mu, like.opt_state.inner_opt_state[2].nu),
+        "optimizer": like.opt_state.inner_opt_state[2],
         "accumulator": like.opt_state.acc_grads,
     }
-    counted = {
-        item: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for item, tree in nbytes.items()
+    counted = {  # but for counts and Muon's three coefficients
+        item: sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.size > 3
+        )
+        for item, tree in kept.items()
     }
     assert memory.state_bytes(cfg) == counted
     assert memory.host_bytes(cfg) == counted["parameters"] + counted["optimizer"]

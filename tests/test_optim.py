@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -120,6 +121,47 @@ def test_state_in_bfloat16_takes_ten_bytes_a_parameter() -> None:
     floats = [x for x in jax.tree.leaves(state) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("bfloat16")}
     assert sum(x.nbytes for x in floats) == 6 * sum(x.size for x in jax.tree.leaves(params))
+
+
+MUON = OptimizerConfig(optimizer="muon", weight_decay=0.0, warmup_iters=0, decay_lr=False)
+
+
+def muon_updates(grads, cfg: OptimizerConfig = MUON):
+    params = jax.tree.map(jnp.ones_like, grads)
+    tx = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
+def test_muon_turns_every_direction_of_a_matrix_by_about_the_same(shape) -> None:
+    """However lopsided the gradient; and by as much as AdamW would, whatever the matrix's shape."""
+    gradient = jax.random.normal(jax.random.key(0), shape) * jnp.logspace(-1, 1, shape[1])
+    update = muon_updates({"kernel": gradient})["kernel"]
+    before, after = (np.linalg.svd(np.asarray(x), compute_uv=False) for x in (gradient, update))
+    assert before[0] > 8 * before[-1]
+    assert after[0] < 2 * after[-1]
+    root_mean_square = float(jnp.sqrt(jnp.mean(update**2))) / MUON.learning_rate
+    assert 0.1 < root_mean_square < 0.25
+    assert float(jnp.vdot(update, gradient)) < 0  # downhill
+
+
+def test_muon_leaves_embeddings_and_vectors_to_adamw() -> None:
+    gradients = {"kernel": jnp.ones((8, 8)), "embedding": jnp.ones((8, 8)), "scale": jnp.ones(8)}
+    adam = muon_updates(gradients, dataclasses.replace(MUON, optimizer="adamw"))
+    muon = muon_updates(gradients)
+    for name in ("embedding", "scale"):
+        np.testing.assert_array_equal(muon[name], adam[name])
+    assert not np.allclose(muon["kernel"], adam["kernel"])
+
+
+def test_muon_decays_what_adamw_does_at_the_same_rate() -> None:
+    zeros = {"kernel": jnp.zeros((8, 8)), "embedding": jnp.zeros((8, 8)), "scale": jnp.zeros(8)}
+    for optimizer in ("adamw", "muon"):
+        cfg = dataclasses.replace(MUON, optimizer=optimizer, weight_decay=0.1)
+        updates = muon_updates(zeros, cfg)
+        for name, decayed in {"kernel": True, "embedding": True, "scale": False}.items():
+            expected = -0.1 * cfg.learning_rate if decayed else 0.0
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-6)
 
 
 def test_rounding_at_random_is_right_on_average_and_never_off_by_more_than_one() -> None:

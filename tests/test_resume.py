@@ -31,7 +31,7 @@ CREATED = with_fields(
 OTHER_RUN = dict(
     n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=128, n_vocab=60
 ) | dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24, eval_iters=3)
-OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16")
+OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16", optimizer="muon")
 SAME_RUN = (
     dict(preset="my.toml", max_iters=200, lr_decay_iters=150, decay_lr=False, learning_rate=2e-3)
     | dict(min_lr=1e-5, warmup_iters=5, weight_decay=0.2, beta1=0.8, beta2=0.95, grad_clip=0.5)

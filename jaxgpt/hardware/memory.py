@@ -56,10 +56,12 @@ def capacity_of(gpu: Gpu) -> int:
 
 
 def state_bytes(cfg: Config) -> dict[str, int]:
-    """Bytes of what a step keeps: parameters, AdamW's moments, the accumulator."""
-    N = cfg.model.parameter_count()
+    """Bytes of what a step keeps: parameters, the optimizer's moments, the accumulator."""
+    m, N = cfg.model, cfg.model.parameter_count()
     width = jnp.dtype(cfg.optimizer.state_dtype).itemsize
-    return {"parameters": 4 * N, "optimizer": 2 * width * N, "accumulator": width * N}
+    # Muon has one moment of the blocks' matrices (of D x 3D, D x D, D x 4D, 4D x D), AdamW two.
+    moments = 2 * N - (12 * m.n_layer * m.n_embd**2 if cfg.optimizer.optimizer == "muon" else 0)
+    return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
 
 
 def host_bytes(cfg: Config) -> int:

@@ -160,6 +160,7 @@ class Planner:
             "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
             "remat": cfg.remat,
             "dtype": cfg.dtype,
+            "optimizer": cfg.optimizer.optimizer,
             "state_dtype": cfg.optimizer.state_dtype,
             "attention": pick_attention(
                 "gpu", self.gpu.compute_capability, cfg.dtype, m.n_embd // m.n_head

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxgpt.config import OptimizerConfig
 
@@ -46,17 +47,48 @@ def make_schedule(cfg: OptimizerConfig, max_iters: int) -> optax.Schedule:
 def make_optimizer(
     cfg: OptimizerConfig, schedule: optax.Schedule, accumulation: int
 ) -> optax.MultiSteps:
-    """AdamW behind a clip by global norm, fed the mean of `accumulation` gradients."""
+    """AdamW or Muon behind a clip by global norm, fed the mean of `accumulation` gradients."""
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
-    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2)
     chain = optax.chain(
         optax.snapshot(GRAD_NORM, optax.tree.norm),
         clip,
-        adam if cfg.state_dtype == "float32" else stored_in_bfloat16(adam),
+        scale_by_moments(cfg),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
     return optax.MultiSteps(chain, accumulation, accumulator_dtype=cfg.state_dtype)
+
+
+def scale_by_moments(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """What makes a direction of a gradient: Adam's two moments, or Muon's one for the matrices."""
+    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2)
+    if cfg.state_dtype == "bfloat16":
+        adam = stored_in_bfloat16(adam)
+    if cfg.optimizer == "adamw":
+        return adam
+    # Rounding to nearest is good enough here: a step changes this moment by a twentieth.
+    momentum = optax.contrib.scale_by_muon(
+        mu_dtype=cfg.state_dtype,
+        weight_dimension_numbers=lambda updates: jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(), updates
+        ),
+    )
+    muon = optax.chain(momentum, optax.stateless_with_tree_map(lambda g, _: _like_adam(g)))
+    return optax.partition({"muon": muon, "adam": adam}, orthogonalized)
+
+
+def orthogonalized(params: Any) -> Any:
+    """'muon' for each matrix inside a block, 'adam' for embeddings and vectors."""
+    return jax.tree.map_with_path(
+        lambda path, _: "muon" if _name(path) == "kernel" else "adam", params
+    )
+
+
+def _like_adam(update_DF: jax.Array) -> jax.Array:
+    # Liu et al., "Muon is Scalable for LLM Training" (2025): an orthogonal matrix has a root mean
+    # square of 1 / sqrt(its longer side), a step of Adam's one of about 0.2. So one learning rate
+    # and one weight decay serve both.
+    return 0.2 * math.sqrt(max(update_DF.shape)) * update_DF
 
 
 def make_accumulator(cfg: OptimizerConfig, accumulation: int) -> optax.MultiSteps:
@@ -129,9 +161,11 @@ def _cast_floats(tree: Any, dtype: Any) -> Any:
 
 def decay_mask(params: Any) -> Any:
     """True for each leaf that weight decay applies to: matrices and embeddings, by path."""
-    return jax.tree.map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in DECAYED, params
-    )
+    return jax.tree.map_with_path(lambda path, _: _name(path) in DECAYED, params)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def grad_norm(opt_state: optax.MultiStepsState) -> jax.Array:
