@@ -17,16 +17,10 @@ import zstandard
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import documents
-from jaxgpt.preparation.documents import (
-    LongText,
-    ReadOptions,
-    Skip,
-    fraction_of,
-    pieces,
-    read_slice,
-)
+from jaxgpt.preparation import documents, lines, readers
+from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
+from jaxgpt.preparation.readers import read_slice
 
 TEXTS = ["one", "two\nlines", "ünï ☃", "four " * 50]
 
@@ -102,7 +96,7 @@ def test_a_text_file_is_a_document_or_its_paragraphs_or_its_lines(tmp_path: Path
 def test_the_marker_that_windows_puts_first_is_no_text(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword")
     assert read(tmp_path / "a.txt") == ["word"]
-    monkeypatch.setattr(documents, "WHOLE", 1)
+    monkeypatch.setattr(readers, "WHOLE", 1)
     (long,) = read(tmp_path / "a.txt")
     assert "".join(pieces(long)) == "word"
 
@@ -222,9 +216,9 @@ def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
     text = cases()["mixed"] + "ü" * 1001
     (tmp_path / "a.txt").write_text(text, newline="")
     monkeypatch.setattr(documents, "PIECE", 5000)
-    monkeypatch.setattr(documents, "CHUNK", 777)
+    monkeypatch.setattr(lines, "CHUNK", 777)
     expected = list(pieces(text))
-    monkeypatch.setattr(documents, "WHOLE", 1000)
+    monkeypatch.setattr(readers, "WHOLE", 1000)
     (long,) = read(tmp_path / "a.txt")
     assert isinstance(long, LongText)
     assert list(pieces(long)) == expected

@@ -7,11 +7,12 @@ workers. A killed run and its continuation therefore mean the same thing by "uni
 import glob
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
 
 Kind = Literal["parquet", "jsonl", "text", "arrow"]
@@ -59,7 +60,7 @@ class Input:
 
     @property
     def is_compressed(self) -> bool:
-        return self.kind in ("jsonl", "text") and self.path.endswith(COMPRESSED)
+        return self.kind in ("jsonl", "text") and self.path.lower().endswith(COMPRESSED)
 
     @property
     def divisible(self) -> bool:
@@ -80,9 +81,12 @@ class Slice(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes, about."""
-        return self.input.size * (self.part + 1) // self.parts - (
-            self.input.size * self.part // self.parts
-        )
+        start, stop = self.share_of(self.input.size)
+        return stop - start
+
+    def share_of(self, n: int) -> tuple[int, int]:
+        """The stretch [start, stop) of this part where the whole is `n` long."""
+        return n * self.part // self.parts, n * (self.part + 1) // self.parts
 
 
 Unit = tuple[Slice, ...]
@@ -118,12 +122,15 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
 
     Raises UserError for what does not exist and for what is no text.
     """
-    if len(arguments) == 1 and is_saved_dataset(Path(arguments[0]).expanduser()):
-        return [saved_dataset(Path(arguments[0]).expanduser())]
-    found: set[Path] = set()
+    found: dict[str, Input] = {}
     for argument in arguments:
-        found |= set(_files_of(argument))
-    return [_local_input(path) for path in sorted(found, key=str)]
+        path = Path(argument).expanduser()
+        if is_saved_dataset(path):
+            inputs = [saved_dataset(path)]
+        else:
+            inputs = [_local_input(file) for file in _files_of(argument)]
+        found |= {item.path: item for item in inputs}
+    return [found[path] for path in sorted(found)]
 
 
 def kind_of(path: str) -> Kind | None:
@@ -152,7 +159,7 @@ def saved_dataset(path: Path) -> Input:
         dataset = load_from_disk(str(path))
     except Exception as error:  # datasets wraps pyarrow's and its own
         raise UserError(
-            f"{path}: cannot be read as a saved dataset ({_first_line(error)})"
+            f"{path}: cannot be read as a saved dataset ({first_line(error)})"
         ) from None
     files = sorted(path.glob("*.arrow"))
     return Input(
@@ -193,15 +200,23 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: holds tokens already; train on them with python -m jaxgpt.train --data-dir "
             f"{folder}, or look at them with python -m jaxgpt.prepare --inspect {folder}"
         )
-    files = [path for path in folder.rglob("*") if path.is_file() and kind_of(path.name)]
-    files = [path for path in files if not _is_hidden(path.relative_to(folder))]
+    files = [path.resolve() for path in _texts_under(folder)]
     if not files:
         raise UserError(f"{folder}: holds no text; looked for {READABLE}")
-    return [path.resolve() for path in files]
+    return files
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _texts_under(folder: Path) -> Iterator[Path]:
+    """Files by their names, outside hidden folders and those that hold tokens and a manifest."""
+    for parent, folders, names in os.walk(folder):
+        here = [Path(parent, name) for name in folders if not name.startswith(".")]
+        folders[:] = [path.name for path in here if not _holds_tokens(path)]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        yield from (path for path in paths if kind_of(path.name) and path.is_file())
+
+
+def _holds_tokens(folder: Path) -> bool:
+    return (folder / WORK_FOLDER).is_dir() or any(folder.glob("*.bin"))
 
 
 def _unreadable(path: Path) -> str:
@@ -230,5 +245,6 @@ def _edges(path: Path) -> str:
         return f"{zlib.crc32(file.read(EDGE), zlib.crc32(head)):08x}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

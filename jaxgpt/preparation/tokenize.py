@@ -27,9 +27,9 @@ from jaxgpt.preparation.documents import (
     Skip,
     fraction_of,
     pieces,
-    read_slice,
 )
 from jaxgpt.preparation.inputs import Unit
+from jaxgpt.preparation.readers import read_slice
 
 BUFFERED = 1 << 20  # tokens gathered before they are written
 GROUPED = 1 << 18  # characters of short documents encoded in one call

@@ -1,0 +1,206 @@
+"""Files into documents: parquet, what save_to_disk wrote, JSON lines, plain text.
+
+A reader never holds a file: it yields batches.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import Batch, Document, LongText, ReadOptions, Skip, usable
+from jaxgpt.preparation.inputs import Input, Slice, first_line
+from jaxgpt.preparation.lines import in_groups, lines_between, paragraphs, read_chunks, split_lines
+
+ROWS = 256  # documents in a batch: enough to make its cost small, 1 MB of web text
+BATCH_BYTES = 1 << 24  # fewer rows where they are long
+WHOLE = 1 << 24  # bytes; a longer text is read as a stream, twice
+
+
+def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    """The documents of a slice, in order; raises UserError for a file that cannot be read."""
+    read = {
+        "parquet": _read_parquet,
+        "arrow": _read_saved_dataset,
+        "jsonl": _read_jsonl,
+        "text": _read_text,
+    }[slice.input.kind]
+    try:
+        yield from read(slice, options)
+    except OSError as error:
+        raise UserError(
+            f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"
+        ) from None
+
+
+def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(slice.path) as file:
+            groups = range(*slice.share_of(file.metadata.num_row_groups))
+            rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+            n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+            names = file.schema_arrow.names
+            check_column(slice.input, names, options.text_column)
+            columns = [options.text_column, *({"token_count"} & set(names) - {options.text_column})]
+            for batch in file.iter_batches(
+                _rows_at_once(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
+            ):
+                yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{slice.path}: is no parquet file, or a damaged one ({first_line(error)}); copy or "
+            "download it again"
+        ) from None
+
+
+def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(slice.path)
+    check_column(slice.input, dataset.column_names, options.text_column)
+    columns = {options.text_column, *({"token_count"} & set(dataset.column_names))}
+    dataset = dataset.select_columns(list(columns)).with_format("arrow")
+    first, last = slice.share_of(slice.input.rows)
+    step = _rows_at_once(slice.input.rows, slice.input.size)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        yield _batch(
+            dataset[start:stop], slice, options, slice.size * (stop - start) // (last - first)
+        )
+
+
+def _rows_at_once(rows: int, n_bytes: int) -> int:
+    return max(1, min(ROWS, BATCH_BYTES * rows // max(n_bytes, 1)))
+
+
+def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
+    """The documents of an arrow batch or table."""
+    import pyarrow as pa
+
+    column = table[options.text_column]
+    if not _holds_text(column.type):
+        raise UserError(
+            f"{slice.path}: column {options.text_column!r} holds {column.type}, not text; name "
+            f"another with --text-column ({', '.join(table.schema.names)})"
+        )
+    try:
+        texts = column.to_pylist()
+    except UnicodeDecodeError:
+        texts = column.cast(pa.large_binary()).to_pylist()
+    documents = [usable(text, options) for text in texts]
+    counts = None
+    if "token_count" in table.schema.names and options.text_column != "token_count":
+        counts = _sum_of_used(documents, table["token_count"].to_pylist())
+    return Batch(documents, size, counts)
+
+
+def _sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
+    """The tokens that the source says the documents have; None where it does not say it of each."""
+    pairs = zip(documents, counts, strict=True)
+    used = [count for document, count in pairs if not isinstance(document, Skip)]
+    return sum(used) if all(isinstance(count, int) for count in used) else None
+
+
+def _holds_text(type: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(type):
+        type = type.value_type
+    return any(
+        is_kind(type)
+        for is_kind in (
+            *(types.is_string, types.is_large_string, types.is_string_view),
+            *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null),
+        )
+    )
+
+
+def check_column(input: Input, names: Iterable[str], text_column: str) -> None:
+    """Raises UserError if the text's column is not among `names`."""
+    if text_column not in names:
+        raise UserError(
+            f"{input.path}: has no column {text_column!r}; name the one with the text with "
+            f"--text-column (there are {', '.join(names)})"
+        )
+
+
+def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    with open(slice.path, "rb") as file:
+        if slice.input.is_compressed:
+            lines = split_lines(read_chunks(file, slice.path))
+        else:
+            lines = lines_between(file, *slice.share_of(slice.input.size))
+        first, position = True, file.tell()
+        for group in in_groups(lines):
+            documents, counts = [], []
+            for line in group:
+                record = _parse(line, options)
+                if first:
+                    _check_first(record, line, slice, options)
+                    first = False
+                documents.append(_text_of(record, options))
+                counts.append(record.get("token_count") if isinstance(record, dict) else None)
+            before, position = position, file.tell()
+            yield Batch(documents, position - before, _sum_of_used(documents, counts))
+
+
+def _check_first(record: Any, line: bytes, slice: Slice, options: ReadOptions) -> None:
+    """Raises UserError where the first line shows that the whole file is meant otherwise."""
+    if slice.part == 0 and line.lstrip().startswith(b"["):
+        raise UserError(
+            f"{slice.path}: is a JSON array, and is to hold one object a line; write it so, as jq "
+            "-c '.[]' does"
+        )
+    if isinstance(record, dict):
+        check_column(slice.input, list(record), options.text_column)
+
+
+def _parse(line: bytes, options: ReadOptions) -> Any:
+    try:
+        return json.loads(line.decode(errors=options.decode_errors))
+    except UnicodeDecodeError:
+        return Skip.NOT_UTF8
+    except (ValueError, RecursionError):  # the latter of ten thousand brackets
+        return Skip.MALFORMED
+
+
+def _text_of(record: Any, options: ReadOptions) -> Document:
+    if isinstance(record, Skip):
+        return record
+    text = record.get(options.text_column) if isinstance(record, dict) else Skip.MALFORMED
+    return usable(text, options) if isinstance(text, str | None) else Skip.MALFORMED
+
+
+def _read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    with open(slice.path, "rb") as file:
+        chunks = read_chunks(file, slice.path)
+        if options.sample_by == "document":
+            yield Batch([_whole_text(chunks, slice.path, options)], slice.size, None)
+            return
+        lines, position = split_lines(chunks), 0
+        for group in in_groups(lines if options.sample_by == "line" else paragraphs(lines)):
+            before, position = position, file.tell()
+            yield Batch([usable(text, options) for text in group], position - before, None)
+
+
+def _whole_text(chunks: Iterable[bytes], path: str, options: ReadOptions) -> Document:
+    text = _join_up_to(WHOLE, chunks)
+    if text is not None:
+        return usable(text, options)
+    long = LongText(path, options)
+    return long.check() or long
+
+
+def _join_up_to(limit: int, chunks: Iterable[bytes]) -> bytes | None:
+    """All chunks as one; None if that is longer than `limit`, however little the file is."""
+    pending: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        pending.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            return None
+    return b"".join(pending)
