@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import Config, flat_fields
 from jaxgpt.data.loader import WindowLoader
-from jaxgpt.data.shards import MAGIC, inspect_file, load_split
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.errors import UserError
 from jaxgpt.presets import load_config, load_preset
 from jaxgpt.training.integrity import MANIFEST, DamagedError, read_manifest

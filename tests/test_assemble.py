@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.documents import ReadOptions
@@ -77,19 +78,54 @@ def test_a_shard_is_cut_as_soon_as_its_tokens_are_there(tmp_path: Path, work: Pa
 
 
 def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
-    tmp_path: Path, work: Path
+    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
     for number in range(3):
         finish_unit(assembler, work, number, unit_tokens(number))
-    assembler.cut()
-    journal = work / "shards.jsonl"
-    whole = journal.read_text()
-    journal.write_text(whole.splitlines(keepends=True)[0])  # killed before the second line
+    append = Journal.append
+
+    def killed_before_the_second_line(journal: Journal, entry: dict) -> None:
+        if journal.entries:
+            raise KeyboardInterrupt
+        append(journal, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", killed_before_the_second_line)
+        with pytest.raises(KeyboardInterrupt):
+            assembler.cut()
+    shards = sorted(tmp_path.glob("*.bin"))
+    written = [path.stat().st_mtime_ns for path in shards]
+    assert len(assembler.shards) == 1
     again = Assembler(tmp_path, work, plan_of(5), None, EOT)
-    assert again.shards == assembler.shards
-    assert journal.read_text() == whole
+    assert [shard["tokens"] for shard in again.shards] == [100, 100]
     assert again.pending_units() == [3, 4]
+    assert [path.stat().st_mtime_ns for path in shards] == written
+    assert Journal(work / "shards.jsonl").entries == again.shards
+
+
+def test_a_stranger_s_shard_is_not_taken_in(tmp_path: Path, work: Path) -> None:
+    name = "x_train_000001.bin"
+    for n_units, tokens in ((0, 10), (3, 100), (3, 50)):  # before its turn, and when it is
+        assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+        for number in range(n_units):
+            finish_unit(assembler, work, number, unit_tokens(number))
+        write_shard(tmp_path / name, np.arange(tokens))
+        with pytest.raises(UserError, match=f"{name}: is none of the shards that were made here"):
+            Assembler(tmp_path, work, plan_of(5), None, EOT)
+        (tmp_path / name).unlink()
+
+
+def test_a_limit_below_what_is_there_keeps_the_records_of_all_of_it(
+    tmp_path: Path, work: Path
+) -> None:
+    assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
+    for number in range(5):
+        finish_unit(assembler, work, number, unit_tokens(number))
+        assembler.cut()
+    limited = Assembler(tmp_path, work, plan_of(5), 130, EOT)
+    assert limited.finished
+    assert [record.number for record in limited.used_records()] == [0, 1, 2, 3, 4]
 
 
 def test_a_unit_whose_tokens_are_lost_is_done_again(tmp_path: Path, work: Path) -> None:

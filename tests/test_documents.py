@@ -48,6 +48,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.parquet": lambda path: pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=1),
     "a.jsonl": lambda path: path.write_bytes(as_lines(TEXTS)),
     "b.jsonl": lambda path: path.write_bytes(as_lines(TEXTS) + b"\n\n"),
+    "c.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + as_lines(TEXTS)),
+    "C.JSONL.GZ": lambda path: path.write_bytes(gzip.compress(as_lines(TEXTS))),
     "a.ndjson": lambda path: path.write_bytes(as_lines(TEXTS).replace(b"\n", b"\r\n")),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(as_lines(TEXTS))),
     "a.jsonl.zst": lambda path: path.write_bytes(zstd(as_lines(TEXTS))),
@@ -146,6 +148,14 @@ def test_the_source_s_count_is_of_the_documents_that_are_used(tmp_path: Path) ->
 # What is damaged
 
 
+def test_a_parquet_file_with_a_damaged_column_name_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS, "zzzz": TEXTS}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xccz"))
+    with pytest.raises(UserError, match="is no parquet file, or a damaged one"):
+        read(path)
+
+
 def test_damaged_files_are_named_with_what_to_do(tmp_path: Path) -> None:
     data = as_lines([str(n) * 50 for n in range(2000)])
     whole = io.BytesIO()
@@ -239,6 +249,32 @@ def test_a_text_of_any_length_takes_little_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert length == path.stat().st_size
     assert peak < 20e6
+
+
+def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
+    assert path.stat().st_size < 1e6
+    tracemalloc.start()
+    (long,) = read(path)
+    length = sum(len(piece) for piece in pieces(long))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert length == 58_000_000
+    assert peak < 25e6
+
+
+def test_long_rows_come_in_small_batches(tmp_path: Path) -> None:
+    import datasets
+
+    texts = [f"{n} " * 300_000 for n in range(10, 90)]  # 72 MB
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        ((slice,),) = work_units(find_inputs([str(tmp_path / name)]), 10**9)
+        batches = [batch.documents for batch in read_slice(slice, ReadOptions())]
+        assert [text for batch in batches for text in batch] == texts
+        assert max(sum(map(len, batch)) for batch in batches) <= readers.BATCH_BYTES
 
 
 def test_documents_fall_evenly_on_the_unit_interval() -> None:

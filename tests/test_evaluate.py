@@ -11,7 +11,8 @@ from flax import nnx
 
 from jaxgpt import train
 from jaxgpt.data.loader import first_windows
-from jaxgpt.data.shards import DataError, TokenStream, write_shard
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.token_file import DataError, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.evaluate import main
 from jaxgpt.model.attention import plain_attention

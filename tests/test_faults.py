@@ -21,7 +21,7 @@ from test_train import SMALL, last_params, losses, train
 
 import jaxgpt
 from jaxgpt.data.loader import WindowLoader
-from jaxgpt.data.shards import write_shard
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.hardware import preflight
 from jaxgpt.training import checkpoint, stalls
 from jaxgpt.training.integrity import MANIFEST, verify

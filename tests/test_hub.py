@@ -17,7 +17,8 @@ import pytest
 from hub_server import COMMIT, Fault, Hub, serve
 
 from jaxgpt.data.manifest import load_manifest
-from jaxgpt.data.shards import load_split, write_shard
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import hub as hub_module
 from jaxgpt.preparation.hub import retrying
@@ -211,6 +212,7 @@ def test_any_data_set_is_read_by_its_card(
     [
         (["someone/nothing"], "there is none of this name on the Hub"),
         (["fineweb", "--name", "sample-1BT"], "check --name (sample-10BT, sample-100BT"),
+        (["fineweb", "--split", "test"], "has no split 'test', only 'train'"),
         (["fineweb", "--revision", "v9"], "has no such --revision"),
         (["someone/pictures"], "--revision refs/convert/parquet"),
     ],
@@ -238,6 +240,34 @@ def test_without_a_network_one_sentence_comes_soon(
     assert "HF_HUB_OFFLINE is set" in offline.stderr
 
 
+def test_patience_that_ends_keeps_what_is_finished_and_the_same_command_goes_on(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "fineweb"
+    refusal = Fault("HEAD .*002_00000.parquet", status=429, headers={"Retry-After": "0"})
+    hub.faults += [refusal] * 100
+    arguments = ["fineweb", "--out", str(out), *SMALL]
+    code = (
+        "import sys; from jaxgpt.preparation import hub; from jaxgpt.prepare import main\n"
+        "if __name__ == '__main__': hub.WAITS = (); sys.exit(main(sys.argv[1:]))"
+    )
+    script = tmp_path / "impatient.py"  # workers import it again
+    script.write_text(code)
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "limits the rate of requests (429) and has not relented; set HF_TOKEN" in done.stderr
+    assert "run the same command later: it goes on from here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    finished = shards(out)
+    assert finished
+    assert expected.items() > finished.items()
+    hub.faults.clear()
+    again = run(environment, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert shards(out) == expected
+
+
 def test_ready_made_shards_are_downloaded_checked_and_added_to(
     hub: Hub, environment: dict[str, str], stored: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +286,9 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     assert manifest is not None
     original = stored / "kjj0" / "fineweb10B-gpt2"
     assert {s["file"]: s["sha256"] for s in manifest["shards"]} == shards(original)
+    (out / "fineweb_train_000002.bin").unlink()
+    assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
+    assert shards(out) == shards(original), "what is gone is fetched again"
     other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
     assert "holds shards of kjj0/fineweb10B-gpt2" in other.stderr
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import Flags
 from jaxgpt.preparation.inputs import Input, find_inputs, kind_of, share_of_rank, work_units
+from jaxgpt.preparation.planning import default_out
 
 
 def fake(path: str, size: int) -> Input:
@@ -77,6 +79,45 @@ def test_paths_patterns_and_folders_name_each_file_once_in_one_order(tmp_path: P
         [str(tmp_path / "sub"), f"{tmp_path}/sub/../b.txt", str(tmp_path / "a.txt")],
     ):
         assert [item.path for item in find_inputs(arguments)] == expected
+
+
+def test_folders_of_save_to_disk_are_read_beside_files(tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("c", "a"):
+        datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / name)
+    (tmp_path / "b.txt").write_text("x")
+    found = find_inputs([str(tmp_path / name) for name in ("c", "b.txt", "a")])
+    assert [Path(item.path).name for item in found] == ["a", "b.txt", "c"]
+    assert [item.kind for item in found] == ["arrow", "text", "arrow"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out"),
+    [
+        (["fineweb"], "data/fineweb"),
+        (["someone/jokes"], "data/jokes"),
+        (["texts"], "data/texts"),
+        (["texts/a.en.txt"], "data/a"),
+        (["texts/a.en.txt", "texts/b.txt"], "data/texts"),
+        (["texts/*.txt"], "data/texts"),
+        (["texts/**/*.txt"], "data/texts"),
+        (["te?ts/a.txt"], "data/work"),
+        (["*.txt"], "data/work"),
+        (["."], "data/work"),
+        (["data/saved"], "data/saved-tokens"),
+        (["data/saved/*.parquet"], "data/saved-tokens"),
+    ],
+)
+def test_shards_go_by_default_to_a_folder_with_the_source_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str], out: str
+) -> None:
+    (tmp_path / "work" / "texts").mkdir(parents=True)
+    (tmp_path / "work" / "data" / "saved").mkdir(parents=True)
+    for name in ("a.en.txt", "b.txt"):
+        (tmp_path / "work" / "texts" / name).touch()
+    monkeypatch.chdir(tmp_path / "work")
+    assert default_out(Flags(inputs=tuple(inputs))) == Path(out)
 
 
 def test_another_content_of_the_same_size_is_another_input(tmp_path: Path) -> None:

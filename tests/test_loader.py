@@ -12,7 +12,8 @@ import pytest
 
 from jaxgpt.data import loader as loader_module
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch, shuffled_index
-from jaxgpt.data.shards import DataError, TokenStream, load_split, write_shard
+from jaxgpt.data.shards import TokenStream, load_split
+from jaxgpt.data.token_file import DataError, write_shard
 
 N_VOCAB = 50_257
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt import train
 from jaxgpt.data.manifest import check_manifest, fingerprint, load_manifest
-from jaxgpt.data.shards import DataError, write_shard
+from jaxgpt.data.token_file import DataError, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.prepare import main
 
@@ -73,8 +73,8 @@ def age_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (remove, "is missing; manifest.json lists it"),
-        (cut, "and manifest.json says"),
+        (remove, "was written and is missing"),
+        (cut, "were written"),
         (add, "is not in manifest.json"),
         (damage_manifest, "cannot be read"),
         (strip_manifest, "is no manifest of jaxgpt's"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -162,12 +163,15 @@ def children() -> Iterator[list[subprocess.Popen]]:
         child.wait()
 
 
-def start(children: list[subprocess.Popen], *arguments: object) -> subprocess.Popen:
+def start(
+    children: list[subprocess.Popen], *arguments: object, session: bool = False
+) -> subprocess.Popen:
     child = subprocess.Popen(
         [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=session,
     )
     children.append(child)
     return child
@@ -198,6 +202,19 @@ def test_a_run_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
     assert contents(out) == contents(prepared)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "written again"
     assert not any((out / ".prepare" / "parts").iterdir())
+
+
+def test_ctrl_c_at_a_terminal_while_workers_start_is_told_in_one_line(
+    fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen]
+) -> None:
+    out = tmp_path / "out"
+    child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "2", session=True)
+    wait_for(out, ".prepare/parts")  # a worker starts right after, and imports for half a second
+    time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGINT)  # a terminal's reaches workers too
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -396,17 +413,24 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two rules for validation"),
-        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number of tokens"),
+        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number; write 27B"),
         ([texts, "--shard-tokens", "3B"], "holds at most 2,147,483,647"),
         ([texts, "--shard_tokns", "3"], "did you mean '--shard-tokens'?"),
         ([texts, "--rank", "3"], "--rank and --world-size belong together"),
         ([texts, "--rank", "3", "--world-size", "3"], "rank 3 of 3"),
         ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
+        ([texts, "--name", "x", "--split", "dev"], "--name and --split: of data sets of the Hub"),
+        ([texts, "--out", texts], "holds the text itself; choose another folder with --out"),
+        (["fineweb", "--ready", "--tokenizer", "byte"], "are; leave out --tokenizer"),
+        (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
+        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "do it in one process"),
+        (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
         ([], "name what to prepare"),
     ):
         out = [] if "--out" in arguments or not arguments else ["--out", tmp_path / "o"]
         assert said in refusal(capsys, *arguments, *out)
-    assert not list((tmp_path / "o").glob("*.bin"))
+    assert not (tmp_path / "o").exists(), "a mistake leaves no folder"
+    assert not (texts / ".prepare").exists()
 
 
 def test_a_mistake_is_answered_before_anything_heavy_is_imported() -> None:
@@ -458,10 +482,79 @@ def test_a_mistake_that_made_nothing_does_not_bind_the_folder(
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
 
 
+def test_documents_that_cannot_be_used_are_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [json.dumps({"text": f"Document {n}."}).encode() for n in range(60)]
+    bad = [b'{"text": null}', b'{"text": ""}', b'{"text": "caf\xe9"}', b"[" * 100_000, b'{"text"']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good, *bad]))
+    (tmp_path / "b.txt").write_bytes("naïve".encode("latin-1"))
+    arguments = (tmp_path / "a.jsonl", tmp_path / "b.txt", "--val-fraction", "0.3")
+    assert prepare(*arguments, "--out", tmp_path / "out") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "left out: null 1 documents, the first in a.jsonl",
+        "left out: empty 1 documents, the first in a.jsonl",
+        "left out: not UTF-8 2 documents, the first in a.jsonl",
+        "left out: not JSON 2 documents, the first in a.jsonl",
+    ):
+        assert line in told
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["documents"]["used"] == 60
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+    assert prepare(*arguments, "--out", tmp_path / "o2", "--encoding-errors", "replace") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not UTF-8" not in told
+    replaced = load_manifest(tmp_path / "o2")
+    assert replaced is not None
+    assert replaced["documents"]["used"] == 62
+
+
+def test_text_of_which_nothing_can_be_used_is_told_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one", "others": [1, 2]}, indent=1))
+    message = refusal(capsys, tmp_path / "a.json", "--out", tmp_path / "out")
+    assert f"none of the documents can be used, each is not JSON ({tmp_path / 'a.json'})" in message
+
+
+def test_tokens_made_inside_the_folder_of_the_text_are_no_text(
+    texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(texts)
+    assert prepare(".", "--val-fraction", "0.3") == 0
+    assert (texts / "data" / "texts" / "manifest.json").is_file()
+    assert prepare(".", "--val-fraction", "0.3") == 0
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+
+
+def test_a_finished_shard_that_is_gone_is_told(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (texts, "--out", tmp_path / "out", "--val-fraction", "0.3")
+    assert prepare(*arguments) == 0
+    lost = tmp_path / "out" / "out_train_000001.bin"
+    lost.unlink()
+    assert f"{lost}: was written and is missing" in refusal(capsys, *arguments)
+
+
+def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*SMALL, "--val-tokens", "10K", "--limit-tokens", "20K")
+    assert prepare(fineweb_like, "--out", tmp_path / "out", *flags) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
+    share = 30_000 * 4.6 / (size * 1.56)
+    (kilobytes,) = re.findall(r"the limit is reached after about ([\d.]+) kB", told)
+    assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
+
+
 def test_a_folder_of_someone_else_s_shards_is_not_written_to(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jaxgpt.data.shards import write_shard
+    from jaxgpt.data.token_file import write_shard
 
     write_shard(tmp_path / "fineweb_train_000001.bin", np.arange(9))
     assert "did not put there" in refusal(capsys, texts, "--out", tmp_path)
@@ -554,7 +647,9 @@ def test_another_number_of_processes_is_refused(
     fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, alone = tmp_path / "out", tmp_path / "alone"
-    (out / ".prepare" / "rank-000-of-002").mkdir(parents=True)
+    plan = out / ".prepare" / "rank-000-of-002" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.touch()
     (alone / ".prepare").mkdir(parents=True)
     (alone / ".prepare" / "plan.json").touch()
     ranked = ("--rank", "0", "--world-size", "3")
@@ -574,8 +669,40 @@ def test_text_is_not_mixed_with_ready_made_shards(
 def test_too_many_ranks_for_the_input_are_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(capsys, texts, "--out", tmp_path, "--rank", "0", "--world-size", "9")
+    flags = ("--out", tmp_path / "out", "--val-fraction", "0.3", "--rank", "0")
+    message = refusal(capsys, texts, *flags, "--world-size", "9")
     assert "the input is only 1 units of work" in message
+    assert prepare(texts, *flags, "--world-size", "1") == 0, "the mistake does not bind the folder"
+
+
+def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for rank in (0, 1):
+        ranked = ("--rank", rank, "--world-size", 2, "--workers", "1")
+        flags = (*SMALL, "--val-tokens", "20K")
+        assert prepare(fineweb_like, "--out", out, *flags, *ranked) == 0
+        path = out / f"manifest-00{rank}-of-002.json"
+        manifest = json.loads(path.read_text())
+        manifest["source"]["commit"] = "ab"[rank] * 40  # the data set's page was edited meanwhile
+        path.write_text(json.dumps(manifest))
+    assert prepare("--merge", out) == 0
+    changed = json.loads((out / "manifest-001-of-002.json").read_text())
+    changed["source"]["sha256_of_inputs"] = "0" * 64
+    (out / "manifest-001-of-002.json").write_text(json.dumps(changed))
+    assert "they differ in source" in refusal(capsys, "--merge", out)
+
+
+def test_ranks_without_a_document_for_validation_are_not_merged_into_a_broken_folder(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = tmp_path / "out", (*SMALL, "--val-fraction", "1e-9", "--workers", "1")
+    for rank in (0, 1):
+        ranked = ("--rank", rank, "--world-size", 2)
+        assert prepare(fineweb_like, "--out", out, *flags, *ranked) == 0
+    assert "no rank has a token of 'val'" in refusal(capsys, "--merge", out)
+    assert not (out / "manifest.json").exists()
 
 
 # Other trainers

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import shards
-from jaxgpt.data.shards import PREPARE, DataError, TokenStream, load_split, write_shard
+from jaxgpt.data.shards import TokenStream, load_split
+from jaxgpt.data.token_file import PREPARE, DataError, write_shard
 
 N_VOCAB = 50_257
 REMEDIES = (PREPARE, "--data-dir", "--dataset embedded")
@@ -230,7 +231,7 @@ def test_many_faults_are_reported_at_once_but_not_at_any_length(tmp_path: Path) 
         (tmp_path / f"fineweb_train_{number:06d}.bin").touch()
     message = refusal(tmp_path)
     assert message.count("is empty") == 5
-    assert message.endswith(f"and 4 more files of {tmp_path}")
+    assert message.endswith("and 4 more")
 
 
 @pytest.mark.parametrize("name", ["val.bin", "fineweb_val_000000.bin"])

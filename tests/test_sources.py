@@ -14,7 +14,6 @@ from jaxgpt.data.sources import (
     embedded_tokens,
     load_embedded_documents,
     split_documents,
-    tokenize_documents,
 )
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
@@ -114,7 +113,7 @@ def test_a_tenth_of_every_novel_is_for_validation(documents: list[str]) -> None:
 
 
 def test_end_of_text_stands_before_each_document(tokenizer: Tokenizer) -> None:
-    tokens = tokenize_documents(["one", "two two"], tokenizer)
+    tokens = tokenizer.encode_documents(["one", "two two"])
     assert tokens.dtype == np.uint16
     assert tokens[0] == tokenizer.eot
     assert tokenizer.decode(tokens) == "<|endoftext|>one<|endoftext|>two two"

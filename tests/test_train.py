@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_metrics import tags_by_step
 
-from jaxgpt.data.shards import write_shard
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.train import main
 from jaxgpt.training.metrics import event_files, read_metrics
 from jaxgpt.training.retention import finished_steps

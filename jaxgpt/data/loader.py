@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from jaxgpt.data.shards import PREPARE, DataError, TokenStream
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.token_file import PREPARE, DataError
 
 Batch = TypeVar("Batch")
 

@@ -6,31 +6,20 @@ modded-nanogpt's, nanoGPT's) are read all the same; there is then nothing to hol
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.shards import HEADER_BYTES, PREPARE, DataError, TokenFile, TokenStream
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.token_file import HEADER_BYTES, PREPARE, DataError, TokenFile, refuse
 from jaxgpt.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".prepare"  # what is not finished yet
 VERSION = 1
 REQUIRED = ("version", "tokenizer", "splits", "shards")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all, and is on disk when this returns."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_manifest(data_dir: Path) -> dict[str, Any] | None:
@@ -66,7 +55,8 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
     """
     manifest = load_manifest(data_dir)
     if manifest is None:
-        _refuse_unfinished(data_dir)
+        if fault := unfinished(data_dir):
+            raise DataError(fault)
         return None
     made_with = manifest["tokenizer"]
     if made_with["sha256"] != tokenizer.sha256:
@@ -75,23 +65,23 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
             f"{tokenizer.name!r}; train with --tokenizer {made_with['name']}, or prepare the text "
             f"again with {PREPARE} --tokenizer {tokenizer.name} --out ANOTHER_FOLDER"
         )
-    if faults := list(size_faults(data_dir, manifest)):
-        more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise DataError("\n".join(faults[:5]) + more)
+    refuse(list(size_faults(data_dir, manifest)))
     return fingerprint(manifest)
 
 
-def _refuse_unfinished(data_dir: Path) -> None:
+def unfinished(data_dir: Path) -> str | None:
+    """What is still to be done before a folder without a manifest is complete, None for nothing."""
     if any(data_dir.glob("manifest-*-of-*.json")):
-        raise DataError(
+        return (
             f"{data_dir}: was prepared by several processes; join what they made with {PREPARE} "
             f"--merge {data_dir}"
         )
     if any((data_dir / WORK_FOLDER).rglob("*.json")):
-        raise DataError(
+        return (
             f"{data_dir}: is not finished; run its {PREPARE} command again, which goes on where it "
             f"stopped, or delete {data_dir / WORK_FOLDER} to train on the shards that are there"
         )
+    return None
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -103,19 +93,24 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 
 def size_faults(data_dir: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """A sentence for each shard that is missing, of another size, or not in the manifest."""
-    listed = {shard["file"]: shard for shard in manifest["shards"]}
-    for name, shard in listed.items():
-        path, expected = data_dir / name, HEADER_BYTES + 2 * shard["tokens"]
-        if not path.is_file():
-            yield f"{path}: is missing; {MANIFEST} lists it: {_remedy(data_dir)}"
-        elif path.stat().st_size != expected:
-            yield (
-                f"{path}: has {path.stat().st_size:,} bytes, and {MANIFEST} says {expected:,}; "
-                f"{_remedy(data_dir)}"
-            )
+    yield from lost_shards(data_dir, manifest["shards"])
+    listed = {shard["file"] for shard in manifest["shards"]}
     for path in sorted(data_dir.glob("*.bin")):
         if path.name not in listed:
             yield f"{path}: is not in {MANIFEST}; move it to a folder of its own"
+
+
+def lost_shards(data_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A sentence for each shard that was written and is missing, or has another size."""
+    for shard in shards:
+        path, expected = data_dir / shard["file"], HEADER_BYTES + 2 * shard["tokens"]
+        if not path.is_file():
+            yield f"{path}: was written and is missing; {_remedy(data_dir)}"
+        elif path.stat().st_size != expected:
+            yield (
+                f"{path}: has {path.stat().st_size:,} bytes, and {expected:,} were written; "
+                f"{_remedy(data_dir)}"
+            )
 
 
 def checksum_faults(

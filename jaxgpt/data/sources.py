@@ -41,19 +41,13 @@ def split_documents(documents: list[str]) -> dict[str, list[str]]:
     return {"train": train, "val": val}
 
 
-def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
-    """All documents in one array of shape (tokens,), the end-of-text token before each."""
-    eot = np.array([tokenizer.eot], np.uint16)
-    return np.concatenate([part for text in documents for part in (eot, tokenizer.encode(text))])
-
-
 def embedded_tokens(tokenizer: Tokenizer) -> dict[str, NDArray[np.uint16]]:
     """The embedded novels as 'train' and 'val', each an array of shape (tokens,).
 
     With 'gpt2' 461,390 and 48,199 tokens, with 'byte' 2,036,526 and 212,867.
     """
     splits = split_documents(load_embedded_documents())
-    return {name: tokenize_documents(documents, tokenizer) for name, documents in splits.items()}
+    return {name: tokenizer.encode_documents(documents) for name, documents in splits.items()}
 
 
 def open_split(
@@ -70,5 +64,5 @@ def open_split(
     if data_dir is not None:
         return load_split(data_dir, split, tokenizer.n_vocab, tokens_wanted)
     documents = split_documents(load_embedded_documents())[split]
-    tokens = tokenize_documents(documents, tokenizer)
+    tokens = tokenizer.encode_documents(documents)
     return TokenStream.from_arrays([tokens], f"the embedded text ({split})")

@@ -4,7 +4,8 @@ A shard is cut as soon as all its tokens are there, written under another name, 
 on disk and then never touched again. The parts behind it are deleted.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.data.manifest import count_documents, sha256_of
-from jaxgpt.data.shards import inspect_file, write_pieces
+from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
+from jaxgpt.errors import UserError
 from jaxgpt.preparation.journal import Journal, Plan
 from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
 
@@ -53,10 +56,14 @@ class Assembler:
         self._records = {e["number"]: Record(**e) for e in self._units.entries}
         # Where each unit's tokens end in the stream of its part; only of the leading done units.
         self._ends: dict[str, list[int]] = {output.part: [0] for output in self._outputs}
-        self._adopt()
+        self._kept = dict.fromkeys(self._ends, 0)  # the first unit whose part may still be there
+        self._tokens_in, self._shards_in = Counter[str](), Counter[str]()  # by split
+        for shard in self.shards:
+            self._count(shard)
         self._remove_leftovers()
         self._forget_lost_parts()
         self._extend()
+        self._adopt()
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -66,7 +73,7 @@ class Assembler:
     @property
     def tokens_done(self) -> int:
         """In finished shards."""
-        return sum(shard["tokens"] for shard in self.shards)
+        return self._tokens_in.total()
 
     @property
     def finished(self) -> bool:
@@ -109,15 +116,16 @@ class Assembler:
 
     def _position(self, output: Output) -> int:
         """Where the next shard of a split begins in the stream of its part."""
-        return output.start + sum(s["tokens"] for s in self.shards if s["split"] == output.split)
+        return output.start + self._tokens_in[output.split]
 
     def _last_needed(self) -> int | None:
         """The unit in which the limit is reached, None as long as it is not."""
         train = self._outputs[-1]
         ends = self._ends[train.part]
-        if train.stop is None or ends[-1] < train.stop:
+        if train.stop is None:
             return None
-        return max(0, next(k for k, end in enumerate(ends) if end >= train.stop) - 1)
+        stop = max(train.stop, self._position(train))  # an earlier run may have had no limit
+        return max(0, bisect_left(ends, stop) - 1) if ends[-1] >= stop else None
 
     def _stop(self, output: Output) -> int | None:
         """Where a split ends, as far as that is known."""
@@ -148,8 +156,8 @@ class Assembler:
 
     def _name(self, output: Output) -> str:
         s = self._plan.settings
-        count = sum(shard["split"] == output.split for shard in self.shards)
-        number = count + (output.split == "train")  # llm.c's: val is 0, train begins at 1
+        # llm.c's: val is 0, train begins at 1
+        number = self._shards_in[output.split] + (output.split == "train")
         rank = f"{s.rank:03d}_" if s.world_size > 1 else ""
         return f"{s.prefix}_{output.split}_{rank}{number:06d}.bin"
 
@@ -167,15 +175,19 @@ class Assembler:
         self._note(name, output, stop - start, documents, sha256)
 
     def _note(self, name: str, output: Output, tokens: int, documents: int, sha256: str) -> None:
-        self._shards.append(
-            {
-                "file": name,
-                "split": output.split,
-                "tokens": tokens,
-                "documents": documents,
-                "sha256": sha256,
-            }
-        )
+        shard = {
+            "file": name,
+            "split": output.split,
+            "tokens": tokens,
+            "documents": documents,
+            "sha256": sha256,
+        }
+        self._shards.append(shard)
+        self._count(shard)
+
+    def _count(self, shard: dict[str, Any]) -> None:
+        self._tokens_in[shard["split"]] += shard["tokens"]
+        self._shards_in[shard["split"]] += 1
 
     def _tokens(self, part: str, start: int, stop: int) -> Iterator[np.ndarray]:
         ends = self._ends[part]
@@ -188,12 +200,33 @@ class Assembler:
             unit, start = unit + 1, end
 
     def _adopt(self) -> None:
-        """Take in shards that were finished when a kill came before their line in the journal."""
+        """Take in a shard that was finished when a kill came before its line in the journal.
+
+        Raises UserError for one that holds other tokens than the next ones, which stay in parts
+        until there is that line.
+        """
         for output in self._outputs:
-            while (path := self._out / self._name(output)).exists():
+            path = self._out / self._name(output)
+            if path.exists():
                 file = inspect_file(path)
+                if not self._holds_next(file, output):
+                    raise UserError(
+                        f"{path}: is none of the shards that were made here; move it away, or "
+                        "choose another folder with --out"
+                    )
                 documents = count_documents(file, self._eot)
                 self._note(path.name, output, file.length, documents, sha256_of(path))
+
+    def _holds_next(self, file: TokenFile, output: Output) -> bool:
+        stream, start = TokenStream([file], str(file.path)), self._position(output)
+        if start + file.length > self._ends[output.part][-1]:
+            return False
+        compared = 0
+        for piece in self._tokens(output.part, start, start + file.length):
+            if not np.array_equal(stream.window(compared, len(piece)), piece):
+                return False
+            compared += len(piece)
+        return True
 
     def _remove_leftovers(self) -> None:
         for path in [*self._parts.glob("*.tmp"), *self._out.glob("*.bin.tmp")]:
@@ -228,10 +261,11 @@ class Assembler:
 
     def _delete_used_parts(self) -> None:
         for part, ends in self._ends.items():
-            for number in range(len(ends) - 1):
-                path = part_path(self._parts, number, part)
-                if self._is_used(part, ends[number + 1]) and path.exists():
-                    path.unlink()
+            while self._kept[part] < len(ends) - 1 and self._is_used(
+                part, ends[self._kept[part] + 1]
+            ):
+                part_path(self._parts, self._kept[part], part).unlink(missing_ok=True)
+                self._kept[part] += 1
 
 
 def empty_splits(assembler: Assembler) -> Sequence[str]:

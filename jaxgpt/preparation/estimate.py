@@ -10,11 +10,11 @@ from rich.filesize import decimal
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input
 from jaxgpt.preparation.journal import Plan
+from jaxgpt.preparation.workers import AHEAD
 
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has this one's.
 TEXT_BYTES_PER_CORE_SECOND = 18e6
 DOWNLOADS_AT_ONCE = 4  # files of the Hub that may lie here together
-PARTS_A_WORKER = 3  # finished units that may wait for a slow one
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Estimate:
     """Of a whole preparation, in its rough numbers."""
 
     input_bytes: int
+    needed_bytes: int  # of the input, until a limit is reached
     text_bytes: int
     tokens: int
     disk_bytes: int  # of the tokens
@@ -35,16 +36,18 @@ def estimate(
     """What preparing `inputs` will take; without a limit, all of them."""
     s = plan.settings
     per_token = 1.0 if s.tokenizer == "byte" else TEXT_BYTES_PER_TOKEN
+    n_bytes = needed = sum(item.size for item in inputs) // s.world_size
     text = sum(item.text_bytes for item in inputs) // s.world_size
     tokens = int(text / per_token)
     if limit_tokens is not None:
         share = min(1.0, (limit_tokens + (s.val_tokens or 0)) / max(tokens, 1))
-        tokens, text = int(tokens * share), int(text * share)
+        tokens, text, needed = int(tokens * share), int(text * share), int(n_bytes * share)
     unit_tokens = min(s.unit_bytes / per_token, tokens)
-    waiting = min(tokens, s.shard_tokens + workers * PARTS_A_WORKER * unit_tokens)
+    waiting = min(tokens, s.shard_tokens + workers * AHEAD * unit_tokens)
     remote = max((item.size for item in inputs), default=0) if "repo" in plan.source else 0
     return Estimate(
-        input_bytes=sum(item.size for item in inputs) // s.world_size,
+        input_bytes=n_bytes,
+        needed_bytes=needed,
         text_bytes=text,
         tokens=tokens,
         disk_bytes=2 * tokens,

@@ -19,6 +19,9 @@ ALIASES = ("fineweb", "fineweb-edu")
 SHARD_TOKENS = 100_000_000  # llm.c's
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
+# The flags that mean something beside --ready.
+OF_READY = {"inputs", "out", "name", "revision", "ready", "tokens", "workers", "rank", "world_size"}
+
 DESCRIPTION = """Make token shards for training from FineWeb, from another data set of the Hugging \
 Face Hub, or from text files. The same command goes on where one was stopped.
 
@@ -86,7 +89,7 @@ def parse(argv: Sequence[str]) -> Flags:
     known = [f.name.replace("_", "-") for f in fields(Flags)]
     for arg in argv:
         flag = arg.removeprefix("--").partition("=")[0].replace("_", "-")
-        if arg.startswith("--") and flag not in [*known, "help", "no-ready"]:
+        if arg.startswith("--") and flag not in [*known, "help"]:
             fail(PROG, f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
     flags = tyro.cli(
         Flags,
@@ -125,9 +128,20 @@ def _checked(flags: Flags) -> Flags:
         raise UserError(f"--workers {flags.workers} must be at least 1")
     if flags.tokens is not None and not flags.ready:
         raise UserError("--tokens belongs to --ready; --limit-tokens stops tokenizing")
-    if flags.ready and flags.limit_tokens is not None:
-        raise UserError("--limit-tokens stops tokenizing; with --ready it is --tokens")
+    if flags.ready:
+        _check_ready(flags)
     return flags
+
+
+def _check_ready(flags: Flags) -> None:
+    """Raises UserError for flags that say how to make tokens which are made already."""
+    if flags.limit_tokens is not None:
+        raise UserError("--limit-tokens stops tokenizing; with --ready it is --tokens")
+    given = {f.name for f in fields(flags) if getattr(flags, f.name) != f.default}
+    if others := [f"--{name.replace('_', '-')}" for name in sorted(given - OF_READY)]:
+        raise UserError(f"--ready downloads tokens as they are; leave out {', '.join(others)}")
+    if len(flags.inputs) > 1:
+        raise UserError("--ready takes one name: fineweb, fineweb-edu or owner/name")
 
 
 def count(flags: Flags, name: str) -> int | None:
@@ -143,9 +157,7 @@ def count(flags: Flags, name: str) -> int | None:
     except ValueError:
         value = -1
     if not 1 <= value < 2**62 or value != int(value):
-        raise UserError(
-            f"--{name.replace('_', '-')} {text}: is no number of tokens; write 27B, 100M or 5000"
-        )
+        raise UserError(f"--{name.replace('_', '-')} {text}: is no number; write 27B, 100M or 5000")
     if name == "shard_tokens" and value >= 2**31:
         raise UserError(f"--shard-tokens {text}: a shard's header holds at most 2,147,483,647")
     return int(value)

@@ -51,6 +51,8 @@ def list_dataset(
     commit = ask(lambda: api.dataset_info(repo, revision=revision, timeout=20)).sha
     assert commit is not None
     if repo in DATASETS.values() and name is not None:
+        if split != "train":
+            raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
         folder = SAMPLES.get(name, f"data/{name}")
         found = ask(
             lambda: list(
@@ -120,9 +122,6 @@ def download(
 ) -> Path:
     """One file of a data set, under `folder`; continues one that was cut off. Raises UserError."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()  # there is one bar already
 
     def fetch() -> Path:
         got = Path(
@@ -174,6 +173,10 @@ def retrying(
     Raises UserError, in a sentence, for what waiting does not mend and when patience is at an end.
     `first`: nothing has worked yet, so a network that is not there is not waited for long.
     """
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    disable_progress_bars()  # there is one bar already
+    logging.set_verbosity_error()  # the client tries again by itself too, and warns of each time
     tries = 0
     while True:
         try:
@@ -193,8 +196,14 @@ def retrying(
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status of an error, None if there was no answer."""
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+    return getattr(_response(error), "status_code", None)
+
+
+def _response(error: BaseException | None) -> Any:
+    """What the Hub answered, where an error came of that; the client wraps some of its errors."""
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    return getattr(error, "response", None)
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -218,7 +227,7 @@ def _is_network_error(error: BaseException | None) -> bool:
 
 def _asked_wait(error: BaseException) -> float:
     """Seconds that the Hub asks to wait, at most five minutes."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    headers = getattr(_response(error), "headers", None) or {}
     asked = str(headers.get("retry-after", ""))
     return min(300.0, float(asked)) if asked.replace(".", "", 1).isdigit() else 0.0
 

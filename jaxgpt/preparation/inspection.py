@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.console import print_table
-from jaxgpt.data.manifest import MANIFEST, WORK_FOLDER, checksum_faults, load_manifest, size_faults
-from jaxgpt.data.shards import DataError, TokenFile, TokenStream, find_files, inspect_file
+from jaxgpt.data.manifest import MANIFEST, checksum_faults, load_manifest, size_faults, unfinished
+from jaxgpt.data.shards import TokenStream, find_files
+from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.summary import describe
@@ -25,6 +26,9 @@ def inspect(data_dir: Path, tokenizer_name: str) -> int:
     Every token is read: headers, sizes, checksums and ids are checked. Without a manifest the
     folder is read with `tokenizer_name`.
     """
+    if not data_dir.is_dir():
+        what = "is a file" if data_dir.exists() else "no such folder"
+        raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
     tokenizer = load_tokenizer(manifest["tokenizer"]["name"] if manifest else tokenizer_name)
     files, faults = _open_files(data_dir)
@@ -35,8 +39,8 @@ def inspect(data_dir: Path, tokenizer_name: str) -> int:
         faults += list(size_faults(data_dir, manifest))
         if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
             faults.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
-    elif (data_dir / WORK_FOLDER).exists():
-        faults.append(f"{data_dir}: is unfinished; run its prepare command again: it goes on")
+    elif fault := unfinished(data_dir):
+        faults.append(fault)
     faults += _read_everything(data_dir, manifest, files, tokenizer)
     for fault in faults:
         print(f"FAULT  {fault}")
@@ -52,8 +56,6 @@ def _open_files(data_dir: Path) -> tuple[dict[str, list[TokenFile]], list[str]]:
         try:
             paths = find_files(data_dir, split)
         except DataError as fault:
-            if not data_dir.is_dir():
-                raise
             faults.append(str(fault))
             continue
         for path in paths:

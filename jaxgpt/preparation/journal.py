@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.data.manifest import write_json
+from jaxgpt.data.writing import write_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
@@ -31,7 +31,12 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")
-        self.entries = [json.loads(line) for line in whole.splitlines()]
+        try:
+            self.entries = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            raise UserError(
+                f"{path}: is damaged; delete {path.parents[1]} and prepare the text again"
+            ) from None
         if torn:  # or the next line would be joined to it
             os.truncate(path, len(text) - len(torn))
 

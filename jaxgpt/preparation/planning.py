@@ -1,8 +1,10 @@
 """From flags to a plan: where the shards go, what is read, and whether the folder agrees."""
 
+import glob
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +18,7 @@ from jaxgpt.preparation.hub import DATASETS, list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs, kind_of
 from jaxgpt.preparation.journal import Plan, Settings, check_same, nothing_done, with_inputs
 from jaxgpt.preparation.ranks import find_rank
+from jaxgpt.preparation.tokenize import Record
 
 SMALL_TEXT = 100_000_000  # bytes; a tenth of less is validation, a hundredth of more
 
@@ -32,7 +35,10 @@ class Folder:
 
 @contextmanager
 def open_folder(flags: Flags) -> Iterator[Folder]:
-    """The folder that the flags name, for this process alone. Raises UserError."""
+    """The folder that the flags name, for this process alone. Raises UserError.
+
+    A command that came to no plan leaves nothing behind.
+    """
     out = (flags.out or default_out(flags)).expanduser()
     refuse_foreign(out)
     rank, world_size, launcher = find_rank(flags.rank, flags.world_size)
@@ -44,16 +50,33 @@ def open_folder(flags: Flags) -> Iterator[Folder]:
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
-            yield Folder(out, work, rank, world_size)
+            try:
+                yield Folder(out, work, rank, world_size)
+            finally:
+                if not has_plan(work):
+                    _remove(work, out)
     except Timeout:
         raise UserError(
             f"{out}: another prepare is writing to it; wait for it, or give this one another --out"
         ) from None
 
 
+def has_plan(work: Path) -> bool:
+    """Whether a command in this folder, or of one of its ranks, got as far as to know its input."""
+    return any(work.rglob("plan.json")) or any(work.rglob("ready.json"))
+
+
+def _remove(work: Path, out: Path) -> None:
+    (work / "lock").unlink(missing_ok=True)
+    for folder in dict.fromkeys((work, out / WORK_FOLDER, out)):
+        with suppress(OSError):  # others' files are in it
+            folder.rmdir()
+
+
 def _refuse_other_division(out: Path, world_size: int) -> None:
     """Raises UserError for a folder that was begun by another number of processes."""
-    sizes = {int(path.name.rpartition("-")[2]) for path in (out / WORK_FOLDER).glob("rank-*-of-*")}
+    plans = (out / WORK_FOLDER).glob("rank-*-of-*/plan.json")
+    sizes = {int(plan.parent.name.rpartition("-")[2]) for plan in plans}
     if (out / WORK_FOLDER / "plan.json").exists():
         sizes.add(1)
     if others := sizes - {world_size}:
@@ -68,11 +91,14 @@ def default_out(flags: Flags) -> Path:
     first = Path(flags.inputs[0]).expanduser()
     if is_hub_name(flags.inputs):
         return Path("data") / flags.inputs[0].rpartition("/")[2]
-    parent = first if first.is_dir() else first.parent if len(flags.inputs) > 1 else first
-    name = parent.resolve().name.partition(".")[0] if "*" not in parent.name else ""
-    name = name or first.resolve().parent.name
+    folder = first if first.is_dir() else first.parent
+    if not first.exists():  # a pattern: the folder before it
+        folder = Path(*takewhile(lambda part: not glob.has_magic(part), folder.parts))
+    name = folder.resolve().name
+    if first.is_file() and len(flags.inputs) == 1:
+        name = first.name.partition(".")[0] or name
     out = Path("data") / (name or "text")
-    return Path(f"{out}-tokens") if out.resolve() == first.resolve() else out
+    return Path(f"{out}-tokens") if out.resolve() == folder.resolve() else out
 
 
 def is_hub_name(inputs: Sequence[str]) -> bool:
@@ -82,15 +108,16 @@ def is_hub_name(inputs: Sequence[str]) -> bool:
     only = inputs[0]
     if only in ALIASES:
         return True
-    is_name = only.count("/") == 1 and not only.startswith((".", "~", "/")) and "*" not in only
-    return is_name and kind_of(only) is None and not Path(only).exists()
+    if only.startswith((".", "~", "/")) or glob.has_magic(only) or kind_of(only) is not None:
+        return False
+    return only.count("/") == 1 and not Path(only).exists()
 
 
 def refuse_foreign(out: Path) -> None:
     """Raises UserError for a folder that holds tokens which this command did not make."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a folder with --out")
-    if any(out.glob("*.bin")) and not (out / WORK_FOLDER).is_dir():
+    if any(out.glob("*.bin")) and not has_plan(out / WORK_FOLDER):
         raise UserError(
             f"{out}: holds tokens already that {PROG} did not put there; choose another folder "
             "with --out"
@@ -109,8 +136,11 @@ def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
     old = None if nothing_done(folder.work) else Plan.load(path)
     if is_hub_name(flags.inputs):
         return _plan_for_hub(flags, folder, tokenizer, old, path)
+    _refuse_flags_of_the_hub(flags)
     inputs = find_inputs(flags.inputs)
     _refuse_one_document(inputs, flags)
+    if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
+        raise UserError(f"{folder.out}: holds the text itself; choose another folder with --out")
     source, settings = {"kind": "files"}, _settings(flags, folder, tokenizer, old, inputs)
     if old is not None:
         check_same(old, source, settings, folder.out)
@@ -211,6 +241,18 @@ def _prefix(flags: Flags, out: Path) -> str:
     return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
 
 
+def _refuse_flags_of_the_hub(flags: Flags) -> None:
+    """Raises UserError for flags that would mean nothing."""
+    given = {"--name": flags.name, "--revision": flags.revision}
+    if flags.split != "train":
+        given["--split"] = flags.split
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"{' and '.join(names)}: of data sets of the Hub, and {flags.inputs[0]} is none; "
+            "leave that out"
+        )
+
+
 def _refuse_one_document(inputs: Sequence[Input], flags: Flags) -> None:
     """Raises UserError where no document could be left for validation."""
     only_text = len(inputs) == 1 and inputs[0].kind == "text"
@@ -222,7 +264,16 @@ def _refuse_one_document(inputs: Sequence[Input], flags: Flags) -> None:
         )
 
 
-def explain_empty(out: Path, settings: Settings, split: str) -> str:
+def explain_empty(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
+    """Why a split got no token, in a sentence."""
+    examples = {reason: path for record in records for reason, path in record.examples.items()}
+    if not any(record.documents for record in records) and examples:
+        reasons = " or ".join(f"{reason} ({path})" for reason, path in sorted(examples.items()))
+        return (
+            f"{out}: none of the documents can be used, each is {reasons}; mend the files, or name "
+            "the text with --text-column or its flaws with --encoding-errors, and choose another "
+            "--out"
+        )
     if settings.val_tokens is not None:
         return (
             f"{out}: all its tokens are validation, which is the first {settings.val_tokens:,}; "

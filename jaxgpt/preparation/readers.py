@@ -10,7 +10,14 @@ from typing import Any
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import Batch, Document, LongText, ReadOptions, Skip, usable
 from jaxgpt.preparation.inputs import Input, Slice, first_line
-from jaxgpt.preparation.lines import in_groups, lines_between, paragraphs, read_chunks, split_lines
+from jaxgpt.preparation.lines import (
+    CHUNK,
+    in_groups,
+    lines_between,
+    paragraphs,
+    read_chunks,
+    split_lines,
+)
 
 ROWS = 256  # documents in a batch: enough to make its cost small, 1 MB of web text
 BATCH_BYTES = 1 << 24  # fewer rows where they are long
@@ -38,7 +45,8 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(slice.path) as file:
+        # Buffered, or a file that is all one row group would be held whole.
+        with pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file:
             groups = range(*slice.share_of(file.metadata.num_row_groups))
             rows = sum(file.metadata.row_group(i).num_rows for i in groups)
             n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
@@ -49,7 +57,7 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
                 _rows_at_once(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
             ):
                 yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise UserError(
             f"{slice.path}: is no parquet file, or a damaged one ({first_line(error)}); copy or "
             "download it again"

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, count_documents, sha256_of, write_json
-from jaxgpt.data.shards import HEADER_BYTES, DataError, TokenStream, inspect_file, split_of
+from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards, sha256_of
+from jaxgpt.data.shards import TokenStream, split_of
+from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.writing import write_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.estimate import check_disk
 from jaxgpt.preparation.flags import Flags, count
@@ -34,6 +36,8 @@ LARGEST_10B = 10_200_000_000  # training tokens in the smaller ones
 def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
     """Download what is still missing in a folder; returns its manifest. Raises UserError."""
     out, work = folder.out, folder.work
+    if folder.world_size > 1:
+        raise UserError("--ready is a download; do it in one process: --rank 0 --world-size 1")
     tokens = count(flags, "tokens")
     repo = ready_repository(flags.inputs[0], flags.name, tokens)
     _check_source(work, repo, out)
@@ -124,9 +128,9 @@ def _download_all(
     for file in files:
         name = file.path.rsplit("/", 1)[-1]
         console.update(done, tokens, documents, f"downloading {name}")
-        if name not in known:
-            path = out / name
-            if not path.exists():
+        path = out / name
+        if name not in known or any(lost_shards(out, [known[name]])):
+            if not path.exists() or name in known:
                 got = download(repo, file.path, file.size, commit, work / DOWNLOADS, console.say)
                 _check(got, file, tokenizer)
                 os.replace(got, path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.console import print_table
-from jaxgpt.data.manifest import MANIFEST, VERSION, size_faults, write_json
-from jaxgpt.data.shards import PREPARE, DataError
+from jaxgpt.data.manifest import MANIFEST, VERSION, size_faults
+from jaxgpt.data.token_file import PREPARE, refuse
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.writing import write_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.journal import Plan
 from jaxgpt.preparation.tokenize import Record
@@ -132,8 +134,13 @@ def merge(out: Path) -> dict[str, Any]:
         )
     manifests = [_load_rank(path) for path in found]
     merged = _join(out, manifests)
-    if faults := list(size_faults(out, merged)):
-        raise DataError("\n".join(faults[:5]))
+    refuse(list(size_faults(out, merged)))
+    for split, counts in merged["splits"].items():
+        if not counts["tokens"]:
+            raise UserError(
+                f"{out}: no rank has a token of {split!r}; prepare more text, or another share of "
+                "it with --val-fraction, into another --out"
+            )
     write_json(out / MANIFEST, merged)
     return merged
 
@@ -145,10 +152,16 @@ def _load_rank(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error}); run its rank again") from None
 
 
+def _content(manifest: dict[str, Any], name: str) -> Any:
+    """A value that all ranks must have alike; commits of equal files may differ."""
+    value = manifest[name]
+    return {k: v for k, v in value.items() if k != "commit"} if name == "source" else value
+
+
 def _join(out: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = manifests[0]
     for name in ("version", "source", "tokenizer", "validation", "shard_tokens"):
-        if any(manifest[name] != first[name] for manifest in manifests):
+        if any(_content(manifest, name) != _content(first, name) for manifest in manifests):
             raise UserError(
                 f"{out}: the ranks were not prepared in one way: they differ in {name}; prepare "
                 "them again with the same flags"
@@ -207,13 +220,13 @@ def announce(out: Path, manifest: dict[str, Any], world_size: int = 1) -> None:
     """Say what there is now, and what to do with it."""
     print_table(str(out), describe(manifest))
     if world_size > 1:
-        print(f"when all ranks have finished: {PREPARE} --merge {out}")
+        print(f"when all ranks have finished: {PREPARE} --merge {shlex.quote(str(out))}")
         return
     command = "python -m jaxgpt.train"
     if out.parent == Path("data"):
-        command += "" if out.name == "fineweb" else f" --dataset {out.name}"
+        command += "" if out.name == "fineweb" else f" --dataset {shlex.quote(out.name)}"
     else:
         # The name as well: presets that train on the text in the package need another.
-        command += f" --dataset {out.name} --data-dir {out}"
+        command += f" --dataset {shlex.quote(out.name)} --data-dir {shlex.quote(str(out))}"
     tokenizer = manifest["tokenizer"]["name"]
     print(f"train on it: {command}" + (f" --tokenizer {tokenizer}" if tokenizer != "gpt2" else ""))

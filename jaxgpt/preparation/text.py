@@ -2,15 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
 from jaxgpt.console import duration, print_table
-from jaxgpt.data.manifest import MANIFEST, read_manifest, write_json
+from jaxgpt.data.manifest import MANIFEST, lost_shards, read_manifest
+from jaxgpt.data.token_file import refuse
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.writing import write_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler, empty_splits
 from jaxgpt.preparation.estimate import check_disk, estimate
@@ -33,6 +35,7 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
     if limit is not None:
         limit //= world_size
     assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot)
+    refuse(list(lost_shards(out, assembler.shards)))
     name = MANIFEST if world_size == 1 else rank_manifest_name(folder.rank, world_size)
     manifest = read_manifest(out / name)
     if assembler.finished and manifest is not None:
@@ -42,9 +45,10 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
     for stale in {name, MANIFEST}:  # a folder that has one is complete
         (out / stale).unlink(missing_ok=True)
     _tokenize(flags, folder, plan, assembler, limit)
+    records = assembler.used_records()
     if world_size == 1 and (missing := empty_splits(assembler)):
-        raise UserError(explain_empty(out, plan.settings, missing[0]))
-    manifest = text_manifest(plan, tokenizer, assembler.shards, assembler.used_records())
+        raise UserError(explain_empty(out, plan.settings, missing[0], records))
+    manifest = text_manifest(plan, tokenizer, assembler.shards, records)
     write_json(out / name, manifest)
     _clean(folder, assembler)
     return manifest
@@ -66,7 +70,7 @@ def _tokenize(
     units = enumerate(plan.units())
     done = sum(s.size for number, unit in units if number not in pending for s in unit)
     with PreparationConsole(input_bytes, done) as console:
-        locate, release = _places(plan, folder.work, console.say)
+        locate, release = _places(plan, pending, folder.work, console.say)
         run_units(assembler, plan, folder.work, workers, console, locate, release)
 
 
@@ -78,7 +82,7 @@ def _say_what_it_takes(
     limit: int | None,
     workers: int,
 ) -> int:
-    """Print the estimate and check the disk; returns the bytes of input. Raises UserError."""
+    """Print the estimate and check the disk; returns the bytes to be read. Raises UserError."""
     inputs = [item for round in plan.rounds for item in round]
     size = estimate(plan, inputs, limit, workers)
     still = max(0, size.disk_bytes - 2 * assembler.tokens_done)
@@ -86,7 +90,8 @@ def _say_what_it_takes(
     repo = plan.source.get("repo")
     rows = {
         "input": f"{len(inputs):,} files, {decimal(size.input_bytes)}"
-        + (f" of {repo}, downloaded as they are needed" if repo else ""),
+        + (f" of {repo} {plan.source['name']}, downloaded as they are needed" if repo else "")
+        + (f"; the limit is reached after about {decimal(size.needed_bytes)}" if limit else ""),
         "tokens": f"about {size.tokens:,} of tokenizer {plan.settings.tokenizer!r}, in shards "
         f"of {plan.settings.shard_tokens:,}",
         "disk": f"about {decimal(size.disk_bytes)}, and {decimal(size.working_bytes)} beside it "
@@ -97,11 +102,11 @@ def _say_what_it_takes(
     if assembler.shards:
         rows["done before"] = f"{assembler.tokens_done:,} tokens, {len(assembler.shards)} shards"
     print_table(f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}", rows)
-    return size.input_bytes
+    return size.needed_bytes
 
 
 def _places(
-    plan: Plan, work: Path, say: Callable[[str], None]
+    plan: Plan, pending: Set[int], work: Path, say: Callable[[str], None]
 ) -> tuple[Locate, Callable[[Input], object]]:
     """Where each input can be read, and what to do once it is not needed."""
     if "repo" not in plan.source:
@@ -111,7 +116,8 @@ def _places(
     def get(item: Input) -> Path:
         return download(repo, item.path, item.size, commit, folder, say)
 
-    needed = {slice.input.path: slice.input for unit in plan.units() for slice in unit}
+    units = [unit for number, unit in enumerate(plan.units()) if number in pending]
+    needed = {slice.input.path: slice.input for unit in units for slice in unit}
     downloads = Downloads(list(needed.values()), get)
     return downloads.local, lambda item: (folder / item.path).unlink(missing_ok=True)
 

@@ -7,21 +7,21 @@ divided.
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.writing import whole_file
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import (
-    Document,
     LongText,
     ReadOptions,
     Skip,
@@ -89,14 +89,11 @@ class Adds(Protocol):
     def add(self, documents: int, tokens: int, size: int) -> None: ...
 
 
-class PartFile:
+class Part:
     """The tokens of one unit that belong to one split, written as they come."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer):
-        self._path, self._tokenizer = path, tokenizer
-        # Its own name: a worker that outlives a killed parent may still be writing the same part.
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = self._partial.open("wb")
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
+        self._file, self._tokenizer = file, tokenizer
         self._texts: list[str] = []  # to be encoded in one call
         self._pending: list[np.ndarray] = []
         self._characters = self._waiting = self.tokens = 0
@@ -121,30 +118,18 @@ class PartFile:
             self._append(self._tokenizer.encode_documents(self._texts))
         self._texts, self._characters = [], 0
 
+    def write(self) -> None:
+        """Write what has been encoded."""
+        if self._pending:
+            self._file.write(np.concatenate(self._pending).astype("<u2", copy=False).data)
+        self._pending, self._waiting = [], 0
+
     def _append(self, tokens: np.ndarray) -> None:
         self._pending.append(tokens)
         self._waiting += len(tokens)
         self.tokens += len(tokens)
         if self._waiting >= BUFFERED:
-            self._write()
-
-    def _write(self) -> None:
-        if self._pending:
-            self._file.write(np.concatenate(self._pending).astype("<u2", copy=False).data)
-        self._pending, self._waiting = [], 0
-
-    def close(self, *, keep: bool) -> None:
-        """Give the file its name, once it is safely on disk; or remove it."""
-        if keep:
-            self.encode()
-            self._write()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if keep:
-            os.replace(self._partial, self._path)
-        else:
-            self._partial.unlink(missing_ok=True)
+            self.write()
 
 
 def part_path(folder: Path, number: int, part: str) -> Path:
@@ -158,12 +143,13 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
     Raises UserError for an input that cannot be read, and StoppedError.
     """
     names = ("all",) if job.val_fraction is None else ("train", "val")
-    parts = {name: PartFile(part_path(job.folder, job.number, name), tokenizer) for name in names}
     counts = Counter[str]()
     examples: dict[str, str] = {}
     token_counts: list[int | None] = []
-    complete = False
-    try:
+    with ExitStack() as stack:
+        parts = {
+            name: Part(stack.enter_context(_part_file(job, name)), tokenizer) for name in names
+        }
         for slice in job.unit:
             for documents, size, token_count in read_slice(slice, job.options):
                 before = sum(part.tokens for part in parts.values())
@@ -179,10 +165,8 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
                 token_counts.append(token_count)
                 tokens = sum(part.tokens for part in parts.values()) - before
                 progress.add(len(documents), tokens, size)
-        complete = True
-    finally:
         for part in parts.values():
-            part.close(keep=complete)
+            part.write()
     return Record(
         number=job.number,
         tokens={name: part.tokens for name, part in parts.items()},
@@ -194,10 +178,15 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
     )
 
 
-def _part_of(document: Document, val_fraction: float | None) -> str:
+def _part_file(job: Job, name: str) -> AbstractContextManager[BinaryIO]:
+    path = part_path(job.folder, job.number, name)
+    # Its own name: a worker that outlives a killed parent may still be writing the same part.
+    return whole_file(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+
+
+def _part_of(document: str | LongText, val_fraction: float | None) -> str:
     if val_fraction is None:
         return "all"
-    assert not isinstance(document, Skip)
     return "val" if fraction_of(document) < val_fraction else "train"
 
 
@@ -211,8 +200,6 @@ _worker: list[Any] = []  # a worker's tokenizer and progress, set once
 
 def start_worker(tokenizer_name: str, progress: Progress) -> None:
     """Get a new process ready for `run_job`."""
-    # Ctrl-C reaches every process of a terminal; the parent alone decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker[:] = [load_tokenizer(tokenizer_name), progress]
 

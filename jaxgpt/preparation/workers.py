@@ -1,6 +1,7 @@
 """The parent's loop: work units out to processes, finished ones into shards, progress on screen."""
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -40,6 +41,20 @@ def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[Pr
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back; processes that are started in here never hear of it.
+
+    It reaches every process of a terminal, and the parent alone decides what becomes of it. A
+    worker that were to ignore it by itself could not while it still imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_units(
     assembler: Assembler,
     plan: Plan,
@@ -72,7 +87,8 @@ def run_units(
                 if job is None:
                     note = "waiting for a download"
                     break
-                running[pool.submit(run_job, job)] = pending.pop(0)
+                with _without_ctrl_c():
+                    running[pool.submit(run_job, job)] = pending.pop(0)
             for future in _wait(running):
                 number = running.pop(future)
                 assembler.add(_result(future))

@@ -1,0 +1,153 @@
+"""One token file: its format, how to tell it from what it is not, and writing it.
+
+Two formats are read, and each file says itself which one it is: llm.c's and modded-nanogpt's
+shards open with a magic number, nanoGPT's `train.bin` and `val.bin` have no header at all.
+Headerless is therefore believed only under exactly those two names.
+"""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgpt.data.writing import whole_file
+from jaxgpt.errors import UserError
+
+# llm.c dev/data/data_common.py: 256 int32 [magic, version, tokens, 0, ...], then uint16 tokens.
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+FOREIGN_MAGICS = {
+    20240801: "a llama-3 shard (uint32 tokens)",
+    20240522: "llm.c's HellaSwag questions",
+}
+HEADERLESS_NAMES = ("train.bin", "val.bin")
+LARGEST_ID = np.iinfo(np.uint16).max
+
+PREPARE = "python -m jaxgpt.prepare"  # what makes such files
+
+
+class DataError(UserError):
+    """A fault in the user's token files; the message names the file, the reason and the remedy."""
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises DataError with the first five of `faults`, if there are any."""
+    more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+    if faults:
+        raise DataError("\n".join([*faults[:5], *more]))
+
+
+class TokenFile(NamedTuple):
+    """Where the tokens of one file lie."""
+
+    path: Path
+    offset: int  # bytes before the first token
+    length: int  # tokens
+
+
+def inspect_file(path: Path) -> TokenFile:
+    """Detects the format of one file and checks its header and size; raises DataError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # or the kernel reads on: 8 MB a file, measured
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            head = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); replace it") from None
+    if size == 0:
+        raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
+    magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic == MAGIC:
+        return _inspect_shard(path, size, version, length)
+    if magic not in FOREIGN_MAGICS and path.name in HEADERLESS_NAMES:
+        return _inspect_headerless(path, size)
+    found = FOREIGN_MAGICS.get(magic, "no token shard")
+    raise DataError(
+        f"{path}: starts with {magic}, which is {found}; expected {MAGIC}, a shard of uint16 "
+        f"tokens; make such shards with {PREPARE} (headerless tokens must be called train.bin "
+        "or val.bin)"
+    )
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write 1-D integer tokens as an llm.c shard; DataError where one does not fit uint16."""
+    tokens = np.ascontiguousarray(as_uint16(tokens, str(path)))
+    write_pieces(path, len(tokens), [tokens])
+
+
+def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
+    """`write_shard` for `length` tokens that come as uint16 arrays; returns the file's SHA-256."""
+    assert 0 < length <= np.iinfo(np.int32).max, "the header holds the length as an int32"
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, length
+    digest, written = hashlib.sha256(), 0
+    with whole_file(path) as file:
+        for piece in chain([header], pieces):
+            file.write(piece.data)
+            digest.update(piece.data)
+            written += piece.nbytes
+        assert written == HEADER_BYTES + 2 * length, (path, written, length)
+    return digest.hexdigest()
+
+
+def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
+    """(n,) integers as little-endian uint16; DataError where `astype` would wrap 65,541 to 5."""
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        raise DataError(f"{name}: tokens must be 1-D integers, not {tokens.ndim}-D {tokens.dtype}")
+    outside = tokens[(tokens < 0) | (tokens > LARGEST_ID)]
+    if outside.size:
+        raise DataError(
+            f"{name}: token id {outside[0]} does not fit uint16 (0 to {LARGEST_ID:,}); "
+            "use a tokenizer with at most 65,536 ids, such as gpt2"
+        )
+    return tokens.astype("<u2", copy=False)
+
+
+def map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
+    """The tokens of a file, read as they are asked for, and the mapping they lie in."""
+    with file.path.open("rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(memory, "<u2", file.length, file.offset), memory
+
+
+def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFile:
+    if version != VERSION:
+        raise DataError(
+            f"{path}: is a shard of version {version}, expected {VERSION}; "
+            f"make it again with {PREPARE}"
+        )
+    expected = HEADER_BYTES + 2 * length
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise DataError(
+            f"{path}: is {state}: its header promises {length:,} tokens, which is {expected:,} "
+            f"bytes, and the file has {size:,}; copy or download it again"
+        )
+    if length == 0:
+        raise DataError(f"{path}: holds a header and no tokens; remove it or make it again")
+    return TokenFile(path, HEADER_BYTES, length)
+
+
+def _inspect_headerless(path: Path, size: int) -> TokenFile:
+    if size % 2:
+        raise DataError(
+            f"{path}: has {size:,} bytes, an odd number, so it is not uint16 tokens or was cut "
+            f"short; copy it again, or make it with {PREPARE}"
+        )
+    tokens = map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
+    zeros_even, zeros_odd = (np.count_nonzero(tokens[i::2] == 0) for i in (0, 1))
+    # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
+    if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.1 * len(tokens):
+        raise DataError(
+            f"{path}: {2 * zeros_odd / len(tokens):.0%} of every second value is zero, as in "
+            "uint32 or int64 tokens read as uint16; write it again with .astype(np.uint16), or "
+            f"with {PREPARE}"
+        )
+    return TokenFile(path, 0, size // 2)
