@@ -250,20 +250,20 @@ def test_a_last_save_without_room_is_not_called_done(
     straight, tmp_path, refused, monkeypatch
 ) -> None:
     """Row 16, at the end of a run."""
-    save, usage = checkpoint.Checkpoints.save, shutil.disk_usage
+    begin, usage = checkpoint.Checkpoints.begin, shutil.disk_usage
 
     def fill_the_disk_before_step_8(self, state, **notes) -> None:
         if int(state.step) == 8:
             monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
-        save(self, state, **notes)
+        begin(self, state, **notes)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", fill_the_disk_before_step_8)
+    monkeypatch.setattr(checkpoint.Checkpoints, "begin", fill_the_disk_before_step_8)
     err = refused(tmp_path / "run", *STEPS)
     assert "step 8 could not be saved" in err
     assert "checkpoint 4 stays; make room there" in err
     assert "then give the same command again" in err
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    monkeypatch.setattr(checkpoint.Checkpoints, "begin", begin)
     assert train(tmp_path / "run", *STEPS) == 0
     assert_same_end(tmp_path / "run", straight)
 
@@ -372,19 +372,25 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, refused) -> No
 # ---------------------------------------------------------------- signals, kills, stalls (27, 30)
 
 
+def save_at(monkeypatch, step: int) -> None:
+    """Have one save begin at `step`, between two evaluations, as if its minutes were over."""
+    due = iter(range(1, 99))  # asked for once after each step
+    monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda *_: next(due) == step)
+
+
 def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
     """Get the signal while the save of `step` is under way, some steps after it."""
     write, batch, sent = checkpoint.write_manifest, WindowLoader.batch, threading.Event()
 
-    def sending(folder: Path, notes) -> None:
+    def sending(folder: Path, *content) -> None:
         if folder.name == str(step):
             os.kill(os.getpid(), number)
             time.sleep(0.3)
             sent.set()
-        write(folder, notes)
+        write(folder, *content)
 
     def held_back(self, index: int, *sizes: int):
-        if index > step + 1:
+        if index > step:
             assert sent.wait(60)
         return batch(self, index, *sizes)
 
@@ -393,27 +399,52 @@ def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 4])
 def test_a_signal_in_the_middle_of_a_save_loses_nothing(
-    straight, tmp_path, monkeypatch, capsys, number
+    straight, tmp_path, monkeypatch, capsys, number, step
 ) -> None:
-    """Row 27."""
+    """Row 27: while it trains (the save of step 1), and while it waits for the save (of step 4)."""
     with monkeypatch.context() as patch:
-        send_while_saving(patch, number, step=4)
+        save_at(patch, 1)
+        send_while_saving(patch, number, step)
         assert train(tmp_path / "run", *STEPS) == 0
     stopped = int(re.search(rf"{number.name}: saved step (\d+)", capsys.readouterr().out)[1])
-    assert 4 < stopped < 8
-    assert saved_steps(tmp_path / "run")[-2:] == [4, stopped]
-    for step in saved_steps(tmp_path / "run"):
-        verify(tmp_path / "run" / "checkpoints" / str(step))
+    assert 1 < stopped < 4 if step == 1 else stopped == 4
+    assert saved_steps(tmp_path / "run")[-2:] == [1, stopped]
+    for saved in saved_steps(tmp_path / "run"):
+        verify(tmp_path / "run" / "checkpoints" / str(saved))
     assert train(tmp_path / "run", *STEPS) == 0
     assert_same_end(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_no_step_is_taken_past_an_evaluation_that_is_not_on_disk(
+    straight, tmp_path, monkeypatch, evaluated
+) -> None:
+    """Row 28: a kill costs one interval at most; saves between evaluations hold nobody up."""
+    write, reached = checkpoint.write_manifest, []
+    step = 4 if evaluated else 1
+
+    def slowly(folder: Path, *content) -> None:
+        if folder.name == str(step):
+            time.sleep(0.5)
+            steps = {r["step"] for r in read_metrics(folder.parents[1] / "metrics.jsonl")}
+            reached.append(max(steps))
+        write(folder, *content)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slowly)
+    save_at(monkeypatch, 1)
+    assert train(tmp_path / "run", *STEPS) == 0
+    assert reached[0] == 4 if evaluated else reached[0] > 1
+    assert_same_end(tmp_path / "run", straight)
+
+
 def test_sigusr1_saves_and_goes_on(straight, tmp_path, monkeypatch, capsys) -> None:
-    send_while_saving(monkeypatch, signal.SIGUSR1, step=4)
+    save_at(monkeypatch, 1)
+    send_while_saving(monkeypatch, signal.SIGUSR1, step=1)
     assert train(tmp_path / "run", *STEPS, "--keep-checkpoints", "9") == 0
     saved = int(re.search(r"SIGUSR1: saving step (\d+)", capsys.readouterr().out)[1])
-    assert saved_steps(tmp_path / "run") == [0, 4, saved, 8]
+    assert saved_steps(tmp_path / "run") == sorted({0, 1, saved, 4, 8})
     assert_same_end(tmp_path / "run", straight)
 
 
