@@ -143,14 +143,21 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.val_loss.set_result(val_loss)
 
-    def settle(self) -> None:
-        """Return when the newest save is on disk, or `on_error` was told that it failed."""
-        self._settle()
+    def settle(self, tell: bool = True) -> None:
+        """Return when the newest save is on disk or has failed; `on_error` is told, if `tell`."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        assert saving.val_loss.done(), "finish what has begun"
+        fault = saving.done.exception()
+        self._failure = None
+        if fault is not None:
+            self._report(saving.step, fault, tell)
 
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
         if self._saving is not None and self._saving.done.done():
-            self._settle()
+            self.settle()
 
     def restore(self, step: int, like: TrainState) -> Restored:
         """Read a checkpoint into the shapes, dtypes and shardings of `like`.
@@ -175,7 +182,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when the newest save is on disk; CheckpointError if it is not."""
-        self._settle(tell=False)
+        self.settle(tell=False)
         if self._failure is not None:
             raise CheckpointError(f"{self._failure}; then give the same command again")
 
@@ -221,17 +228,7 @@ class Checkpoints:
                 if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
                     retention.remove(path)
 
-    def _settle(self, tell: bool = True) -> None:
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        assert saving.val_loss.done(), "finish what has begun"
-        fault = saving.done.exception()
-        self._failure = None
-        if fault is not None:
-            self._report(saving.step, fault, tell)
-
-    def _report(self, step: int, fault: BaseException, tell: bool = True) -> None:
+    def _report(self, step: int, fault: BaseException, tell: bool) -> None:
         latest = self.latest_step
         stays = "there is none before it" if latest is None else f"checkpoint {latest} stays"
         self._failure = (
