@@ -230,6 +230,58 @@ def test_an_error_in_the_run_is_not_hidden_by_its_last_save(training, tmp_path) 
     assert steps_on_disk(tmp_path) == [0]
 
 
+def test_a_save_whose_evaluation_fails_is_taken_back(training, tmp_path) -> None:
+    def fail_in_the_evaluation() -> None:
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            save(checkpoints, training.init())
+            state = take_steps(training, training.init(), 1)
+            checkpoints.begin(state, config={}, data={})
+            raise KeyError("the reason")
+
+    with pytest.raises(KeyError, match="the reason"):
+        fail_in_the_evaluation()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_save_is_no_checkpoint_before_its_evaluation_has_ended(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.begin(training.init(), config={}, data={})
+        time.sleep(0.5)
+        assert checkpoints.latest_step is None
+        checkpoints.finish(1.5)
+        checkpoints.settle()
+        assert (checkpoints.latest_step, checkpoints.best) == (0, (0, 1.5))
+
+
+def test_a_save_begins_early_by_as_long_as_the_last_one_took(
+    training, tmp_path, monkeypatch
+) -> None:
+    """But not before half of its minutes are over."""
+    now, measure = [0.0], checkpoint.measure
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def slowly(folder: Path) -> object:
+        now[0] += 60
+        return measure(folder)
+
+    monkeypatch.setattr(checkpoint, "measure", slowly)
+
+    def first_due(checkpoints: Checkpoints, minutes: float) -> float:
+        begun, now[0] = now[0], now[0] - 60 * 60
+        while not checkpoints.due(minutes):
+            now[0] += 5
+        due, now[0] = now[0], begun
+        return due
+
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert first_due(checkpoints, 15) == 15 * 60
+        save(checkpoints, training.init())  # at 0, and on disk a minute later
+        checkpoints.settle()
+        assert first_due(checkpoints, 15) == 14 * 60
+        assert first_due(checkpoints, 1) == 30
+    monkeypatch.undo()
+
+
 def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be made .* choose another --out-dir"):
