@@ -39,7 +39,10 @@ def load_state(folder: Path, manifest: dict[str, Any], like: TrainState) -> Rest
     """
     target = to_store(abstract(like))
     if differing := misfits(manifest["arrays"], describe(target)):
-        raise CheckpointError(f"checkpoint {folder} is of another model:\n{differing}")
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model; if the run's config.json was edited, delete "
+            f"it: the one in the checkpoint counts then\n{differing}"
+        )
     try:
         stored = ocp.load_checkpointables(folder, {"state": target})["state"]
     except Exception as fault:
