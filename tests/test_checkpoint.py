@@ -164,7 +164,7 @@ def test_another_shape_or_dtype_is_named_before_anything_is_read(training, tmp_p
         wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), like.params)
         with pytest.raises(
             CheckpointError,
-            match=r"another model; .* delete it: .*\n.*float32.*, now float32.* 2\)",
+            match=r"another model; .* delete it.*\n.*float32.*, now float32.* 2\)",
         ):
             checkpoints.restore(0, like._replace(params=wider))
         half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), like.params)
