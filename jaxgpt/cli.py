@@ -15,7 +15,15 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVa
 import tyro
 
 from jaxgpt.config import Config, ConfigError, divisors, flat_fields
-from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_answer
+from jaxgpt.presets import (
+    SPOKEN,
+    choices_of,
+    describe_presets,
+    did_you_mean,
+    load_preset,
+    nanogpt_answer,
+    union_members,
+)
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
 OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
@@ -190,6 +198,7 @@ def _refuse_at_sight(
     switches = [name for name, f in own.items() if bool in (f.type, *typing.get_args(f.type))]
     known = [name.replace("_", "-") for name, f in flat_fields().items() if not _is_hidden(f)]
     known += own
+    types = {f.name: f.type for f in (*flat_fields().values(), *dataclasses.fields(flags_type))}
     faults = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
@@ -197,6 +206,8 @@ def _refuse_at_sight(
             faults.append(f"--{name}{'=' + value if value else ''} {answer}")
         elif flag in known and flag not in switches and not value:
             faults.append(f"--{flag} needs a value")
+        elif flag in known and flag not in switches:
+            faults += _value_faults(flag, value or "", types[name])
         elif flag not in known and flag not in OTHER_FLAGS:
             faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
     faults += [
@@ -222,7 +233,32 @@ def _faults_at_sight(
             faults.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
         elif name in known and known[name].type is not bool and not value and name != "prompt":
             faults.append(f"--{flag} needs a value")  # but a prompt may be empty
+        elif name in known and known[name].type is not bool:
+            faults += _value_faults(flag, value or "", known[name].type)
     return faults
+
+
+def _value_faults(flag: str, text: str, annotation: Any) -> list[str]:
+    """A sentence if tyro would not read `text` as what the flag's annotation says."""
+    members = union_members(annotation)
+    numbers = [kind for kind in (int, float) if kind in members]
+    words = [word for member in members for word in choices_of(member)]
+    words += ["True", "False"] if bool in members else []
+    if not (numbers or words) or (text == "None" and type(None) in members) or text in words:
+        return []
+    if any(_reads(kind, text) for kind in numbers):
+        return []
+    kinds = [SPOKEN[kind] for kind in numbers]
+    wanted = " or ".join(kinds + words) if numbers else f"one of {', '.join(words)}"
+    return [f"--{flag} {text[:60]} is not {wanted}{did_you_mean(text, words)}"]
+
+
+def _reads(kind: type[int] | type[float], text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_hidden(field: dataclasses.Field) -> bool:

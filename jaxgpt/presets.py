@@ -175,7 +175,7 @@ def _fault_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | 
     if answer := nanogpt_answer(key, value):
         return f"{key} = {_as_toml(value)} {answer}"
     if key in annotations:
-        return _type_fault(key, value, _union_members(annotations[key]))
+        return _type_fault(key, value, union_members(annotations[key]))
     if key == "preset":
         return "unknown key 'preset'; a preset cannot build on another, copy what it should share"
     if isinstance(value, dict):
@@ -184,7 +184,7 @@ def _fault_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | 
 
 
 def _type_fault(key: str, value: object, members: Sequence[Any]) -> str | None:
-    choices = [choice for member in members for choice in _choices(member)]
+    choices = [choice for member in members for choice in choices_of(member)]
     if choices:
         if value in choices:
             return None
@@ -195,12 +195,12 @@ def _type_fault(key: str, value: object, members: Sequence[Any]) -> str | None:
     # bool is a subclass of int, and `batch_size = true` is a slip.
     if type(value) in members or any(type(value) is _ALSO.get(member) for member in members):
         return None
-    wanted = " or ".join(_SPOKEN[member] for member in members if member in _SPOKEN)
+    wanted = " or ".join(SPOKEN[member] for member in members if member in SPOKEN)
     return f"{key} = {_as_toml(value)} must be {wanted}"
 
 
 _ALSO: dict[type, type] = {float: int, Path: str}  # how files write what TOML has no type for
-_SPOKEN = {
+SPOKEN = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -210,7 +210,7 @@ _SPOKEN = {
 
 
 def _converted(value: Any, annotation: Any) -> Any:
-    for member in _union_members(annotation):
+    for member in union_members(annotation):
         if type(value) is _ALSO.get(member):
             return member(value)
     return value
@@ -222,12 +222,14 @@ def _as_toml(value: object) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)[:60]
 
 
-def _union_members(annotation: Any) -> tuple[Any, ...]:
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """The types that a field may have, out of its annotation."""
     if typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
-    is_union = isinstance(annotation, types.UnionType)
+        return union_members(typing.get_args(annotation)[0])
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _choices(annotation: Any) -> tuple[str, ...]:
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The words that a Literal allows."""
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()

@@ -136,9 +136,12 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             console.say(f"step {step:,}  validation loss {loss:.4f}{said}")
             return {"val/loss": loss, **accuracies}
 
-        def save_now(val_loss: float | None) -> None:
+        def begin_save() -> None:
+            checkpoints.begin(state, config=flat_values(cfg), data=data_identity)
+
+        def finish_save(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing
-            checkpoints.save(state, config=flat_values(cfg), data=data_identity, val_loss=val_loss)
+            checkpoints.finish(val_loss)
 
         def sample_now() -> str:
             key = jax.random.fold_in(state.key, state.step)
@@ -148,9 +151,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
 
         text = ""
         if resumed_step is None:
+            begin_save()
             evaluated = evaluate_now()
             log.scalars(step, evaluated)
-            save_now(evaluated["val/loss"])
+            finish_save(evaluated["val/loss"])
             checkpoints.wait()  # whoever cannot save is told before hours are spent
         unread: Metrics | None = None
         watch.begin("step")
@@ -165,13 +169,17 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             step, unread = step + 1, metrics
 
             evaluate_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
-            save_due = checkpoints.minutes_since_save() >= cfg.checkpoint_minutes or stop.save_now
+            save_due = checkpoints.due(cfg.checkpoint_minutes) or stop.save_now
             checkpoints.poll()
             if not (evaluate_due or save_due or stop.name):
                 watch.begin("step")
                 continue
             watch.begin("evaluation" if evaluate_due else "save")
             scalars, unread = reporter.read(step, unread), None
+            if stop.save_now:
+                console.say(f"SIGUSR1: saving step {step:,}")
+                stop.save_now = False
+            begin_save()  # and evaluate while it is written
             if evaluate_due:
                 evaluated = evaluate_now()
                 log.scalars(step, {**scalars, **evaluated})
@@ -180,10 +188,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
                     log.text(step, "sample", text)
             else:
                 reporter.log_if_due(step, scalars)
-            if stop.save_now:
-                console.say(f"SIGUSR1: saving step {step:,}")
-                stop.save_now = False
-            save_now(evaluated["val/loss"] if evaluate_due else None)
+            finish_save(evaluated["val/loss"] if evaluate_due else None)
+            if evaluate_due and step < cfg.max_iters and not stop.name:
+                watch.begin("save")
+                checkpoints.settle()  # before the next interval, or a kill would cost two
             reporter.leave_out_pause(evaluate_due)
             watch.begin("step")
         checkpoints.close()  # before anyone is told that it is done

@@ -127,7 +127,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         import jax
 
         from jaxgpt.model.gpt import init_params
-        from jaxgpt.training.checkpoint import load_params
+        from jaxgpt.training.loading import load_params
 
         sharding = jax.sharding.SingleDeviceSharding(device)
         like = jax.tree.map(

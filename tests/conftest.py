@@ -1,6 +1,7 @@
 """Shapes and steps shared by the tests; every model is tiny and everything runs on the CPU."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,6 +49,40 @@ def exported(tiny_run: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "tiny-austen"
     assert export.main(["--out-dir", str(tiny_run), "--to", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory) -> Path:
+    """A run of eight steps, with checkpoints at 4 and 8; tests take copies of it."""
+    from small_runs import STEPS
+    from test_train import train
+
+    out_dir = tmp_path_factory.mktemp("runs") / "straight"
+    assert train(out_dir, *STEPS) == 0
+    return out_dir
+
+
+@pytest.fixture
+def run(straight: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(straight, tmp_path / "run"))
+
+
+@pytest.fixture
+def refused(capsys):
+    """The answer to a run that ends with exit code 2."""
+    from test_train import train
+
+    def answer(out_dir: Path, *flags: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            train(out_dir, *flags)
+        err = capsys.readouterr().err
+        assert left.value.code == 2
+        assert err.startswith("python -m jaxgpt.train: ")
+        assert "Traceback" not in err
+        return err
+
+    return answer
 
 
 def assert_trees_equal(a, b) -> None:

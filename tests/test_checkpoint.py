@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxgpt.config import OptimizerConfig
 from jaxgpt.training import checkpoint
 from jaxgpt.training.build import Training, build_training
-from jaxgpt.training.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.training.checkpoint import Checkpoints
+from jaxgpt.training.loading import CheckpointError
 
 
 def build() -> Training:
@@ -44,6 +45,12 @@ def take_steps(training: Training, state, steps: int):
     return state
 
 
+def save(checkpoints: Checkpoints, state, val_loss: float | None = None, **notes) -> None:
+    """Begin and finish at once, as a run does between its evaluations."""
+    checkpoints.begin(state, **{"config": {}, "data": {}, **notes})
+    checkpoints.finish(val_loss)
+
+
 def copy(state):
     return jax.tree.map(jnp.copy, state)
 
@@ -60,7 +67,7 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
         for _ in range(6):
             state = take_steps(training, state, 1)
             saved[int(state.step)] = copy(state)
-            checkpoints.save(state, config={"a": 1}, data={"b": [2]}, val_loss=None)
+            save(checkpoints, state, config={"a": 1}, data={"b": [2]})
     with Checkpoints(tmp_path, keep=10) as checkpoints:
         assert checkpoints.latest_step == 6
         for step, expected in saved.items():
@@ -72,7 +79,7 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
 def test_a_restored_state_trains_on_bit_for_bit(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         state = take_steps(training, training.init(), 3)
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
         straight = take_steps(training, state, 3)
         checkpoints.wait()
         restored = checkpoints.restore(3, training.state_like)
@@ -85,7 +92,7 @@ def test_the_newest_and_the_best_are_kept_by_two_rules(training, tmp_path) -> No
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for loss in losses.values():
             state = take_steps(training, state, 1)
-            checkpoints.save(state, config={}, data={}, val_loss=loss)
+            save(checkpoints, state, loss)
         checkpoints.wait()
         assert checkpoints.best == (2, 1.0)
         assert checkpoints.latest_step == 6
@@ -94,7 +101,7 @@ def test_the_newest_and_the_best_are_kept_by_two_rules(training, tmp_path) -> No
 
 def test_the_accumulator_is_not_written(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+        save(checkpoints, training.init())
     (stored,) = (tmp_path / "checkpoints").rglob("_METADATA")
     assert "('opt_state', 'inner_opt_state', '2', 'mu', 'wte', 'embedding')" in stored.read_text()
     assert "'acc_grads', 'wte'" not in stored.read_text()
@@ -103,7 +110,7 @@ def test_the_accumulator_is_not_written(training, tmp_path) -> None:
 def test_a_step_that_is_saved_already_is_not_saved_again(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for _ in range(2):
-            checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+            save(checkpoints, training.init())
     assert steps_on_disk(tmp_path) == [0]
 
 
@@ -127,9 +134,9 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_checkpoint_before_is_gone_on
 ) -> None:
     first = take_steps(training, training.init(), 1)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(first, config={}, data={}, val_loss=None)
+        save(checkpoints, first)
         second = take_steps(training, copy(first), 1)
-        checkpoints.save(second, config={}, data={}, val_loss=None)
+        save(checkpoints, second)
     newest = tmp_path / "checkpoints" / "2"
     names = [p.relative_to(newest) for p in newest.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(names) > 5
@@ -151,12 +158,13 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_checkpoint_before_is_gone_on
 
 def test_another_shape_or_dtype_is_named_before_anything_is_read(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+        save(checkpoints, training.init())
         checkpoints.wait()
         like = training.state_like
         wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), like.params)
         with pytest.raises(
-            CheckpointError, match=r"another model:\n.*float32.*, now float32.* 2\)"
+            CheckpointError,
+            match=r"another model; .* delete it.*\n.*float32.*, now float32.* 2\)",
         ):
             checkpoints.restore(0, like._replace(params=wider))
         half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), like.params)
@@ -169,7 +177,7 @@ def test_a_full_device_is_not_taken_for_a_damaged_checkpoint(
     training, tmp_path, monkeypatch, fault
 ) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+        save(checkpoints, training.init())
         checkpoints.wait()
         monkeypatch.setattr(ocp, "load_checkpointables", raising(fault))
         with pytest.raises(type(fault)) as raised:
@@ -193,7 +201,7 @@ def test_a_validation_loss_that_is_no_number_is_no_best(training, tmp_path) -> N
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for loss in (2.0, float("nan"), 3.0, float("inf")):
             state = take_steps(training, state, 1)
-            checkpoints.save(state, config={}, data={}, val_loss=loss)
+            save(checkpoints, state, loss)
         checkpoints.wait()
         assert checkpoints.best == (1, 2.0)
     assert steps_on_disk(tmp_path) == [1, 4]
@@ -202,25 +210,77 @@ def test_a_validation_loss_that_is_no_number_is_no_best(training, tmp_path) -> N
 def test_a_state_that_is_not_finite_is_not_saved(training, tmp_path) -> None:
     state = training.init()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
         state = take_steps(training, state, 1)
         bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
         with pytest.raises(
             CheckpointError, match=r"step 1 are not finite.*checkpoint 0 in .* stays"
         ):
-            checkpoints.save(state._replace(params=bad), config={}, data={}, val_loss=None)
+            save(checkpoints, state._replace(params=bad))
     assert steps_on_disk(tmp_path) == [0]
 
 
 def test_an_error_in_the_run_is_not_hidden_by_its_last_save(training, tmp_path) -> None:
     def fail_after_a_save() -> None:
         with Checkpoints(tmp_path, 1) as checkpoints:
-            checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+            save(checkpoints, training.init())
             raise KeyError("the reason")
 
     with pytest.raises(KeyError, match="the reason"):
         fail_after_a_save()
     assert steps_on_disk(tmp_path) == [0]
+
+
+def test_a_save_whose_evaluation_fails_is_taken_back(training, tmp_path) -> None:
+    def fail_in_the_evaluation() -> None:
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            save(checkpoints, training.init())
+            state = take_steps(training, training.init(), 1)
+            checkpoints.begin(state, config={}, data={})
+            raise KeyError("the reason")
+
+    with pytest.raises(KeyError, match="the reason"):
+        fail_in_the_evaluation()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_save_is_no_checkpoint_before_its_evaluation_has_ended(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.begin(training.init(), config={}, data={})
+        time.sleep(0.5)
+        assert checkpoints.latest_step is None
+        checkpoints.finish(1.5)
+        checkpoints.settle()
+        assert (checkpoints.latest_step, checkpoints.best) == (0, (0, 1.5))
+
+
+def test_a_save_begins_early_by_as_long_as_the_last_one_took(
+    training, tmp_path, monkeypatch
+) -> None:
+    """But not before half of its minutes are over."""
+    now, measure = [0.0], checkpoint.measure
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def slowly(folder: Path) -> object:
+        now[0] += 60
+        return measure(folder)
+
+    monkeypatch.setattr(checkpoint, "measure", slowly)
+
+    def first_due(checkpoints: Checkpoints, minutes: float) -> float:
+        begun, now[0] = now[0], now[0] - 60 * 60
+        while not checkpoints.due(minutes):
+            now[0] += 5
+        due, now[0] = now[0], begun
+        return due
+
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert first_due(checkpoints, 15) == 15 * 60
+        save(checkpoints, training.init())  # at 0, and on disk a minute later
+        checkpoints.settle()
+        assert first_due(checkpoints, 15) == 14 * 60
+        assert first_due(checkpoints, 1) == 30
+    monkeypatch.undo()
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path) -> None:
@@ -234,12 +294,12 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
 ) -> None:
     state, told = training.init(), []
     with Checkpoints(tmp_path, 2, told.append) as checkpoints:
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
         checkpoints.wait()
         state = take_steps(training, state, 1)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-            checkpoints.save(state, config={}, data={}, val_loss=None)
+            save(checkpoints, state)
             checkpoints.poll()
             (line,) = told
             assert re.search(
@@ -249,7 +309,7 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
             )
             with pytest.raises(CheckpointError, match="step 1 could not be saved"):
                 checkpoints.wait()
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
     assert told == [line]
     assert steps_on_disk(tmp_path) == [0, 1]
 
@@ -259,12 +319,12 @@ def test_a_commit_whose_manifest_cannot_be_written_is_taken_back(
 ) -> None:
     state, told = training.init(), []
     with Checkpoints(tmp_path, 1, told.append) as checkpoints:
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
         checkpoints.wait()
         full = raising(OSError(28, "No space left on device"))
         monkeypatch.setattr(checkpoint, "write_manifest", full)
         state = take_steps(training, state, 1)
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
         deadline = time.monotonic() + 30
         while not told and time.monotonic() < deadline:
             checkpoints.poll()
@@ -272,7 +332,7 @@ def test_a_commit_whose_manifest_cannot_be_written_is_taken_back(
         assert "No space left on device" in told[0]
         monkeypatch.undo()
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
     assert steps_on_disk(tmp_path) == [1]
 
 
@@ -282,7 +342,7 @@ def test_a_run_that_cannot_save_at_all_is_stopped(training, tmp_path, monkeypatc
         pytest.raises(CheckpointError, match=r"there is none before it; make room there, or"),
         Checkpoints(tmp_path, 1, print) as checkpoints,
     ):
-        checkpoints.save(training.init(), config={}, data={}, val_loss=None)
+        save(checkpoints, training.init())
 
 
 DEVICES = """
@@ -295,7 +355,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, sys.argv[2])
 from conftest import assert_trees_equal
-from test_checkpoint import build
+from test_checkpoint import build, save
 
 from jaxgpt.training.checkpoint import Checkpoints
 
@@ -315,7 +375,7 @@ with Checkpoints(Path(sys.argv[1]), keep=9) as checkpoints:
         assert len(many.params["wte"]["embedding"].sharding.device_set) == count
         assert_trees_equal(many, one)
         again = many._replace(step=many.step + count)
-        checkpoints.save(again, config={}, data={}, val_loss=None)
+        save(checkpoints, again)
         checkpoints.wait()
         back = checkpoints.restore(1 + count, training.state_like).state
         assert_trees_equal(back._replace(step=one.step), one)
@@ -325,7 +385,7 @@ with Checkpoints(Path(sys.argv[1]), keep=9) as checkpoints:
 def test_a_state_is_restored_onto_other_numbers_of_devices(training, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         state = take_steps(training, training.init(), 1)
-        checkpoints.save(state, config={}, data={}, val_loss=None)
+        save(checkpoints, state)
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(
         [sys.executable, "-c", DEVICES, str(tmp_path), str(Path(__file__).parent)],

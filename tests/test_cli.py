@@ -273,12 +273,15 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
 @pytest.mark.parametrize(
     ("argv", "answers"),
     [
-        (["--batch-size=x"], ["--batch-size", "'x'"]),
-        (["--max-iters=1e5"], ["--max-iters", "'1e5'"]),
-        (["--dropout=much"], ["--dropout", "'much'"]),
-        (["--device=tpu"], ["'tpu'", "--device", "('auto', 'gpu', 'cpu')"]),
-        (["--dtype=half"], ["'half'", "--dtype", "'bfloat16'"]),
-        (["--bias=1"], ["'1'", "--bias", "('True', 'False')"]),
+        (["--batch-size=x"], ["--batch-size x is not a whole number or auto"]),
+        (["--batch-size", "aut"], ["is not a whole number or auto; did you mean 'auto'?"]),
+        (["--max-iters=1e5"], ["--max-iters 1e5 is not a whole number"]),
+        (["--dropout=much"], ["--dropout much is not a number"]),
+        (["--vocab-size=None", "--lr-decay-iters=x"], ["train: --lr-decay-iters x is not a whole"]),
+        (["--device=tpu"], ["--device tpu is not one of auto, gpu, cpu"]),
+        (["--dtype=half"], ["--dtype half is not one of auto, bfloat16, float32"]),
+        (["--bias=true"], ["--bias true is not one of True, False; did you mean 'True'?"]),
+        (["--n_layer=x", "--beta1=y"], ["--n-layer x is", "--beta1 y is"]),
         (["--n-layer"], ["--n-layer needs a value"]),
         (["--out-dir="], ["--out-dir needs a value"]),
         (["--out-dir", ""], ["--out-dir needs a value"]),
@@ -287,7 +290,7 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
         (["--grad-clip=1e400"], ["grad_clip inf must be finite and at least 0"]),
         (["--n-layer", "-3"], ["n_layer -3 must be at least 1"]),
         (["--batch-size=" + "9" * 4000], ["must be at most 2147483647"]),
-        (["--batch-size=" + "9" * 5000], ["--batch-size", "4300 digits"]),
+        (["--batch-size=" + "9" * 5000], ["--batch-size 9999", "is not a whole number"]),
         (["--batch-size=0"], ["batch_size 0 must be at least 1"]),
         (["--effective-batch-size=0"], ["effective_batch_size 0 must be at least 1"]),
         (["--gradient-accumulation-steps=0"], ["gradient_accumulation_steps 0 must be at least"]),
@@ -297,6 +300,10 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
 def test_a_wrong_value_is_answered_with_flag_and_value(mistake, argv, answers):
     answer = mistake("--preset=24gb", *argv)
     assert [part for part in answers if part not in answer] == []
+
+
+def test_a_wrong_value_is_answered_before_a_card_is_looked_for(mistake):
+    assert mistake("--max-iters", "many") == "train: --max-iters many is not a whole number"
 
 
 def test_every_impossible_combination_is_reported_at_once(mistake):

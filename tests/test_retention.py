@@ -146,3 +146,14 @@ def test_who_asks_for_the_newest_is_not_given_an_older_one(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"checkpoint 2 is damaged.*--resume auto falls back"):
         newest_sound(tmp_path, verify, print, strict=True)
     assert names(tmp_path) == ["1", "2"]
+
+
+def test_files_that_are_named_like_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    add(tmp_path, 4)
+    for name in ("12", "5.deleted", "7.orbax-checkpoint-tmp", "notes.txt"):
+        (tmp_path / name).write_text("somebody's")
+    before = sorted(tmp_path.iterdir())
+    assert remove_unfinished(tmp_path) == []
+    prune(tmp_path, keep=1)
+    assert finished_steps(tmp_path) == [4]
+    assert sorted(tmp_path.iterdir()) == before

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from jaxgpt.config import ConfigError
-from jaxgpt.training.checkpoint import CheckpointError
 from jaxgpt.training.integrity import write_manifest
+from jaxgpt.training.loading import CheckpointError
 from jaxgpt.training.metrics import read_metrics
 from jaxgpt.weights import WeightsFlags, open_weights
 

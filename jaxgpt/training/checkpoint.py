@@ -9,7 +9,6 @@ interface is still marked experimental, so it is used here only.
 import contextlib
 import logging
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,12 +21,11 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt.errors import UserError
-from jaxgpt.model.gpt import Params
 from jaxgpt.training import retention
-from jaxgpt.training.integrity import DamagedError, verify, write_manifest
+from jaxgpt.training.integrity import DamagedError, measure, verify, write_manifest
+from jaxgpt.training.loading import CheckpointError, Restored, load_state, reason_of
 from jaxgpt.training.step import TrainState
-from jaxgpt.training.stored import abstract, all_finite, describe, from_stored, misfits, to_store
+from jaxgpt.training.stored import all_finite, describe, to_store
 
 # Orbax logs each phase of a save, and a failing one with a thousand lines of tracebacks; what a
 # user has to know, the run says itself.
@@ -35,16 +33,12 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 MADE_WITH = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written; the message names it and what can be done."""
+class _Save(NamedTuple):
+    """One that has begun and has not been settled."""
 
-
-class Restored(NamedTuple):
-    """What a checkpoint held."""
-
-    state: TrainState
-    config: dict[str, Any]  # flat, as `config.flat_values` wrote it
-    data: dict[str, Any]  # what the run's data was
+    step: int
+    val_loss: Future[float | None]  # known when the evaluation has ended
+    done: Future[None]
 
 
 class Checkpoints:
@@ -65,10 +59,11 @@ class Checkpoints:
             ) from None
         self._keep, self._on_error = keep, on_error
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: tuple[int, Future[None]] | None = None
+        self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
         self._sound: dict[Path, dict[str, Any]] = {}  # manifests of what has been verified
-        self._last_save = time.monotonic()
+        self._begun = time.monotonic()  # the newest save, or the run
+        self._seconds = 0.0  # that the newest save took
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -111,46 +106,58 @@ class Checkpoints:
                 f"{self.folder} cannot be cleaned up ({fault}); see who else owns what is in it"
             ) from None
 
-    def save(
-        self,
-        state: TrainState,
-        *,
-        config: Mapping[str, Any],
-        data: Mapping[str, Any],
-        val_loss: float | None,
+    def begin(
+        self, state: TrainState, *, config: Mapping[str, Any], data: Mapping[str, Any]
     ) -> None:
-        """Start to save `state`, whose arrays may be donated as soon as this returns.
+        """Begin to save `state`, whose arrays may be donated as soon as this returns.
 
-        Waits for the save before it. A `val_loss` that is not finite is none.
+        It is a checkpoint after `finish`, and is written meanwhile. Waits for the save before it.
 
         Raises:
             CheckpointError: if `state` holds a number that is not finite, or a save failed and
                 there is no checkpoint at all.
         """
-        self._settle()
+        self.settle()
         step = int(state.step)
         if step == self.latest_step:
             return
         stored = to_store(state)
         if not all_finite(stored):
             raise CheckpointError(self._not_finite(step))
-        self._last_save = time.monotonic()
-        notes = _notes(stored, config, data, val_loss)
+        self._begun = time.monotonic()
+        notes = _notes(stored, config, data)
+        val_loss: Future[float | None] = Future()
+        done: Future[None] = Future()
         try:
             retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
             self._give_room_back(step)
-            failed: Future[None] = Future()
-            failed.set_exception(fault)
-            self._saving = step, failed
+            done.set_exception(fault)
+        else:
+            done = self._thread.submit(self._write, written, step, notes, val_loss)
+        self._saving = _Save(step, val_loss, done)
+
+    def finish(self, val_loss: float | None = None) -> None:
+        """Let the save that has begun become a checkpoint; a loss that is not finite is none."""
+        if self._saving is not None:
+            self._saving.val_loss.set_result(val_loss)
+
+    def settle(self, tell: bool = True) -> None:
+        """Return when the newest save is on disk or has failed; `on_error` is told, if `tell`."""
+        saving, self._saving = self._saving, None
+        if saving is None:
             return
-        self._saving = step, self._thread.submit(self._finish, written, step, notes)
+        assert saving.val_loss.done(), "finish what has begun"
+        fault = saving.done.exception()
+        self._failure = None
+        if fault is not None:
+            self._report(saving.step, fault, tell)
 
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
-        if self._saving is not None and self._saving[1].done():
-            self._settle()
+        if self._saving is not None and self._saving.done.done():
+            self.settle()
 
     def restore(self, step: int, like: TrainState) -> Restored:
         """Read a checkpoint into the shapes, dtypes and shardings of `like`.
@@ -163,33 +170,29 @@ class Checkpoints:
             manifest = self._verified(folder)
         except DamagedError as fault:
             raise CheckpointError(f"checkpoint {step} is missing or damaged: {fault}") from None
-        target = to_store(abstract(like))
-        if differing := misfits(manifest["arrays"], describe(target)):
-            raise CheckpointError(f"checkpoint {folder} is of another model:\n{differing}")
-        try:
-            stored = ocp.load_checkpointables(folder, {"state": target})["state"]
-        except Exception as fault:
-            if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
-                raise  # the checkpoint is as good as it was
-            made_with = ", ".join(f"{name} {v}" for name, v in manifest["made_with"].items())
-            raise CheckpointError(
-                f"checkpoint {folder} is whole, and yet cannot be read ({_reason(fault)}); it was "
-                f"made with {made_with}: try these versions"
-            ) from fault
-        return Restored(from_stored(stored, like), manifest["config"], manifest["data"])
+        return load_state(folder, manifest, like)
 
-    def minutes_since_save(self) -> float:
-        """Minutes since a save was started, or since the run was opened."""
-        return (time.monotonic() - self._last_save) / 60
+    def due(self, minutes: float) -> bool:
+        """Whether to begin a save now, for it to be on disk `minutes` after the last one began.
+
+        It takes as long as the last one, but is never begun before half of that time.
+        """
+        lead = min(self._seconds, 30 * minutes)
+        return time.monotonic() - self._begun >= 60 * minutes - lead
 
     def wait(self) -> None:
         """Return when the newest save is on disk; CheckpointError if it is not."""
-        self._settle(tell=False)
+        self.settle(tell=False)
         if self._failure is not None:
             raise CheckpointError(f"{self._failure}; then give the same command again")
 
     def close(self) -> None:
-        """Wait for the save under way, and let go of the thread that finishes it."""
+        """Wait for the save under way, and let go of the thread that writes it.
+
+        One that has begun and was not finished, because the evaluation failed, is taken back.
+        """
+        if self._saving is not None:
+            self._saving.val_loss.cancel()
         try:
             self.wait()
         finally:
@@ -200,11 +203,16 @@ class Checkpoints:
             self._sound[folder] = verify(folder)
         return self._sound[folder]
 
-    def _finish(self, written: Any, step: int, notes: Mapping[str, Any]) -> None:
+    def _write(
+        self, written: Any, step: int, notes: Mapping[str, Any], val_loss: Future[float | None]
+    ) -> None:
         """On the thread: what makes a commit of Orbax's a checkpoint that can be relied upon."""
+        folder = self.folder / str(step)
         try:
             written.result()
-            write_manifest(self.folder / str(step), notes)
+            files = measure(folder)
+            self._seconds = time.monotonic() - self._begun
+            write_manifest(folder, {**notes, "val_loss": _finite(val_loss.result())}, files)
         except BaseException:
             self._give_room_back(step)
             raise
@@ -220,22 +228,12 @@ class Checkpoints:
                 if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
                     retention.remove(path)
 
-    def _settle(self, tell: bool = True) -> None:
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        step, future = saving
-        fault = future.exception()
-        self._failure = None
-        if fault is not None:
-            self._report(step, fault, tell)
-
-    def _report(self, step: int, fault: BaseException, tell: bool = True) -> None:
+    def _report(self, step: int, fault: BaseException, tell: bool) -> None:
         latest = self.latest_step
         stays = "there is none before it" if latest is None else f"checkpoint {latest} stays"
         self._failure = (
-            f"step {step:,} could not be saved in {self.folder} ({_reason(fault)}); {stays}; make "
-            "room there"
+            f"step {step:,} could not be saved in {self.folder} ({reason_of(fault)}); {stays}; "
+            "make room there"
         )
         if latest is None:  # nothing is lost yet, and a run that cannot save is not worth its time
             raise CheckpointError(f"{self._failure}, or choose another --out-dir")
@@ -251,52 +249,11 @@ class Checkpoints:
         )
 
 
-def load_params(out_dir: Path, step: int, like: Params) -> Params:
-    """The parameters of a checkpoint alone, in the shapes and shardings of `like`.
-
-    Reads and writes nothing else, so a run may be training in the same folder.
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged, cannot be read or does not fit `like`.
-    """
-    folder = (out_dir / retention.FOLDER / str(step)).absolute()
-    try:
-        verify(folder)
-    except DamagedError as fault:
-        raise CheckpointError(
-            f"checkpoint {step} is damaged: {fault}; choose another with --checkpoint"
-        ) from None
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            params = ocp.load_checkpointables(folder, {"state": {"params": like}})
-        return jax.tree.map(_fitting, params["state"]["params"], like)
-    except Exception as fault:  # Orbax raises a dozen kinds for what does not fit
-        if "RESOURCE_EXHAUSTED" in str(fault):
-            raise
-        raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({_reason(fault)}); choose another with "
-            "--checkpoint, or see whether the config.json beside it is the run's own"
-        ) from fault
-
-
-def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    # Orbax hands back what it did not find as it was asked for.
-    if not isinstance(leaf, jax.Array) or leaf.shape != like.shape:
-        raise ValueError(f"it has no parameter of shape {like.shape} where there must be one")
-    return leaf
-
-
 def _notes(
-    stored: Mapping[str, Any],
-    config: Mapping[str, Any],
-    data: Mapping[str, Any],
-    val_loss: float | None,
+    stored: Mapping[str, Any], config: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What can be known of a checkpoint without reading its arrays."""
     return {
-        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
         "config": dict(config),
         "data": dict(data),
         "arrays": describe(stored),
@@ -304,8 +261,5 @@ def _notes(
     }
 
 
-def _reason(fault: BaseException) -> str:
-    """The end of the first line, where file systems say what is wrong, without their numbers."""
-    line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-    by_the_system = re.search(r"([^:]+?) \[os_error_code", line)
-    return by_the_system[1].strip() if by_the_system else line[:400]
+def _finite(val_loss: float | None) -> float | None:
+    return val_loss if val_loss is not None and math.isfinite(val_loss) else None

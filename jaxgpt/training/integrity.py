@@ -20,15 +20,24 @@ class DamagedError(UserError):
     """A checkpoint is not what was written; the message names the file and what is wrong."""
 
 
-def write_manifest(folder: Path, notes: Mapping[str, Any]) -> None:
-    """Put size and SHA-256 of every file under `folder` into its manifest, and `notes` beside them.
+Files = dict[str, tuple[int, str]]  # size and SHA-256 by path in the folder
 
-    Everything in the folder outlives a power failure once this returns. `notes` are JSON values
-    that can be read without reading the checkpoint. Raises OSError if the disk does not take it.
-    """
+
+def measure(folder: Path) -> Files:
+    """Size and SHA-256 of every file under `folder`; all of it outlives a power failure then."""
     files = {str(path.relative_to(folder)): _measure(path) for path in _files(folder)}
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         sync(path)
+    return files
+
+
+def write_manifest(folder: Path, notes: Mapping[str, Any], files: Files | None = None) -> None:
+    """Put what `measure` has found under `folder` into its manifest, and `notes` beside it.
+
+    `files` is what it found before, if it did. `notes` are JSON values that can be read without
+    reading the checkpoint. Raises OSError if the disk does not take it.
+    """
+    files = measure(folder) if files is None else files
     part = folder / f"{MANIFEST}.tmp"
     with part.open("wb") as file:
         file.write(_encode({**notes, "files": files}))

@@ -14,21 +14,18 @@ import json
 import logging
 import math
 import os
-import socket
-import struct
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from jaxgpt.errors import UserError
+from jaxgpt.training.events import as_record, event_files, merged, next_name, whole_records
 
 # It has a word to say about every NaN, and a run has said that already.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
@@ -73,7 +70,7 @@ class MetricsLog:
         for path in event_files(folder):
             self._softly(self._cut_events, path, last_step)
         self._lines = _Appender(lines)
-        self._events = _Appender(folder / _next_name(event_files(folder)))
+        self._events = _Appender(folder / next_name(event_files(folder)))
         self._add_event(0, time.time(), file_version="brain.Event:2")
         # Each start but the first has a TensorBoard that is already open forget what was removed.
         start = SessionLog(status=SessionLog.START)
@@ -86,7 +83,7 @@ class MetricsLog:
         numbers = {tag: float(value) for tag, value in values.items()}
         finite = {tag: x if math.isfinite(x) else None for tag, x in numbers.items()}
         self._add_line(step, now, finite)
-        self._add_event(step, now, summary=_merged(summary.scalar(*n) for n in numbers.items()))
+        self._add_event(step, now, summary=merged(summary.scalar(*n) for n in numbers.items()))
         self._drain()
 
     def text(self, step: int, tag: str, text: str) -> None:
@@ -109,7 +106,7 @@ class MetricsLog:
         self._has_hparams = True
         # The library's add_hparams would put them into a run of their own, in a folder below.
         parts = summary.hparams(_flatten(values), dict.fromkeys(metrics, 0.0))
-        self._add_event(0, time.time(), summary=_merged(parts))
+        self._add_event(0, time.time(), summary=merged(parts))
         self._drain()
 
     def flush(self) -> bool:
@@ -135,7 +132,7 @@ class MetricsLog:
 
     def _add_event(self, step: int, now: float, **what: Any) -> None:
         event = Event(step=int(step), wall_time=now, **what)
-        self._events.pending += _as_record(event.SerializeToString())
+        self._events.pending += as_record(event.SerializeToString())
 
     def _drain(self) -> None:
         self._softly(self._lines.drain)
@@ -154,11 +151,11 @@ class MetricsLog:
     def _cut_events(self, path: Path, last_step: int) -> None:
         """Keeps what lies not after `last_step`; headers and hparams are of step 0."""
         data = path.read_bytes()
-        events = [(record, Event.FromString(record)) for record in _records(data)]
+        events = [(record, Event.FromString(record)) for record in whole_records(data)]
         kept = [(record, event) for record, event in events if event.step <= last_step]
         tags = [value.tag for _, event in kept for value in event.summary.value]
         self._has_hparams |= any(tag.startswith("_hparams_/") for tag in tags)
-        _replace(path, data, b"".join(_as_record(record) for record, _ in kept))
+        _replace(path, data, b"".join(as_record(record) for record, _ in kept))
 
 
 class _Appender:
@@ -210,11 +207,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def event_files(folder: Path) -> list[Path]:
-    """A run's event files in the order written."""
-    return sorted(folder.glob("events.out.tfevents.*"))
-
-
 def _refuse_foreign(lines: Path, folder: Path) -> None:
     try:
         data = lines.read_bytes() if lines.exists() else b""
@@ -222,7 +214,7 @@ def _refuse_foreign(lines: Path, folder: Path) -> None:
         whole = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         records = [_parse(line) for line in whole]
         files = [path.read_bytes() for path in event_files(folder)]
-        events = [Event.FromString(record) for data in files for record in _records(data)]
+        events = [Event.FromString(record) for data in files for record in whole_records(data)]
     except OSError as fault:
         raise UserError(f"{fault}; move it away, or choose another --out-dir") from None
     if any(
@@ -266,36 +258,6 @@ def _replace(path: Path, old: bytes, new: bytes) -> None:
         temporary.unlink(missing_ok=True)
     if not new:
         path.unlink()
-
-
-def _next_name(existing: list[Path]) -> str:
-    """A name that sorts after `existing`, be it within a second or with the clock set back."""
-    stamps = [path.name.split(".")[3] for path in existing]
-    latest = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=0)
-    return f"events.out.tfevents.{max(int(time.time()), latest + 1):010d}.{socket.gethostname()}"
-
-
-def _as_record(data: bytes) -> bytes:
-    """One entry of a TFRecord file: length, its checksum, data, its checksum."""
-    length = struct.pack("<Q", len(data))
-    sum_of_length, sum_of_data = (struct.pack("<I", masked_crc32c(x)) for x in (length, data))
-    return length + sum_of_length + data + sum_of_data
-
-
-def _records(file: bytes) -> Iterator[bytes]:
-    """The entries of a TFRecord file up to its end or to the first that is not whole."""
-    start = 0
-    while start + 16 <= len(file):
-        (length,) = struct.unpack_from("<Q", file, start)
-        record = _as_record(file[start + 12 : start + 12 + length])
-        if file[start : start + 16 + length] != record:
-            return
-        yield record[12:-4]
-        start += len(record)
-
-
-def _merged(parts: Any) -> Summary:
-    return Summary(value=[value for part in parts for value in part.value])
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float]:

@@ -133,9 +133,15 @@ def newest_sound(
 
 def _leftovers(folder: Path) -> list[Path]:
     """Folders of saves and deletions that did not end."""
-    return [*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob(f"*{DELETED}")]
+    return [
+        path
+        for pattern in ("*.orbax-checkpoint-tmp*", f"*{DELETED}")
+        for path in folder.glob(pattern)
+        if path.is_dir()
+    ]
 
 
 def _committed(folder: Path) -> list[Path]:
     """What Orbax has renamed from its temporary name to a step's, in no order."""
-    return [p for p in folder.glob("*") if p.name.isdecimal() and p.name == str(int(p.name))]
+    named = [p for p in folder.glob("*") if p.name.isdecimal() and p.name == str(int(p.name))]
+    return [path for path in named if path.is_dir()]  # a file of that name is somebody else's
