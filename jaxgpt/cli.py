@@ -15,7 +15,14 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVa
 import tyro
 
 from jaxgpt.config import Config, ConfigError, divisors, flat_fields
-from jaxgpt.presets import describe_presets, did_you_mean, load_preset, nanogpt_answer
+from jaxgpt.hardware.gpus import GIB, visible_card
+from jaxgpt.presets import (
+    describe_presets,
+    did_you_mean,
+    load_preset,
+    nanogpt_answer,
+    preset_for_memory,
+)
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
 OTHER_FLAGS = ("help", "tyro-print-completion", "tyro-write-completion")
@@ -120,6 +127,12 @@ def parse_command(
     if faults := flags.faults():
         fail(prog, "\n".join(faults))
     return flags
+
+
+def preset_of_this_machine() -> str | None:
+    """The tier of the card that a run would get, None without one."""
+    card = visible_card()
+    return preset_for_memory(card.memory_bytes / GIB) if card else None
 
 
 def warn(message: str) -> None:

@@ -20,8 +20,6 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.gpus import visible_card
-from jaxgpt.presets import preset_for_memory
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv,
             prog=PROG,
             description="Train a GPT. The same command resumes a run that was stopped.",
-            default_preset=preset_of_this_machine,
+            default_preset=cli.preset_of_this_machine,
         )
         assert cfg.out_dir is not None
         with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
@@ -190,12 +188,6 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         console.stop()
         report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
     return 0
-
-
-def preset_of_this_machine() -> str | None:
-    """The tier of the card that a run would get, None without one."""
-    card = visible_card()
-    return preset_for_memory(card.memory_bytes / 2**30) if card else None
 
 
 def load_tokens(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, train
+from jaxgpt import cli
 from jaxgpt.config import Config, OptimizerConfig, flat_fields, flat_values
 from jaxgpt.hardware import gpus
 from jaxgpt.hardware.gpus import GIB, LocalCard
@@ -203,14 +203,14 @@ def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
     monkeypatch.setattr(gpus, "local_cards", lambda: cards)
     cfg = cli.parse(
-        ["--n-layer=2"], prog="", description="", default_preset=train.preset_of_this_machine
+        ["--n-layer=2"], prog="", description="", default_preset=cli.preset_of_this_machine
     )
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
     monkeypatch.setattr(gpus, "local_cards", list)
-    assert train.preset_of_this_machine() is None
+    assert cli.preset_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer
