@@ -139,7 +139,7 @@ def test_windows_are_as_long_as_asked_for_and_follow_the_warm_up() -> None:
         (["--profile", str(ROOT / "LICENSE")], "is a file; name a folder"),
         (["--dataset", "nowhere"], "data/nowhere"),
         (["--batch-size", "3"], "effective_batch_size 4 is not a multiple of batch_size 3"),
-        (["--windoes", "3"], "did you mean --windows?"),
+        (["--windoes", "3"], "did you mean '--windows'?"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(refused, argv, words) -> None:
