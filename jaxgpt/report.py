@@ -11,11 +11,12 @@ from jaxgpt.data.loader import WindowLoader
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import GIB, lookup_gpu
 from jaxgpt.hardware.speed import peak_of, reached_mfu
-from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+from jaxgpt.training.records import EVENTS_FOLDER, METRICS_FILE, read_metrics
 from jaxgpt.training.skips import DivergedError, SkipCounter
 
-if TYPE_CHECKING:  # it imports JAX, which comes after the command line
+if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
     from jaxgpt.hardware.memory import Need
+    from jaxgpt.training.metrics import MetricsLog
 
 # Names of the step's metrics in the log.
 LOGGED_AS = {
@@ -30,7 +31,7 @@ class Reporter:
     """Takes each step's metrics to the bar and to the log."""
 
     def __init__(
-        self, cfg: Config, device: Any, log: MetricsLog, console: RunConsole, skipped: int
+        self, cfg: Config, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
     ):
         """`skipped`: how many steps the run has skipped so far."""
         self._log, self._console, self._device = log, console, device

@@ -23,7 +23,6 @@ from jaxgpt.hardware import device as hardware
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
-from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stalls import StallWatch
 from jaxgpt.training.stopping import LEFT_AT_ONCE, StopRequest
 
@@ -77,6 +76,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     from jaxgpt.training.benchmarks import score_benchmarks
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
+    from jaxgpt.training.metrics import MetricsLog
     from jaxgpt.training.step import Metrics, make_score_step
 
     device = hardware.choose_device(cfg)

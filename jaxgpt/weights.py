@@ -18,6 +18,7 @@ from jaxgpt.model import huggingface
 from jaxgpt.presets import load_config
 from jaxgpt.pretrained import find_folder, read_folder
 from jaxgpt.resume import CONFIG_FILE
+from jaxgpt.training.records import METRICS_FILE, read_metrics
 from jaxgpt.training.retention import FOLDER, finished_steps
 
 
@@ -111,9 +112,6 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         near = sorted(str(path.parent) for path in out_dir.parent.glob(f"*/{CONFIG_FILE}"))
         there = f"; there is: {', '.join(near[:8])}" if near else ""
         raise ConfigError(f"--out-dir {out_dir}: {what}{there}; train one: python -m jaxgpt.train")
-    # Not before: tensorboardX, behind it, spends a second on torch where there is one.
-    from jaxgpt.training.metrics import METRICS_FILE, read_metrics
-
     cfg = load_config(out_dir / CONFIG_FILE)
     steps = finished_steps(out_dir / FOLDER)
     losses = {

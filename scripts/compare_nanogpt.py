@@ -83,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", "scripts/compare_nanogpt.py", *words]),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "nanogpt_model_sha256": hashlib.sha256(
-            (args.nanogpt / "model.py").read_bytes()
-        ).hexdigest(),
+        "nanogpt_model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         "shapes": {},
     }
     for name in args.shapes:

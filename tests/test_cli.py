@@ -412,6 +412,29 @@ def test_mistakes_and_help_are_answered_before_jax_is_imported(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+COMMANDS = ("train", "prepare", "plan", "bench", "sample", "evaluate", "export")
+HEAVY = """
+import importlib, sys
+codes = []
+for name in {names}:
+    command = importlib.import_module("jaxgpt." + name)
+    for argv in (["--help"], ["--no-such-flag"]):
+        try:
+            command.main(argv)
+        except SystemExit as stop:
+            codes.append(stop.code)
+slow = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorboardX", "torch", "datasets", "pyarrow",
+        "huggingface_hub", "tiktoken")
+print(codes, [name for name in slow if name in sys.modules], file=sys.stderr)
+"""
+
+
+def test_no_command_imports_what_takes_long_before_it_understands_its_flags():
+    """Each of these takes from a tenth of a second to several; the rest takes a third of one."""
+    done = run_python("-c", HEAVY.format(names=COMMANDS))
+    assert done.stderr.splitlines()[-1] == f"{[0, 2] * len(COMMANDS)} []", done.stderr
+
+
 def test_the_command_itself_explains_its_flags():
     done = run_python("-m", "jaxgpt.train", "--preset=demo", "--help")
     assert (done.returncode, done.stderr) == (0, "")

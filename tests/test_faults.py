@@ -26,7 +26,7 @@ from jaxgpt.hardware import preflight
 from jaxgpt.training import checkpoint, stalls
 from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.lock import RunLock
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
 ROOT = Path(jaxgpt.__file__).parents[1]

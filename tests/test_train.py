@@ -15,7 +15,8 @@ from test_metrics import tags_by_step
 
 from jaxgpt.data.shards import write_shard
 from jaxgpt.train import main
-from jaxgpt.training.metrics import event_files, read_metrics
+from jaxgpt.training.metrics import event_files
+from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
 SMALL = [
