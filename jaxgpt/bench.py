@@ -29,6 +29,7 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.hardware.gpus import GIB, lookup_gpu
 from jaxgpt.hardware.speed import model_flops_per_token, peak_of, reached_mfu
 from jaxgpt.resolve import resolve
@@ -101,6 +102,7 @@ def check(cfg: Config, flags: BenchFlags) -> None:
 def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict[str, Any]:
     """Compile, warm up, time, and describe; `started` is when the command was, by perf_counter."""
     hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
     tokens = open_tokens(cfg, tokenizer, flags, given)
@@ -113,6 +115,8 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
     device = hardware.choose_device(cfg)
     dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
     cfg = with_fields(cfg, dtype=dtype)
+    found: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
     with jax.default_device(device), out_of_memory_in_words(lambda: smaller(cfg)):
         before = time.perf_counter()
         with waiting("compiling the training step"):
@@ -137,6 +141,7 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
         "steps_per_window": steps,
         "compile_seconds": compile_seconds,
         "first_step_seconds": first_step_seconds,
+        "programs_from_cache": found.count("/jax/compilation_cache/cache_hits"),
         **memory(device, need.peak_bytes),
     }
 
@@ -297,8 +302,9 @@ def print_result(result: dict[str, Any]) -> None:
         else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
         "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"
         f", {r['compiled_peak_bytes'] / GIB:.2f} GiB compiled",
-        "start": f"{r['compile_seconds']:.1f} s compiling, {r['first_step_seconds']:.1f} s to the "
-        "end of the first step",
+        "start": f"{r['compile_seconds']:.1f} s compiling "
+        f"({r['programs_from_cache']} programs from the cache), {r['first_step_seconds']:.1f} s to "
+        "the end of the first step",
     }
     print_table(f"jaxgpt bench {r['preset']}", rows)
 

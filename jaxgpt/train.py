@@ -20,6 +20,7 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
@@ -57,6 +58,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
     train_tokens, val_tokens, data_identity = load_tokens(cfg, tokenizer)

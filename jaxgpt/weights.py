@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import cli
 from jaxgpt.config import Config, ConfigError, Device, Dtype, ModelConfig, PathIfSet, TextIfSet
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.model import huggingface
 from jaxgpt.presets import load_config
 from jaxgpt.pretrained import find_folder, read_folder
@@ -88,6 +90,7 @@ def prepare_device(flags: WeightsFlags) -> tuple[Any, str]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cfg = Config(device=flags.device)
     hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
     device = hardware.choose_device(cfg)
     from jaxgpt.model.attention import compute_capability
 

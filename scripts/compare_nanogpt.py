@@ -209,7 +209,8 @@ def windows(args: argparse.Namespace) -> list[str]:
 def run(command: list[str], timeout: float) -> dict[str, Any]:
     """The JSON that a command prints; where it counts no memory, its largest resident set."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    # Without programs of an earlier run, so that a start costs what it costs.
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
         code, resident = wait(process, timeout)
