@@ -22,7 +22,7 @@ import numpy as np
 from tyro.conf import arg
 
 from jaxgpt import cli
-from jaxgpt.config import Config, ConfigError, with_fields
+from jaxgpt.config import Config, with_fields
 from jaxgpt.console import print_table, waiting
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
@@ -60,14 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        cfg, flags, given = cli.parse_with(
-            BenchFlags,
-            argv,
-            prog=PROG,
-            description="Measure the training step: speed, memory, and how long it takes to start.",
-            default_preset=cli.preset_of_this_machine,
-        )
-        check(cfg, flags)
+        cfg, flags, given = parse(argv)
         result = run(cfg, flags, given, started)
     except UserError as fault:
         cli.fail(PROG, str(fault))
@@ -81,8 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(cfg: Config, flags: BenchFlags) -> None:
-    """Raises ConfigError with every fault of the command's own flags."""
+def parse(argv: Sequence[str]) -> tuple[Config, BenchFlags, set[str]]:
+    """(the run, the command's own flags, names of the flags given); a mistake ends the process."""
+    cfg, flags, given = cli.parse_with(
+        BenchFlags,
+        argv,
+        prog=PROG,
+        description="Measure the training step: speed, memory, and how long it takes to start.",
+        default_preset=cli.preset_of_this_machine,
+    )
+    if faults := faults_of(cfg, flags):
+        cli.fail(PROG, "\n".join(faults))
+    return cfg, flags, given
+
+
+def faults_of(cfg: Config, flags: BenchFlags) -> list[str]:
+    """What is wrong with the command's own flags, a sentence for each fault."""
     faults = []
     if flags.windows < 1:
         faults.append(f"windows {flags.windows} must be at least 1")
@@ -95,8 +102,7 @@ def check(cfg: Config, flags: BenchFlags) -> None:
         )
     if flags.profile is not None and flags.profile.exists() and not flags.profile.is_dir():
         faults.append(f"profile {flags.profile} is a file; name a folder for the trace")
-    if faults:
-        raise ConfigError("\n".join(faults))
+    return faults
 
 
 def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict[str, Any]:

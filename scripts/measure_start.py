@@ -72,7 +72,8 @@ def answer(command: str, flag: str, repeats: int) -> float:
 
 def start(flags: Sequence[str], cache: str) -> dict[str, Any]:
     """Seconds from the start of a process to its first step, and what of them is compiling."""
-    command = [sys.executable, "-m", "jaxgpt.bench", "--json", "--windows", "1"]
+    command = [sys.executable, "-m", "jaxgpt.bench", "--json", "--windows", "1", *flags]
+    command += ["--window-seconds", "0.001"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("JAX_ENABLE_COMPILATION_CACHE", None)
     short = ("--window-seconds", "0.001")
