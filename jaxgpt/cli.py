@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVa
 import tyro
 
 from jaxgpt.config import Config, ConfigError, divisors, flat_fields
+from jaxgpt.hardware.gpus import GIB, visible_card
 from jaxgpt.presets import (
     SPOKEN,
     choices_of,
@@ -22,6 +23,7 @@ from jaxgpt.presets import (
     did_you_mean,
     load_preset,
     nanogpt_answer,
+    preset_for_memory,
     union_members,
 )
 
@@ -128,6 +130,12 @@ def parse_command(
     if faults := flags.faults():
         fail(prog, "\n".join(faults))
     return flags
+
+
+def preset_of_this_machine() -> str | None:
+    """The tier of the card that a run would get, None without one."""
+    card = visible_card()
+    return preset_for_memory(card.memory_bytes / GIB) if card else None
 
 
 def warn(message: str) -> None:

@@ -10,12 +10,13 @@ from jaxgpt.console import Pace, RunConsole, print_table
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import GIB, lookup_gpu
-from jaxgpt.hardware.speed import model_flops_per_token
-from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+from jaxgpt.hardware.speed import peak_of, reached_mfu
+from jaxgpt.training.records import EVENTS_FOLDER, METRICS_FILE, read_metrics
 from jaxgpt.training.skips import DivergedError, SkipCounter
 
-if TYPE_CHECKING:  # it imports JAX, which comes after the command line
+if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
     from jaxgpt.hardware.memory import Need
+    from jaxgpt.training.metrics import MetricsLog
 
 # Names of the step's metrics in the log.
 LOGGED_AS = {
@@ -30,16 +31,15 @@ class Reporter:
     """Takes each step's metrics to the bar and to the log."""
 
     def __init__(
-        self, cfg: Config, device: Any, log: MetricsLog, console: RunConsole, skipped: int
+        self, cfg: Config, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
     ):
         """`skipped`: how many steps the run has skipped so far."""
         self._log, self._console, self._device = log, console, device
         self._skips = SkipCounter(skipped)
         self._log_interval = cfg.log_interval
         self._pace = Pace(cfg.tokens_per_step)
-        gpu = lookup_gpu(device.device_kind)
-        self._peak_flops = gpu.bf16_flops if gpu and cfg.dtype == "bfloat16" else None
-        self._flops_per_token = model_flops_per_token(cfg.model)
+        self._peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype)
+        self._model = cfg.model
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Wait for the metrics of `step`, show them, and return what belongs into the log.
@@ -71,7 +71,7 @@ class Reporter:
             return {}
         values = {"speed/tokens_per_second": tokens_per_second}
         if self._peak_flops is not None:
-            values["speed/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            values["speed/mfu"] = reached_mfu(tokens_per_second, self._model, self._peak_flops)
         return values
 
     def leave_out_pause(self, evaluated: bool) -> None:

@@ -20,12 +20,10 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.gpus import visible_card
-from jaxgpt.presets import preset_for_memory
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
-from jaxgpt.training.metrics import MetricsLog
 from jaxgpt.training.stalls import StallWatch
 from jaxgpt.training.stopping import LEFT_AT_ONCE, StopRequest
 
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv,
             prog=PROG,
             description="Train a GPT. The same command resumes a run that was stopped.",
-            default_preset=preset_of_this_machine,
+            default_preset=cli.preset_of_this_machine,
         )
         assert cfg.out_dir is not None
         with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
@@ -60,6 +58,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
     train_tokens, val_tokens, data_identity = load_tokens(cfg, tokenizer)
@@ -79,6 +78,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     from jaxgpt.training.benchmarks import score_benchmarks
     from jaxgpt.training.checkpoint import Checkpoints
     from jaxgpt.training.evaluation import evaluate
+    from jaxgpt.training.metrics import MetricsLog
     from jaxgpt.training.step import Metrics, make_score_step
 
     device = hardware.choose_device(cfg)
@@ -198,12 +198,6 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         console.stop()
         report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
     return 0
-
-
-def preset_of_this_machine() -> str | None:
-    """The tier of the card that a run would get, None without one."""
-    card = visible_card()
-    return preset_for_memory(card.memory_bytes / 2**30) if card else None
 
 
 def load_tokens(

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import cli
 from jaxgpt.config import Config, ConfigError, Device, Dtype, ModelConfig, PathIfSet, TextIfSet
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.model import huggingface
 from jaxgpt.presets import load_config
 from jaxgpt.pretrained import find_folder, read_folder
 from jaxgpt.resume import CONFIG_FILE
+from jaxgpt.training.records import METRICS_FILE, read_metrics
 from jaxgpt.training.retention import FOLDER, finished_steps
 
 
@@ -87,6 +90,7 @@ def prepare_device(flags: WeightsFlags) -> tuple[Any, str]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cfg = Config(device=flags.device)
     hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
     device = hardware.choose_device(cfg)
     from jaxgpt.model.attention import compute_capability
 
@@ -111,9 +115,6 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         near = sorted(str(path.parent) for path in out_dir.parent.glob(f"*/{CONFIG_FILE}"))
         there = f"; there is: {', '.join(near[:8])}" if near else ""
         raise ConfigError(f"--out-dir {out_dir}: {what}{there}; train one: python -m jaxgpt.train")
-    # Not before: tensorboardX, behind it, spends a second on torch where there is one.
-    from jaxgpt.training.metrics import METRICS_FILE, read_metrics
-
     cfg = load_config(out_dir / CONFIG_FILE)
     steps = finished_steps(out_dir / FOLDER)
     losses = {

@@ -44,7 +44,7 @@ from jaxgpt import resume
 from jaxgpt.data.sources import embedded_tokens
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.training.metrics import METRICS_FILE, read_metrics
+from jaxgpt.training.records import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).absolute().parents[1]
 NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")

@@ -34,7 +34,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.training.integrity import MANIFEST, verify
-from jaxgpt.training.metrics import METRICS_FILE, read_metrics
+from jaxgpt.training.records import METRICS_FILE, read_metrics
 from jaxgpt.training.retention import FOLDER, finished_steps
 
 STEPS, INTERVAL = 4000, 250

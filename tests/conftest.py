@@ -8,6 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where XLA's compiler for cards is installed, it must not look for one.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
+# What a test compiles is none of the user's, and must be compiled to be tested.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -18,7 +18,8 @@ from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.errors import UserError
 from jaxgpt.presets import load_config, load_preset
 from jaxgpt.training.integrity import MANIFEST, DamagedError, read_manifest
-from jaxgpt.training.metrics import MetricsLog, read_metrics
+from jaxgpt.training.metrics import MetricsLog
+from jaxgpt.training.records import read_metrics
 
 T = TypeVar("T")
 NO_DEADLINE = settings(deadline=None, max_examples=150)  # a busy machine is no fault

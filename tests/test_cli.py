@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, train
+from jaxgpt import cli
 from jaxgpt.config import Config, OptimizerConfig, flat_fields, flat_values
 from jaxgpt.hardware import gpus
 from jaxgpt.hardware.gpus import GIB, LocalCard
@@ -203,14 +203,14 @@ def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
     monkeypatch.setattr(gpus, "local_cards", lambda: cards)
     cfg = cli.parse(
-        ["--n-layer=2"], prog="", description="", default_preset=train.preset_of_this_machine
+        ["--n-layer=2"], prog="", description="", default_preset=cli.preset_of_this_machine
     )
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
     monkeypatch.setattr(gpus, "local_cards", list)
-    assert train.preset_of_this_machine() is None
+    assert cli.preset_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer
@@ -417,6 +417,29 @@ def test_mistakes_and_help_are_answered_before_jax_is_imported(tmp_path):
     codes = [2, 0, 0, *[2] * (len(argvs) - 3)]
     assert done.stderr.splitlines()[-1] == f"{codes} []", done.stderr
     assert not (tmp_path / "run").exists()
+
+
+COMMANDS = ("train", "prepare", "plan", "bench", "sample", "evaluate", "export")
+HEAVY = """
+import importlib, sys
+codes = []
+for name in {names}:
+    command = importlib.import_module("jaxgpt." + name)
+    for argv in (["--help"], ["--no-such-flag"]):
+        try:
+            command.main(argv)
+        except SystemExit as stop:
+            codes.append(stop.code)
+slow = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorboardX", "torch", "datasets", "pyarrow",
+        "huggingface_hub", "tiktoken")
+print(codes, [name for name in slow if name in sys.modules], file=sys.stderr)
+"""
+
+
+def test_no_command_imports_what_takes_long_before_it_understands_its_flags():
+    """Each of these takes from a tenth of a second to several; the rest takes a third of one."""
+    done = run_python("-c", HEAVY.format(names=COMMANDS))
+    assert done.stderr.splitlines()[-1] == f"{[0, 2] * len(COMMANDS)} []", done.stderr
 
 
 def test_the_command_itself_explains_its_flags():

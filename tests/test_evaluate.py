@@ -18,7 +18,7 @@ from jaxgpt.evaluate import main
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.evaluation import measure_text
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 from jaxgpt.training.step import make_score_step
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxgpt.export import main
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 from jaxgpt.weights import WeightsFlags, build_network, open_weights
 
 

@@ -15,7 +15,7 @@ from test_train import train
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.training import checkpoint, stalls
 from jaxgpt.training.integrity import verify
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 
 # ---------------------------------------------------------------- numbers (26)
 

@@ -16,7 +16,7 @@ from jaxgpt.hardware import preflight
 from jaxgpt.training import checkpoint
 from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.lock import RunLock
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 
 # ---------------------------------------------------------------- going on (12-15, 29, 31)
 

@@ -16,7 +16,8 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxgpt.errors import UserError
 from jaxgpt.training import metrics
 from jaxgpt.training.events import event_files
-from jaxgpt.training.metrics import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
+from jaxgpt.training.metrics import MetricsLog
+from jaxgpt.training.records import EVENTS_FOLDER, METRICS_FILE, read_metrics
 
 
 def read_events(out_dir: Path) -> list[Event]:

@@ -17,7 +17,7 @@ from jaxgpt import train
 from jaxgpt.config import ConfigError
 from jaxgpt.presets import load_config, load_preset
 from jaxgpt.pretrained import find_folder, read_folder, start_from
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -16,7 +16,7 @@ from test_metrics import tags_by_step
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.train import main
 from jaxgpt.training.events import event_files
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
 SMALL = [

@@ -8,7 +8,7 @@ import pytest
 from jaxgpt.config import ConfigError
 from jaxgpt.training.integrity import write_manifest
 from jaxgpt.training.loading import CheckpointError
-from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.records import read_metrics
 from jaxgpt.weights import WeightsFlags, open_weights
 
 

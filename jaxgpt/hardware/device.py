@@ -113,6 +113,14 @@ def memory_in_use(device: Any) -> dict[str, float]:
     return {name: float(stats[key]) for key, name in names.items() if key in stats}
 
 
+def versions() -> dict[str, str]:
+    """Python and what is installed of the packages that a step's speed depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+    names = (*packages, *(name.replace("_", "-") for name in PLUGINS))
+    found = {name: has for name in names if (has := _installed(name))}
+    return {"python": platform.python_version(), **found}
+
+
 def _installed(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

@@ -52,6 +52,16 @@ def model_flops_per_token(model: ModelConfig) -> int:
     return 6 * (model.parameter_count() - T * D) + 12 * model.n_layer * D * T
 
 
+def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float) -> float:
+    """MFU of a measured speed: the model's FLOPs, not the hardware's, over a card's peak."""
+    return tokens_per_second * model_flops_per_token(model) / peak_flops
+
+
+def peak_of(gpu: Gpu | None, dtype: str) -> float | None:
+    """FLOP/s that an MFU is measured against: dense bfloat16; None for other products or cards."""
+    return gpu.bf16_flops if gpu is not None and dtype == "bfloat16" else None
+
+
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
     """Time of a step, 1 for no remat and endless micro-batches: to compare, not to believe."""
     return REMAT_WORK[remat] + TOKENS_LOST_PER_MICRO_BATCH / tokens_per_micro_batch

@@ -26,11 +26,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt.errors import UserError
 from jaxgpt.training.events import as_record, event_files, merged, next_name, whole_records
+from jaxgpt.training.records import EVENTS_FOLDER, METRICS_FILE, parse_record
 
 # It has a word to say about every NaN, and a run has said that already.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FOLDER = "tensorboard"
 
 
 class MetricsLog:
@@ -193,26 +192,12 @@ class _Appender:
             self.file = None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in the order written, [] if there is no such file.
-
-    Each is {'step': int, 'time': seconds since 1970, tag: value, ...}; a `null` comes back as NaN.
-    Lines that a crash left incomplete are passed over.
-    """
-    records = map(_parse, path.read_bytes().splitlines() if path.exists() else [])
-    return [
-        {tag: math.nan if value is None else value for tag, value in record.items()}
-        for record in records
-        if record is not None
-    ]
-
-
 def _refuse_foreign(lines: Path, folder: Path) -> None:
     try:
         data = lines.read_bytes() if lines.exists() else b""
         # The last line may be torn; any other that is no record of step 0 is somebody's work.
         whole = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-        records = [_parse(line) for line in whole]
+        records = [parse_record(line) for line in whole]
         files = [path.read_bytes() for path in event_files(folder)]
         events = [Event.FromString(record) for data in files for record in whole_records(data)]
     except OSError as fault:
@@ -227,17 +212,9 @@ def _refuse_foreign(lines: Path, folder: Path) -> None:
         )
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
 def _cut_lines(path: Path, last_step: int) -> None:
     data = path.read_bytes() if path.exists() else b""
-    parsed = [(line, _parse(line)) for line in data.splitlines()]
+    parsed = [(line, parse_record(line)) for line in data.splitlines()]
     kept = [line + b"\n" for line, record in parsed if record and record["step"] <= last_step]
     _replace(path, data, b"".join(kept))
 

@@ -1,0 +1,319 @@
+"""How fast a step is here: `python -m jaxgpt.bench --preset 24gb`.
+
+What is timed is the step that `train` compiles, fed as `train` feeds it. A device works on while
+Python goes ahead, so that a window of steps ends when their result is there, not when the last one
+was asked for; what the first steps do besides (compiling, filling the allocator's pool) is outside.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import arg
+
+from jaxgpt import cli
+from jaxgpt.config import Config, with_fields
+from jaxgpt.console import print_table, waiting
+from jaxgpt.data.loader import WindowLoader, prefetch
+from jaxgpt.data.sources import open_split
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.hardware import device as hardware
+from jaxgpt.hardware.compile_cache import prepare_compile_cache
+from jaxgpt.hardware.gpus import GIB, lookup_gpu
+from jaxgpt.hardware.speed import model_flops_per_token, peak_of, reached_mfu
+from jaxgpt.resolve import resolve
+
+PROG = "python -m jaxgpt.bench"
+WARM_UP_STEPS = 3
+TRACED_STEPS = 3
+LONGEST = 2**31 - 1  # steps; a time limit ends a run, not this
+# 6 N + 12 L D T in words, beside the peak it is divided by.
+MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16 peak"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchFlags(cli.TrainFlags):
+    """How long to measure, and how to say it; the rest is `train`'s and describes the run."""
+
+    synthetic: Annotated[bool, arg(help="random tokens, even where the preset's data is")] = False
+    windows: Annotated[int, arg(help="windows of steps that are timed")] = 5
+    window_seconds: Annotated[float, arg(help="the shortest a window may be")] = 2.0
+    json: Annotated[bool, arg(help="print one JSON object")] = False
+    profile: Annotated[
+        Path | None, arg(help="folder for a trace of a few steps, for TensorBoard or Perfetto")
+    ] = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    started = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        cfg, flags, given = parse(argv)
+        result = run(cfg, flags, given, started)
+    except UserError as fault:
+        cli.fail(PROG, str(fault))
+    except KeyboardInterrupt:
+        return 130
+    result["command"] = shlex.join([*PROG.split(), *argv])
+    if flags.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_result(result)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, BenchFlags, set[str]]:
+    """(the run, the command's own flags, names of the flags given); a mistake ends the process."""
+    cfg, flags, given = cli.parse_with(
+        BenchFlags,
+        argv,
+        prog=PROG,
+        description="Measure the training step: speed, memory, and how long it takes to start.",
+        default_preset=cli.preset_of_this_machine,
+    )
+    if faults := faults_of(cfg, flags):
+        cli.fail(PROG, "\n".join(faults))
+    return cfg, flags, given
+
+
+def faults_of(cfg: Config, flags: BenchFlags) -> list[str]:
+    """What is wrong with the command's own flags, a sentence for each fault."""
+    faults = []
+    if flags.windows < 1:
+        faults.append(f"windows {flags.windows} must be at least 1")
+    if not 0 < flags.window_seconds < math.inf:
+        faults.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
+    if cfg.init_from is not None:
+        faults.append(
+            f"init_from {cfg.init_from}: speed does not depend on the weights; give their "
+            "architecture instead (--n-layer, --n-head, --n-embd, --block-size)"
+        )
+    if flags.profile is not None and flags.profile.exists() and not flags.profile.is_dir():
+        faults.append(f"profile {flags.profile} is a file; name a folder for the trace")
+    return faults
+
+
+def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict[str, Any]:
+    """Compile, warm up, time, and describe; `started` is when the command was, by perf_counter."""
+    hardware.prepare_environment(cfg)
+    prepare_compile_cache(cli.warn)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    cfg = resolve(cfg, tokenizer)
+    tokens = open_tokens(cfg, tokenizer, flags, given)
+    jax = hardware.import_jax()
+
+    from jaxgpt.hardware.fit import smaller
+    from jaxgpt.hardware.preflight import prepare_to_run
+    from jaxgpt.model.attention import compute_capability
+
+    device = hardware.choose_device(cfg)
+    dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
+    cfg = with_fields(cfg, dtype=dtype)
+    found: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+    with jax.default_device(device), out_of_memory_in_words(lambda: smaller(cfg)):
+        before = time.perf_counter()
+        with waiting("compiling the training step"):
+            cfg, training, need = prepare_to_run(cfg, device)
+        compile_seconds = time.perf_counter() - before
+        make_batch, source = make_batches(cfg, tokens, tokenizer.n_vocab)
+        state = training.init()
+        with prefetch(make_batch, 0, LONGEST) as batches:
+            state, _ = jax.block_until_ready(training.train_step(state, next(batches)))
+            first_step_seconds = time.perf_counter() - started
+            with waiting("measuring"):
+                state, step_seconds, steps = time_steps(
+                    training.train_step, state, batches, flags.windows, flags.window_seconds
+                )
+            if flags.profile is not None:
+                trace(training.train_step, state, batches, flags.profile)
+    return {
+        **describe_run(cfg, device),
+        "attention": training.attention,
+        "data": source,
+        **speeds(cfg, device, step_seconds),
+        "steps_per_window": steps,
+        "compile_seconds": compile_seconds,
+        "first_step_seconds": first_step_seconds,
+        "programs_from_cache": found.count("/jax/compilation_cache/cache_hits"),
+        **memory(device, need.peak_bytes),
+    }
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def open_tokens(
+    cfg: Config, tokenizer: Tokenizer, flags: BenchFlags, given: set[str]
+) -> WindowLoader | None:
+    """The loader of a run, None where there is nothing to load and nothing was named.
+
+    Raises:
+        DataError: if the data that the flags name is not there or damaged.
+    """
+    embedded = cfg.dataset == "embedded"
+    named = bool({"data_dir", "dataset"} & given)
+    absent = not embedded and (cfg.data_dir is None or not cfg.data_dir.is_dir())
+    if flags.synthetic or (absent and not named):
+        return None
+    train = open_split(None if embedded else cfg.data_dir, "train", tokenizer)
+    return WindowLoader(train, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
+
+
+def make_batches(
+    cfg: Config, loader: WindowLoader | None, n_vocab: int
+) -> tuple[Callable[[int], np.ndarray], str]:
+    """(step -> tokens_ABT1 uint16, what they are in words)."""
+    accumulation = cfg.gradient_accumulation_steps or 1
+    if loader is not None:
+        return lambda step: loader.batch(step, accumulation, cfg.batch_size), loader.tokens.name
+    shape = (accumulation, cfg.batch_size, cfg.model.block_size + 1)
+    rng = np.random.default_rng(cfg.seed)
+    # Never zeros: a gather from one row, and a softmax that learns one answer, are other work.
+    drawn = [rng.integers(0, n_vocab, shape, np.uint16) for _ in range(4)]
+    return lambda step: drawn[step % len(drawn)], "random tokens"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def time_steps(
+    train_step: Any, state: Any, batches: Iterator[Any], windows: int, window_seconds: float
+) -> tuple[Any, list[float], int]:
+    """(state, seconds a step in each window, steps in a window), warmed up before."""
+    import jax
+
+    def window(state: Any, steps: int) -> tuple[Any, float]:
+        before = time.perf_counter()
+        for tokens_ABT1 in itertools.islice(batches, steps):
+            state, _ = train_step(state, tokens_ABT1)
+        jax.block_until_ready(state)
+        return state, (time.perf_counter() - before) / steps
+
+    state, seconds = window(state, WARM_UP_STEPS)
+    steps = max(1, math.ceil(window_seconds / seconds))
+    found = []
+    for _ in range(windows):
+        state, seconds = window(state, steps)
+        found.append(seconds)
+    return state, found, steps
+
+
+def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> None:
+    """Run a few steps under JAX's profiler, which writes into `folder`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    import jax
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+            for tokens_ABT1 in itertools.islice(batches, TRACED_STEPS):
+                state, _ = train_step(state, tokens_ABT1)
+            jax.block_until_ready(state)
+    except OSError as fault:
+        raise UserError(
+            f"--profile {folder}: the trace cannot be written ({fault.strerror}); name another "
+            "folder"
+        ) from None
+    cli.warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
+    cli.warn("its perfetto_trace.json.gz in Perfetto")
+
+
+# ---------------------------------------------------------------- the result
+
+
+def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
+    """What was run, where and when."""
+    m = cfg.model
+    shape = {name: getattr(m, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "versions": hardware.versions(),
+        "preset": cfg.preset,
+        "parameters": m.parameter_count(),
+        **shape,
+        "vocab_size": m.vocab_size,
+        "bias": m.bias,
+        "dropout": m.dropout,
+        "batch_size": cfg.batch_size,
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "tokens_per_step": cfg.tokens_per_step,
+        "dtype": cfg.dtype,
+        "state_dtype": cfg.optimizer.state_dtype,
+        "remat": cfg.remat,
+        "scan_layers": cfg.scan_layers,
+        "deterministic": cfg.deterministic,
+    }
+
+
+def speeds(cfg: Config, device: Any, step_seconds: Sequence[float]) -> dict[str, Any]:
+    """The median over windows, their spread, and what follows."""
+    seconds = statistics.median(step_seconds)
+    tokens_per_second = cfg.tokens_per_step / seconds
+    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype)
+    mfu = None if peak_flops is None else reached_mfu(tokens_per_second, cfg.model, peak_flops)
+    return {
+        "step_ms": 1e3 * seconds,
+        "step_ms_windows": [1e3 * s for s in step_seconds],
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": model_flops_per_token(cfg.model),
+        "mfu": mfu,
+        "mfu_peak_flops": peak_flops,
+        "mfu_formula": None if mfu is None else MFU_FORMULA,
+    }
+
+
+def memory(device: Any, compiled: int) -> dict[str, Any]:
+    """Bytes at the worst moment: of the whole process, and of the step as it was compiled."""
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "peak_bytes": compiled if used is None else used,
+        "peak_bytes_from": "compiled memory_analysis" if used is None else "memory_stats",
+        "compiled_peak_bytes": compiled,
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A short table."""
+    r = result
+    spread = (max(r["step_ms_windows"]) - min(r["step_ms_windows"])) / r["step_ms"]
+    rows = {
+        "device": f"{r['device']} ({r['platform']}), jax {r['versions']['jax']}",
+        "model": f"{r['parameters']:,} parameters, {r['dtype']}, remat {r['remat']}",
+        "attention": r["attention"],
+        "step": f"batch_size {r['batch_size']} x {r['gradient_accumulation_steps']} accumulated, "
+        f"{r['tokens_per_step']:,} tokens of {r['data']}",
+        "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
+        f"of {r['steps_per_window']} steps, which lie within {spread:.1%}",
+        "speed": f"{r['tokens_per_second']:,.0f} tokens/s",
+        "MFU": "none: the card's bf16 peak is unknown, or the products are not in bfloat16"
+        if r["mfu"] is None
+        else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
+        "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"
+        f", {r['compiled_peak_bytes'] / GIB:.2f} GiB compiled",
+        "start": f"{r['compile_seconds']:.1f} s compiling "
+        f"({r['programs_from_cache']} programs from the cache), {r['first_step_seconds']:.1f} s to "
+        "the end of the first step",
+    }
+    print_table(f"jaxgpt bench {r['preset']}", rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
