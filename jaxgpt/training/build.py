@@ -1,7 +1,7 @@
 """From a configuration to the compiled functions of a run, for whichever command needs them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,13 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
 from jaxgpt.model.attention import compute_capability, pick_attention
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.gpt import Gather, build_gpt, init_params
 from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import (
     TrainState,
     init_state,
     make_eval_step,
+    make_score_step,
     make_train_step,
 )
 
@@ -28,8 +29,21 @@ GPU_OPTIONS = {
 }
 
 
+class Layout(Protocol):
+    """Which devices a run has, and what of it lies where: `hardware/mesh.py` has both kinds."""
+
+    device: Any  # one of them, like all the others
+    count: int
+    gather: Gather | None
+    spread_gradients: Callable[..., Any]
+    spread_rows: Callable[..., Any]
+    state_shardings: Callable[[Any], Any]
+    tokens_sharding: Callable[[int], Any]
+    out_shardings: Callable[[Any], dict[str, Any]]
+
+
 class Training(NamedTuple):
-    """What a run computes; each function is jitted for one device."""
+    """What a run computes, jitted for the devices of one layout."""
 
     graphdef: nnx.GraphDef
     attention: str  # which kernel was chosen, and why
@@ -37,6 +51,8 @@ class Training(NamedTuple):
     state_like: TrainState  # its shapes, dtypes and shardings
     train_step: Any  # a jitted TrainStep, which donates its state
     eval_step: Any  # a jitted EvalStep
+    score_step: Any  # a jitted ScoreStep
+    tokens_sharding: Callable[[int], Any]
 
 
 def build_training(
@@ -47,7 +63,7 @@ def build_training(
     accumulation: int,
     dtype: str,
     seed: int,
-    device: Any,
+    layout: Layout,
     remat: Remat = "none",
     scan_layers: bool = False,
     skip_spikes: float = 0.0,
@@ -57,6 +73,7 @@ def build_training(
 
     `compiler_options` come on top of those that every GPU gets.
     """
+    device = layout.device
     attend, attention = pick_attention(
         device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
     )
@@ -69,27 +86,41 @@ def build_training(
         init_key, run_key = jax.random.split(jax.random.key(seed))
         return init_state(init_params(model, init_key), multi_steps, run_key)
 
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    like = jax.eval_shape(init)
+    shardings = layout.state_shardings(like)
+    train_step = make_train_step(
+        graphdef,
+        multi_steps,
+        make_accumulator(optimizer, accumulation),
+        schedule,
+        skip_spikes,
+        layout.gather,
+        layout.spread_gradients,
+    )
+
+    def by_rows(step: Callable[..., Any]) -> Any:
+        # Each row's result is wanted on the host, so it goes to every device.
+        out = layout.out_shardings(None)
+        return jax.jit(layout.spread_rows(step), compiler_options=options, **out)
+
     return Training(
         graphdef=graphdef,
         attention=attention,
-        init=jax.jit(init, out_shardings=sharding),
+        init=jax.jit(init, out_shardings=shardings),
         state_like=jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            like,
+            shardings,
         ),
         train_step=jax.jit(
-            make_train_step(
-                graphdef,
-                multi_steps,
-                make_accumulator(optimizer, accumulation),
-                schedule,
-                skip_spikes,
-            ),
+            train_step,
             donate_argnums=0,
             compiler_options=options,
+            **layout.out_shardings((shardings, None)),
         ),
-        eval_step=jax.jit(make_eval_step(graphdef), compiler_options=options),
+        eval_step=by_rows(make_eval_step(graphdef, layout.gather)),
+        score_step=by_rows(make_score_step(graphdef, layout.gather)),
+        tokens_sharding=layout.tokens_sharding,
     )
 
 
@@ -109,5 +140,5 @@ def compile_eval_step(training: Training, batch_size: int) -> Any:
 
 def _tokens_like(training: Training, *leading: int) -> jax.ShapeDtypeStruct:
     T, _ = training.state_like.params["wpe"]["embedding"].shape
-    sharding = training.state_like.step.sharding
+    sharding = training.tokens_sharding(len(leading) - 1)
     return jax.ShapeDtypeStruct((*leading, T + 1), jnp.uint16, sharding=sharding)
