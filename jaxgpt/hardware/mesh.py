@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.mesh_shape import MeshShape
-from jaxgpt.training.step import alone
+from jaxgpt.config import Config, ConfigError, divisors, with_fields
+from jaxgpt.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.step import Accumulate, Spread
 
 AXES = ("data", "fsdp")
 # By the last part of a path: matrices and embeddings are cut along their first axis, in parameters,
@@ -24,37 +26,56 @@ AXES = ("data", "fsdp")
 SHARDED = ("kernel", "embedding")
 
 
-class OneDevice:
-    """A run on one device, to which nothing has to be said of sharding."""
+def choose_layout(cfg: Config, devices: Sequence[Any]) -> tuple[Config, OneDevice]:
+    """`cfg` with what follows from the devices there are, and the layout that it asks for.
 
-    count, gather, spread_gradients = 1, None, staticmethod(alone)
-
-    def __init__(self, device: Any):
-        self.device = device
-
-    def state_shardings(self, state: Any) -> Any:
-        """A sharding for each leaf."""
-        return jax.tree.map(lambda _: SingleDeviceSharding(self.device), state)
-
-    def tokens_sharding(self, leading: int) -> Any:
-        """Of windows with so many axes before the batch."""
-        return SingleDeviceSharding(self.device)
-
-    def out_shardings(self, shardings: Any) -> dict[str, Any]:
-        """What `jax.jit` is to be told of a function's results."""
-        return {}
-
-    def spread_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, tokens_BT1)`, whose results have a row for each of B."""
-        return function
-
-    def load(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> np.ndarray:
-        """Windows (..., B, T+1) of which `read(rows)` gives rows of B."""
-        return read(slice(0, shape[-2]))
+    Raises:
+        ConfigError: if they are too few for --mesh, or it divides what cannot be divided.
+    """
+    shape = parse_mesh(cfg.mesh) if cfg.mesh else MeshShape(data=len(devices))
+    several = len({device.process_index for device in devices}) > 1
+    if shape.devices > len(devices) or (several and shape.devices < len(devices)):
+        raise ConfigError(
+            f"--mesh {shape} has {shape.devices} devices, and {len(devices)} are there; leave it "
+            "out to have all of them hold the same, or give sizes whose product is "
+            f"{len(devices)}"
+        )
+    cfg = for_shape(cfg, shape)
+    if shape.devices == 1:
+        return cfg, OneDevice(devices[0])
+    return cfg, OverMesh(devices[: shape.devices], shape)
 
 
-class OverMesh:
-    """A run on several devices: `OneDevice`'s interface, over a mesh of all of them."""
+def for_shape(cfg: Config, shape: MeshShape) -> Config:
+    """`cfg` on a mesh of `shape`: each device's micro-batches follow.
+
+    Raises:
+        ConfigError: if the devices do not divide the effective batch, or fsdp the model.
+    """
+    m, batch_size = cfg.model, cfg.batch_size
+    sizes = {"n_embd": m.n_embd, "vocab_size": m.vocab_size or 0, "block_size": m.block_size}
+    faults = [
+        f"--mesh fsdp={shape.fsdp} does not divide {name} {size}; the nearest that do: "
+        + ", ".join(str(d) for d in divisors(size) if shape.fsdp / 3 < d < shape.fsdp * 3)
+        for name, size in sizes.items()
+        if size % shape.fsdp
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    of_one = cfg.effective_batch_size // shape.devices
+    if cfg.auto_batch_size and of_one:  # a number that will do until it is chosen
+        batch_size = max(d for d in divisors(of_one) if d <= batch_size)
+    accumulation, rest = divmod(cfg.effective_batch_size, batch_size * shape.devices)
+    return with_fields(
+        cfg,
+        mesh=str(shape) if shape.devices > 1 else None,
+        batch_size=batch_size,
+        gradient_accumulation_steps=None if rest else accumulation,  # Config says what would do
+    )
+
+
+class OverMesh(OneDevice):
+    """Over several devices."""
 
     def __init__(self, devices: Sequence[Any], shape: MeshShape):
         """`devices` in the order of their processes, so that each holds neighbouring rows."""
@@ -73,15 +94,14 @@ class OverMesh:
         """Of windows with so many axes before the batch."""
         return NamedSharding(self.mesh, _rows(leading))
 
-    def out_shardings(self, shardings: Any) -> dict[str, Any]:
-        """What `jax.jit` is to be told of a function's results; what is None is on every device."""
+    def results(self, shardings: Any) -> dict[str, Any]:
+        """What `jax.jit` is told of a function's results; None stands for all on every device."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        is_none = lambda x: x is None  # noqa: E731
-        filled = jax.tree.map(lambda x: x or everywhere, shardings, is_leaf=is_none)
+        filled = jax.tree.map(lambda x: x or everywhere, shardings, is_leaf=lambda x: x is None)
         return {"out_shardings": filled}
 
-    def spread_gradients(self, accumulate: Callable[..., Any]) -> Callable[..., Any]:
-        """`accumulate` on each device's rows, and the mean of what comes of it.
+    def spread_gradients(self, accumulate: Accumulate) -> Spread:
+        """`accumulate` on the rows of each device, and the mean of what comes of it.
 
         Micro-batch a of device d has the number, and so the dropout, that one device alone gives
         the same rows: a * count + d.
@@ -90,8 +110,8 @@ class OverMesh:
         def on_each(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
             first = jnp.arange(len(tokens_ABT1)) * self.count
             numbers_A = first + jax.lax.axis_index(AXES)
-            sums, loss = accumulate(params, empty, tokens_ABT1, numbers_A, key)
-            return jax.tree.map_with_path(self._mean, sums), jax.lax.pmean(loss, AXES)
+            means, loss = accumulate(params, empty, tokens_ABT1, numbers_A, key)
+            return jax.tree.map_with_path(self._mean, means), jax.lax.pmean(loss, AXES)
 
         def spread(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
             held, whole = specs_of(params), PartitionSpec()
@@ -106,7 +126,7 @@ class OverMesh:
         return spread
 
     def spread_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, tokens_BT1)` on each device's rows."""
+        """`function(params, tokens_BT1)`, whose results have a row for each of B."""
 
         def spread(params: Any, tokens_BT1: jax.Array) -> Any:
             return jax.shard_map(
@@ -120,19 +140,26 @@ class OverMesh:
         return spread
 
     def load(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
-        """Windows (..., B, T+1) of which `read(rows)` gives rows of B: this process's alone."""
+        """Windows (..., B, T+1) for a step; `read(rows)` is asked for this process's rows alone."""
         sharding = self.tokens_sharding(len(shape) - 2)
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(index[-2]))
+        return jax.make_array_from_callback(shape, sharding, lambda index: read((index or ())[-2]))
+
+    def from_host(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step(params, tokens_BT1)` for tokens that every process has all of."""
+        return lambda params, tokens_BT1: step(
+            params, self.load(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
+        )
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of a tree, whole, on `device`; every process has to ask for it."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def _mean(self, path: Any, leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
         # Over fsdp a shard's gradient has been averaged already, by `gather`.
         summed = self.shape.fsdp > 1 and _is_sharded(path)
         return jax.lax.pmean(leaf, "data") if summed else jax.lax.pmean(leaf, AXES)
-
-
-Layout = OneDevice | OverMesh
 
 
 def specs_of(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """From a configuration to the compiled functions of a run, for whichever command needs them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
 from jaxgpt.model.attention import compute_capability, pick_attention
-from jaxgpt.model.gpt import Gather, build_gpt, init_params
+from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.training.layout import OneDevice
 from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import (
     TrainState,
@@ -27,19 +28,6 @@ GPU_OPTIONS = {
     # (fused into Triton kernels they took 5.0 GiB for 3.7 in the 24gb preset with full remat).
     "xla_gpu_enable_triton_gemm": False,
 }
-
-
-class Layout(Protocol):
-    """Which devices a run has, and what of it lies where: `hardware/mesh.py` has both kinds."""
-
-    device: Any  # one of them, like all the others
-    count: int
-    gather: Gather | None
-    spread_gradients: Callable[..., Any]
-    spread_rows: Callable[..., Any]
-    state_shardings: Callable[[Any], Any]
-    tokens_sharding: Callable[[int], Any]
-    out_shardings: Callable[[Any], dict[str, Any]]
 
 
 class Training(NamedTuple):
@@ -63,7 +51,8 @@ def build_training(
     accumulation: int,
     dtype: str,
     seed: int,
-    layout: Layout,
+    device: Any,
+    layout: OneDevice | None = None,
     remat: Remat = "none",
     scan_layers: bool = False,
     skip_spikes: float = 0.0,
@@ -71,16 +60,18 @@ def build_training(
 ) -> Training:
     """Build everything that is compiled; nothing is computed or allocated yet.
 
-    `compiler_options` come on top of those that every GPU gets.
+    `layout` says where everything lies: on `device` alone, if unset. `compiler_options` come on top
+    of those that every GPU gets.
     """
-    device = layout.device
+    layout = layout or OneDevice(device)
     attend, attention = pick_attention(
         device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
     )
     graphdef = build_gpt(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
-    options = {**(GPU_OPTIONS if device.platform == "gpu" else {}), **(compiler_options or {})}
+    for_gpu = {**GPU_OPTIONS, **layout.gpu_options} if device.platform == "gpu" else {}
+    options = {**for_gpu, **(compiler_options or {})}
 
     def init() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -99,8 +90,8 @@ def build_training(
     )
 
     def by_rows(step: Callable[..., Any]) -> Any:
-        # Each row's result is wanted on the host, so it goes to every device.
-        out = layout.out_shardings(None)
+        # Each row's result is wanted on the host of each process.
+        out = layout.results(None)
         return jax.jit(layout.spread_rows(step), compiler_options=options, **out)
 
     return Training(
@@ -116,7 +107,7 @@ def build_training(
             train_step,
             donate_argnums=0,
             compiler_options=options,
-            **layout.out_shardings((shardings, None)),
+            **layout.results((shardings, None)),
         ),
         eval_step=by_rows(make_eval_step(graphdef, layout.gather)),
         score_step=by_rows(make_score_step(graphdef, layout.gather)),

@@ -25,7 +25,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import Params
 from jaxgpt.training import retention
-from jaxgpt.training.integrity import DamagedError, verify, write_manifest
+from jaxgpt.training.integrity import DamagedError, read_manifest, verify, write_manifest
+from jaxgpt.training.processes import ALONE, Processes
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.stored import abstract, all_finite, describe, from_stored, misfits, to_store
 
@@ -53,9 +54,18 @@ class Checkpoints:
     The newest `keep` are kept by one rule and the best by validation loss by another, so that a
     best checkpoint never pushes out the newest. A save that fails takes nothing with it: training
     goes on, `on_error` is told, and the checkpoints before it stay.
+
+    Of several `processes` each writes what its devices hold; the main one alone verifies, signs
+    with a manifest and deletes. All have to call the same methods in the same order.
     """
 
-    def __init__(self, out_dir: Path, keep: int, on_error: Callable[[str], object] = warnings.warn):
+    def __init__(
+        self,
+        out_dir: Path,
+        keep: int,
+        on_error: Callable[[str], object] = warnings.warn,
+        processes: Processes = ALONE,
+    ):
         self.folder = (out_dir / retention.FOLDER).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +73,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} cannot be made ({fault.strerror}); choose another --out-dir"
             ) from None
-        self._keep, self._on_error = keep, on_error
+        self._keep, self._on_error, self._processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._failure: str | None = None  # of the newest save, if it failed
@@ -78,6 +88,8 @@ class Checkpoints:
     ) -> None:
         if kind is None:
             self.close()
+            return
+        if self._processes.count > 1:  # the others wait elsewhere
             return
         # The error on its way out says more than one about the save it interrupted.
         with contextlib.suppress(Exception):
@@ -103,9 +115,12 @@ class Checkpoints:
         Raises:
             UserError: if there are checkpoints and none to go on from.
         """
+        step = None
         try:
-            retention.remove_unfinished(self.folder)
-            return retention.newest_sound(self.folder, self._verified, tell, strict)
+            if self._processes.is_main:
+                retention.remove_unfinished(self.folder)
+                step = retention.newest_sound(self.folder, self._verified, tell, strict)
+            return self._processes.from_main(step)
         except OSError as fault:
             raise CheckpointError(
                 f"{self.folder} cannot be cleaned up ({fault}); see who else owns what is in it"
@@ -129,7 +144,7 @@ class Checkpoints:
         """
         self._settle()
         step = int(state.step)
-        if step == self.latest_step:
+        if step == self._processes.from_main(self.latest_step):
             return
         stored = to_store(state)
         if not all_finite(stored):
@@ -137,7 +152,8 @@ class Checkpoints:
         self._last_save = time.monotonic()
         notes = _notes(stored, config, data, val_loss)
         try:
-            retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
+            with self._processes.together():
+                retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
             self._give_room_back(step)
@@ -149,7 +165,8 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
-        if self._saving is not None and self._saving[1].done():
+        # Several processes cannot know that it is done on all without asking.
+        if self._processes.count == 1 and self._saving is not None and self._saving[1].done():
             self._settle()
 
     def restore(self, step: int, like: TrainState) -> Restored:
@@ -197,13 +214,16 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         if folder not in self._sound:
-            self._sound[folder] = verify(folder)
+            # Once is enough, and takes long.
+            self._sound[folder] = (verify if self._processes.is_main else read_manifest)(folder)
         return self._sound[folder]
 
     def _finish(self, written: Any, step: int, notes: Mapping[str, Any]) -> None:
         """On the thread: what makes a commit of Orbax's a checkpoint that can be relied upon."""
         try:
-            written.result()
+            written.result()  # of several processes when all have written
+            if not self._processes.is_main:
+                return
             write_manifest(self.folder / str(step), notes)
         except BaseException:
             self._give_room_back(step)
@@ -215,6 +235,8 @@ class Checkpoints:
 
     def _give_room_back(self, step: int) -> None:
         """Delete what was written of a save that failed: it holds the room that is missing."""
+        if not self._processes.is_main:
+            return
         with contextlib.suppress(OSError):
             for path in self.folder.glob(f"{step}*"):
                 if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
@@ -226,6 +248,8 @@ class Checkpoints:
             return
         step, future = saving
         fault = future.exception()
+        if self._processes.any(fault is not None):
+            fault = fault or OSError("another process of the run could not write its part")
         self._failure = None
         if fault is not None:
             self._report(step, fault, tell)
