@@ -27,11 +27,16 @@ STEPS, SAVED_AT = 50, 20
 MODEL = ModelConfig(
     **dict(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.1)
 )
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_iters=5)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 BATCH, EFFECTIVE = 2, 32
+# Counting up in steps of one, two or three: something to learn.
 RNG = np.random.default_rng(0)
-TOKENS = RNG.integers(0, 50, (STEPS, EFFECTIVE, 9)).astype(np.uint16)
-WINDOWS = RNG.integers(0, 50, (21, 9)).astype(np.uint16)  # no multiple of what devices hold
+STARTS, STRIDES = (
+    RNG.integers(0, 50, (STEPS, EFFECTIVE, 1)),
+    RNG.integers(1, 4, (STEPS, EFFECTIVE, 1)),
+)
+TOKENS = ((STARTS + STRIDES * np.arange(9)) % 50).astype(np.uint16)
+WINDOWS = TOKENS[0, :21]  # no multiple of what devices hold
 
 
 class Run:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY
+from jax.sharding import PartitionSpec
 
 from jaxgpt.config import Config, ConfigError, with_fields
 from jaxgpt.hardware.mesh import choose_layout, for_shape, specs_of
@@ -35,7 +36,7 @@ def test_every_mesh_has_the_losses_of_one_device(seen, mesh) -> None:
     one, many = seen["losses"]["one"], seen["losses"][mesh]
     assert len(one) == 50
     assert one[-1] < one[0] - 0.1
-    np.testing.assert_allclose(many, one, rtol=2e-6)  # float32 has 1.2e-7, summed in another order
+    np.testing.assert_allclose(many, one, rtol=3e-6)  # sums of float32 in another order
     assert seen["evaluations"][mesh] == pytest.approx(seen["evaluations"]["one"], rel=2e-6)
 
 
@@ -61,7 +62,7 @@ def test_no_step_gathers_more_than_the_embedding_or_a_matrix_at_once(seen) -> No
 )
 def test_a_checkpoint_goes_on_over_any_other_mesh(seen, change) -> None:
     expected = seen["losses"]["one"][SAVED_AT:]
-    np.testing.assert_allclose(seen["resumed"][change], expected, rtol=2e-6)
+    np.testing.assert_allclose(seen["resumed"][change], expected, rtol=3e-6)
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -124,5 +125,6 @@ def test_more_devices_than_there_are_and_fewer_than_the_processes_have_are_refus
 def test_the_rule_is_by_the_end_of_the_path() -> None:
     tree = {"wte": {"embedding": 0}, "blocks": {0: {"mlp": {"c_fc": {"kernel": 0, "bias": 0}}}}}
     specs = specs_of(tree)
-    assert specs["wte"]["embedding"] == specs["blocks"][0]["mlp"]["c_fc"]["kernel"] == ("fsdp",)
-    assert specs["blocks"][0]["mlp"]["c_fc"]["bias"] == ()
+    c_fc = specs["blocks"][0]["mlp"]["c_fc"]
+    assert specs["wte"]["embedding"] == c_fc["kernel"] == PartitionSpec("fsdp")
+    assert c_fc["bias"] == PartitionSpec()

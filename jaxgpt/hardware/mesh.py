@@ -24,6 +24,8 @@ AXES = ("data", "fsdp")
 # By the last part of a path: matrices and embeddings are cut along their first axis, in parameters,
 # moments and accumulator alike. Norms and biases are too small to be worth a message.
 SHARDED = ("kernel", "embedding")
+# Gradients in one message: enough to keep a link busy, no more than a few layers.
+JOINED_BYTES = 64 * 2**20
 
 
 def choose_layout(cfg: Config, devices: Sequence[Any]) -> tuple[Config, OneDevice]:
@@ -84,6 +86,10 @@ class OverMesh(OneDevice):
         self.shape, self.count = shape, shape.devices
         local = [d for d in devices if d.process_index == jax.process_index()]
         self.device = (local or list(devices))[0]
+        # XLA joins small messages, of which it counts the shards: all layers' gradients would wait
+        # for each other, whole and in float32.
+        joined = {"xla_gpu_reduce_scatter_combine_threshold_bytes": JOINED_BYTES // shape.fsdp}
+        self.gpu_options = joined if shape.fsdp > 1 else {}
         self.gather = gather if shape.fsdp > 1 else None
 
     def state_shardings(self, state: Any) -> Any:
