@@ -110,7 +110,7 @@ WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
-CALL = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-, %]+)\}?")
+CALL = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
@@ -158,7 +158,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
             assert " while(" not in line or trips, "a loop of unknown length"
             inner = factor * (int(trips[1]) if trips else 1)
             for called in CALL.findall(line):
-                for one in called.replace("%", "").split(", "):
+                for one in re.findall(r"[\w.\-]+", called):
                     if one in bodies:
                         visit(one, inner)
 
