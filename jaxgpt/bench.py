@@ -15,8 +15,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import arg
@@ -33,6 +34,9 @@ from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.hardware.gpus import GIB, lookup_gpu
 from jaxgpt.hardware.speed import model_flops_per_token, peak_of, reached_mfu
 from jaxgpt.resolve import resolve
+
+if TYPE_CHECKING:  # it imports JAX, which comes after the command line
+    from jaxgpt.training.layout import OneDevice
 
 PROG = "python -m jaxgpt.bench"
 WARM_UP_STEPS = 3
@@ -115,10 +119,12 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
     jax = hardware.import_jax()
 
     from jaxgpt.hardware.fit import smaller
+    from jaxgpt.hardware.mesh import choose_layout
     from jaxgpt.hardware.preflight import prepare_to_run
     from jaxgpt.model.attention import compute_capability
 
-    device = hardware.choose_device(cfg)
+    cfg, layout = choose_layout(cfg, hardware.choose_devices(cfg))
+    device = layout.device
     dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
     cfg = with_fields(cfg, dtype=dtype)
     found: list[str] = []
@@ -126,9 +132,9 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
     with jax.default_device(device), out_of_memory_in_words(lambda: smaller(cfg)):
         before = time.perf_counter()
         with waiting("compiling the training step"):
-            cfg, training, need = prepare_to_run(cfg, device)
+            cfg, training, need = prepare_to_run(cfg, device, layout)
         compile_seconds = time.perf_counter() - before
-        make_batch, source = make_batches(cfg, tokens, tokenizer.n_vocab)
+        make_batch, source = make_batches(cfg, layout, tokens, tokenizer.n_vocab)
         state = training.init()
         with prefetch(make_batch, 0, LONGEST) as batches:
             state, _ = jax.block_until_ready(training.train_step(state, next(batches)))
@@ -173,17 +179,22 @@ def open_tokens(
 
 
 def make_batches(
-    cfg: Config, loader: WindowLoader | None, n_vocab: int
-) -> tuple[Callable[[int], np.ndarray], str]:
-    """(step -> tokens_ABT1 uint16, what they are in words)."""
-    accumulation = cfg.gradient_accumulation_steps or 1
+    cfg: Config, layout: "OneDevice", loader: WindowLoader | None, n_vocab: int
+) -> tuple[Callable[[int], Any], str]:
+    """(step -> tokens_ABT1 uint16, as `layout` has them, what they are in words)."""
+    A, B = cfg.gradient_accumulation_steps or 1, cfg.held_at_once
+    shape = (A, B, cfg.model.block_size + 1)
     if loader is not None:
-        return lambda step: loader.batch(step, accumulation, cfg.batch_size), loader.tokens.name
-    shape = (accumulation, cfg.batch_size, cfg.model.block_size + 1)
+        return lambda step: layout.load(
+            shape, partial(loader.batch, step, A, B)
+        ), loader.tokens.name
     rng = np.random.default_rng(cfg.seed)
     # Never zeros: a gather from one row, and a softmax that learns one answer, are other work.
     drawn = [rng.integers(0, n_vocab, shape, np.uint16) for _ in range(4)]
-    return lambda step: drawn[step % len(drawn)], "random tokens"
+    return (
+        lambda step: layout.load(shape, lambda rows: drawn[step % len(drawn)][:, rows]),
+        "random tokens",
+    )
 
 
 # ---------------------------------------------------------------- measuring
@@ -252,8 +263,10 @@ def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
         "vocab_size": m.vocab_size,
         "bias": m.bias,
         "dropout": m.dropout,
+        "mesh": cfg.mesh,
         "batch_size": cfg.batch_size,
         "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "batch": cfg.batch_in_words,
         "tokens_per_step": cfg.tokens_per_step,
         "dtype": cfg.dtype,
         "state_dtype": cfg.optimizer.state_dtype,
@@ -267,7 +280,7 @@ def speeds(cfg: Config, device: Any, step_seconds: Sequence[float]) -> dict[str,
     """The median over windows, their spread, and what follows."""
     seconds = statistics.median(step_seconds)
     tokens_per_second = cfg.tokens_per_step / seconds
-    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype)
+    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype, cfg.device_count)
     mfu = None if peak_flops is None else reached_mfu(tokens_per_second, cfg.model, peak_flops)
     return {
         "step_ms": 1e3 * seconds,
@@ -298,8 +311,7 @@ def print_result(result: dict[str, Any]) -> None:
         "device": f"{r['device']} ({r['platform']}), jax {r['versions']['jax']}",
         "model": f"{r['parameters']:,} parameters, {r['dtype']}, remat {r['remat']}",
         "attention": r["attention"],
-        "step": f"batch_size {r['batch_size']} x {r['gradient_accumulation_steps']} accumulated, "
-        f"{r['tokens_per_step']:,} tokens of {r['data']}",
+        "step": f"{r['batch']}; {r['tokens_per_step']:,} tokens of {r['data']}",
         "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
         f"of {r['steps_per_window']} steps, which lie within {spread:.1%}",
         "speed": f"{r['tokens_per_second']:,.0f} tokens/s",

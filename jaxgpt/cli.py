@@ -16,6 +16,7 @@ import tyro
 
 from jaxgpt.config import Config, ConfigError, divisors, flat_fields
 from jaxgpt.hardware.gpus import GIB, visible_card
+from jaxgpt.mesh_shape import parse_mesh
 from jaxgpt.presets import (
     SPOKEN,
     choices_of,
@@ -172,12 +173,7 @@ def _settle(draft: TrainFlags, base: Config, flags: Mapping[str, str | None]) ->
         small = [d for d in divisors(max(1, draft.effective_batch_size)) if d <= base.batch_size]
         fields |= {"batch_size": small[-1], "auto_batch_size": True}
         fields["remat"] = draft.remat if "remat" in flags else "auto"
-    B, effective = fields["batch_size"], draft.effective_batch_size
-    accumulation = draft.gradient_accumulation_steps
-    if accumulation is not None and "effective_batch_size" not in flags:
-        fields["effective_batch_size"] = accumulation * B
-    elif accumulation is None and min(B, effective) > 0 and effective % B == 0:
-        fields["gradient_accumulation_steps"] = effective // B
+    fields |= _batch_of(draft, fields["batch_size"], flags)
     # The preset's batch_size, so that a smaller --batch-size evaluates the same windows.
     fields["eval_windows"] = draft.eval_iters * base.batch_size
     fields["out_dir"] = _expanded(draft.out_dir or Path("runs") / Path(draft.preset).stem)
@@ -186,6 +182,24 @@ def _settle(draft: TrainFlags, base: Config, flags: Mapping[str, str | None]) ->
     elif draft.dataset != "embedded":
         fields["data_dir"] = Path("data") / draft.dataset
     return Config(**fields)
+
+
+def _batch_of(draft: TrainFlags, B: int, flags: Mapping[str, str | None]) -> dict[str, int | None]:
+    """The effective batch and each device's micro-batches; Config tells what is wrong with them."""
+    effective, asked = draft.effective_batch_size, draft.gradient_accumulation_steps
+    try:
+        held = B * parse_mesh(draft.mesh).devices
+    except ValueError:
+        return {}
+    if asked is not None and "effective_batch_size" not in flags:
+        effective = asked * B
+    elif asked is not None and asked * B != effective:
+        return {"gradient_accumulation_steps": asked}
+    if min(held, effective) < 1:
+        return {"effective_batch_size": effective, "gradient_accumulation_steps": asked}
+    if effective % held:
+        return {"effective_batch_size": effective, "gradient_accumulation_steps": None}
+    return {"effective_batch_size": effective, "gradient_accumulation_steps": effective // held}
 
 
 def _expanded(path: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagConversionOff, Suppress, arg
 
 from jaxgpt.errors import UserError
+from jaxgpt.mesh_shape import parse_mesh
 
 Gelu = Literal["tanh", "erf"]
 Device = Literal["auto", "gpu", "cpu"]
@@ -152,7 +153,8 @@ class Config:
 
     batch_size: int = 32  # sequences one device holds at a time; halve it when memory runs out
     effective_batch_size: int = 512  # sequences in one optimizer step
-    # micro-batches in one step; sets effective_batch_size when given in its place
+    # micro-batches in one step, those of all devices together as in nanoGPT; sets
+    # effective_batch_size when given in its place
     gradient_accumulation_steps: IntIfSet = None
     max_iters: int = 50000  # optimizer steps in all
     seed: int = 1337  # of the initialization, the data's order and dropout
@@ -175,6 +177,9 @@ class Config:
     resume: Resume = "auto"
     # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
     deterministic: bool = False
+    # several GPUs: data=2,fsdp=4 has two groups of four that divide parameters, moments and
+    # accumulator among them (docs/scaling.md); if unset, data-parallel on all there are
+    mesh: TextIfSet = None
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
     # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
@@ -221,26 +226,55 @@ class Config:
             raise ConfigError("\n".join(faults))
 
     def _batch_faults(self) -> list[str]:
+        try:
+            devices = self.device_count
+        except ValueError as fault:
+            return [str(fault)]
         B, effective = self.batch_size, self.effective_batch_size
         accumulation = self.gradient_accumulation_steps
+        each = f"batch_size {B}" if devices == 1 else f"batch_size {B} x {devices} devices"
         faults = _bad_counts(self, "batch_size")
         if accumulation is not None:
             faults += _bad_counts(self, "gradient_accumulation_steps")
         faults = faults or _bad_counts(self, "effective_batch_size")
         if faults:
             return faults
-        if accumulation is not None and accumulation * B != effective:
+        held = self.held_at_once
+        if accumulation is not None and accumulation * held != effective:
             return [
-                f"gradient_accumulation_steps {accumulation} x batch_size {B} = "
-                f"{accumulation * B} is not effective_batch_size {effective}; give one of the two"
+                f"gradient_accumulation_steps {accumulation} x {each} = "
+                f"{accumulation * held} is not effective_batch_size {effective}; give one of the "
+                "two"
             ]
-        if effective % B:
+        if effective % held:
+            other = (
+                f"or take batch_size {_largest_divisor(effective // devices, B)}"
+                if effective % devices == 0
+                else f"or {_largest_divisor(effective, devices)} devices, with --mesh"
+            )
             return [
-                f"effective_batch_size {effective} is not a multiple of batch_size {B}; the "
-                f"nearest that is: {_nearest_multiple(effective, B)}, or take batch_size "
-                f"{_largest_divisor(effective, B)}"
+                f"effective_batch_size {effective} is not a multiple of {each}; the "
+                f"nearest that is: {_nearest_multiple(effective, held)}, {other}"
             ]
         return []
+
+    @property
+    def device_count(self) -> int:
+        """Devices of the mesh; 1 while that is left to the machine."""
+        return parse_mesh(self.mesh).devices
+
+    @property
+    def held_at_once(self) -> int:
+        """Sequences that all devices together hold at a time."""
+        return self.batch_size * self.device_count
+
+    @property
+    def batch_in_words(self) -> str:
+        """How the effective batch comes about."""
+        over = "" if self.device_count == 1 else f"{self.device_count} devices x "
+        return (
+            f"batch_size {self.batch_size} x {over}{self.gradient_accumulation_steps} accumulated"
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -20,6 +20,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.hardware import target
 from jaxgpt.hardware.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
+from jaxgpt.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.presets import preset_for_memory
 from jaxgpt.resolve import resolve
 
@@ -37,6 +38,9 @@ class PlanFlags(cli.TrainFlags):
     vram: Annotated[
         float | None, arg(help="in place of --gpu: memory in GB of a card that is in no table")
     ] = None
+    devices: Annotated[
+        int | None, arg(help="how many such cards; --mesh says what each holds, all of it if unset")
+    ] = None
     fit: Annotated[
         bool, arg(help="choose the batch_size and remat that fit and should train fastest")
     ] = False
@@ -53,6 +57,7 @@ OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {
     f.name for f in dataclasses.fields(cli.TrainFlags)
 }
 
+MOST_DEVICES = 65536  # more than anybody has
 # What `--hours` answers with, so that it cannot be given.
 CHOSEN_BY_HOURS = {
     *("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps", "remat", "fit"),
@@ -87,19 +92,23 @@ def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
     if flags.hours is not None and (idle := sorted(given & CHOSEN_BY_HOURS)):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")
+    shape = _mesh_shape(cfg, flags.devices)
+    if flags.hours is not None and shape.devices > 1:
+        raise ConfigError("--hours plans for one card; leave out --devices and --mesh")
     target.prepare_environment()
+    from jaxgpt.hardware.mesh import for_shape
     from jaxgpt.hardware.planner import Planner
 
     why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
     try:
-        planner = Planner(gpu, why_estimated, waiting, cfg.dtype)
+        planner = Planner(gpu, why_estimated, waiting, cfg.dtype, shape.devices)
     except target.NoCompilerError as fault:
-        planner = Planner(gpu, str(fault), waiting, cfg.dtype)
-    cfg = planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer)))
+        planner = Planner(gpu, str(fault), waiting, cfg.dtype, shape.devices)
+    cfg = for_shape(planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer))), shape)
     show: Callable[[dict[str, Any]], None]
     if flags.hours is not None:
         answer, show = planner.best_for_hours(cfg, flags.hours), plan_report.print_hours
-    elif given - OWN or flags.fit:
+    elif given - OWN or flags.fit or shape.devices > 1:
         free = {"batch_size", "remat"} - given if flags.fit else set()
         answer, show = planner.one(cfg, free), plan_report.print_one
     else:
@@ -108,6 +117,23 @@ def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
         print(json.dumps(answer, indent=2))
     else:
         show(answer)
+
+
+def _mesh_shape(cfg: Config, devices: int | None) -> MeshShape:
+    """The mesh that is asked about.
+
+    Raises:
+        ConfigError: if --devices is not the number that --mesh has.
+    """
+    if devices is not None and not 1 <= devices <= MOST_DEVICES:
+        raise ConfigError(f"--devices {devices} must be between 1 and {MOST_DEVICES}")
+    shape = parse_mesh(cfg.mesh) if cfg.mesh else MeshShape(data=devices or 1)
+    if devices not in (None, shape.devices):
+        raise ConfigError(
+            f"--mesh {shape} has {shape.devices} devices, and --devices says {devices}; leave out "
+            "one of the two"
+        )
+    return shape
 
 
 def _tier(values: dict[str, str | None]) -> str:

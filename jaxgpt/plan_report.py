@@ -23,7 +23,7 @@ BAR = 60  # columns
 def print_one(record: dict[str, Any]) -> None:
     """One run on one card: what it needs item by item, and how long it takes."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{_title(record)}[/bold] on {record['gpu_name']}")
+    console.print(f"[bold]{_title(record)}[/bold] on {_cards(record)}")
     console.print(_bar(record))
     console.print(_items(record))
     console.print(_facts(record))
@@ -86,6 +86,12 @@ def _title(record: dict[str, Any]) -> str:
     return f"{record['preset']}: {record['parameters'] / 1e6:.1f}M parameters, {shape}"
 
 
+def _cards(record: dict[str, Any]) -> str:
+    if record["mesh"] is None:
+        return str(record["gpu_name"])
+    return f"each of {record['devices']} x {record['gpu_name']} ({record['mesh']})"
+
+
 def _bar(record: dict[str, Any]) -> Text:
     """The card filling up: one colour an item, what is free in dots."""
     capacity, bar = record["capacity_bytes"], Text()
@@ -128,10 +134,11 @@ def _facts(record: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     micro_batches = record["gradient_accumulation_steps"]
-    sequences = record["batch_size"] * micro_batches
+    sequences = record["batch_size"] * record["devices"] * micro_batches
+    over = f"{record['devices']} devices x " if record["mesh"] else ""
     table.add_row(
         "step",
-        f"{sequences} sequences = batch_size {record['batch_size']} x {micro_batches} "
+        f"{sequences} sequences = batch_size {record['batch_size']} x {over}{micro_batches} "
         f"accumulated; {record['tokens_per_step']:,} tokens",
     )
     table.add_row(
@@ -146,7 +153,8 @@ def _facts(record: dict[str, Any]) -> Table:
         table.add_row(
             "time",
             f"{duration(record['hours'] * 3600)} at {record['tokens_per_second']:,.0f} tokens/s, "
-            f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})",
+            f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})"
+            + ("; what the cards say to each other is not counted" if record["mesh"] else ""),
         )
     table.add_row(
         "learning rate",

@@ -159,6 +159,8 @@ def _from_flat(values: Mapping[str, Any], source: str, known: Collection[str]) -
     accumulation = picked.get("gradient_accumulation_steps")
     if accumulation is not None and "effective_batch_size" not in picked:
         picked["effective_batch_size"] = accumulation * picked.get("batch_size", Config.batch_size)
+        if accumulation > 0:
+            del picked["gradient_accumulation_steps"]  # of all devices; those of one follow
     try:
         cfg = with_fields(Config(), **picked)
     except ConfigError as fault:

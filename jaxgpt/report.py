@@ -38,7 +38,8 @@ class Reporter:
         self._skips = SkipCounter(skipped)
         self._log_interval = cfg.log_interval
         self._pace = Pace(cfg.tokens_per_step)
-        self._peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype)
+        gpu = lookup_gpu(device.device_kind)
+        self._peak_flops = peak_of(gpu, cfg.dtype, cfg.device_count)
         self._model = cfg.model
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -115,8 +116,7 @@ def print_run(
         f"bias {m.bias}, dropout {m.dropout:g}",
         "weights": f"random, seed {cfg.seed}" if cfg.init_from is None else cfg.init_from,
         "data": f"{source}: {len(loader.tokens):,} {cfg.tokenizer} tokens, seed {cfg.seed}",
-        "step": f"{cfg.effective_batch_size} sequences = batch_size {cfg.batch_size} x "
-        f"{cfg.gradient_accumulation_steps} accumulated; {tokens:,} tokens",
+        "step": f"{cfg.effective_batch_size} sequences = {cfg.batch_in_words}; {tokens:,} tokens",
         "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
@@ -127,13 +127,18 @@ def print_run(
         "validation split",
         "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
         f"newest {cfg.keep_checkpoints} and the best are kept",
-        "device": f"{device.device_kind} ({device.platform}), {cfg.dtype}, remat {cfg.remat}",
+        "device": f"{_devices_in_words(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
+        f"remat {cfg.remat}",
         "attention": attention,
         "memory": f"{need.peak_bytes / GIB:.2f} GiB at the step's peak, compiled; "
         f"{need.host_bytes / GIB:.2f} GiB on the host for a checkpoint",
         "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
     }
     print_table(f"jaxgpt {cfg.preset}", rows)
+
+
+def _devices_in_words(cfg: Config) -> str:
+    return f"{cfg.device_count} x ({cfg.mesh}) " if cfg.mesh else ""
 
 
 def print_changes(changes: Sequence[str]) -> None:

@@ -11,5 +11,5 @@ def resolve(cfg: Config, tokenizer: Tokenizer) -> Config:
         n_vocab=tokenizer.n_vocab,
         vocab_size=cfg.model.vocab_size or padded_vocab_size(tokenizer.n_vocab),
         lr_decay_iters=cfg.optimizer.lr_decay_iters or cfg.max_iters,
-        gradient_accumulation_steps=cfg.effective_batch_size // cfg.batch_size,
+        gradient_accumulation_steps=cfg.effective_batch_size // cfg.held_at_once,
     )

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     *(
         "auto_batch_size",
         "scan_layers",
+        "mesh",
         "dtype",
         "remat",
         "vram_gb",

@@ -5,12 +5,15 @@ of checkpoints and the x of every curve. JAX is imported after the command line 
 because that takes seconds that a typo or `--help` should not cost.
 """
 
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
 
 from jaxgpt import cli, report, resume
-from jaxgpt.config import Config, flat_values, with_fields
+from jaxgpt.config import Config, IntIfSet, TextIfSet, flat_values, with_fields
 from jaxgpt.console import RunConsole, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
@@ -24,17 +27,29 @@ from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.pretrained import load_like, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
+from jaxgpt.training.processes import Address, Asked, Edge, join
 from jaxgpt.training.stalls import StallWatch
 from jaxgpt.training.stopping import LEFT_AT_ONCE, StopRequest
 
 PROG = "python -m jaxgpt.train"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags(cli.TrainFlags):
+    """What a run's configuration is made of, and which of its processes this is."""
+
+    # HOST:PORT of process 0, for several processes; not needed under Slurm, Open MPI, Kubernetes
+    coordinator_address: TextIfSet = None
+    num_processes: IntIfSet = None  # how many processes the run has, likewise
+    process_id: IntIfSet = None  # which of them this is: 0, 1, ...
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        cfg = cli.parse(
+        cfg, flags, _ = cli.parse_with(
+            RunFlags,
             argv,
             prog=PROG,
             description="Train a GPT. The same command resumes a run that was stopped.",
@@ -42,14 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         assert cfg.out_dir is not None
         with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
-            return run(cfg, argv, stop, lock)
+            address = Address(flags.coordinator_address, flags.num_processes, flags.process_id)
+            return run(cfg, argv, stop, lock, address)
     except UserError as fault:
         cli.fail(PROG, str(fault))
     except KeyboardInterrupt:  # before anything was begun
         cli.fail(PROG, "interrupted", code=LEFT_AT_ONCE)
 
 
-def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> int:
+def run(
+    cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock, address: Address
+) -> int:
     """Train as `cfg` says, from the start or from the newest checkpoint in its folder."""
     out_dir = cfg.out_dir
     assert out_dir is not None
@@ -68,38 +86,48 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
     )
     sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
     questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
-    lock.take()  # before JAX takes the card's memory from the run that has the lock
-    jax = hardware.import_jax()
-
-    from jaxgpt.hardware.fit import smaller
-    from jaxgpt.hardware.preflight import prepare_to_run
-    from jaxgpt.model.attention import compute_capability
-    from jaxgpt.model.generate import Generator, Sampling
-    from jaxgpt.training.benchmarks import score_benchmarks
-    from jaxgpt.training.checkpoint import Checkpoints
-    from jaxgpt.training.evaluation import evaluate
-    from jaxgpt.training.metrics import MetricsLog
-    from jaxgpt.training.step import Metrics, make_score_step
-
-    device = hardware.choose_device(cfg)
-    dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
-    cfg = with_fields(cfg, dtype=dtype)
-
     with ExitStack() as stack:
+        processes = stack.enter_context(join(address, hardware.import_jax))
+        if processes.is_main:
+            lock.take()  # before JAX takes the card's memory from the run that has the lock
+        else:  # one process speaks
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        tell = cli.warn if processes.is_main else say_nothing
+        jax = hardware.import_jax()
+
+        from jaxgpt.hardware.fit import smaller
+        from jaxgpt.hardware.mesh import choose_layout
+        from jaxgpt.hardware.preflight import prepare_to_run
+        from jaxgpt.model.attention import compute_capability
+        from jaxgpt.model.generate import Generator, Sampling
+        from jaxgpt.training.benchmarks import score_benchmarks
+        from jaxgpt.training.checkpoint import Checkpoints
+        from jaxgpt.training.evaluation import evaluate
+        from jaxgpt.training.metrics import MetricsLog, NoLog
+        from jaxgpt.training.step import Metrics
+
+        cfg, layout = choose_layout(cfg, hardware.choose_devices(cfg))
+        device = layout.device
+        dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
+        cfg = with_fields(cfg, dtype=dtype)
+
         stack.enter_context(jax.default_device(device))
-        checkpoints = stack.enter_context(Checkpoints(out_dir, cfg.keep_checkpoints, cli.warn))
-        resumed_step = checkpoints.recover(cli.warn, strict=cfg.resume == "must")
+        checkpoints = stack.enter_context(
+            Checkpoints(out_dir, cfg.keep_checkpoints, tell, processes)
+        )
+        resumed_step = checkpoints.recover(tell, strict=cfg.resume == "must")
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best)
             return 0
         stack.enter_context(out_of_memory_in_words(lambda: smaller(cfg)))
         with waiting("compiling the training step"):
-            cfg, training, need = prepare_to_run(cfg, device)
-        accumulation = cfg.gradient_accumulation_steps or 1
+            cfg, training, need = prepare_to_run(cfg, device, layout)
+        accumulation, held = cfg.gradient_accumulation_steps or 1, cfg.held_at_once
+        eval_step = layout.from_host(training.eval_step)
+        score_step = layout.from_host(training.score_step)
         generator = Generator(
             training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
         )
-        score_step = jax.jit(make_score_step(training.graphdef))
         report.print_run(
             cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
         )
@@ -116,20 +144,28 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             state = restored.state
 
         step = resumed_step or 0
-        log = stack.enter_context(MetricsLog(out_dir, resumed_step, cli.warn))
-        resume.save_config(cfg, out_dir)
+        log = stack.enter_context(
+            MetricsLog(out_dir, resumed_step, tell) if processes.is_main else NoLog()
+        )
+        if processes.is_main:
+            resume.save_config(cfg, out_dir)
         log.hparams(flat_values(cfg), metrics=("val/loss",))
+        shape_ABT1 = (accumulation, held, cfg.model.block_size + 1)
         batches = stack.enter_context(
-            prefetch(lambda i: loader.batch(i, accumulation, cfg.batch_size), step, cfg.max_iters)
+            prefetch(
+                lambda i: layout.load(shape_ABT1, partial(loader.batch, i, accumulation, held)),
+                step,
+                cfg.max_iters,
+            )
         )
         console = stack.enter_context(RunConsole(step, cfg.max_iters, cfg.eval_interval))
         reporter = report.Reporter(cfg, device, log, console, int(state.skipped))
         watch = stack.enter_context(StallWatch())
 
         def evaluate_now() -> dict[str, float]:
-            loss = evaluate(training.eval_step, state.params, windows_WT1, cfg.batch_size)
+            loss = evaluate(eval_step, state.params, windows_WT1, held)
             scores = score_benchmarks(
-                questions, score_step, state.params, cfg.model.block_size, cfg.batch_size
+                questions, score_step, state.params, cfg.model.block_size, held
             )
             accuracies = report.benchmark_scalars(scores)
             said = "".join(f"  {name} {share:.4f}" for name, share in accuracies.items())
@@ -146,7 +182,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         def sample_now() -> str:
             key = jax.random.fold_in(state.key, state.step)
             prompt, length = [tokenizer.eot], cfg.sample_tokens
-            tokens_1L = generator.generate(state.params, prompt, length, key, samples=1)
+            params, key = layout.replicate((state.params, key))
+            if not processes.is_main:
+                return ""
+            tokens_1L = generator.generate(params, prompt, length, key, samples=1)
             return tokenizer.decode(tokens_1L[0])
 
         text = ""
@@ -157,12 +196,16 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             finish_save(evaluated["val/loss"])
             checkpoints.wait()  # whoever cannot save is told before hours are spent
         unread: Metrics | None = None
+        edge, asked = Edge(processes, layout), Asked()
         watch.begin("step")
         for tokens_ABT1 in batches:
-            if stop.name and unread is None:  # nothing has been done since the last save
-                checkpoints.wait()
-                console.say(f"{stop.name}: saved step {step:,}; the same command goes on from here")
-                return 0
+            if unread is None:  # nothing has been done since the last save
+                asked = edge.agree(stop.name, save=False, now=True)
+                if asked.stop:
+                    checkpoints.wait()
+                    done = f"{asked.stop}: saved step {step:,}"
+                    console.say(f"{done}; the same command goes on from here")
+                    return 0
             state, metrics = training.train_step(state, tokens_ABT1)
             if unread is not None:  # the step before's: reading them now, the device has work
                 reporter.log_if_due(step, reporter.read(step, unread))
@@ -170,8 +213,9 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
 
             evaluate_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
             save_due = checkpoints.due(cfg.checkpoint_minutes) or stop.save_now
+            asked = edge.agree(stop.name, save_due)
             checkpoints.poll()
-            if not (evaluate_due or save_due or stop.name):
+            if not (evaluate_due or asked.save or asked.stop):
                 watch.begin("step")
                 continue
             watch.begin("evaluation" if evaluate_due else "save")
@@ -189,7 +233,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             else:
                 reporter.log_if_due(step, scalars)
             finish_save(evaluated["val/loss"] if evaluate_due else None)
-            if evaluate_due and step < cfg.max_iters and not stop.name:
+            if evaluate_due and step < cfg.max_iters and not asked.stop:
                 watch.begin("save")
                 checkpoints.settle()  # before the next interval, or a kill would cost two
             reporter.leave_out_pause(evaluate_due)
@@ -198,6 +242,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         console.stop()
         report.print_finished(cfg, PROG, argv, evaluated["val/loss"], checkpoints.best, text)
     return 0
+
+
+def say_nothing(message: str) -> None:
+    """What a process of several says that is not the main one."""
 
 
 def load_tokens(

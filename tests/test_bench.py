@@ -10,6 +10,7 @@ import jaxgpt
 from jaxgpt import bench
 from jaxgpt.config import Config, with_fields
 from jaxgpt.hardware.speed import model_flops_per_token
+from jaxgpt.training.layout import OneDevice
 
 ROOT = Path(jaxgpt.__file__).parents[1]
 PROMISED = (
@@ -107,7 +108,7 @@ def test_both_peaks_are_told_where_the_device_counts() -> None:
 def test_random_tokens_are_the_tokenizers_and_never_the_same_twice_in_a_row() -> None:
     cfg = with_fields(Config(), batch_size=2, effective_batch_size=4, block_size=64)
     cfg = with_fields(cfg, gradient_accumulation_steps=2)
-    make_batch, name = bench.make_batches(cfg, None, 257)
+    make_batch, name = bench.make_batches(cfg, OneDevice(jax.devices("cpu")[0]), None, 257)
     first, second = make_batch(0), make_batch(1)
     assert name == "random tokens"
     assert first.shape == (2, 2, 65)

@@ -227,3 +227,33 @@ def test_an_estimate_says_so_and_why(shown) -> None:
     text = shown("--preset", "24gb", "--gpu", "4090")
     assert "estimated, within a tenth" in text
     assert "pip install -e '.[plan]'" in text
+
+
+def test_several_cards_are_planned_for_each(answer) -> None:
+    flags = ("--preset", "80gb-350m", "--gpu", "h100", "--batch-size", "16")
+    one, data = answer(*flags), answer(*flags, "--devices", "8")
+    fsdp = answer(*flags, "--mesh", "data=2,fsdp=4")
+    assert (one["mesh"], data["mesh"]) == (None, "data=8,fsdp=1")
+    assert (one["gradient_accumulation_steps"], fsdp["gradient_accumulation_steps"]) == (32, 4)
+    assert one["peak_bytes"] == data["peak_bytes"] > fsdp["peak_bytes"]
+    assert one["host_bytes"] == fsdp["host_bytes"]
+    quarter = fsdp["breakdown_bytes"]["parameters"] / one["breakdown_bytes"]["parameters"]
+    assert quarter == pytest.approx(1 / 4, rel=1e-3)  # norms are held whole
+    assert data["tokens_per_second"] == pytest.approx(8 * one["tokens_per_second"])
+    assert "--mesh data=2,fsdp=4" in fsdp["command"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (("--devices", "4", "--mesh", "data=8"), "has 8 devices, and --devices says 4"),
+        (("--devices", "0"), "--devices 0 must be between 1 and"),
+        (("--devices", "2", "--hours", "3"), "--hours plans for one card"),
+        (("--devices", "6"), "is not a multiple of batch_size 64 x 6 devices"),
+    ],
+)
+def test_cards_that_do_not_fit_together_are_refused(capsys, flags, answer) -> None:
+    with pytest.raises(SystemExit) as left:
+        plan.main(["--preset", "80gb-350m", "--gpu", "h100", *flags])
+    assert left.value.code == 2
+    assert answer in capsys.readouterr().err

@@ -39,6 +39,7 @@ SAME_RUN = (
     | dict(
         log_interval=2,
         scan_layers=True,
+        mesh="data=1",
         auto_batch_size=True,
         skip_spikes=6.0,
         resume="must",

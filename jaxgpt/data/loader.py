@@ -75,22 +75,33 @@ class WindowLoader:
         # A block less than there is, so that the grid has room to move.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
 
-    def batch(self, step: int, accumulation: int, batch_size: int) -> np.ndarray:
-        """(A, B, T+1) uint16: the windows of one optimizer step; their order knows only A*B."""
+    def batch(
+        self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
+    ) -> np.ndarray:
+        """(A, B, T+1) uint16: the windows of one optimizer step; their order knows only A*B.
+
+        Of each of the A micro-batches only `rows` are read.
+        """
         count = accumulation * batch_size
-        windows = self.windows(step * count, count)
-        return windows.reshape(accumulation, batch_size, self.block_size + 1)
+        numbers = np.arange(step * count, (step + 1) * count, dtype=np.uint64)
+        chosen = numbers.reshape(accumulation, batch_size)[:, rows]
+        return self._read(chosen.reshape(-1)).reshape(*chosen.shape, self.block_size + 1)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """(count, T+1) uint16: windows first to first+count-1 of the run; DataError on a bad id."""
-        starts = self.starts(first, count)
+        return self._read(np.arange(first, first + count, dtype=np.uint64))
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """(count,) int64: where these windows begin in the stream."""
+        return self._starts(np.arange(first, first + count, dtype=np.uint64))
+
+    def _read(self, k: np.ndarray) -> np.ndarray:
+        starts = self._starts(k)
         windows = self.tokens.windows(starts, self.block_size + 1)
         self.tokens.check_ids(windows, starts, self.n_vocab)
         return windows
 
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """(count,) int64: where these windows begin in the stream."""
-        k = np.arange(first, first + count, dtype=np.uint64)
+    def _starts(self, k: np.ndarray) -> np.ndarray:
         epoch, place = np.divmod(k, np.uint64(self.windows_per_epoch))
         epoch_seed = _mix(_mix(np.array([self.seed & MASK_64], np.uint64)) + epoch)
         room = len(self.tokens) - self.block_size * self.windows_per_epoch

@@ -65,7 +65,12 @@ def import_jax() -> Any:
 
 
 def choose_device(cfg: Config) -> Any:
-    """The `jax.Device` to train on.
+    """The first of `choose_devices`."""
+    return choose_devices(cfg)[0]
+
+
+def choose_devices(cfg: Config) -> Any:
+    """The `jax.Device`s that there are to train on, those of all processes.
 
     Raises:
         ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
@@ -73,14 +78,14 @@ def choose_device(cfg: Config) -> Any:
     import jax
 
     if cfg.device == "cpu":
-        return jax.devices("cpu")[0]
+        return jax.devices("cpu")
     try:
-        return jax.devices("gpu")[0]
+        return jax.devices("gpu")
     except (RuntimeError, AssertionError) as fault:
         if _needs_gpu(cfg):
             raise ConfigError(_no_gpu(cfg, f"JAX finds none ({_first_line(fault)})")) from None
     try:
-        return jax.devices()[0]
+        return jax.devices()
     except (RuntimeError, AssertionError) as fault:
         raise ConfigError(
             f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "

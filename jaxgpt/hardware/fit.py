@@ -62,7 +62,7 @@ def smallest_micro_batch(cfg: Config) -> Config:
         cfg,
         remat="full",
         batch_size=1,
-        gradient_accumulation_steps=cfg.effective_batch_size,
+        gradient_accumulation_steps=cfg.effective_batch_size // cfg.device_count,
         auto_batch_size=False,
     )
 
@@ -73,9 +73,9 @@ def left_open(cfg: Config) -> Config:
 
 
 def _candidates(cfg: Config) -> Iterator[Config]:
-    T, effective = cfg.model.block_size, cfg.effective_batch_size
+    T, of_one = cfg.model.block_size, cfg.effective_batch_size // cfg.device_count
     remats = REMATS if cfg.remat == "auto" else (cfg.remat,)
-    batch_sizes = divisors(effective) if cfg.auto_batch_size else [cfg.batch_size]
+    batch_sizes = divisors(of_one) if cfg.auto_batch_size else [cfg.batch_size]
     choices = [(remat, B) for remat in remats for B in batch_sizes]
     for remat, B in sorted(
         choices, key=lambda choice: relative_step_time(choice[0], choice[1] * T)
@@ -84,7 +84,7 @@ def _candidates(cfg: Config) -> Iterator[Config]:
             cfg,
             remat=remat,
             batch_size=B,
-            gradient_accumulation_steps=effective // B,
+            gradient_accumulation_steps=of_one // B,
             auto_batch_size=False,
         )
 

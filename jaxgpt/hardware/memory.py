@@ -20,9 +20,11 @@ from jaxgpt.errors import UserError
 from jaxgpt.hardware import target
 from jaxgpt.hardware.device import MEMORY_SHARE
 from jaxgpt.hardware.gpus import GIB, Gpu
+from jaxgpt.mesh_shape import parse_mesh
 from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.training.build import Training, build_training, compile_train_step
+from jaxgpt.training.layout import OneDevice
 
 # Of a pool that is full to here the allocator still finds room for cuBLAS's workspace and for its
 # own gaps.
@@ -56,18 +58,26 @@ def capacity_of(gpu: Gpu) -> int:
 
 
 def state_bytes(cfg: Config) -> dict[str, int]:
-    """Bytes of what a step keeps: parameters, the optimizer's moments, the accumulator."""
-    m, N = cfg.model, cfg.model.parameter_count()
-    width = jnp.dtype(cfg.optimizer.state_dtype).itemsize
-    # Muon has one moment of the blocks' matrices (of D x 3D, D x D, D x 4D, 4D x D), AdamW two.
-    moments = 2 * N - (12 * m.n_layer * m.n_embd**2 if cfg.optimizer.optimizer == "muon" else 0)
-    return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
+    """Bytes of what each device keeps: parameters, the optimizer's moments, the accumulator."""
+    return _state_bytes(cfg, parse_mesh(cfg.mesh).fsdp)
 
 
 def host_bytes(cfg: Config) -> int:
     """Bytes of a checkpoint's copy on the host: all of the state but the empty accumulator."""
-    kept = state_bytes(cfg)
+    kept = _state_bytes(cfg, shares=1)
     return kept["parameters"] + kept["optimizer"]
+
+
+def _state_bytes(cfg: Config, shares: int) -> dict[str, int]:
+    """Of one of the shares that matrices and embeddings are cut into; norms and biases are not."""
+    m, width = cfg.model, jnp.dtype(cfg.optimizer.state_dtype).itemsize
+    assert m.vocab_size is not None
+    in_blocks = 12 * m.n_layer * m.n_embd**2  # of D x 3D, D x D, D x 4D and 4D x D
+    cut = in_blocks + (m.vocab_size + m.block_size) * m.n_embd
+    N = m.parameter_count() - cut + cut // shares
+    # AdamW has two moments, Muon one of the matrices in the blocks.
+    moments = 2 * N - (in_blocks // shares if cfg.optimizer.optimizer == "muon" else 0)
+    return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
 
 
 # ---------------------------------------------------------------- estimated
@@ -137,9 +147,13 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
 
 
 def build_for(
-    cfg: Config, device: Any, compiler_options: Mapping[str, Any] | None = None
+    cfg: Config,
+    device: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+    layout: OneDevice | None = None,
 ) -> Training:
-    """The training that `cfg` describes, on `device`: what `train` runs and `plan` measures."""
+    """The training that `cfg` describes, on `device` or over `layout`: what `train` runs and `plan`
+    measures."""
     return build_training(
         cfg.model,
         cfg.optimizer,
@@ -148,6 +162,7 @@ def build_for(
         dtype=cfg.dtype,
         seed=cfg.seed,
         device=device,
+        layout=layout,
         remat=cfg.remat,
         scan_layers=cfg.scan_layers,
         skip_spikes=cfg.skip_spikes,
@@ -188,11 +203,22 @@ def _bytes_of(compiled: Any) -> int:
     )
 
 
-def measure(cfg: Config, device: Any) -> Need:
-    """Compile the step of `cfg` for a card that need not be here, and read what it needs."""
-    training = build_for(cfg, device, target.AHEAD_OF_TIME_OPTIONS)
+def measure(cfg: Config, device: Any, layout: OneDevice | None = None) -> Need:
+    """Compile the step of `cfg` for cards that need not be here, and read what each needs."""
+    return need_of(cfg, compile_ahead(cfg, device, layout))
+
+
+def compile_ahead(
+    cfg: Config,
+    device: Any,
+    layout: OneDevice | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """The step of `cfg`, compiled for cards that need not be here."""
+    options = {**target.AHEAD_OF_TIME_OPTIONS, **(compiler_options or {})}
+    training = build_for(cfg, device, options, layout)
     accumulation = cfg.gradient_accumulation_steps or 1
-    return need_of(cfg, compile_train_step(training, accumulation, cfg.batch_size))
+    return compile_train_step(training, accumulation, cfg.held_at_once)
 
 
 # ---------------------------------------------------------------- this machine

@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.hardware import fit, memory, speed, target
 from jaxgpt.hardware.device import compute_dtype
 from jaxgpt.hardware.gpus import GIB, Gpu
+from jaxgpt.hardware.mesh import choose_layout
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.presets import load_preset, preset_for_memory, preset_names
 from jaxgpt.resolve import resolve
@@ -37,17 +38,19 @@ class Planner:
         why_estimated: str | None,
         on_compile: Callable[[str], AbstractContextManager[Any]],
         dtype: str = "auto",
+        devices: int = 1,
     ):
         """Args:
         gpu: the card.
         why_estimated: why nothing is compiled for it, None to compile.
         on_compile: entered with a line of text while something compiles.
         dtype: what was asked for, to be said again in commands.
+        devices: how many such cards.
         """
         self.gpu = gpu
         self.capacity = memory.capacity_of(gpu)
         self.why_estimated = why_estimated
-        self._device = None if why_estimated else target.card_device(gpu)
+        self._devices = None if why_estimated else target.card_devices(gpu, devices)
         self._on_compile, self.dtype = on_compile, dtype
 
     def for_card(self, cfg: Config) -> Config:
@@ -57,11 +60,12 @@ class Planner:
 
     def need(self, cfg: Config) -> memory.Need:
         """What a step of `cfg` needs, compiled if possible."""
-        if self._device is None:
+        if self._devices is None:
             return memory.estimate(cfg)
+        cfg, layout = choose_layout(cfg, self._devices)
         what = f"{cfg.preset}, batch_size {cfg.batch_size}, remat {cfg.remat}"
         with self._on_compile(f"compiling {what} for {self.gpu.name}"):
-            return memory.measure(cfg, self._device)
+            return memory.measure(cfg, layout.device, layout)
 
     def one(self, cfg: Config, free: set[str]) -> dict[str, Any]:
         """One run, itemized. Of batch_size and remat, those in `free` are chosen."""
@@ -156,6 +160,8 @@ class Planner:
             "fits": fits,
             "method": need.method,
             "why_estimated": self.why_estimated,
+            "devices": cfg.device_count,
+            "mesh": cfg.mesh,
             "batch_size": cfg.batch_size,
             "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
             "remat": cfg.remat,

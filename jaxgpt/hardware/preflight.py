@@ -9,6 +9,7 @@ from jaxgpt.config import Config
 from jaxgpt.hardware import fit, memory
 from jaxgpt.hardware.gpus import GIB
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
+from jaxgpt.training.layout import OneDevice
 
 
 class Ready(NamedTuple):
@@ -19,8 +20,9 @@ class Ready(NamedTuple):
     need: memory.Need
 
 
-def prepare_to_run(cfg: Config, device: Any) -> Ready:
-    """Choose what `cfg` leaves open, compile its steps for `device`, and check that they fit.
+def prepare_to_run(cfg: Config, device: Any, layout: OneDevice | None = None) -> Ready:
+    """Choose what `cfg` leaves open, compile its steps for `device`, or all of `layout`'s, and
+    check that they fit.
 
     Raises:
         TooLargeError: with what is needed, what is there, and the flags that would fit.
@@ -32,11 +34,11 @@ def prepare_to_run(cfg: Config, device: Any) -> Ready:
     compiled: dict[Config, Ready] = {}
 
     def measure(cfg: Config) -> memory.Need:
-        compiled[cfg] = _compile(cfg, device)
+        compiled[cfg] = _compile(cfg, device, layout)
         return compiled[cfg].need
 
     if not fit.is_open(cfg):
-        ready = _compile(cfg, device)
+        ready = _compile(cfg, device, layout)
         _check_device(ready, limit)
     elif limit is None:
         raise memory.TooLargeError(
@@ -53,10 +55,12 @@ def prepare_to_run(cfg: Config, device: Any) -> Ready:
     return ready
 
 
-def _compile(cfg: Config, device: Any) -> Ready:
-    training = memory.build_for(cfg, device)
-    train_step = compile_train_step(training, cfg.gradient_accumulation_steps or 1, cfg.batch_size)
-    eval_step = compile_eval_step(training, cfg.batch_size)
+def _compile(cfg: Config, device: Any, layout: OneDevice | None) -> Ready:
+    training = memory.build_for(cfg, device, layout=layout)
+    train_step = compile_train_step(
+        training, cfg.gradient_accumulation_steps or 1, cfg.held_at_once
+    )
+    eval_step = compile_eval_step(training, cfg.held_at_once)
     return Ready(
         cfg,
         training._replace(train_step=train_step, eval_step=eval_step),

@@ -57,9 +57,11 @@ def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float)
     return tokens_per_second * model_flops_per_token(model) / peak_flops
 
 
-def peak_of(gpu: Gpu | None, dtype: str) -> float | None:
+def peak_of(gpu: Gpu | None, dtype: str, devices: int) -> float | None:
     """FLOP/s that an MFU is measured against: dense bfloat16; None for other products or cards."""
-    return gpu.bf16_flops if gpu is not None and dtype == "bfloat16" else None
+    if gpu is None or gpu.bf16_flops is None or dtype != "bfloat16":
+        return None
+    return gpu.bf16_flops * devices
 
 
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
@@ -73,12 +75,16 @@ def mfu_of(gpu: Gpu) -> Mfu | None:
 
 
 def tokens_per_second(cfg: Config, gpu: Gpu) -> float | None:
-    """Predicted training speed of `cfg` on one `gpu`; None where no MFU is known for it."""
+    """Predicted training speed of `cfg` on such cards; None where no MFU is known for them.
+
+    Of several, what they say to each other is not counted: docs/scaling.md has its bytes.
+    """
     mfu = mfu_of(gpu)
     if mfu is None or cfg.dtype != "bfloat16" or gpu.bf16_flops is None:
         return None
     at_best = gpu.bf16_flops * mfu.value / model_flops_per_token(cfg.model)
-    return at_best / relative_step_time(cfg.remat, cfg.batch_size * cfg.model.block_size)
+    each = at_best / relative_step_time(cfg.remat, cfg.batch_size * cfg.model.block_size)
+    return each * cfg.device_count
 
 
 def predicted_loss(parameters: int, tokens: float) -> float:

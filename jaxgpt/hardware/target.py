@@ -56,6 +56,14 @@ def obstacle(gpu: Gpu) -> str | None:
 def card_device(gpu: Gpu) -> Any:
     """A `jax.Device` for `gpu` that programs can be lowered and compiled for, not run on.
 
+    Raises NoCompilerError as `card_devices` does.
+    """
+    return card_devices(gpu, 1)[0]
+
+
+def card_devices(gpu: Gpu, count: int) -> Any:
+    """So many of them, connected with each other.
+
     Raises:
         NoCompilerError: if the plugin is missing, does not start, or does not know the card.
     """
@@ -66,12 +74,12 @@ def card_device(gpu: Gpu) -> Any:
 
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=describe(gpu), topology="1x1x1"
+            platform="cuda", topology_name="", target_config=describe(gpu), topology=f"1x{count}x1"
         )
     except Exception as fault:  # the plugin raises several kinds, all with XLA's words
         line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise NoCompilerError(f"the CUDA compiler does not start ({line[:200]})") from None
-    return topology.devices[0]
+    return topology.devices
 
 
 def describe(gpu: Gpu) -> str:

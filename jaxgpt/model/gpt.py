@@ -10,6 +10,7 @@ V vocabulary; T1 is T + 1; M is B * T, rows of a batch laid end to end.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from jaxgpt.model.loss import mask_padding
 from jaxgpt.model.remat import rematerialized
 
 Params = dict[str, Any]
+# Shards of parameters, a dtype -> the parameters, matrices in that dtype (`hardware/mesh.py`).
+Gather = Callable[[Params, Any], Params]
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
 
 
@@ -45,6 +48,7 @@ class GPT(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.scan_layers = scan_layers
+        self.gather: Gather | None = None  # set where the blocks hold shards: `merge_shards`
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.drop = nnx.Dropout(cfg.dropout)
@@ -59,7 +63,7 @@ class GPT(nnx.Module):
         keys = [None] * (len(self.blocks) + 1) if key is None else _split(key, len(self.blocks) + 1)
         x_BTD = dropout(self.drop, x_BTD.astype(self.dtype), keys[-1])
         through = scanned if self.scan_layers else unrolled
-        return self.ln_f(through(self.blocks, x_BTD, keys[:-1], self.remat))
+        return self.ln_f(through(self.blocks, x_BTD, keys[:-1], self.remat, self.gather))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Next-token logits_BTV in float32, minus infinity in the padded vocabulary."""
@@ -86,14 +90,25 @@ class Block(nnx.Module):
 Keys = list[jax.Array] | list[None]  # one for each block; None without dropout
 
 
-def unrolled(blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat) -> jax.Array:
+def unrolled(
+    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, gather: Gather | None = None
+) -> jax.Array:
     """x through the blocks, each compiled for itself."""
     for block, key in zip(blocks, keys, strict=True):
-        x_BTD = rematerialized(block, remat)(x_BTD, key)
+        run = block if gather is None else gathering(block, gather)
+        x_BTD = rematerialized(run, remat)(x_BTD, key)
     return x_BTD
 
 
-def scanned(blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat) -> jax.Array:
+def gathering(block: "Block", gather: Gather) -> Callable[..., jax.Array]:
+    """A block of shards, which is put together when it runs, and with remat again to run back."""
+    graphdef, shards = nnx.graphdef(block), nnx.to_pure_dict(nnx.state(block, nnx.Param))
+    return lambda x_BTD, key: nnx.merge(graphdef, gather(shards, x_BTD.dtype))(x_BTD, key)
+
+
+def scanned(
+    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, gather: Gather | None = None
+) -> jax.Array:
     """x through the blocks by one `lax.scan` over their stacked parameters.
 
     Compiles in a time that does not grow with depth. Costs a stack of all the weights and, in the
@@ -101,10 +116,12 @@ def scanned(blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat) -> jax
     """
     graphdef = nnx.graphdef(blocks[0])
     params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in blocks]
-    stacked = jax.tree.map(lambda *leaves: _stack(leaves, x_BTD.dtype), *params)
+    dtype = x_BTD.dtype if gather is None else jnp.float32  # shards are cast when gathered
+    stacked = jax.tree.map(lambda *leaves: _stack(leaves, dtype), *params)
 
     def one(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
         params, key = layer
+        params = params if gather is None else gather(params, x_BTD.dtype)
         return nnx.merge(graphdef, params)(x_BTD, key), None
 
     stacked_keys = None if keys[0] is None else jnp.stack(keys)
@@ -197,6 +214,17 @@ def build_gpt(
         lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat, scan_layers)
     )
     return nnx.graphdef(abstract)
+
+
+def merge_shards(graphdef: nnx.GraphDef, params: Params, gather: Gather | None) -> GPT:
+    """The GPT of `params`; of shards if there is a `gather`, by which blocks become whole as they
+    run, and all else at once."""
+    if gather is None:
+        return nnx.merge(graphdef, params)
+    ends = {name: part for name, part in params.items() if name != "blocks"}
+    model = nnx.merge(graphdef, {**params, **gather(ends, jnp.float32)})
+    model.gather = gather
+    return model
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:

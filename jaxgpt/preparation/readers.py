@@ -19,7 +19,7 @@ from jaxgpt.preparation.lines import (
     split_lines,
 )
 
-ROWS = 256  # documents in a batch: enough to make its cost small, 1 MB of web text
+ROWS = 1024  # documents in a batch: enough to make its cost small, 4 MB of web text
 BATCH_BYTES = 1 << 24  # fewer rows where they are long
 WHOLE = 1 << 24  # bytes; a longer text is read as a stream, twice
 

@@ -10,11 +10,13 @@ from flax import nnx
 from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
 from jaxgpt.model.attention import compute_capability, pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.training.layout import OneDevice
 from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import (
     TrainState,
     init_state,
     make_eval_step,
+    make_score_step,
     make_train_step,
 )
 
@@ -29,7 +31,7 @@ GPU_OPTIONS = {
 
 
 class Training(NamedTuple):
-    """What a run computes; each function is jitted for one device."""
+    """What a run computes, jitted for the devices of one layout."""
 
     graphdef: nnx.GraphDef
     attention: str  # which kernel was chosen, and why
@@ -37,6 +39,8 @@ class Training(NamedTuple):
     state_like: TrainState  # its shapes, dtypes and shardings
     train_step: Any  # a jitted TrainStep, which donates its state
     eval_step: Any  # a jitted EvalStep
+    score_step: Any  # a jitted ScoreStep
+    tokens_sharding: Callable[[int], Any]
 
 
 def build_training(
@@ -48,6 +52,7 @@ def build_training(
     dtype: str,
     seed: int,
     device: Any,
+    layout: OneDevice | None = None,
     remat: Remat = "none",
     scan_layers: bool = False,
     skip_spikes: float = 0.0,
@@ -55,41 +60,58 @@ def build_training(
 ) -> Training:
     """Build everything that is compiled; nothing is computed or allocated yet.
 
-    `compiler_options` come on top of those that every GPU gets.
+    `layout` says where everything lies: on `device` alone, if unset. `compiler_options` come on top
+    of those that every GPU gets.
     """
+    layout = layout or OneDevice(device)
     attend, attention = pick_attention(
         device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
     )
     graphdef = build_gpt(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
-    options = {**(GPU_OPTIONS if device.platform == "gpu" else {}), **(compiler_options or {})}
+    for_gpu = {**GPU_OPTIONS, **layout.gpu_options} if device.platform == "gpu" else {}
+    options = {**for_gpu, **(compiler_options or {})}
 
     def init() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
         return init_state(init_params(model, init_key), multi_steps, run_key)
 
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    like = jax.eval_shape(init)
+    shardings = layout.state_shardings(like)
+    train_step = make_train_step(
+        graphdef,
+        multi_steps,
+        make_accumulator(optimizer, accumulation),
+        schedule,
+        skip_spikes,
+        layout.gather,
+        layout.spread_gradients,
+    )
+
+    def by_rows(step: Callable[..., Any]) -> Any:
+        # Each row's result is wanted on the host of each process.
+        out = layout.results(None)
+        return jax.jit(layout.spread_rows(step), compiler_options=options, **out)
+
     return Training(
         graphdef=graphdef,
         attention=attention,
-        init=jax.jit(init, out_shardings=sharding),
+        init=jax.jit(init, out_shardings=shardings),
         state_like=jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            like,
+            shardings,
         ),
         train_step=jax.jit(
-            make_train_step(
-                graphdef,
-                multi_steps,
-                make_accumulator(optimizer, accumulation),
-                schedule,
-                skip_spikes,
-            ),
+            train_step,
             donate_argnums=0,
             compiler_options=options,
+            **layout.results((shardings, None)),
         ),
-        eval_step=jax.jit(make_eval_step(graphdef), compiler_options=options),
+        eval_step=by_rows(make_eval_step(graphdef, layout.gather)),
+        score_step=by_rows(make_score_step(graphdef, layout.gather)),
+        tokens_sharding=layout.tokens_sharding,
     )
 
 
@@ -109,5 +131,5 @@ def compile_eval_step(training: Training, batch_size: int) -> Any:
 
 def _tokens_like(training: Training, *leading: int) -> jax.ShapeDtypeStruct:
     T, _ = training.state_like.params["wpe"]["embedding"].shape
-    sharding = training.state_like.step.sharding
+    sharding = training.tokens_sharding(len(leading) - 1)
     return jax.ShapeDtypeStruct((*leading, T + 1), jnp.uint16, sharding=sharding)

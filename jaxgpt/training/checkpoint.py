@@ -22,8 +22,15 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.training import retention
-from jaxgpt.training.integrity import DamagedError, measure, verify, write_manifest
+from jaxgpt.training.integrity import (
+    DamagedError,
+    measure,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from jaxgpt.training.loading import CheckpointError, Restored, load_state, reason_of
+from jaxgpt.training.processes import ALONE, Processes
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.stored import all_finite, describe, to_store
 
@@ -47,9 +54,18 @@ class Checkpoints:
     The newest `keep` are kept by one rule and the best by validation loss by another, so that a
     best checkpoint never pushes out the newest. A save that fails takes nothing with it: training
     goes on, `on_error` is told, and the checkpoints before it stay.
+
+    Of several `processes` each writes what its devices hold; the main one alone verifies, signs
+    with a manifest and deletes. All have to call the same methods in the same order.
     """
 
-    def __init__(self, out_dir: Path, keep: int, on_error: Callable[[str], object] = warnings.warn):
+    def __init__(
+        self,
+        out_dir: Path,
+        keep: int,
+        on_error: Callable[[str], object] = warnings.warn,
+        processes: Processes = ALONE,
+    ):
         self.folder = (out_dir / retention.FOLDER).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +73,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} cannot be made ({fault.strerror}); choose another --out-dir"
             ) from None
-        self._keep, self._on_error = keep, on_error
+        self._keep, self._on_error, self._processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
@@ -73,6 +89,8 @@ class Checkpoints:
     ) -> None:
         if kind is None:
             self.close()
+            return
+        if self._processes.count > 1:  # the others wait elsewhere
             return
         # The error on its way out says more than one about the save it interrupted.
         with contextlib.suppress(Exception):
@@ -98,9 +116,12 @@ class Checkpoints:
         Raises:
             UserError: if there are checkpoints and none to go on from.
         """
+        step = None
         try:
-            retention.remove_unfinished(self.folder)
-            return retention.newest_sound(self.folder, self._verified, tell, strict)
+            if self._processes.is_main:
+                retention.remove_unfinished(self.folder)
+                step = retention.newest_sound(self.folder, self._verified, tell, strict)
+            return self._processes.from_main(step)
         except OSError as fault:
             raise CheckpointError(
                 f"{self.folder} cannot be cleaned up ({fault}); see who else owns what is in it"
@@ -119,7 +140,7 @@ class Checkpoints:
         """
         self.settle()
         step = int(state.step)
-        if step == self.latest_step:
+        if step == self._processes.from_main(self.latest_step):
             return
         stored = to_store(state)
         if not all_finite(stored):
@@ -129,7 +150,8 @@ class Checkpoints:
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
-            retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
+            with self._processes.together():
+                retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
             self._give_room_back(step)
@@ -150,13 +172,18 @@ class Checkpoints:
             return
         assert saving.val_loss.done(), "finish what has begun"
         fault = saving.done.exception()
+        if self._processes.any(fault is not None):
+            fault = fault or OSError("another process of the run could not write its part")
         self._failure = None
         if fault is not None:
             self._report(saving.step, fault, tell)
 
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
-        if self._saving is not None and self._saving.done.done():
+        # Several processes cannot know that it is done on all without asking.
+        if self._processes.count > 1 or self._saving is None:
+            return
+        if self._saving.done.done():
             self.settle()
 
     def restore(self, step: int, like: TrainState) -> Restored:
@@ -200,7 +227,8 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         if folder not in self._sound:
-            self._sound[folder] = verify(folder)
+            # Once is enough, and takes long.
+            self._sound[folder] = (verify if self._processes.is_main else read_manifest)(folder)
         return self._sound[folder]
 
     def _write(
@@ -209,7 +237,9 @@ class Checkpoints:
         """On the thread: what makes a commit of Orbax's a checkpoint that can be relied upon."""
         folder = self.folder / str(step)
         try:
-            written.result()
+            written.result()  # of several processes when all have written
+            if not self._processes.is_main:
+                return
             files = measure(folder)
             self._seconds = time.monotonic() - self._begun
             write_manifest(folder, {**notes, "val_loss": _finite(val_loss.result())}, files)
@@ -223,6 +253,8 @@ class Checkpoints:
 
     def _give_room_back(self, step: int) -> None:
         """Delete what was written of a save that failed: it holds the room that is missing."""
+        if not self._processes.is_main:
+            return
         with contextlib.suppress(OSError):
             for path in self.folder.glob(f"{step}*"):
                 if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":

@@ -157,6 +157,25 @@ class MetricsLog:
         _replace(path, data, b"".join(as_record(record) for record, _ in kept))
 
 
+class NoLog(MetricsLog):
+    """For a process of several that logs nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing, as the methods below."""
+
+    def text(self, step: int, tag: str, text: str) -> None: ...
+
+    def hparams(self, values: Mapping[str, Any], metrics: tuple[str, ...] = ()) -> None: ...
+
+    def flush(self) -> bool:
+        return True
+
+    def close(self) -> None: ...
+
+
 class _Appender:
     """Appends what is `pending` to a file, all or nothing, or raises OSError and keeps it."""
 

@@ -8,7 +8,7 @@ every weight's bfloat16 copy while the loop runs.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxgpt.model.gpt import Params
+from jaxgpt.model.gpt import Gather, Params, merge_shards
 from jaxgpt.model.loss import mean_cross_entropy, token_losses, token_scores
 from jaxgpt.training.optim import grad_norm
 from jaxgpt.training.spikes import add_to_history, is_spike, no_history
@@ -37,6 +37,10 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, ArrayLike], jax.Array]
 ScoreStep = Callable[[Params, ArrayLike], tuple[jax.Array, jax.Array]]
+# (params, empty accumulator, tokens_ABT1, numbers_A of the micro-batches in the step, key) ->
+# (mean gradient, loss); and the same for the whole of a step, whose micro-batches need no numbers.
+Accumulate = Callable[..., tuple[Params, jax.Array]]
+Spread = Callable[..., tuple[Params, jax.Array]]
 
 
 def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> TrainState:
@@ -46,12 +50,23 @@ def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> T
     return TrainState(step, skipped, params, optimizer.init(params), key, no_history())
 
 
+def alone(accumulate: Accumulate) -> Spread:
+    """`accumulate` on one device, where its micro-batches are all there are."""
+
+    def on_one(params: Params, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
+        return accumulate(params, empty, tokens_ABT1, jnp.arange(len(tokens_ABT1)), key)
+
+    return on_one
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.MultiSteps,
     accumulator: optax.MultiSteps,
     schedule: optax.Schedule,
     skip_spikes: float = 0.0,
+    gather: Gather | None = None,
+    spread: Callable[[Accumulate], Spread] = alone,
 ) -> TrainStep:
     """Make `train_step(state, tokens_ABT1) -> (state, metrics)`, to be jitted with state donated.
 
@@ -59,43 +74,52 @@ def make_train_step(
     that `optimizer` accumulates. A step is skipped if its loss or gradient is not finite or, unless
     `skip_spikes` is 0, lies that many deviations above the recent ones. Metrics are scalars: `loss`
     in nats (mean over the step's tokens), `grad_norm` before clipping, `learning_rate`, `skipped`
-    (steps skipped so far).
+    (steps skipped so far). On several devices each runs `accumulate` on its rows, which `spread`
+    sees to, and `gather` makes parameters whole of which it holds a shard.
     """
 
     def loss_and_grads(
         params: Params, tokens_BT1: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Params]:
         def loss_fn(params: Params) -> jax.Array:
-            model = nnx.merge(graphdef, params)
+            model = merge_shards(graphdef, params, gather)
             h_BTD = model.features(tokens_BT1[:, :-1], key if model.cfg.dropout else None)
             wte_VD = model.wte.embedding[...]
             return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], model.cfg.n_vocab)
 
         return jax.value_and_grad(loss_fn)(params)
 
+    def accumulate(
+        params: Params,
+        empty: optax.MultiStepsState,
+        tokens_ABT1: jax.Array,
+        numbers_A: jax.Array,
+        step_key: jax.Array,
+    ) -> tuple[Params, jax.Array]:
+        def add(
+            carry: tuple[jax.Array, Params], micro_batch: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[jax.Array, Params], jax.Array]:
+            (mini_step, acc_grads), (tokens_BT1, number) = carry, micro_batch
+            loss, grads = loss_and_grads(params, tokens_BT1, jax.random.fold_in(step_key, number))
+            before = empty._replace(mini_step=mini_step, acc_grads=acc_grads)
+            _, after = accumulator.update(grads, before, params)
+            return (after.mini_step, after.acc_grads), loss
+
+        start = (empty.mini_step, empty.acc_grads)
+        (_, mean_grads), losses_A = jax.lax.scan(add, start, (tokens_ABT1, numbers_A))
+        return mean_grads, losses_A.mean()
+
     def train_step(state: TrainState, tokens_ABT1: ArrayLike) -> tuple[TrainState, Metrics]:
         tokens_ABT1 = jnp.asarray(tokens_ABT1)
         A = tokens_ABT1.shape[0]
         step_key = jax.random.fold_in(state.key, state.step)
-
-        def accumulate(
-            carry: tuple[jax.Array, Params], tokens_BT1: jax.Array
-        ) -> tuple[tuple[jax.Array, Params], jax.Array]:
-            mini_step, acc_grads = carry
-            key = jax.random.fold_in(step_key, mini_step)
-            loss, grads = loss_and_grads(state.params, tokens_BT1, key)
-            before = state.opt_state._replace(mini_step=mini_step, acc_grads=acc_grads)
-            _, after = accumulator.update(grads, before._replace(inner_opt_state=()), state.params)
-            return (after.mini_step, after.acc_grads), loss
-
-        empty = (state.opt_state.mini_step, state.opt_state.acc_grads)
-        (_, mean_grads), losses_A = jax.lax.scan(accumulate, empty, tokens_ABT1)
+        empty = state.opt_state._replace(inner_opt_state=())
+        mean_grads, loss = spread(accumulate)(state.params, empty, tokens_ABT1, step_key)
         # As the last of A micro-batches the mean of all A leaves the mean as it is.
         opt_state = state.opt_state._replace(mini_step=A - 1, acc_grads=mean_grads)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), mean_grads)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
 
-        loss = losses_A.mean()
         norm = grad_norm(opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         good = finite
@@ -141,12 +165,12 @@ def keep_floats_unless(good: jax.Array, new: TrainState, old: TrainState) -> Tra
     return jax.tree.map(choose, new, old)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, gather: Gather | None = None) -> EvalStep:
     """Make `eval_step(params, tokens_BT1) -> losses_B`: each window's mean loss, float32."""
 
     def eval_step(params: Params, tokens_BT1: ArrayLike) -> jax.Array:
         tokens_BT1 = jnp.asarray(tokens_BT1)
-        model = nnx.merge(graphdef, params)
+        model = merge_shards(graphdef, params, gather)
         h_BTD = model.features(tokens_BT1[:, :-1])
         wte_VD = model.wte.embedding[...]
         losses_BT = token_losses(h_BTD, wte_VD, tokens_BT1[:, 1:], model.cfg.n_vocab)
@@ -155,12 +179,12 @@ def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
     return eval_step
 
 
-def make_score_step(graphdef: nnx.GraphDef) -> ScoreStep:
+def make_score_step(graphdef: nnx.GraphDef, gather: Gather | None = None) -> ScoreStep:
     """Make `score_step(params, tokens_BT1) -> (losses_BT, hits_BT)`, T at most block_size."""
 
     def score_step(params: Params, tokens_BT1: ArrayLike) -> tuple[jax.Array, jax.Array]:
         tokens_BT1 = jnp.asarray(tokens_BT1)
-        model = nnx.merge(graphdef, params)
+        model = merge_shards(graphdef, params, gather)
         h_BTD = model.features(tokens_BT1[:, :-1])
         wte_VD = model.wte.embedding[...]
         return token_scores(h_BTD, wte_VD, tokens_BT1[:, 1:], model.cfg.n_vocab)

@@ -1,0 +1,206 @@
+"""Several processes as one run, by `jax.distributed`: who they are, and what they agree on.
+
+Every process runs the same program. What one alone finds out (a signal, a clock, a full disk) has
+to be agreed upon before it may change what they do, or one waits for the others for ever.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.errors import UserError
+
+# Seconds without a sign of life after which a process counts as dead, and the others leave.
+HEARTBEAT_SECONDS = 30
+# How long to wait for all processes to come, and at the end for all to go.
+START_SECONDS, END_SECONDS = 300, 30
+# What launchers tell each process; JAX reads the rest of theirs (`jax.distributed.initialize`).
+LAUNCHERS = {
+    "Slurm": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
+}
+
+
+class Address(NamedTuple):
+    """Who is to meet where, as JAX calls it; all None is for JAX to find out."""
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+class Asked(NamedTuple):
+    """What all processes were asked for at the edge of a step."""
+
+    stop: str | None = None  # the name of a signal
+    save: bool = False
+
+
+class Processes:
+    """The processes of a run, entered before JAX does anything else."""
+
+    def __init__(self, index: int = 0, count: int = 1):
+        self.index, self.count = index, count
+        self.is_main = index == 0  # the one that logs, and owns the run's folder
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Leave at once with an error: in good order a process would wait for all the others."""
+        if value is None or self.count == 1 or isinstance(value, SystemExit):
+            return
+        said = _in_words(value)
+        if said is None:
+            traceback.print_exception(value)
+        print(f"process {self.index} of {self.count}: {said or value}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(value, UserError) else 1)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any process; each has to ask."""
+        if self.count == 1:
+            return mine
+        from jax.experimental.multihost_utils import process_allgather
+
+        return bool(process_allgather(np.asarray(mine)).any())
+
+    def from_main(self, value: int | None) -> int | None:
+        """The main process's number, not negative, or None; each has to ask."""
+        if self.count == 1:
+            return value
+        from jax.experimental.multihost_utils import broadcast_one_to_all
+
+        told = int(broadcast_one_to_all(np.asarray(-1 if value is None else value, np.int64)))
+        return None if told < 0 else told
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside on one process fails on all."""
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as fault:
+            mine = fault
+        failed = self.any(mine is not None)
+        if mine is not None:
+            raise mine
+        if failed:
+            raise OSError("another process of the run could not")
+
+
+ALONE = Processes()
+
+
+class Edge:
+    """What the processes were asked for, agreed upon at the edge of each step.
+
+    Of several, each puts its wishes into one small collective, whose result is read a step later,
+    when the devices have long come by it. One process agrees with itself at once.
+    """
+
+    def __init__(self, processes: Processes, layout: Any):
+        self._pending: Any = None
+        self._count, self._layout = processes.count, layout
+        if self._count > 1:
+            import jax
+
+            self._largest = jax.jit(lambda wishes: wishes.max(0), **layout.results(None))
+
+    def agree(self, stop: str | None, save: bool, now: bool = False) -> Asked:
+        """What was asked for at the edge before this one; at this one with `now`, which waits."""
+        if self._count == 1:
+            return Asked(stop, save)
+        wishes = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
+        shape = (self._layout.count, len(wishes))
+        spread = self._layout.load(
+            shape, lambda rows: np.tile(wishes, (len(range(*rows.indices(shape[0]))), 1))
+        )
+        asked, self._pending = self._pending, self._largest(spread)
+        if now:
+            asked, self._pending = self._pending, None
+        number, saves = (0, 0) if asked is None else (int(x) for x in np.asarray(asked))
+        return Asked(signal.Signals(number).name if number else None, bool(saves))
+
+
+def launcher() -> str | None:
+    """What has started this process as one of several, by the environment."""
+    for name, (mark, number) in LAUNCHERS.items():
+        several = name == "Kubernetes" or os.environ.get(number, "1") != "1"
+        if mark in os.environ and number in os.environ and several:
+            return name
+    return "JAX_COORDINATOR_ADDRESS" if "JAX_COORDINATOR_ADDRESS" in os.environ else None
+
+
+def join(address: Address, import_jax: Callable[[], Any]) -> Processes:
+    """Meet the other processes of the run, if there are others; before JAX looks for devices.
+
+    Raises:
+        UserError: if they do not all come, or it is not clear who they are.
+    """
+    given = [value is not None for value in address]
+    if any(given) and not all(given) and launcher() is None:
+        raise UserError(
+            "--coordinator-address HOST:PORT (of process 0), --num-processes and --process-id "
+            "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
+            "processes"
+        )
+    if not any(given) and launcher() is None:
+        return ALONE
+    _check(address)
+    jax = import_jax()
+    # It would take SIGTERM away from `stopping.py`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **address._asdict(),
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=END_SECONDS,
+        )
+    except (ValueError, RuntimeError) as fault:  # XLA's errors are of the second kind
+        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise UserError(
+            f"the processes of the run cannot meet ({line[:300]}); started by "
+            f"{launcher() or 'hand'}: see that all are started, with one --coordinator-address "
+            "that all can reach and a --process-id each"
+        ) from None
+    return Processes(jax.process_index(), jax.process_count())
+
+
+def _check(address: Address) -> None:
+    where, count, index = address
+    faults = []
+    if where is not None and not where.rpartition(":")[2].isdecimal():
+        faults.append(f"--coordinator-address {where} must be HOST:PORT")
+    if count is not None and count < 1:
+        faults.append(f"--num-processes {count} must be at least 1")
+    if index is not None and not 0 <= index < (count or index + 1):
+        faults.append(f"--process-id {index} must be at least 0 and below --num-processes {count}")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+# How XLA's errors of a connection that is gone begin or end, over gloo and NCCL.
+LOST = ("Gloo", "gloo", "NCCL", "onnection", "oordination", "UNAVAILABLE", "DEADLINE", "eartbeat")
+
+
+def _in_words(fault: BaseException) -> str | None:
+    if isinstance(fault, UserError):
+        return str(fault)
+    if isinstance(fault, RuntimeError) and any(word in str(fault) for word in LOST):
+        line = str(fault).strip().splitlines()[0][:200]
+        return (
+            f"another process of the run has died or cannot be reached ({line}); start all of them "
+            "again with the same command: the run goes on from its newest checkpoint"
+        )
+    return None

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One run as two processes on this machine, without a GPU: what several machines do, to be seen and
+# broken at home.
+#
+#     scripts/train_two_processes.sh --max-iters 200
+#     kill PID of one of them: both save at the same step, and the same command goes on
+#     kill -9 PID of one: the other leaves within a minute, and the same command goes on
+#
+# On real machines every process gets the address of the first, that number and its own.
+set -euo pipefail
+
+address=127.0.0.1:${PORT:-9876}
+export XLA_FLAGS="--xla_force_host_platform_device_count=2" # two devices each, four in all
+for process in 0 1; do
+    python -m jaxgpt.train --preset demo --device cpu --batch-size 3 --out-dir runs/two-processes \
+        --coordinator-address "$address" --num-processes 2 --process-id "$process" "$@" &
+    echo "process $process is PID $!"
+done
+code=0
+wait -n || code=$?
+wait -n || code=$?
+exit "$code"

@@ -1,0 +1,204 @@
+"""Several processes as one run: real ones, over loopback, with two CPU devices each."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import SMALL, last_params, losses, train
+
+from jaxgpt.errors import UserError
+from jaxgpt.training.integrity import verify
+from jaxgpt.training.metrics import read_metrics
+from jaxgpt.training.processes import ALONE, Address, Asked, Edge, _in_words, join, launcher
+from jaxgpt.training.retention import finished_steps
+
+COUNT = 2
+# Four devices hold one window each; the effective batch of 8 is that of test_train's runs.
+FLAGS = [*SMALL, "--batch-size", "1", "--num-processes", str(COUNT)]
+ENDLESS = ("--max-iters", "100000", "--eval-interval", "100000", "--lr-decay-iters", "100000")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Pair:
+    """Two processes that train in `out_dir`; killed at the end if they are still there."""
+
+    def __init__(self, out_dir: Path, *flags: str):
+        self.out_dir = out_dir
+        address = ("--coordinator-address", f"127.0.0.1:{free_port()}")
+        env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-m", "jaxgpt.train", *FLAGS, *address, *flags]
+        self.processes = [
+            subprocess.Popen(
+                [*command, "--out-dir", str(out_dir), "--process-id", str(i)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=env,
+            )
+            for i in range(COUNT)
+        ]
+
+    def __enter__(self) -> "Pair":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 240
+        log = self.out_dir / "metrics.jsonl"
+        while time.monotonic() < deadline:
+            if log.exists() and any(r["step"] >= step for r in read_metrics(log)):
+                return
+            assert all(process.poll() is None for process in self.processes)
+            time.sleep(0.1)
+        raise AssertionError(f"step {step} was not reached")
+
+    def end(self) -> tuple[list[int], list[str]]:
+        """Exit codes and outputs."""
+        outputs = [process.communicate(timeout=240)[0] for process in self.processes]
+        return [process.returncode for process in self.processes], outputs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Ten steps on one device."""
+    out_dir = tmp_path_factory.mktemp("runs") / "alone"
+    assert train(out_dir, "--max-iters", "10") == 0
+    return out_dir
+
+
+def assert_same_curve(out_dir: Path, alone: Path) -> None:
+    got, expected = (np.array(list(losses(d).values()), float) for d in (out_dir, alone))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
+def test_two_processes_are_one_run_and_any_number_goes_on_with_it(tmp_path, alone, mesh) -> None:
+    out_dir = tmp_path / "run"
+    with Pair(out_dir, "--mesh", mesh, "--max-iters", "6", "--lr-decay-iters", "10") as pair:
+        codes, outputs = pair.end()
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "= batch_size 1 x 4 devices x 2 accumulated" in outputs[0]
+    assert "Done: 6 steps" in outputs[0]
+    assert "step" not in outputs[1]  # one process speaks
+    checkpoints = out_dir / "checkpoints"
+    assert finished_steps(checkpoints)[-1] == 6
+    files = verify(checkpoints / "6")["files"]
+    assert {name.split("/")[1] for name in files if "ocdbt" in name} >= {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+    assert train(out_dir, "--max-iters", "10") == 0  # on one device
+    assert_same_curve(out_dir, alone)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_on_all_and_they_go_on(tmp_path) -> None:
+    with Pair(tmp_path, "--mesh", "fsdp=4", *ENDLESS) as pair:
+        pair.wait_for_step(5)
+        pair.processes[1].send_signal(signal.SIGUSR1)
+        pair.processes[1].send_signal(signal.SIGTERM)
+        codes, outputs = pair.end()
+    assert codes == [0, 0], "\n".join(outputs)
+    stopped = int(re.search(r"SIGTERM: saved step ([\d,]+)", outputs[0])[1].replace(",", ""))
+    assert finished_steps(tmp_path / "checkpoints")[-1] == stopped
+    more = ("--max-iters", str(stopped + 3), "--lr-decay-iters", "100000")
+    with Pair(tmp_path, *more, "--eval-interval", "100000") as pair:  # over data
+        codes, outputs = pair.end()
+    assert codes == [0, 0], "\n".join(outputs)
+    assert f"from step {stopped:,} to step {stopped + 3:,}" in " ".join(outputs[0].split())
+    assert list(losses(tmp_path)) == list(range(stopped + 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_process_is_killed_the_other_leaves_and_the_run_goes_on(tmp_path, killed) -> None:
+    with Pair(tmp_path, *ENDLESS) as pair:
+        pair.wait_for_step(3)
+        pair.processes[killed].kill()
+        since = time.monotonic()
+        codes, _ = pair.end()
+        assert time.monotonic() - since < 60
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] != 0
+    assert train(tmp_path, "--max-iters", "2", "--eval-interval", "100000") == 0
+    assert last_params(tmp_path)
+
+
+# ---------------------------------------------------------------- who is there
+
+
+@pytest.fixture
+def no_launcher(monkeypatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION", "JAX_COORD")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16"}, "Slurm"),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),  # all its cards are one run's
+        ({"SLURM_NTASKS": "16"}, None),  # sbatch without srun
+        ({"OMPI_MCA_orte_hnp_uri": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "h"}, None),  # a pod of its own
+    ],
+)
+def test_a_launcher_is_known_by_what_it_tells_each_process(monkeypatch, variables, found) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launcher() == found
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(
+    ("address", "answer"),
+    [
+        (Address("host:1", None, 0), "come together"),
+        (Address("host", 2, 0), "--coordinator-address host must be HOST:PORT"),
+        (Address("host:1", 2, 2), "--process-id 2 must be at least 0 and below --num-processes 2"),
+        (Address("host:1", 0, 0), "--num-processes 0 must be at least 1"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_before_jax_is_imported(address, answer) -> None:
+    with pytest.raises(UserError, match=re.escape(answer)):
+        join(address, lambda: pytest.fail("imported"))
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_one_process_agrees_with_itself_at_once_and_imports_nothing() -> None:
+    assert join(Address(), lambda: pytest.fail("imported")) is ALONE
+    edge = Edge(ALONE, layout=None)
+    assert edge.agree("SIGTERM", save=False) == Asked("SIGTERM", False)
+    assert edge.agree(None, save=True, now=True) == Asked(None, True)
+    assert ALONE.from_main(3) == 3
+    with pytest.raises(OSError, match="full"), ALONE.together():
+        raise OSError("full")
+
+
+def test_a_lost_connection_is_told_from_other_faults() -> None:
+    gone = RuntimeError("FAILED_PRECONDITION: Gloo all-reduce: Connection closed by peer")
+    assert "another process of the run has died" in _in_words(gone)
+    assert _in_words(RuntimeError("INTERNAL: a bug")) is None
+    assert _in_words(UserError("say this")) == "say this"
