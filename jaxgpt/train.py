@@ -22,7 +22,7 @@ from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.gpus import visible_card
 from jaxgpt.presets import preset_for_memory
-from jaxgpt.pretrained import load_like, start_from
+from jaxgpt.pretrained import load_start, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import MetricsLog
@@ -107,7 +107,8 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         if resumed_step is None:
             state = training.init()
             if pretrained is not None:
-                params = load_like(pretrained, cfg.model, state.params)
+                jax.tree.map(jax.Array.delete, state.params)  # their memory is for the others
+                params = load_start(pretrained, cfg.model.block_size, device)
                 state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)
@@ -131,10 +132,10 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
             scores = score_benchmarks(
                 questions, score_step, state.params, cfg.model.block_size, cfg.batch_size
             )
-            accuracies = report.benchmark_scalars(scores)
-            said = "".join(f"  {name} {share:.4f}" for name, share in accuracies.items())
+            figures = report.benchmark_scalars(scores)
+            said = "".join(f"  {name} {value:.4f}" for name, value in figures.items())
             console.say(f"step {step:,}  validation loss {loss:.4f}{said}")
-            return {"val/loss": loss, **accuracies}
+            return {"val/loss": loss, **figures}
 
         def save_now(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing
