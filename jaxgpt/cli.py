@@ -253,6 +253,10 @@ def _faults_at_sight(
             faults.append(f"--{name} is nanoGPT's; {instead[name]}")
         elif name not in known and flag not in OTHER_FLAGS:
             faults.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
+        elif name == "prompt" and value is None:
+            faults.append(
+                "--prompt needs a text; one that begins with -- goes as --prompt='-- ...'"
+            )
         elif name in known and known[name].type is not bool and not value and name != "prompt":
             faults.append(f"--{flag} needs a value")  # but a prompt may be empty
         elif name in known and known[name].type is not bool:

@@ -81,16 +81,18 @@ class ModelConfig:
             faults += _bad_counts(self, "vocab_size")
         return faults
 
-    def parameter_count(self) -> int:
-        """Trainable parameters, the tied head counted once (nanoGPT's count adds up the same)."""
+    def parameter_count(self, padding: bool = True) -> int:
+        """Trainable parameters, the tied head counted once (nanoGPT's count adds up the same).
+
+        Without `padding` only the rows of the embedding that the tokenizer has ids for are counted.
+        """
         assert self.vocab_size is not None, "resolve the vocabulary before counting"
+        rows = self.vocab_size if padding else self.n_vocab or self.vocab_size
         D, F = self.n_embd, 4 * self.n_embd
         block = 2 * D + D * 3 * D + D * D + 2 * D * F
         biases = (2 * D + 3 * D + D + F + D) if self.bias else 0
         final_norm = 2 * D if self.bias else D
-        return (
-            (self.vocab_size + self.block_size) * D + self.n_layer * (block + biases) + final_norm
-        )
+        return (rows + self.block_size) * D + self.n_layer * (block + biases) + final_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,8 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
-    # Hub, or a folder; they bring their architecture and tokenizer, block_size may be shorter
+    # Hub, or a folder, a run's too (its newest checkpoint); they bring their architecture and
+    # tokenizer, block_size may be shorter
     init_from: TextIfSet = None
 
     dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package

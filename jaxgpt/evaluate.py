@@ -17,16 +17,18 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxgpt import cli
-from jaxgpt.config import ConfigError, PathIfSet, TextIfSet
+from jaxgpt.config import ConfigError, IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.console import print_table
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import evaluation_windows, first_windows
+from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.evaluate"
+VAL_TOKENS = 10_485_760  # 10,240 windows of 1,024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class EvaluateFlags(WeightsFlags):
 
     dataset: TextIfSet = None  # a folder under data/, or 'embedded'; if unset, the run's own
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
-    val_tokens: int = 10_485_760  # from the start of the validation split; 0: the whole of it
+    # from the start of the validation split; 0: the whole of it; if unset, 10,485,760
+    val_tokens: IntIfSet = None
     as_in_training: bool = False  # the windows that the run itself evaluates on, and no others
     skip_loss: bool = False  # the benchmarks alone
     hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets' to have it fetched
@@ -46,12 +49,14 @@ class EvaluateFlags(WeightsFlags):
     def faults(self) -> list[str]:
         """What is wrong with them, a sentence for each fault."""
         faults = super().faults()
-        if self.val_tokens < 0:
+        if self.val_tokens is not None and self.val_tokens < 0:
             faults.append(f"--val-tokens {self.val_tokens} must be at least 0")
         if self.batch_size < 1:
             faults.append(f"--batch-size {self.batch_size} must be at least 1")
-        if self.as_in_training and self.init_from is not None:
-            faults.append("--as-in-training is for runs: --init-from has none of its own windows")
+        if self.as_in_training and self.val_tokens is not None:
+            faults.append("--as-in-training measures the run's own windows; drop --val-tokens")
+        if self.as_in_training and self.skip_loss:
+            faults.append("--as-in-training is about the loss, which --skip-loss leaves out")
         if self.skip_loss and not (self.hellaswag or self.lambada):
             faults.append("--skip-loss leaves nothing to do without --hellaswag or --lambada")
         if self.dataset == "embedded" and self.data_dir is not None:
@@ -94,7 +99,7 @@ def run(flags: EvaluateFlags) -> None:
     from jaxgpt.training.evaluation import measure_text
     from jaxgpt.training.step import make_score_step
 
-    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count()}
+    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count(padding=False)}
     result |= {"step": weights.step, "dtype": dtype, "device": device.device_kind}
     with jax.default_device(device):
         params = weights.load(device)
@@ -122,13 +127,15 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
     available = (len(tokens) - 1) // block_size
     run = weights.run
     if flags.as_in_training:
-        assert run is not None
+        if run is None:
+            raise ConfigError(f"--as-in-training is for runs: {weights.name} is none")
         windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows or 1, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
         own = [windows_WT1[first : first + flags.batch_size] for first in starts]
         name = f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations"
         return name, own, len(windows_WT1)
-    count = min(flags.val_tokens // block_size or 1, available) if flags.val_tokens else available
+    wanted = VAL_TOKENS if flags.val_tokens is None else flags.val_tokens
+    count = min(max(1, wanted // block_size), available) if wanted else available
     batches = first_windows(tokens, block_size, count, n_vocab, flags.batch_size)
     what = "all" if count == available else "the first"
     return f"{tokens.name}: {what} {count:,} windows of {block_size:,}", batches, count
@@ -149,7 +156,9 @@ def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
             f"{weights.name} has no text of its own; say which with --data-dir FOLDER or --dataset "
             "embedded, or measure benchmarks alone with --skip-loss"
         )
-    return open_split(data_dir.expanduser(), "val", weights.tokenizer)
+    data_dir = data_dir.expanduser()
+    check_manifest(data_dir, weights.tokenizer)
+    return open_split(data_dir, "val", weights.tokenizer)
 
 
 def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Iterable[np.ndarray]:

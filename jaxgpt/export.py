@@ -5,6 +5,7 @@ The folder appears whole or not at all, and needs neither jaxgpt nor its run any
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ from jaxgpt.weights import Weights, WeightsFlags, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.export"
 # Of this machine and not of the model: no reader of a model card needs them.
-NOT_ON_THE_CARD = {"out_dir", "data_dir", "device", "keep_checkpoints", "checkpoint_minutes"}
+NOT_ON_THE_CARD = {
+    *("out_dir", "data_dir", "device", "keep_checkpoints", "checkpoint_minutes", "resume"),
+    *("hellaswag", "lambada", "auto_batch_size"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(flags)
     except UserError as fault:
         cli.fail(PROG, str(fault))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     return 0
 
 
@@ -76,7 +83,8 @@ def run(flags: ExportFlags) -> None:
         write_folder(folder, weights, weights.load(device), model_card(weights, weights.run, data))
     except OSError as fault:
         raise ConfigError(f"--to {folder} cannot be written: {fault}") from None
-    print(f"{weights.name}: {weights.model.parameter_count():,} parameters written to {folder}")
+    count = weights.model.parameter_count(padding=False)
+    print(f"{weights.name}: {count:,} parameters written to {folder}")
     if not has_files(weights.tokenizer):
         print(
             f"without tokenizer files, which are written for gpt2 and byte: {weights.run.tokenizer}"
@@ -95,28 +103,31 @@ def check_is_free(folder: Path) -> None:
 
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
     """Write everything beside `folder` first, and give it its name when it is complete."""
-    part = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
+    folder = folder.resolve()  # "." has no name
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
-    huggingface.save_model(part, weights.model, params, weights.tokenizer.eot)
-    if has_files(weights.tokenizer):
-        write_tokenizer(part, weights.tokenizer, weights.model.block_size)
-    (part / "README.md").write_text(card, encoding="utf-8")
-    part.replace(folder)
+    try:
+        huggingface.save_model(part, weights.model, params, weights.tokenizer.eot)
+        if has_files(weights.tokenizer):
+            write_tokenizer(part, weights.tokenizer, weights.model.block_size)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
     """README.md: what the model is, what it was trained on, how well it does, and all settings."""
     m, step = weights.model, weights.step or 0
-    exported = huggingface.exported_parameter_count(m)
     loss = "not evaluated at this step"
     if weights.val_loss is not None:
-        loss = f"{weights.val_loss:.4f} nats per token on {run.eval_windows:,} windows"
+        windows = min(run.eval_windows or 1, (data["val_tokens"] - 1) // m.block_size)
+        loss = f"{weights.val_loss:.4f} nats per token on {windows:,} windows"
     source = "the four Jane Austen novels that come with jaxgpt"
     if run.dataset != "embedded":
         source = f"{run.dataset} (token files)"
     rows = {
-        "parameters": f"{exported:,}",
+        "parameters": f"{m.parameter_count(padding=False):,}",
         "architecture": f"GPT-2: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context "
         f"{m.block_size}, biases {'yes' if m.bias else 'no (exported as zeros)'}, "
         f"{m.gelu} GELU",

@@ -87,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
     """Answer the question that the flags ask, as tables or as JSON."""
     gpu = _card(flags.gpu, flags.vram)
+    if cfg.init_from is not None:
+        raise ConfigError(
+            f"--init-from {cfg.init_from}: plan reads no weights; describe their shape instead: "
+            "--n-layer, --n-head, --n-embd, --block-size, --bias"
+        )
     if flags.hours is not None and not 0 < flags.hours < math.inf:
         raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
     if flags.hours is not None and (idle := sorted(given & CHOSEN_BY_HOURS)):

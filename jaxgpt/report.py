@@ -81,11 +81,11 @@ class Reporter:
 
 
 def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The accuracies of benchmarks under the names they have in the log."""
+    """The figures of benchmarks that belong into the log, under the names they have there."""
     return {
         f"{benchmark}/{name}": figures[name]
         for benchmark, figures in scores.items()
-        for name in ("acc", "acc_norm")
+        for name in ("acc", "acc_norm", "perplexity")
         if name in figures
     }
 

@@ -5,9 +5,11 @@ Standard output gets the texts and nothing else; what is said about them goes to
 
 import codecs
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 
 from jaxgpt import cli
 from jaxgpt.config import ConfigError, FloatIfSet
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -34,8 +36,8 @@ INSTEAD = {
 class SampleFlags(WeightsFlags):
     """What to continue, and how."""
 
-    # the text to continue: as it stands, FILE:prompt.txt, or - for standard input; if unset, a new
-    # document begins
+    # the text to continue: as it stands, FILE:prompt.txt, or - for standard input; <|endoftext|>
+    # in it is the token of that name; if unset, a new document begins
     prompt: str = ""
     num_samples: int = 1  # texts made at the same time; the first is shown as it grows
     max_new_tokens: int = 500  # length of each continuation
@@ -75,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Continue a text with a model of yours, or with GPT-2.",
         instead=INSTEAD,
     )
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter, and a text go on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         prompt = read_prompt(flags.prompt)
         with out_of_memory_in_words(lambda: "make fewer texts at a time with --num-samples"):
@@ -113,7 +118,8 @@ def run(flags: SampleFlags, prompt: str) -> None:
             chunk=STREAM_CHUNK,
         )
         params = weights.load(device)
-        say(f"{weights.name}: {weights.model.parameter_count():,} parameters, {dtype}, {device}")
+        count = weights.model.parameter_count(padding=False)
+        say(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
         key = jax.random.key(flags.seed)
 
         def texts(prompt: str, turn: int) -> Iterator[np.ndarray]:
@@ -135,20 +141,21 @@ def read_prompt(prompt: str) -> str:
     Raises:
         ConfigError: if it is to be read from a file that cannot be.
     """
-    if prompt == "-":
-        return sys.stdin.read()
-    if not prompt.startswith(FROM_FILE):
-        return prompt
-    path = Path(prompt.removeprefix(FROM_FILE)).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        if prompt == "-":
+            return sys.stdin.read()
+        if not prompt.startswith(FROM_FILE):
+            return prompt
+        return Path(prompt.removeprefix(FROM_FILE)).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(f"--prompt {prompt} cannot be read as text: {fault}") from None
 
 
 def prompt_ids(prompt: str, weights: Weights) -> list[int]:
-    """The prompt as ids; the end-of-text id, which begins a document, where there is none."""
-    ids = weights.tokenizer.encode(prompt).tolist() or [weights.tokenizer.eot]
+    """The prompt as ids, end-of-text for its name; that alone, which begins a document, for ''."""
+    tokenizer = weights.tokenizer
+    first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(EOT_TEXT))
+    ids = [*first, *(id for part in others for id in (tokenizer.eot, *part))] or [tokenizer.eot]
     context = weights.model.block_size
     if len(ids) > context:
         say(f"the prompt has {len(ids):,} tokens; the model sees the last {context:,} of them")
@@ -166,19 +173,21 @@ def write_texts(
         parts.append(tokens_BC)
         print(first.feed(tokens_BC[0]), end="", flush=True)
     print(first.end())
-    tokens_BL = np.concatenate(parts, axis=1)
-    for tokens_L in tokens_BL[1:]:
-        text = new_text()
+    texts = [first]
+    for tokens_L in np.concatenate(parts, axis=1)[1:]:
+        texts.append(text := new_text())
         print(f"{SEPARATOR}\n{prompt}{text.feed(tokens_L)}{text.end()}")
     sys.stdout.flush()
-    seconds = time.perf_counter() - start
-    say(f"{tokens_BL.size:,} tokens in {seconds:.1f} s, compiling included")
+    seconds, tokens = time.perf_counter() - start, sum(text.tokens for text in texts)
+    say(f"{tokens:,} tokens in {seconds:.1f} s, compiling included")
 
 
 def converse(
     texts: Callable[[str, int], Iterator[np.ndarray]], new_text: Callable[[], "TextStream"]
 ) -> None:
     """Ask for prompts until there are no more; Ctrl-C ends a text, and Ctrl-D all."""
+    with suppress(ImportError):  # which lets `input` edit a line and remember those before
+        import readline  # noqa: F401
     say("Ctrl-C ends a text, Ctrl-D the conversation; nothing is remembered from one to the next")
     for turn in count():
         try:
@@ -186,6 +195,8 @@ def converse(
         except EOFError:
             say("")
             return
+        except UnicodeDecodeError as fault:
+            raise ConfigError(f"what was typed cannot be read as text: {fault}") from None
         try:
             write_texts(prompt, texts(prompt, turn), new_text)
         except KeyboardInterrupt:
@@ -196,13 +207,15 @@ class TextStream:
     """One text from its ids, a few at a time: half a letter waits for its rest."""
 
     def __init__(self, tokenizer: Tokenizer, stop_at: int | None):
+        self.tokens = 0  # in the text, `stop_at` not counted
         self._tokenizer, self._stop_at = tokenizer, stop_at
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, ids_C: np.ndarray) -> str:
         """The text that (C,) ids add; what comes from `stop_at` on is none."""
-        ids = takewhile(lambda id: id != self._stop_at, ids_C.tolist())
-        return self._decoder.decode(self._tokenizer.decode_bytes(list(ids)))
+        ids = list(takewhile(lambda id: id != self._stop_at, ids_C.tolist()))
+        self.tokens += len(ids)
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def end(self) -> str:
         """What is left of a letter that never came whole."""

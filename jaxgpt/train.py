@@ -24,7 +24,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.compile_cache import prepare_compile_cache
-from jaxgpt.pretrained import load_like, start_from
+from jaxgpt.pretrained import load_start, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.processes import Address, Asked, Edge, join
@@ -135,7 +135,8 @@ def run(
         if resumed_step is None:
             state = training.init()
             if pretrained is not None:
-                params = load_like(pretrained, cfg.model, state.params)
+                jax.tree.map(jax.Array.delete, state.params)  # their memory is for the others
+                params = load_start(pretrained, device, state.params)
                 state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)
@@ -167,10 +168,10 @@ def run(
             scores = score_benchmarks(
                 questions, score_step, state.params, cfg.model.block_size, held
             )
-            accuracies = report.benchmark_scalars(scores)
-            said = "".join(f"  {name} {share:.4f}" for name, share in accuracies.items())
+            figures = report.benchmark_scalars(scores)
+            said = "".join(f"  {name} {value:.4f}" for name, value in figures.items())
             console.say(f"step {step:,}  validation loss {loss:.4f}{said}")
-            return {"val/loss": loss, **accuracies}
+            return {"val/loss": loss, **figures}
 
         def begin_save() -> None:
             checkpoints.begin(state, config=flat_values(cfg), data=data_identity)

@@ -14,11 +14,11 @@ from typing import Any
 from jaxgpt import cli
 from jaxgpt.config import Config, ConfigError, Device, Dtype, ModelConfig, PathIfSet, TextIfSet
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.folders import find_folder, read_folder
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.compile_cache import prepare_compile_cache
 from jaxgpt.model import huggingface
 from jaxgpt.presets import load_config
-from jaxgpt.pretrained import find_folder, read_folder
 from jaxgpt.resume import CONFIG_FILE
 from jaxgpt.training.records import METRICS_FILE, read_metrics
 from jaxgpt.training.retention import FOLDER, finished_steps
@@ -30,7 +30,7 @@ class WeightsFlags:
 
     out_dir: PathIfSet = None  # the run whose weights are used
     # or weights from elsewhere: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
-    # Hugging Face Hub, or a local folder with config.json and model.safetensors
+    # Hugging Face Hub, or a folder: a run's, or one with config.json and model.safetensors
     init_from: TextIfSet = None
     checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
     device: Device = "auto"  # auto: a GPU if there is one
@@ -70,6 +70,13 @@ def open_weights(flags: WeightsFlags) -> Weights:
     if flags.out_dir is not None:
         return _open_run(Path(os.path.expanduser(flags.out_dir)), flags.checkpoint)
     assert flags.init_from is not None
+    path = Path(os.path.expanduser(flags.init_from))
+    if (path / FOLDER).is_dir() and (path / CONFIG_FILE).is_file():
+        return _open_run(path, flags.checkpoint)
+    if flags.checkpoint != "latest":
+        raise ConfigError(
+            f"--checkpoint {flags.checkpoint}: {flags.init_from} is no run, and has no checkpoints"
+        )
     folder = find_folder(flags.init_from)
     model, tokenizer = read_folder(folder)
     return Weights(
@@ -167,4 +174,5 @@ def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, 
 def _on_device(params: Any, device: Any) -> Any:
     import jax
 
-    return jax.device_put(params, device)
+    # Copies, because a training step donates them.
+    return jax.device_put(params, device, may_alias=False)

@@ -50,11 +50,15 @@ def convert(checkpoint: Path, folder: Path) -> None:
         params = to_params(cfg, weights)
     except KeyError as fault:
         raise UserError(f"{checkpoint} is no ckpt.pt of nanoGPT: it has no {fault}") from None
-    folder.mkdir(parents=True)
-    is_gpt2 = cfg.n_vocab == load_tokenizer("gpt2").n_vocab
-    save_model(folder, cfg, params, eot=50_256 if is_gpt2 else 0)
-    if is_gpt2:
-        write_tokenizer(folder, load_tokenizer("gpt2"), cfg.block_size)
+    gpt2 = load_tokenizer("gpt2")
+    is_gpt2 = cfg.n_vocab == gpt2.n_vocab
+    try:
+        folder.mkdir(parents=True)
+        save_model(folder, cfg, params, eot=gpt2.eot if is_gpt2 else 0)
+        if is_gpt2:
+            write_tokenizer(folder, gpt2, cfg.block_size)
+    except OSError as fault:
+        raise UserError(f"--to {folder} cannot be written: {fault}") from None
     shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}"
     print(f"{folder}: {shape}, {cfg.n_vocab:,} ids")
     if not is_gpt2:
@@ -66,8 +70,10 @@ def convert(checkpoint: Path, folder: Path) -> None:
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """(model_args, weights by nanoGPT's names in float32) of a ckpt.pt."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise UserError("nanoGPT's files are read by torch: pip install torch") from None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         args, state = checkpoint["model_args"], checkpoint["model"]

@@ -173,6 +173,14 @@ def test_lambada_is_right_where_greedy_decoding_writes_the_last_word(
     assert hits_R.tolist() == [True] * 3 + [False] * 3
 
 
+def test_a_line_ends_where_json_lines_end(tokenizer, tmp_path) -> None:
+    text = "one\u2028two\x85 three"  # both end a line for str.splitlines
+    path = tmp_path / "raw.jsonl"
+    path.write_bytes(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n\n")
+    (question,) = load_benchmark("lambada", str(path), tokenizer, 40)
+    assert bytes(question.rows[0].tokens.tolist()).decode() == text
+
+
 def test_a_context_loses_its_beginning_and_an_ending_nothing(tokenizer, tmp_path) -> None:
     path = write_lines(tmp_path / "l.jsonl", [{"text": "x" * 100 + " word"}, {"text": " word"}])
     long, short = load_benchmark("lambada", path, tokenizer, 20)
@@ -187,6 +195,7 @@ def test_a_context_loses_its_beginning_and_an_ending_nothing(tokenizer, tmp_path
     [
         ("hellaswag", '{"ctx": "a"}', "line 1 is not a hellaswag record"),
         ("hellaswag", '{"ctx": "a", "endings": ["b"], "label": 4}', "line 1 is not a hellaswag"),
+        ("hellaswag", '{"ctx": "a", "endings": "bcde", "label": 1}', "line 1 is not a hellaswag"),
         ("hellaswag", "[1, 2]", "line 1 is not a hellaswag record"),
         ("hellaswag", "{", "line 1 is no JSON"),
         ("hellaswag", "", "holds no record of hellaswag"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from jaxgpt import train
+from jaxgpt import prepare, train
 from jaxgpt.data.loader import first_windows
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import DataError, write_shard
@@ -17,7 +17,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.evaluate import main
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.training.evaluation import measure_text
+from jaxgpt.training.evaluation import measure_text, perplexity
 from jaxgpt.training.records import read_metrics
 from jaxgpt.training.step import make_score_step
 
@@ -116,7 +116,7 @@ def test_token_files_are_read_and_the_table_says_what_they_are(
     assert found["validation"]["tokens"] == 499 // 16 * 16
     assert main(["--out-dir", str(tiny_run), "--data-dir", str(tmp_path)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for part in ("step 8, 11,600 parameters", "all 31 windows", "nats per token", "bits per byte"):
+    for part in ("step 8, 10,592 parameters", "all 31 windows", "nats per token", "bits per byte"):
         assert part in out
 
 
@@ -164,6 +164,8 @@ def test_training_scores_benchmarks_at_each_evaluation(tmp_path, hellaswag_file,
     [
         (["--val-tokens=-1", "--batch-size=0"], ["--val-tokens -1 must", "--batch-size 0 must"]),
         (["--skip-loss"], ["--skip-loss leaves nothing to do"]),
+        (["--as-in-training", "--val-tokens=9"], ["the run's own windows; drop --val-tokens"]),
+        (["--as-in-training", "--skip-loss", "--lambada=x"], ["which --skip-loss leaves out"]),
         (["--dataset=embedded", "--data-dir=x"], ["--data-dir is not read"]),
         (["--data-dir=no/such"], ["no/such: no such folder", "val.bin"]),
         (["--hellaswag=no.jsonl"], ["--hellaswag no.jsonl cannot be read"]),
@@ -192,3 +194,17 @@ def test_a_folder_has_no_text_of_its_own(mistake, exported) -> None:
     answer = mistake("--init-from", exported)
     assert "has no text of its own; say which with --data-dir" in answer
     assert "is for runs" in mistake("--init-from", exported, "--as-in-training")
+    assert "is no run, and has no" in mistake("--init-from", exported, "--checkpoint", "best")
+
+
+def test_text_of_another_tokenizer_is_not_measured(mistake, tiny_run, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 200)
+    flags = ["--out", str(tmp_path / "data"), "--val-fraction", "0.5", "--tokenizer", "gpt2"]
+    assert prepare.main([str(tmp_path / "text.txt"), "--sample-by", "line", *flags]) == 0
+    answer = mistake("--out-dir", tiny_run, "--data-dir", tmp_path / "data")
+    assert "was made with tokenizer 'gpt2', and the model's is 'byte'" in answer
+
+
+def test_a_loss_beyond_all_numbers_has_no_perplexity() -> None:
+    assert perplexity(1.0) == pytest.approx(math.e)
+    assert perplexity(1e4) == math.inf

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgpt.export import main
+from jaxgpt.export import main, model_card
 from jaxgpt.training.records import read_metrics
 from jaxgpt.weights import WeightsFlags, build_network, open_weights
 
@@ -59,7 +59,35 @@ def test_another_checkpoint_is_exported_on_request(tiny_run: Path, tmp_path: Pat
     argv = ["--out-dir", str(tiny_run), "--to", str(tmp_path / "m"), "--checkpoint", "4"]
     assert main(argv) == 0
     assert "tokens in 4 steps" in (tmp_path / "m" / "README.md").read_text()
-    assert "step 4: 11,600 parameters written to" in capsys.readouterr().out
+    assert "step 4: 10,592 parameters written to" in capsys.readouterr().out
+
+
+def test_the_folder_one_stands_in_is_written_and_a_failure_leaves_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "here.tmp").mkdir()  # somebody's own
+    monkeypatch.chdir(here)
+    argv = ["--out-dir", str(tiny_run), "--to", "."]
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxgpt.export.write_tokenizer", fail)
+        with pytest.raises(SystemExit):
+            main(argv)
+    assert "--to . cannot be written: No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "here.tmp"]
+    assert main(argv) == 0
+    assert (here / "model.safetensors").exists()
+
+
+def test_the_card_counts_the_windows_there_were(tiny_run: Path) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    assert weights.run is not None
+    card = model_card(weights, weights.run, {"train_tokens": 9, "val_tokens": 16 * 7 + 1})
+    assert "on 7 windows |" in card
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,8 @@ def frequencies(sampling: Sampling, probabilities: list[float]) -> np.ndarray:
         (Sampling(temperature=1.0, top_k=None), [0.1, 0.2, 0.4, 0.3]),
         (Sampling(temperature=0), [0, 0, 1, 0]),
         (Sampling(temperature=0.5, top_k=None), [1 / 30, 4 / 30, 16 / 30, 9 / 30]),
+        (Sampling(temperature=1e-50, top_k=None), [0, 0, 1, 0]),
+        (Sampling(temperature=1e-50, top_p=0.9), [0, 0, 1, 0]),
         (Sampling(temperature=1.0, top_k=2), [0, 0, 4 / 7, 3 / 7]),
         (Sampling(temperature=1.0, top_k=1), [0, 0, 1, 0]),
         (Sampling(temperature=1.0, top_k=99), [0.1, 0.2, 0.4, 0.3]),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, assert_trees_equal
@@ -16,7 +17,6 @@ from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.model.huggingface import (
     FolderError,
-    exported_parameter_count,
     load_params,
     read_model_config,
     save_model,
@@ -72,7 +72,7 @@ def test_transformers_gives_the_logits_of_what_is_exported(tmp_path, shape, bias
     np.testing.assert_allclose(imported_logits(tmp_path, tokens_BT), expected, atol=1e-4, rtol=0)
     trained = sum(p.numel() for p in theirs.parameters())
     zero_biases = 0 if bias else sum(p.numel() for p in theirs.parameters() if not p.any())
-    assert exported_parameter_count(cfg) == trained - zero_biases
+    assert cfg.parameter_count(padding=False) == trained - zero_biases
 
 
 @pytest.mark.parametrize("cfg", [TINY, WITH_BIAS], ids=["without bias", "with bias"])
@@ -150,6 +150,29 @@ def test_weights_in_several_files_are_found_by_their_index(folder: Path) -> None
     assert_trees_equal(load_params(folder, read_model_config(folder)), expected)
 
 
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "", "..", None])
+def test_an_index_names_no_file_of_another_folder(folder: Path, name: str | None) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "a.safetensors")
+    weight_map = ["x"] if name is None else {"wte.weight": name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FolderError, match=r"weight_map names '\S*', which is no file of this fold"):
+        load_params(folder, read_model_config(folder))
+
+
+def test_a_disk_that_takes_no_weights_is_told_as_any_other(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        save_model(tmp_path / "nowhere", TINY, random_params(TINY), eot=7)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_half_the_size_are_read_as_they_are(folder: Path, dtype: str) -> None:
+    change_tensors(folder, lambda t: {name: x.astype(jnp.dtype(dtype)) for name, x in t.items()})
+    params = load_params(folder, read_model_config(folder))
+    stored = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(params["wte"]["embedding"], stored.astype(np.float32))
+
+
 def test_the_context_may_be_shorter_and_the_vocabulary_padded(folder: Path) -> None:
     cfg = read_model_config(folder)
     other = dataclasses.replace(cfg, block_size=6, vocab_size=64)
@@ -166,7 +189,9 @@ def test_the_context_may_be_shorter_and_the_vocabulary_padded(folder: Path) -> N
         ({"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon is 1e-06, and only 1e-05"]),
         ({"n_inner": 17}, ["n_inner is 17, and only 4 x n_embd"]),
         ({"activation_function": "relu"}, ["activation_function relu is none of gelu_new"]),
+        ({"activation_function": ["gelu"]}, ["activation_function ['gelu'] is none of"]),
         ({"n_layer": "2"}, ['n_layer is "2", not a whole number']),
+        ({"n_embd": {}, "n_inner": 64}, ["n_embd is {}, not a whole number"]),
         ({"n_embd": 15, "n_head": 2}, ["n_embd 15 is not a multiple of n_head 2"]),
         (
             {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True},

@@ -92,7 +92,7 @@ def test_training_refuses_a_folder_that_is_not_what_was_written(
 
 
 def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="made with tokenizer 'byte', and the run's is 'gpt2'"):
+    with pytest.raises(DataError, match="made with tokenizer 'byte', and the model's is 'gpt2'"):
         check_manifest(folder, load_tokenizer("gpt2"))
 
 

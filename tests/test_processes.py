@@ -15,8 +15,8 @@ from test_train import SMALL, last_params, losses, train
 
 from jaxgpt.errors import UserError
 from jaxgpt.training.integrity import verify
-from jaxgpt.training.metrics import read_metrics
 from jaxgpt.training.processes import ALONE, Address, Asked, Edge, _in_words, join, launcher
+from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
 COUNT = 2

@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.sample import SEPARATOR, TextStream, main
+from jaxgpt.sample import SEPARATOR, TextStream, main, prompt_ids
+from jaxgpt.weights import WeightsFlags, open_weights
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_texts_go_to_standard_output_and_what_is_said_to_standard_error(sample) 
     assert len(texts) == 3
     assert all(text.startswith("It is a truth") and len(text) > 13 for text in texts)
     assert len(set(texts)) == 3
-    assert "step 8: 11,600 parameters, float32" in err
+    assert "step 8: 10,592 parameters, float32" in err
     assert "36 tokens in" in err
 
 
@@ -73,6 +75,33 @@ def test_a_prompt_longer_than_the_context_is_cropped_and_said_so(sample) -> None
     assert out.removeprefix(long) == short.removeprefix(long[3:])
 
 
+def test_the_name_of_end_of_text_in_a_prompt_is_that_token(tiny_run) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    eot = weights.tokenizer.eot
+    assert prompt_ids("", weights) == [eot]
+    assert prompt_ids("<|endoftext|>", weights) == [eot]
+    assert prompt_ids("a<|endoftext|>b", weights) == [97, eot, 98]
+    assert prompt_ids("a<|endoftext|>", weights) == [97, eot]
+
+
+def test_a_terminal_without_a_letter_gets_another_and_odd_bytes_a_sentence(
+    tiny_run, tmp_path
+) -> None:
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    command = [sys.executable, "-m", "jaxgpt.sample", "--out-dir", str(tiny_run)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    flags = ["--max-new-tokens", "2", "--prompt", "café"]
+    done = subprocess.run([*command, *flags], capture_output=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout[:4]) == (0, b"caf?"), done.stderr
+    flags = ["--prompt", "-"]
+    with (tmp_path / "latin1.txt").open() as stdin:
+        env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, stdin=stdin, env=env, timeout=60
+        )
+    assert (done.returncode, b"--prompt - cannot be read as text" in done.stderr) == (2, True)
+
+
 def test_interactive_answers_each_line_until_the_end(sample, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("One\nTwo\n"))
     out, err = sample("--interactive")
@@ -86,7 +115,7 @@ def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> Non
     text = TextStream(tokenizer, tokenizer.eot)
     assert [text.feed(ids[:1]), text.feed(ids[1:])] == ["", "é!"]
     assert text.feed(np.array([65, tokenizer.eot, 66])) == "A"
-    assert text.end() == ""
+    assert (text.end(), text.tokens) == ("", 4)
     text = TextStream(tokenizer, None)
     assert text.feed(np.array([65, tokenizer.eot, 66, 0xC3])) == "A<|endoftext|>B"
     assert text.end() == "\N{REPLACEMENT CHARACTER}"
@@ -100,6 +129,7 @@ def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> Non
         (["--out-dir", "x", "--num-sampels", "3"], ["did you mean '--num-samples'?"]),
         (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
         (["--out-dir", "x", "--seed"], ["--seed needs a value"]),
+        (["--out-dir", "x", "--prompt", "--- a"], ["one that begins with -- goes as --prompt="]),
         (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
         (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be finite and at"]),
         (["--out-dir", "x", "--top-k=-1", "--top-p=0"], ["--top-k -1 must", "--top-p 0 must"]),

@@ -88,7 +88,7 @@ _EXPECTED = {
 def _hellaswag(values: Mapping[str, Any], tokenizer: Tokenizer) -> Question:
     rows = [_row(values["ctx"], " " + ending, tokenizer) for ending in values["endings"]]
     label = int(values["label"])
-    if not 0 <= label < len(rows):
+    if isinstance(values["endings"], str) or not 0 <= label < len(rows):
         raise ValueError("no such ending")
     return Question(rows, label)
 
@@ -114,7 +114,8 @@ def _records(name: str, source: str) -> Iterator[tuple[str, Any]]:
             yield f"{ON_THE_HUB[name]['path']}, record {index}", record
         return
     try:
-        lines = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
+        # By "\n" alone: a text may hold other characters that str.splitlines takes for line ends.
+        lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
         raise BenchmarkError(
             f"--{name} {source} cannot be read ({fault}); give the published jsonl file, or "
@@ -124,7 +125,7 @@ def _records(name: str, source: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{source}, line {number}", json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BenchmarkError(
                     f"{source}, line {number} is no JSON; download it again"
                 ) from None

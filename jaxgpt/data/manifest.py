@@ -61,7 +61,7 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
     made_with = manifest["tokenizer"]
     if made_with["sha256"] != tokenizer.sha256:
         raise DataError(
-            f"{data_dir}: was made with tokenizer {made_with['name']!r}, and the run's is "
+            f"{data_dir}: was made with tokenizer {made_with['name']!r}, and the model's is "
             f"{tokenizer.name!r}; train with --tokenizer {made_with['name']}, or prepare the text "
             f"again with {PREPARE} --tokenizer {tokenizer.name} --out ANOTHER_FOLDER"
         )

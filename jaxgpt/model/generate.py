@@ -62,7 +62,9 @@ class Generator:
         self._chunk = chunk
         self._block_size = block_size
         self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="samples")
-        self._decode = jax.jit(partial(_decode, graphdef, sampling, chunk, cached))
+        # The state is donated: its cache is written in place, not copied with each call.
+        decode = partial(_decode, graphdef, sampling, chunk, cached)
+        self._decode = jax.jit(decode, donate_argnums=1)
 
     def stream(
         self,
@@ -176,7 +178,9 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Arr
     """A token for each row, int32 (B,), with one key for each row."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # From the likeliest token's, or a temperature close to 0 would divide up to infinity.
+    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    logits_BV = logits_BV / max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
     pick = jax.vmap(jax.random.categorical)
     if sampling.top_k is None and sampling.top_p is None:
         return pick(keys_B, logits_BV).astype(jnp.int32)

@@ -60,9 +60,9 @@ def read_model_config(folder: Path) -> ModelConfig:
         for name, size in sizes.items()
         if type(size) is not int
     ]
-    if values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+    if not faults and values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         faults.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is known here")
-    activation = values.get("activation_function", "gelu_new")
+    activation = str(values.get("activation_function", "gelu_new"))
     if activation not in ACTIVATIONS:
         faults.append(f"activation_function {activation} is none of {', '.join(ACTIVATIONS)}")
     if not faults:
@@ -109,7 +109,10 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: int) -> None:
-    """Write `config.json` and `model.safetensors` for a model whose end-of-text id is `eot`."""
+    """Write `config.json` and `model.safetensors` for a model whose end-of-text id is `eot`.
+
+    Raises OSError if the disk does not take them.
+    """
     n_vocab = cfg.n_vocab or cfg.vocab_size
     tensors = {}
     for name, path_in_tree, _ in _layout(cfg):
@@ -119,17 +122,13 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
         )
     if not cfg.bias:
         tensors |= {PREFIX + name: np.zeros(n, np.float32) for name, n in _missing_biases(cfg)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as fault:  # which is how it says that a disk is full
+        raise OSError(str(fault)) from None
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors lets nobody else read it
     _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
-
-
-def exported_parameter_count(cfg: ModelConfig) -> int:
-    """Parameters of the exported model that are trained: padded rows and zero biases left out."""
-    assert cfg.vocab_size is not None
-    padding = cfg.vocab_size - (cfg.n_vocab or cfg.vocab_size)
-    return cfg.parameter_count() - padding * cfg.n_embd
 
 
 def _config_values(cfg: ModelConfig, eot: int) -> dict[str, Any]:
@@ -245,8 +244,15 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_FILE).exists():
         return [folder / WEIGHTS_FILE]
     if (folder / INDEX_FILE).exists():
-        names = _read_json(folder / INDEX_FILE).get("weight_map", {}).values()
-        return [folder / name for name in sorted(set(names))]
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
+        # Files of this folder and of no other, whoever wrote the index.
+        if foreign := [name for name in names if name in (".", "..") or Path(name).name != name]:
+            raise FolderError(
+                f"{folder / INDEX_FILE}: its weight_map names {foreign[0]!r}, which is no file of "
+                "this folder; download or export it again"
+            )
+        return [folder / name for name in sorted(names)]
     found = sorted(path.name for path in folder.iterdir())
     raise FolderError(
         f"{folder}: has no {WEIGHTS_FILE} (there is: {', '.join(found[:8])}); where there is only "

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgpt.data.benchmarks import Question, Row
 from jaxgpt.model.gpt import Params
+from jaxgpt.training.evaluation import perplexity
 from jaxgpt.training.step import ScoreStep
 
 
@@ -85,7 +86,7 @@ def score_lambada(
     scores = score_rows(score_step, params, rows, block_size, batch_size)
     return {
         **_with_error("acc", scores.hits_R),
-        "perplexity": math.exp(scores.nats_R.mean()),
+        "perplexity": perplexity(scores.nats_R.mean()),
         "examples": len(questions),
     }
 

@@ -1,6 +1,7 @@
 """Validation loss on a fixed set of windows: the same weights always get the same number."""
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ class TextLoss(NamedTuple):
     bytes: int  # what they stand for; end-of-text tokens stand for none
 
 
+def perplexity(nats: float) -> float:
+    """e to the power of a loss, infinite where that is too large for a number."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
+
+
 def measure_text(
     score_step: ScoreStep,
     params: Params,
@@ -64,7 +70,7 @@ def measure_text(
     return TextLoss(
         loss=loss,
         standard_error=float(error),
-        perplexity=math.exp(loss),
+        perplexity=perplexity(loss),
         bits_per_byte=nats / math.log(2) / byte_count,
         tokens=tokens,
         bytes=byte_count,
