@@ -171,7 +171,7 @@ class Config:
     # from the newest or not at all; never: start, and refuse a folder that has a run
     resume: Resume = "auto"
     # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
-    deterministic: bool = False
+    deterministic: TrueOrFalse = False
     device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
     # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %

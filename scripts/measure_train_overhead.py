@@ -1,0 +1,139 @@
+"""What `train` adds to the step that `bench` times, and how many tokens its loader can feed.
+
+    python scripts/measure_train_overhead.py --json benchmarks/results/train-overhead.json
+
+`loader`: batches of the 24gb preset (16 x 32 windows of 1,025 tokens) from token files that lie on
+the disk and, as far as Linux can be asked to, not in memory, read one after another.
+
+`host`: seconds of the host that one step of `train` takes besides the device's: reading a step's
+metrics, the log, the progress bar, at the 24gb preset's log_interval; and of starting a checkpoint,
+at its checkpoint_minutes. Measured with a model small enough for any machine; all of it but the
+checkpoint is the same for a large one. They are held against the 24gb preset's own step on an RTX
+4090 at a published MFU, where that step is the device's and what the host does runs beside it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config import Config, with_fields
+from jaxgpt.console import RunConsole
+from jaxgpt.data.loader import WindowLoader, prefetch
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.hardware.device import versions
+from jaxgpt.hardware.gpus import find_gpu
+from jaxgpt.hardware.speed import mfu_of, tokens_per_second
+from jaxgpt.presets import load_preset
+from jaxgpt.report import Reporter
+from jaxgpt.resolve import resolve
+from jaxgpt.training.metrics import MetricsLog
+
+CARD = "rtx4090"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=float, default=500e6, help="in the token files")
+    parser.add_argument("--steps", type=int, default=40, help="batches that are read")
+    parser.add_argument("--folder", type=Path, help="where the files are made, on a real disk")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args(argv)
+    if args.tokens < 1e6 or args.steps < 1:
+        parser.error("--tokens must be at least 1e6 and --steps at least 1")
+    cfg = resolve(load_preset("24gb"), load_tokenizer("gpt2"))
+    cfg = with_fields(cfg, dtype="bfloat16")
+    step_seconds = cfg.tokens_per_step / tokens_per_second(cfg, find_gpu(CARD))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        loader = measure_loader(cfg, Path(folder), int(args.tokens), args.steps)
+        host = measure_host(cfg, Path(folder))
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "scripts/measure_train_overhead.py", *argv]),
+        "versions": versions(),
+        "cores": os.cpu_count(),
+        "loader": loader,
+        "host_seconds_per_step": host,
+        "held_against": {
+            "card": CARD,
+            "step_seconds": step_seconds,
+            "how": f"predicted: {mfu_of(find_gpu(CARD)).source}",
+            "host_share": host / step_seconds,
+            "loader_share_beside_the_step": loader["seconds_per_batch"] / step_seconds,
+        },
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure_loader(cfg: Config, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
+    """Batches from files that were put out of memory, through the thread that `train` reads by."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(max(1, tokens // 100_000_000)):  # the size of a shard
+        path = folder / f"train_{number:06}.bin"
+        rng.integers(0, 50_257, min(tokens, 100_000_000), np.uint16).tofile(path)
+        paths.append(path)
+    forgotten = [forget(path) for path in paths]
+    loader = WindowLoader(
+        load_split(folder, "train", 50_257), cfg.model.block_size, 50_257, cfg.seed
+    )
+    A = cfg.gradient_accumulation_steps or 1
+    begin = time.perf_counter()
+    with prefetch(lambda i: loader.batch(i, A, cfg.batch_size), 0, steps) as batches:
+        for _ in batches:
+            pass
+    seconds = (time.perf_counter() - begin) / steps
+    return {
+        "tokens_in_files": len(loader.tokens),
+        "files_were_cold": all(forgotten),
+        "seconds_per_batch": seconds,
+        "tokens_per_second": cfg.tokens_per_step / seconds,
+    }
+
+
+def forget(path: Path) -> bool:
+    """Have Linux drop a file from its page cache; whether it can be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+    return True
+
+
+def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> float:
+    """Seconds a step of metrics, log and bar, logging at the preset's interval."""
+    device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
+    metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
+    with MetricsLog(folder / "run") as log, RunConsole(0, steps, cfg.eval_interval) as console:
+        reporter = Reporter(cfg, device, log, console, 0)
+        seconds = []
+        for first in range(0, steps, cfg.log_interval):
+            begin = time.perf_counter()
+            for step in range(first + 1, first + cfg.log_interval + 1):
+                reporter.log_if_due(step, reporter.read(step, metrics))
+            seconds.append((time.perf_counter() - begin) / cfg.log_interval)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
