@@ -34,7 +34,7 @@ import numpy as np
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole
 from jaxgpt.data.loader import WindowLoader, prefetch
-from jaxgpt.data.shards import load_split
+from jaxgpt.data.shards import load_split, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.hardware.device import versions
 from jaxgpt.hardware.gpus import find_gpu
@@ -96,7 +96,7 @@ def measure_loader(cfg: Config, folder: Path, tokens: int, steps: int) -> dict[s
     paths = []
     for number in range(max(1, tokens // 100_000_000)):  # the size of a shard
         path = folder / f"train_{number:06}.bin"
-        rng.integers(0, 50_257, min(tokens, 100_000_000), np.uint16).tofile(path)
+        write_shard(path, rng.integers(0, 50_257, min(tokens, 100_000_000), np.uint16))
         paths.append(path)
     forgotten = [forget(path) for path in paths]
     loader = WindowLoader(
