@@ -6,7 +6,7 @@
 the disk and, as far as Linux can be asked to, not in memory, read one after another.
 
 `host`: seconds of a step that go into reading its metrics, the log and the progress bar, at the
-preset's log_interval.
+preset's log_interval; and the share of a core that drawing the bar ten times a second takes.
 
 `checkpoint`: seconds for which the loop stands still while a checkpoint of the preset's model is
 begun (the copy that the background writes from), and until it is on the disk.
@@ -16,6 +16,7 @@ published MFU, as if nothing of it ran beside the step, which all but the checkp
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -45,6 +46,7 @@ from jaxgpt.resolve import resolve
 from jaxgpt.training.metrics import MetricsLog
 
 CARD = "rtx4090"
+BAR_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_seconds = cfg.tokens_per_step / tokens_per_second(cfg, find_gpu(CARD))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         loader = measure_loader(cfg, Path(folder), int(args.tokens), args.steps)
-        host = measure_host(cfg, Path(folder))
+        host, bar = measure_host(cfg, Path(folder))
         checkpoint = measure_checkpoint(with_fields(cfg, dtype="float32"), Path(folder))
     shares = {
         "loader": loader["seconds_per_batch"] / step_seconds,
-        "host": host / step_seconds,
+        "metrics and log": host / step_seconds,
+        "drawing the bar": bar,
         "checkpoint": checkpoint["seconds_standing_still"] / (60 * cfg.checkpoint_minutes),
     }
     mfu = mfu_of(find_gpu(CARD))
@@ -129,11 +132,18 @@ def forget(path: Path) -> bool:
     return True
 
 
-def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> float:
-    """Seconds a step of metrics, log and bar, logging at the preset's interval."""
+def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> tuple[float, float]:
+    """(seconds a step of metrics, log and bar, share of a core that drawing the bar takes)."""
     device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
     metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
-    with MetricsLog(folder / "run") as log, RunConsole(0, steps, cfg.eval_interval) as console:
+    os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        MetricsLog(folder / "run") as log,
+        RunConsole(0, steps, cfg.eval_interval) as console,
+    ):
+        assert console.console.is_terminal
         reporter = Reporter(cfg, device, log, console, 0)
         seconds = []
         for first in range(0, steps, cfg.log_interval):
@@ -141,7 +151,10 @@ def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> float:
             for step in range(first + 1, first + cfg.log_interval + 1):
                 reporter.log_if_due(step, reporter.read(step, metrics))
             seconds.append((time.perf_counter() - begin) / cfg.log_interval)
-    return statistics.median(seconds)
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(BAR_SECONDS)
+        share = (time.process_time() - used) / (time.perf_counter() - begin)
+    return statistics.median(seconds), share
 
 
 def measure_checkpoint(cfg: Config, folder: Path) -> dict[str, float]:
