@@ -179,7 +179,7 @@ class Config:
     # from the newest or not at all; never: start, and refuse a folder that has a run
     resume: Resume = "auto"
     # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
-    deterministic: bool = False
+    deterministic: TrueOrFalse = False
     # several GPUs: data=2,fsdp=4 has two groups of four that divide parameters, moments and
     # accumulator among them (docs/scaling.md); if unset, data-parallel on all there are
     mesh: TextIfSet = None

@@ -30,7 +30,7 @@ def start_from(
 
 
 def load_start(weights: Weights, device: Any, like: Any) -> Any:
-    """The weights, read onto `device`, placed as the parameters `like`, whose positions it takes."""
+    """The weights, read onto `device`, placed as parameters `like`, with as many positions."""
     import jax
 
     params = weights.load(device)

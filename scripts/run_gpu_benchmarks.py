@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ ABLATIONS = {
     "scheduler-on": ("scheduler-on", ""),
     "scheduler-on-remat-full": ("scheduler-on", "--remat full"),
     "triton-gemm-on": ("triton-gemm-on", ""),
-    "deterministic": ("as-it-is", "--deterministic"),
+    "deterministic": ("as-it-is", "--deterministic=True"),
 }
 
 
@@ -135,17 +136,18 @@ def measure(job: Job, path: Path, seconds: float) -> str:
     log, part = path.with_suffix(".log"), path.with_suffix(".part")
     command = [*job.command, "--json", str(part)] if job.writes else job.command
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": search}
     with log.open("w") as said, (log if job.writes else part).open("a") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=said, env=environment, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command,
-                stdout=out,
-                stderr=said,
-                timeout=seconds,
-                env={**os.environ, "PYTHONPATH": search},
-            )
-            outcome = "done" if done.returncode == 0 else f"exit code {done.returncode}"
+            code = process.wait(seconds)
+            outcome = "done" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
+            # With all that it started: what is left would hold the card's memory.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             outcome = f"stopped after {seconds:.0f} seconds"
     if outcome == "done":
         json.loads(part.read_text())

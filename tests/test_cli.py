@@ -111,6 +111,13 @@ def test_booleans_are_given_as_in_nanogpt():
     assert parse("--preset=24gb", "--decay_lr", "False").optimizer.decay_lr is False
 
 
+@pytest.mark.parametrize("name", [n for n in PUBLIC if isinstance(flat_fields()[n].default, bool)])
+def test_every_switch_of_a_run_can_be_thrown(name):
+    flag = f"--{name.replace('_', '-')}"
+    for value in (True, False):
+        assert flat_values(parse("--preset=demo", f"{flag}={value}"))[name] is value
+
+
 def test_flags_reach_every_section_with_their_types():
     cfg = parse(
         *("--preset=24gb", "--n-layer=3", "--beta1=.8", "--max-iters=7", "--min_lr=1e-6"),
