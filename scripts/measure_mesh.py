@@ -126,7 +126,9 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     for name, lines in bodies.items():
         for line in lines:
             if (match := COLLECTIVE.search(line)) and times.get(name):
-                size = _bytes(match[1], match[2], bool(match[3]))
+                size = _bytes(match[1], bool(match[3]))
+                if match[2] == "reduce-scatter" and not match[3]:
+                    size *= _group_size(line)  # of the operand, which this form does not show
                 kind = found[match[2]]
                 kind["count"] += times[name]
                 kind["bytes"] += times[name] * size
@@ -166,18 +168,29 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def _bytes(shapes: str, kind: str, is_start: bool) -> int:
+def _bytes(shapes: str, is_start: bool) -> int:
     """Bytes of a collective's result, a reduce-scatter's operand."""
     sizes = [
         WIDTHS[dtype] * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     ]
     if not is_start:
-        assert kind != "reduce-scatter", "its operand is not in this line's result"
         return sum(sizes)
     # ((operands), (results)): of a gather the results are the larger, of a scatter the operands.
     first, second = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
     return max(first, second)
+
+
+def _group_size(line: str) -> int:
+    """How many devices take part in a collective, in any of the ways in which XLA writes that."""
+    if axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
+    if grid := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(grid[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    assert listed, line
+    return listed[1].count(",") + 1
 
 
 # ---------------------------------------------------------------- the file and its table

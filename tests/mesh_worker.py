@@ -25,7 +25,7 @@ from jaxgpt.training.layout import OneDevice
 
 STEPS, SAVED_AT = 50, 20
 MODEL = ModelConfig(
-    **dict(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.1)
+    **dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.1)
 )
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 BATCH, EFFECTIVE = 2, 32
@@ -94,8 +94,8 @@ def largest_gather(program: str) -> int:
 
 def main(folder: Path) -> None:
     answer: dict = {"losses": {}, "evaluations": {}, "shares": {}, "gathers": {}, "resumed": {}}
-    for mesh in (None, "data=8", "fsdp=8", "data=2,fsdp=4"):
-        run, name = Run(mesh), mesh or "one"
+    runs = {mesh or "one": Run(mesh) for mesh in (None, "data=8", "fsdp=8", "data=2,fsdp=4")}
+    for name, run in runs.items():
         state, losses = run.train(run.training.init(), range(SAVED_AT))
         with Checkpoints(folder / name, keep=1) as checkpoints:
             checkpoints.save(state, config={}, data={}, val_loss=None)
@@ -106,12 +106,14 @@ def main(folder: Path) -> None:
         answer["gathers"][name] = largest_gather(run.step.as_text())
     answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
     answer["embedding"] = state.params["wte"]["embedding"].size
-    for saved, mesh in (("one", "fsdp=8"), ("fsdp=8", "data=2,fsdp=4"), ("data=2,fsdp=4", None)):
-        run = Run(mesh, scan_layers=mesh == "fsdp=8")
+    runs["fsdp=8"] = Run("fsdp=8", scan_layers=True)
+    changes = (("one", "fsdp=8"), ("fsdp=8", "data=2,fsdp=4"), ("data=2,fsdp=4", "one"))
+    for saved, now in changes:
+        run = runs[now]
         with Checkpoints(folder / saved, keep=1) as checkpoints:
             restored = checkpoints.restore(SAVED_AT, run.training.state_like)
         _, losses = run.train(restored.state, range(SAVED_AT, STEPS))
-        answer["resumed"][f"{saved} to {mesh or 'one'}"] = losses
+        answer["resumed"][f"{saved} to {now}"] = losses
     print(json.dumps(answer))
 
 

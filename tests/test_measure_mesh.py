@@ -27,6 +27,7 @@ PROGRAM = """HloModule step
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %rs.1 = f32[4]{0} reduce-scatter(%p), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, to_apply=%add
   %w.1 = (s32[], f32[8]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %ar = f32[100]{0} all-reduce(%p), to_apply=%add
 }
@@ -36,7 +37,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_collectives_are_counted_as_often_as_the_loops_around_them_go_round() -> None:
     assert SCRIPT["collectives"](PROGRAM) == {
         "all-gather": {"count": 6, "bytes": 6 * 256, "largest_bytes": 256},
-        "reduce-scatter": {"count": 3, "bytes": 3 * 144, "largest_bytes": 144},
+        "reduce-scatter": {"count": 4, "bytes": 3 * 144 + 4 * 16, "largest_bytes": 144},
         "all-reduce": {"count": 1, "bytes": 400, "largest_bytes": 400},
     }
 

@@ -45,7 +45,7 @@ def test_each_device_holds_its_share_of_the_state_and_no_more(seen, mesh) -> Non
     shares, fsdp = seen["shares"][mesh], parse_mesh(mesh).fsdp
     matrices = {path for path in shares if path.endswith(("kernel", "embedding"))}
     for part in ("params/", "opt_state/acc_grads/", "/mu/", "/nu/"):
-        assert sum(part in path for path in matrices) == 2 + 3 * 4, part
+        assert sum(part in path for path in matrices) == 2 + 2 * 4, part
     for path, share in shares.items():
         assert share == (1 / fsdp if path in matrices else 1), path
 

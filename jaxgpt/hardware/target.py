@@ -30,6 +30,7 @@ CHIPS = {
 # Speed of the compiled program may depend on it, memory does not, and it is in no table of ours.
 L2_CACHE_BYTES = 6 * 2**20
 CUDNN = (9, 10, 0)
+A_HOST = 8  # cards of one machine, connected by NVLink
 
 
 class NoCompilerError(UserError):
@@ -72,9 +73,11 @@ def card_devices(gpu: Gpu, count: int) -> Any:
         raise NoCompilerError(reason)
     from jax.experimental import topologies
 
+    hosts, alone = divmod(count, A_HOST)
+    shape = f"1x1x{count}" if alone or not hosts else f"1x{hosts}x{A_HOST}"
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=describe(gpu), topology=f"1x{count}x1"
+            platform="cuda", topology_name="", target_config=describe(gpu), topology=shape
         )
     except Exception as fault:  # the plugin raises several kinds, all with XLA's words
         line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
