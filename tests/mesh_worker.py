@@ -98,7 +98,8 @@ def main(folder: Path) -> None:
     for name, run in runs.items():
         state, losses = run.train(run.training.init(), range(SAVED_AT))
         with Checkpoints(folder / name, keep=1) as checkpoints:
-            checkpoints.save(state, config={}, data={}, val_loss=None)
+            checkpoints.begin(state, config={}, data={})
+            checkpoints.finish()
         state, more = run.train(state, range(SAVED_AT, STEPS))
         answer["losses"][name] = losses + more
         answer["evaluations"][name] = run.evaluate(state)
