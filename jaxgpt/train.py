@@ -107,7 +107,7 @@ def run(cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock) -> i
         if resumed_step is None:
             state = training.init()
             if pretrained is not None:
-                jax.tree.map(jax.Array.delete, state.params)  # their memory is for the others
+                jax.tree.map(lambda x: x.delete(), state.params)  # room for the others
                 params = load_start(pretrained, cfg.model.block_size, device)
                 state = state._replace(params=params)
         else:
