@@ -55,13 +55,14 @@ class Case:
 MESHES = (None, "data=8", "fsdp=8", "data=2,fsdp=4")
 CASES = (
     *(Case("80gb-350m", mesh, "full", 32, scan_layers=True) for mesh in MESHES),
+    Case("80gb-350m", "fsdp=8", "full", 32, scan_layers=True, scheduler=True),
+    Case("24gb-1558m", "fsdp=8", "full", 16, scan_layers=True),
     Case("80gb-350m", "fsdp=8", "full", 32),
     Case("80gb-350m", "fsdp=8", "full", 32, scheduler=True),
-    Case("24gb-1558m", "fsdp=8", "full", 16, scan_layers=True),
+    Case("24gb-1558m", "data=8", "full", 16, scan_layers=True),
+    Case("24gb-1558m", "data=2,fsdp=4", "full", 16, scan_layers=True),
     Case("80gb-350m", "data=8", "full", 32),
-    Case("80gb-350m", "data=8", "full", 32, scheduler=True),
     Case("80gb-350m", "data=2,fsdp=4", "full", 32),
-    *(Case("24gb-1558m", mesh, "full", 16, scan_layers=True) for mesh in MESHES),
     Case("80gb-350m", "fsdp=8", "none", 16),
 )
 
