@@ -123,12 +123,13 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
         UserError: if there is no text, or it is not made of this tokenizer's tokens.
     """
     block_size, n_vocab = weights.model.block_size, weights.tokenizer.n_vocab
+    run = weights.run
+    if flags.as_in_training and run is None:
+        raise ConfigError(f"--as-in-training is for runs: {weights.name} is none")
     tokens = open_val_split(flags, weights)
     available = (len(tokens) - 1) // block_size
-    run = weights.run
     if flags.as_in_training:
-        if run is None:
-            raise ConfigError(f"--as-in-training is for runs: {weights.name} is none")
+        assert run is not None
         windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows or 1, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
         own = [windows_WT1[first : first + flags.batch_size] for first in starts]

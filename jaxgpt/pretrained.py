@@ -34,7 +34,7 @@ def load_start(weights: Weights, device: Any, like: Any) -> Any:
     import jax
 
     params = weights.load(device)
-    params["wpe"]["embedding"] = params["wpe"]["embedding"][: len(like["wpe"]["embedding"])]
+    params["wpe"]["embedding"] = params["wpe"]["embedding"][: like["wpe"]["embedding"].shape[0]]
     # Copies, because a training step donates them.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like

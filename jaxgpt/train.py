@@ -135,8 +135,8 @@ def run(
         if resumed_step is None:
             state = training.init()
             if pretrained is not None:
-                jax.tree.map(jax.Array.delete, state.params)  # their memory is for the others
-                params = load_start(pretrained, device, state.params)
+                jax.tree.map(lambda x: x.delete(), state.params)  # room for the others
+                params = load_start(pretrained, device, training.state_like.params)
                 state = state._replace(params=params)
         else:
             restored = checkpoints.restore(resumed_step, training.state_like)

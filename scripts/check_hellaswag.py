@@ -51,7 +51,7 @@ ODDITIES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="an exported folder with GPT-2's tokenizer")
-    parser.add_argument("--examples", type=int, default=400, help="how many are made")
+    parser.add_argument("--examples", type=int, default=300, help="how many are made")
     parser.add_argument("--file", type=Path, help="hellaswag_val.jsonl, in place of made examples")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     args = parser.parse_args()
@@ -64,8 +64,9 @@ def main() -> None:
         folders = {"random weights": random_folder}
         if args.model:
             folders["--model"] = args.model
+        model = f"--model {args.model.name} " if args.model else ""
         result = {
-            "command": f"python scripts/check_hellaswag.py --examples {args.examples}",
+            "command": f"python scripts/check_hellaswag.py {model}--examples {args.examples}",
             "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)},
             "models": {name: compare(folder, file) for name, folder in folders.items()},
         }

@@ -4,8 +4,8 @@
 
 Runs the real command line on the demo's text, with a small model and many checkpoints, so that
 there is much to hit. Of four kills one falls into the start of a process, one anywhere in its
-training, and two are held back until a save is under way. Every other process also saves between
-evaluations, while it trains. A run that was killed must go on from its newest finished checkpoint,
+training, and two are held back until a save is under way. Half of the processes also save between
+evaluations, while they train. A run that was killed must go on from its newest finished checkpoint,
 repeat one checkpoint interval at most, and end with the bits and the losses of one that nothing
 disturbed. Exit code 1 and a sentence if not.
 """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import bench
+from jaxgpt import bench, bench_report
 from jaxgpt.config import Config, with_fields
 from jaxgpt.hardware.speed import model_flops_per_token
 from jaxgpt.training.layout import OneDevice
@@ -85,19 +85,19 @@ def test_the_trace_is_one_that_tensorboard_and_perfetto_open(result) -> None:
 def test_mfu_is_on_the_dense_bf16_peak_of_a_known_card() -> None:
     cfg = with_fields(Config(), dtype="bfloat16", vocab_size=50304)
     h200 = types.SimpleNamespace(device_kind="NVIDIA H200")
-    figures = bench.speeds(cfg, h200, [1.0, 1.1, 9.0])
+    figures = bench_report.speeds(cfg, h200, [1.0, 1.1, 9.0])
     assert figures["step_ms"] == pytest.approx(1100)
     flops = cfg.tokens_per_step / 1.1 * model_flops_per_token(cfg.model)
     assert figures["mfu"] == pytest.approx(flops / 989.4e12)
     assert "dense bf16 peak" in figures["mfu_formula"]
     for device_kind, dtype in (("NVIDIA H201", "bfloat16"), ("NVIDIA H200", "float32")):
         device = types.SimpleNamespace(device_kind=device_kind)
-        assert bench.speeds(with_fields(cfg, dtype=dtype), device, [1.0])["mfu"] is None
+        assert bench_report.speeds(with_fields(cfg, dtype=dtype), device, [1.0])["mfu"] is None
 
 
 def test_both_peaks_are_told_where_the_device_counts() -> None:
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
-    told = bench.memory(device, 5)
+    told = bench_report.memory(device, 5)
     assert told == {
         "peak_bytes": 7,
         "peak_bytes_from": "memory_stats",
@@ -152,7 +152,7 @@ def test_a_preset_for_a_card_needs_one(refused) -> None:
 
 
 def test_the_table_names_both_memories_and_says_why_there_is_no_mfu(result, capsys) -> None:
-    bench.print_result(result)
+    bench_report.print_result(result)
     text = " ".join(capsys.readouterr().out.split())
     assert "GiB by compiled memory_analysis" in text
     assert "MFU none: the card's bf16 peak is unknown" in text

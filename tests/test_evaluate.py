@@ -198,7 +198,7 @@ def test_a_folder_has_no_text_of_its_own(mistake, exported) -> None:
 
 
 def test_text_of_another_tokenizer_is_not_measured(mistake, tiny_run, tmp_path) -> None:
-    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 200)
+    (tmp_path / "text.txt").write_text("".join(f"It is truth {i}\n" for i in range(99)))
     flags = ["--out", str(tmp_path / "data"), "--val-fraction", "0.5", "--tokenizer", "gpt2"]
     assert prepare.main([str(tmp_path / "text.txt"), "--sample-by", "line", *flags]) == 0
     answer = mistake("--out-dir", tiny_run, "--data-dir", tmp_path / "data")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import STEPS, assert_same_end, saved_steps
+from small_runs import STEPS, assert_same_end, saved_steps, wait_for
 from test_train import train
 
 from jaxgpt.data.loader import WindowLoader
@@ -59,18 +59,37 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, refused) -> No
 # ---------------------------------------------------------------- signals, kills, stalls (27, 30)
 
 
-def save_at(monkeypatch, step: int) -> None:
-    """Have one save begin at `step`, between two evaluations, as if its minutes were over."""
-    due = iter(range(1, 99))  # asked for once after each step
-    monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda *_: next(due) == step)
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """Shells have what they start in the background ignore Ctrl-C, and a run leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def save_at(monkeypatch, step: int) -> list[int]:
+    """Have one save begin at `step`, between two evaluations, as if its minutes were over.
+
+    Returns the steps that have been taken, as they come.
+    """
+    taken: list[int] = []
+
+    def due(*_: object) -> bool:  # asked for once after each step
+        taken.append(len(taken) + 1)
+        return taken[-1] == step
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "due", due)
+    return taken
 
 
 def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
-    """Get the signal while the save of `step` is under way, some steps after it."""
+    """Get the signal while the save of `step` is under way, after a step more if one is taken."""
     write, batch, sent = checkpoint.write_manifest, WindowLoader.batch, threading.Event()
+    taken = save_at(monkeypatch, 1)
 
     def sending(folder: Path, *content) -> None:
         if folder.name == str(step):
+            wait_for(lambda: taken[-1] > step or step == 4)
             os.kill(os.getpid(), number)
             time.sleep(0.3)
             sent.set()
@@ -92,7 +111,6 @@ def test_a_signal_in_the_middle_of_a_save_loses_nothing(
 ) -> None:
     """Row 27: while it trains (the save of step 1), and while it waits for the save (of step 4)."""
     with monkeypatch.context() as patch:
-        save_at(patch, 1)
         send_while_saving(patch, number, step)
         assert train(tmp_path / "run", *STEPS) == 0
     stopped = int(re.search(rf"{number.name}: saved step (\d+)", capsys.readouterr().out)[1])
@@ -127,7 +145,6 @@ def test_no_step_is_taken_past_an_evaluation_that_is_not_on_disk(
 
 
 def test_sigusr1_saves_and_goes_on(straight, tmp_path, monkeypatch, capsys) -> None:
-    save_at(monkeypatch, 1)
     send_while_saving(monkeypatch, signal.SIGUSR1, step=1)
     assert train(tmp_path / "run", *STEPS, "--keep-checkpoints", "9") == 0
     saved = int(re.search(r"SIGUSR1: saving step (\d+)", capsys.readouterr().out)[1])

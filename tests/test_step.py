@@ -6,16 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import TINY, assert_trees_equal
-from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import mean_cross_entropy
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_eval_step, make_train_step
@@ -64,33 +61,6 @@ def test_accumulating_equals_one_large_batch(one_large_batch, accumulation: int)
         jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-def test_the_step_equals_a_plain_loop_over_multisteps() -> None:
-    """The design that keeps the inner optimizer out of the scan changes no bit."""
-    state, _, step = make(4)
-    oracle_params, schedule = state.params, make_schedule(CFG, max_iters=20)
-    optimizer = make_optimizer(CFG, schedule, 4)
-    oracle_opt = optimizer.init(oracle_params)
-
-    @jax.jit
-    def micro_step(params, opt_state, tokens_BT1):
-        def loss_fn(params):
-            model = nnx.merge(GRAPHDEF, params)
-            h_BTD = model.features(tokens_BT1[:, :-1])
-            wte_VD = model.wte.embedding[...]
-            return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], TINY.n_vocab)
-
-        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for tokens_ABT1 in batches(4, 3):
-        state, _ = step(state, tokens_ABT1)
-        for tokens_BT1 in tokens_ABT1:
-            oracle_params, oracle_opt = micro_step(oracle_params, oracle_opt, tokens_BT1)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(oracle_params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
-    assert int(state.opt_state.gradient_step) == int(oracle_opt.gradient_step) == 3
 
 
 def test_every_count_is_the_same_integer() -> None:

@@ -247,7 +247,7 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
         # Files of this folder and of no other, whoever wrote the index.
-        if foreign := [name for name in names if name in (".", "..") or Path(name).name != name]:
+        if foreign := [name for name in names if name in ("", "..") or Path(name).name != name]:
             raise FolderError(
                 f"{folder / INDEX_FILE}: its weight_map names {foreign[0]!r}, which is no file of "
                 "this folder; download or export it again"

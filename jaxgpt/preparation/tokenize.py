@@ -32,7 +32,7 @@ from jaxgpt.preparation.inputs import Unit
 from jaxgpt.preparation.readers import read_slice
 
 BUFFERED = 1 << 20  # tokens gathered before they are written
-GROUPED = 1 << 18  # characters of short documents encoded in one call
+GROUPED = 1 << 16  # characters of short documents encoded in one call
 
 
 class Job(NamedTuple):

@@ -3,7 +3,7 @@
 Orbax's part is to write and read one folder of arrays; which folders count is `retention.py`'s
 matter, and whether they are what was written `integrity.py`'s. What is still being saved when a
 process ends is lost, with exit code 0: every path out of a run goes through `close`. Orbax's V1
-interface is still marked experimental, so it is used here only.
+interface is still marked experimental, so it is used here and in `loading.py` only.
 """
 
 import contextlib
