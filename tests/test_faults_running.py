@@ -16,6 +16,7 @@ from jaxgpt.data.loader import WindowLoader
 from jaxgpt.training import checkpoint, stalls
 from jaxgpt.training.integrity import verify
 from jaxgpt.training.records import read_metrics
+from jaxgpt.training.stopping import StopRequest
 
 # ---------------------------------------------------------------- numbers (26)
 
@@ -86,12 +87,17 @@ def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
     """Get the signal while the save of `step` is under way, after a step more if one is taken."""
     write, batch, sent = checkpoint.write_manifest, WindowLoader.batch, threading.Event()
     taken = save_at(monkeypatch, 1)
+    note, noted = StopRequest._note, threading.Event()
+
+    def noting(self, *received, **how) -> None:
+        note(self, *received, **how)
+        noted.set()
 
     def sending(folder: Path, *content) -> None:
         if folder.name == str(step):
             wait_for(lambda: taken[-1] > step or step == 4)
             os.kill(os.getpid(), number)
-            time.sleep(0.3)
+            assert noted.wait(60)
             sent.set()
         write(folder, *content)
 
@@ -100,6 +106,7 @@ def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
             assert sent.wait(60)
         return batch(self, index, *sizes)
 
+    monkeypatch.setattr(StopRequest, "_note", noting)
     monkeypatch.setattr(checkpoint, "write_manifest", sending)
     monkeypatch.setattr(WindowLoader, "batch", held_back)
 
