@@ -35,7 +35,8 @@ import numpy as np
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole
 from jaxgpt.data.loader import WindowLoader, prefetch
-from jaxgpt.data.shards import load_split, write_shard
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.hardware.device import versions
 from jaxgpt.hardware.gpus import find_gpu
