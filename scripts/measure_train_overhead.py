@@ -9,7 +9,7 @@ the disk and, as far as Linux can be asked to, not in memory, read one after ano
 preset's log_interval; and the share of a core that drawing the bar takes.
 
 `checkpoint`: seconds for which the loop stands still while a checkpoint of the preset's model is
-begun (the copy that the background writes from), and until it is on the disk, which it may wait for.
+begun (the copy that the background writes from), and until it is on the disk.
 
 No GPU is needed and none is used. The sum is held against the preset's own step on an RTX 4090 at a
 published MFU, as if nothing of it ran beside the device, which the loader and the bar do.
