@@ -54,6 +54,7 @@ def make_bar(console: Console, left: str) -> Progress:
         TextColumn("{task.fields[status]}"),
         console=console,
         expand=True,
+        refresh_per_second=2,  # rich's ten would take more than 1 % of a core for all of a run
         disable=not console.is_terminal,
     )
 

@@ -6,13 +6,13 @@
 the disk and, as far as Linux can be asked to, not in memory, read one after another.
 
 `host`: seconds of a step that go into reading its metrics, the log and the progress bar, at the
-preset's log_interval; and the share of a core that drawing the bar ten times a second takes.
+preset's log_interval; and the share of a core that drawing the bar takes.
 
 `checkpoint`: seconds for which the loop stands still while a checkpoint of the preset's model is
 begun (the copy that the background writes from), and until it is on the disk.
 
 No GPU is needed and none is used. The sum is held against the preset's own step on an RTX 4090 at a
-published MFU, as if nothing of it ran beside the step, which all but the checkpoint's copy does.
+published MFU, as if nothing of it ran beside the device, which the loader and the bar do.
 """
 
 import argparse
@@ -35,7 +35,8 @@ import numpy as np
 from jaxgpt.config import Config, flat_values, with_fields
 from jaxgpt.console import RunConsole
 from jaxgpt.data.loader import WindowLoader, prefetch
-from jaxgpt.data.shards import load_split, write_shard
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.hardware.device import versions
 from jaxgpt.hardware.gpus import find_gpu
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "loader": loader["seconds_per_batch"] / step_seconds,
         "metrics and log": host / step_seconds,
         "drawing the bar": bar,
-        "checkpoint": checkpoint["seconds_standing_still"] / (60 * cfg.checkpoint_minutes),
+        "checkpoint": checkpoint["seconds"] / (60 * cfg.checkpoint_minutes),
     }
     mfu = mfu_of(find_gpu(CARD))
     assert mfu is not None
@@ -167,8 +168,9 @@ def measure_checkpoint(cfg: Config, folder: Path) -> dict[str, float]:
     state = jax.block_until_ready(build_for(cfg, jax.devices("cpu")[0]).init())
     with Checkpoints(folder / "saved", cfg.keep_checkpoints) as checkpoints:
         begin = time.perf_counter()
-        checkpoints.save(state, config=flat_values(cfg), data={}, val_loss=None)
+        checkpoints.begin(state, config=flat_values(cfg), data={})
         still = time.perf_counter() - begin
+        checkpoints.finish()
         checkpoints.wait()
         return {"seconds_standing_still": still, "seconds": time.perf_counter() - begin}
 
