@@ -130,7 +130,10 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
     logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size
     copy = width if cfg.dtype != "float32" else 0  # of a weight, for the products
     head = m.vocab_size * m.n_embd * (4 + copy)  # the embedding's gradient in float32, its copy
-    copies = kept.copies + (STACKED if cfg.scan_layers else 0)
+    N, fsdp = m.parameter_count(), parse_mesh(cfg.mesh).fsdp
+    copies = kept.copies * copy * N
+    if cfg.scan_layers:  # shards are stacked as they are, in float32
+        copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
     per_layer += kept.scores_per_layer * scores
     per_layer += DROPOUT_KEPT[cfg.remat] * BTD if m.dropout else 0
@@ -139,7 +142,7 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
     return {
         "activations": int(m.n_layer * per_layer + max(in_a_block, at_the_head) - logits),
         "logits": int(logits),
-        "workspace": int(head + copies * copy * m.parameter_count()),
+        "workspace": int(head + copies),
     }
 
 
