@@ -45,8 +45,8 @@ def _terminate(*_: object) -> None:
 
 def run(flags: Flags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
+    from jaxgpt.preparation.folder import open_folder
     from jaxgpt.preparation.inspection import inspect
-    from jaxgpt.preparation.planning import open_folder
     from jaxgpt.preparation.ready import fetch_ready
     from jaxgpt.preparation.summary import announce, merge
     from jaxgpt.preparation.text import prepare_text

@@ -125,9 +125,8 @@ def checksum_faults(
 
 def count_documents(file: TokenFile, eot: int) -> int:
     """How often the end-of-text token stands in a file: the documents that begin in it."""
-    stream, step = TokenStream([file], str(file.path)), 1 << 22
-    windows = (stream.window(i, min(step, file.length - i)) for i in range(0, file.length, step))
-    return sum(int(np.count_nonzero(window == eot)) for window in windows)
+    chunks = TokenStream([file], str(file.path)).chunks()
+    return sum(int(np.count_nonzero(chunk == eot)) for _, chunk in chunks)
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:

@@ -73,14 +73,14 @@ def run_units(
     progress = Progress.make(context)
     assembler.cut()
     pending = assembler.pending_units()
-    done_before = sum(_size(units[k]) for k in range(len(units)) if k not in set(pending))
     if assembler.finished:
         return
     uses = _uses(units, pending)
     running: dict[Future[Record], int] = {}
     with worker_pool(min(workers, len(pending)), plan.settings.tokenizer, progress) as pool:
         while not assembler.finished:
-            pending = [k for k in assembler.pending_units() if k not in running.values()]
+            begun = set(running.values())
+            pending = [k for k in assembler.pending_units() if k not in begun]
             note = ""
             while pending and len(running) <= workers and _near(pending[0], running, workers):
                 job = _job(pending[0], units, plan, work, locate)
@@ -95,7 +95,7 @@ def run_units(
                 for item in _no_longer_used(units[number], uses):
                     release(item)
             assembler.cut()
-            done = done_before + progress.bytes.value
+            done = console.done_before + progress.bytes.value
             console.update(done, progress.tokens.value, progress.documents.value, note)
 
 
@@ -123,18 +123,12 @@ def _result(future: Future[Record]) -> Record:
 
 def _job(number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate) -> Job | None:
     """A unit with the places where its inputs can be read; None while one is on its way."""
-    located = []
-    for slice in units[number]:
-        path = locate(slice.input)
-        if path is None:
-            return None
-        located.append(slice._replace(path=str(path)))
+    paths = [locate(slice.input) for slice in units[number]]  # all, to have all fetched
+    if None in paths:
+        return None
+    located = (s._replace(path=str(path)) for s, path in zip(units[number], paths, strict=True))
     s = plan.settings
     return Job(number, tuple(located), s.options, s.val_fraction, work / "parts")
-
-
-def _size(unit: Unit) -> int:
-    return sum(slice.size for slice in unit)
 
 
 def _uses(units: list[Unit], pending: list[int]) -> dict[str, int]:
