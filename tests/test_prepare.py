@@ -20,6 +20,8 @@ from jaxgpt import train
 from jaxgpt.data.manifest import load_manifest
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import Flags, count
 from jaxgpt.prepare import main
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -146,8 +148,11 @@ def test_a_wrong_count_in_the_source_is_told(
 
     table = pa.table({"text": ["some words"] * 100, "token_count": [3] * 100})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert prepare(tmp_path / "a.parquet", "--out", tmp_path / "o", "--val-tokens", "10") == 0
+    arguments = (tmp_path / "a.parquet", "--val-tokens", "10")
+    assert prepare(*arguments, "--out", tmp_path / "o") == 0
     assert "NOT EQUAL" in capsys.readouterr().out
+    assert prepare(*arguments, "--out", tmp_path / "b", "--tokenizer", "byte") == 0
+    assert "token_count" not in capsys.readouterr().out, "the source counts GPT-2's tokens"
 
 
 # Stopping and going on
@@ -413,7 +418,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two rules for validation"),
-        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number; write 27B"),
+        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number above 0; write 27B"),
         ([texts, "--shard-tokens", "3B"], "holds at most 2,147,483,647"),
         ([texts, "--shard_tokns", "3"], "did you mean '--shard-tokens'?"),
         ([texts, "--rank", "3"], "--rank and --world-size belong together"),
@@ -425,12 +430,47 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
         (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
         (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "do it in one process"),
         (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
+        (["--inspect", texts, "--limit-tokens", "3"], "what is there; leave out --limit-tokens"),
+        (["--merge"], "--merge takes one folder"),
+        ([texts, "--workers", "many"], "--workers many is not a whole number"),
+        ([texts, "--sample-by", "lines"], "is not one of document, paragraph, line; did you mean"),
         ([], "name what to prepare"),
     ):
-        out = [] if "--out" in arguments or not arguments else ["--out", tmp_path / "o"]
+        out = ["--out", tmp_path / "o"]
+        if "--out" in arguments or "--inspect" in arguments or arguments in ([], ["--merge"]):
+            out = []
         assert said in refusal(capsys, *arguments, *out)
     assert not (tmp_path / "o").exists(), "a mistake leaves no folder"
     assert not (texts / ".prepare").exists()
+
+
+def test_every_mistake_in_the_flags_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare("fineweb", "--workers", "0", "--val-tokens", "0", "--limit-tokens", "x")
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(flag in lines[n] for n, flag in enumerate(("--limit", "--val", "--workers")))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("27B", 27 * 10**9),
+        ("4.1B", 4_100_000_000),
+        ("1e9", 10**9),
+        ("100,000", 10**5),
+        ("7k", 7000),
+    ],
+)
+def test_numbers_of_tokens_are_written_as_people_write_them(text: str, number: int) -> None:
+    assert count(Flags(limit_tokens=text), "limit_tokens") == number
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "0.5", "nan", "inf", "1e99", "", "B", "1.5.2"])
+def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no number above 0"):
+        count(Flags(limit_tokens=text), "limit_tokens")
 
 
 def test_a_mistake_is_answered_before_anything_heavy_is_imported() -> None:
@@ -692,6 +732,18 @@ def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
     changed["source"]["sha256_of_inputs"] = "0" * 64
     (out / "manifest-001-of-002.json").write_text(json.dumps(changed))
     assert "they differ in source" in refusal(capsys, "--merge", out)
+
+
+def test_a_first_rank_with_too_little_for_validation_is_told(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for rank in (0, 1, 2):
+        ranked = ("--rank", rank, "--world-size", 3, "--workers", "1", "--val-tokens", "90K")
+        assert prepare(fineweb_like, "--out", out, *SMALL, *ranked) == 0
+    message = refusal(capsys, "--merge", out)
+    assert "validation is the first 90,000 tokens, and rank 0's share has only" in message
+    assert not (out / "manifest.json").exists()
 
 
 def test_ranks_without_a_document_for_validation_are_not_merged_into_a_broken_folder(

@@ -52,7 +52,8 @@ def text_manifest(
         "skipped": dict(sorted(skipped.items())),
         "skipped_for_example": dict(sorted(examples.items())),
     }
-    manifest["token_count"] = _token_count(records)
+    # The column counts GPT-2's tokens; those of another tokenizer would be no fault.
+    manifest["token_count"] = _token_count(records) if tokenizer.name == "gpt2" else None
     return manifest
 
 
@@ -141,8 +142,19 @@ def merge(out: Path) -> dict[str, Any]:
                 f"{out}: no rank has a token of {split!r}; prepare more text, or another share of "
                 "it with --val-fraction, into another --out"
             )
+    _check_first_tokens(out, merged)
     write_json(out / MANIFEST, merged)
     return merged
+
+
+def _check_first_tokens(out: Path, merged: dict[str, Any]) -> None:
+    """Raises UserError where validation wants more first tokens than the first rank's share has."""
+    wanted, got = merged["validation"].get("tokens", 0), merged["splits"]["val"]["tokens"]
+    if got < wanted:
+        raise UserError(
+            f"{out}: validation is the first {wanted:,} tokens, and rank 0's share has only "
+            f"{got:,}; lower --val-tokens, or split the text over fewer ranks, into another --out"
+        )
 
 
 def _load_rank(path: Path) -> dict[str, Any]:
