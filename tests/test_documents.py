@@ -259,9 +259,14 @@ def test_a_text_of_any_length_takes_little_memory(tmp_path: Path) -> None:
     assert peak < 20e6
 
 
-def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
+@pytest.mark.parametrize(
+    ("name", "compress"), [("a.txt.gz", gzip.compress), ("a.txt.zst", zstandard.compress)]
+)
+def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
     assert path.stat().st_size < 1e6
     tracemalloc.start()
     (long,) = read(path)
