@@ -26,8 +26,9 @@ Locate = Callable[[Input], Path | None]  # where an input can be read, None whil
 def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[ProcessPoolExecutor]:
     """Processes that are started afresh: a fork of a process that runs JAX can hang.
 
-    On leaving, in whatever way, they drop what they are at and end.
+    On leaving, in whatever way, they are killed at what they do, which is no file yet.
     """
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -37,8 +38,9 @@ def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[Pr
     try:
         yield pool
     finally:
-        progress.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        pool.shutdown()
 
 
 @contextmanager
