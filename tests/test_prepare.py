@@ -408,10 +408,12 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
 ) -> None:
     (tmp_path / "a.pdf").touch()
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
     for arguments, said in (
         ([tmp_path / "gone.txt"], "gone.txt: no such file or folder"),
         ([f"{tmp_path}/*.parquet"], "*.parquet: no file matches"),
         ([tmp_path / "a.pdf"], "a.pdf: is no text that can be read here"),
+        ([tmp_path / "pipe.txt"], "pipe.txt: is no text that can be read here"),
         ([tmp_path / "empty"], "empty: holds no text"),
         ([prepared], "holds tokens already; train on them with"),
         ([next(prepared.glob("*.bin"))], "holds tokens already"),
@@ -706,6 +708,9 @@ def test_text_is_not_mixed_with_ready_made_shards(
     (tmp_path / "out" / ".prepare").mkdir(parents=True)
     (tmp_path / "out" / ".prepare" / "ready.json").write_text('{"repo": "a/b"}')
     assert "holds ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
+    (tmp_path / "out" / ".prepare" / "ready.json").write_text("{")
+    message = refusal(capsys, "fineweb", "--ready", "--out", tmp_path / "out")
+    assert "ready.json: is damaged" in message
 
 
 def test_too_many_ranks_for_the_input_are_refused(
@@ -734,6 +739,8 @@ def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
     changed["source"]["sha256_of_inputs"] = "0" * 64
     (out / "manifest-001-of-002.json").write_text(json.dumps(changed))
     assert "they differ in source" in refusal(capsys, "--merge", out)
+    (out / "manifest-001-of-002.json").write_text("{}")
+    assert "manifest-001-of-002.json: is no manifest" in refusal(capsys, "--merge", out)
 
 
 def test_a_first_rank_with_too_little_for_validation_is_told(

@@ -19,7 +19,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".prepare"  # what is not finished yet
 VERSION = 1
-REQUIRED = ("version", "tokenizer", "splits", "shards")
+REQUIRED = ("version", "source", "tokenizer", "validation", "splits", "shards")
 
 
 def load_manifest(data_dir: Path) -> dict[str, Any] | None:

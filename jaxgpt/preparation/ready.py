@@ -25,7 +25,7 @@ from jaxgpt.preparation.hub import (
     list_files,
     remove_torn_downloads,
 )
-from jaxgpt.preparation.journal import Journal
+from jaxgpt.preparation.journal import SHARD, Journal
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.summary import base_manifest
 
@@ -49,7 +49,7 @@ def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
     _check_source(work, repo, out)
     commit, files = list_shards(repo, tokens, flags.revision, print)
     write_json(work / "ready.json", {"repo": repo})
-    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl")
+    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", SHARD)
     _adopt(out, files, journal, tokenizer)
     _download_missing(repo, commit, files, folder, journal, tokenizer)
     manifest = base_manifest(
@@ -68,7 +68,10 @@ def _check_source(work: Path, repo: str, out: Path) -> None:
     if (work / "plan.json").exists():
         raise UserError(f"{out}: holds tokens made of text; give ready-made ones another --out")
     path = work / "ready.json"
-    was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: is damaged; delete {out} and download it again") from None
     if was != repo:
         raise UserError(f"{out}: holds shards of {was}; give those of {repo} another --out")
 
