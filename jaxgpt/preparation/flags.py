@@ -15,7 +15,7 @@ from jaxgpt.cli import parse_command
 from jaxgpt.errors import UserError
 
 PROG = "python -m jaxgpt.prepare"
-ALIASES = ("fineweb", "fineweb-edu")
+DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 SHARD_TOKENS = 100_000_000  # llm.c's
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.flags import ALIASES, PROG, Flags
+from jaxgpt.preparation.flags import DATASETS, PROG, Flags
 from jaxgpt.preparation.inputs import kind_of
 from jaxgpt.preparation.ranks import find_rank
 
@@ -99,7 +99,7 @@ def is_hub_name(inputs: Sequence[str]) -> bool:
     if len(inputs) != 1:
         return False
     only = inputs[0]
-    if only in ALIASES:
+    if only in DATASETS:
         return True
     if only.startswith((".", "~", "/")) or glob.has_magic(only) or kind_of(only) is not None:
         return False

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 
 from jaxgpt.data.manifest import sha256_of
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import DATASETS
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 from jaxgpt.preparation.patience import retrying
 
-DATASETS = {
-    "fineweb": "HuggingFaceFW/fineweb",
-    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+# Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
+FOLDERS = {
+    "default": "data",
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
 }
-SAMPLES = {name: f"sample/{name.removeprefix('sample-')}" for name in (
-    "sample-10BT", "sample-100BT", "sample-350BT"
-)}  # fmt: skip
 
 DOWNLOADS = "downloads"  # where files lie while they are read
 AHEAD = 2  # files downloaded while others are being read
@@ -44,7 +45,7 @@ def list_dataset(
     if repo in DATASETS.values() and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
-        found = list_files(repo, SAMPLES.get(name, f"data/{name}"), commit, say)
+        found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
     else:
         what, api = f"data set {repo!r}", HfApi()
         paths = retrying(

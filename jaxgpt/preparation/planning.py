@@ -7,9 +7,9 @@ from pathlib import Path
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import ReadOptions
-from jaxgpt.preparation.flags import ALIASES, SHARD_TOKENS, Flags, count
+from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, Flags, count
 from jaxgpt.preparation.folder import Folder, is_hub_name
-from jaxgpt.preparation.hub import DATASETS, list_dataset
+from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Plan, Settings, check_same, nothing_done, with_inputs
 from jaxgpt.preparation.tokenize import Record
@@ -80,7 +80,7 @@ def _saved(plan: Plan, old: Plan | None, path: Path) -> Plan:
 
 def _hub_source(flags: Flags) -> dict[str, str]:
     asked = flags.inputs[0]
-    name = flags.name or ("sample-10BT" if asked in ALIASES else "")
+    name = flags.name or ("sample-10BT" if asked in DATASETS else "")
     return {
         "kind": "Hub",
         "repo": DATASETS.get(asked, asked),
@@ -102,7 +102,7 @@ def _settings(
     if val_tokens is None and val_fraction is None:
         if old is not None:
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
-        elif flags.inputs[0] in ALIASES:
+        elif _is_fineweb(flags):
             val_tokens = SHARD_TOKENS
         else:
             small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
@@ -125,12 +125,15 @@ def _settings(
     )
 
 
+def _is_fineweb(flags: Flags) -> bool:
+    """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short name or its full one."""
+    return is_hub_name(flags.inputs) and flags.inputs[0] in {*DATASETS, *DATASETS.values()}
+
+
 def _prefix(flags: Flags, out: Path) -> str:
     """What the shards' names begin with: llm.c's for FineWeb, else the folder's name."""
-    if flags.inputs[0] == "fineweb-edu":
-        return "edu_fineweb"
-    if flags.inputs[0] == "fineweb":
-        return "fineweb"
+    if _is_fineweb(flags):
+        return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
     return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
 
 
