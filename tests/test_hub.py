@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import COMMIT, Fault, Hub, serve
+from preparing import build
 
 from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.shards import load_split
@@ -25,8 +25,6 @@ from jaxgpt.preparation import patience
 from jaxgpt.preparation.patience import retrying
 from jaxgpt.prepare import main
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-build = runpy.run_path(str(SCRIPTS / "build_fineweb_like.py"))["build"]
 SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
 CARD = """\
 ---
