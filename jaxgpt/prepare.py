@@ -14,15 +14,21 @@ from jaxgpt.cli import fail
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import PROG, Flags, parse
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is answered as Ctrl-C is."""
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse(sys.argv[1:] if argv is None else argv)
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _stop) for number in SIGNALS}
     try:
         return run(flags)
     except UserError as fault:
@@ -32,21 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{fault.filename}: " if fault.filename else ""
         fail(PROG, f"{where}{fault.strerror}; the same command goes on once that is mended")
-    except KeyboardInterrupt as stop:
+    except Stopped as stop:
         print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+        before.clear()  # signals stay ignored: there is nothing left to stop
+        return 128 + stop.number
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+def _stop(number: int, _: object) -> None:
+    """Leave all work; a second signal is ignored, or it would break into the clearing up."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def run(flags: Flags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
+    from jaxgpt.preparation.folder import open_folder
     from jaxgpt.preparation.inspection import inspect
-    from jaxgpt.preparation.planning import open_folder
     from jaxgpt.preparation.ready import fetch_ready
     from jaxgpt.preparation.summary import announce, merge
     from jaxgpt.preparation.text import prepare_text

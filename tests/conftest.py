@@ -55,6 +55,36 @@ def exported(tiny_run: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fineweb_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three parquet files with FineWeb's columns, 0.9 MB of text."""
+    from preparing import build
+
+    folder = tmp_path_factory.mktemp("fineweb-like")
+    build(folder, files=3, n_bytes=900_000, row_group=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(fineweb_like: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run makes of them that nothing interrupted."""
+    from preparing import SMALL, prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    assert prepare(fineweb_like, "--out", out, *SMALL, "--workers", "1") == 0
+    return out
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Forty short text files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02d}.txt").write_text(f"Text number {number}. " * (number + 1))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def straight(tmp_path_factory) -> Path:
     """A run of eight steps, with checkpoints at 4 and 8; tests take copies of it."""
     from small_runs import STEPS

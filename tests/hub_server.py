@@ -19,8 +19,12 @@ class Fault(NamedTuple):
 
     pattern: str
     status: int = 200  # in place of the answer
-    headers: dict[str, str] = {}  # noqa: RUF012
+    headers: dict[str, str] = {}  # noqa: RUF012  # of the answer, or beside those of a file
     cut_after: int | None = None  # bytes of the body, then the connection drops
+    flip: bool = False  # a bit of the body
+
+
+NO_FAULT = Fault("")
 
 
 class Hub:
@@ -33,6 +37,18 @@ class Hub:
         self.hold = threading.Event()  # while clear, files wait
         self.hold.set()
         self.url = ""
+
+    def of_xet(self) -> dict[str, str]:
+        """Headers that say of a file that it is to be had from Xet's storage."""
+        return {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/xet"}
+
+    def xet_headers(self) -> dict[str, str]:
+        """Where Xet's storage is: at a path of this server where nothing can be had."""
+        return {
+            "X-Xet-Cas-Url": f"{self.url}/storage",
+            "X-Xet-Access-Token": "token",
+            "X-Xet-Token-Expiration": "9999999999",
+        }
 
 
 @contextmanager
@@ -76,14 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        cut_after = None
-        for fault in self.hub.faults:
-            if re.search(fault.pattern, f"{self.command} {path}"):
-                self.hub.faults.remove(fault)
-                if fault.status != 200:
-                    return self._send(fault.status, b"no", fault.headers)
-                cut_after = fault.cut_after
-                break
+        request = f"{self.command} {path}"
+        fault = next((f for f in self.hub.faults if re.search(f.pattern, request)), NO_FAULT)
+        if fault in self.hub.faults:
+            self.hub.faults.remove(fault)
+        if fault.status != 200:
+            return self._send(fault.status, b"no", fault.headers)
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             return self._dataset(*found.groups())
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
@@ -91,7 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             return self._paths_info(found[1], body)
         if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._file(found[1], found[3], cut_after)
+            return self._file(found[1], found[3], fault)
+        if path == "/xet":
+            return self._send(200, b"", self.hub.xet_headers())
         return self._send(404, b"{}", {})
 
     def _dataset(self, repo: str, revision: str | None) -> None:
@@ -148,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             infos.append(info)
         return infos
 
-    def _file(self, repo: str, name: str, cut_after: int | None) -> None:
+    def _file(self, repo: str, name: str, fault: Fault) -> None:
         path = self.hub.folder / repo / name
         if not path.is_file():
             code = "EntryNotFound" if (self.hub.folder / repo).is_dir() else "RepoNotFound"
@@ -160,13 +176,16 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Repo-Commit": COMMIT,
             "Accept-Ranges": "bytes",
+            **fault.headers,
         }
         status = 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", "")):
             first, last = int(found[1]), int(found[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
-        return self._send(status, data, headers, cut_after)
+        if fault.flip:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        return self._send(status, data, headers, fault.cut_after)
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -12,7 +12,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.journal import Journal, Plan, Settings
+from jaxgpt.preparation.journal import SHARD, Journal, Plan, Settings
 from jaxgpt.preparation.tokenize import Record, part_path
 
 EOT = 9999
@@ -101,7 +101,7 @@ def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
     assert [shard["tokens"] for shard in again.shards] == [100, 100]
     assert again.pending_units() == [3, 4]
     assert [path.stat().st_mtime_ns for path in shards] == written
-    assert Journal(work / "shards.jsonl").entries == again.shards
+    assert Journal(work / "shards.jsonl", SHARD).entries == again.shards
 
 
 def test_a_stranger_s_shard_is_not_taken_in(tmp_path: Path, work: Path) -> None:
@@ -156,13 +156,22 @@ def test_a_limit_ends_the_training_tokens_exactly(tmp_path: Path, work: Path) ->
 
 def test_an_unfinished_line_of_a_journal_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    Journal(path).append({"a": 1})
+    Journal(path, "a").append({"a": 1})
     with path.open("ab") as file:
         file.write(b'{"a": 2')
-    journal = Journal(path)
+    journal = Journal(path, "a")
     assert journal.entries == [{"a": 1}]
     journal.append({"a": 3})
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+@pytest.mark.parametrize("line", ["5", '{"b": 1}', '{"a": 1, "b": 2}', "{", "\0\0"])
+def test_a_journal_of_anything_else_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "out" / ".prepare" / "journal.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(f'{{"a": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=f"{path}: is damaged; delete {tmp_path / 'out'} and"):
+        Journal(path, "a")
 
 
 def test_a_plan_comes_back_as_it_was_written_and_a_damaged_one_is_refused(tmp_path: Path) -> None:

@@ -184,6 +184,14 @@ def test_a_column_that_is_no_text_is_refused_with_the_others_named(tmp_path: Pat
         read(tmp_path / "a.jsonl")
 
 
+def test_a_first_line_without_a_text_is_one_document_less(tmp_path: Path) -> None:
+    lines = [b'{"id": 1}', b'{"id": 2, "text": "two"}', b'{"id": 3}', b'{"text": "four"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    for unit_bytes in (10**9, 20):
+        found = read(tmp_path / "a.jsonl", unit_bytes)
+        assert found == [Skip.NULL, "two", Skip.NULL, "four"]
+
+
 def test_a_json_array_is_no_json_lines(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
     with pytest.raises(UserError, match="one object a line"):
@@ -251,9 +259,14 @@ def test_a_text_of_any_length_takes_little_memory(tmp_path: Path) -> None:
     assert peak < 20e6
 
 
-def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
+@pytest.mark.parametrize(
+    ("name", "compress"), [("a.txt.gz", gzip.compress), ("a.txt.zst", zstandard.compress)]
+)
+def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
     assert path.stat().st_size < 1e6
     tracemalloc.start()
     (long,) = read(path)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import COMMIT, Fault, Hub, serve
+from preparing import build
 
-from jaxgpt.data.manifest import load_manifest
+from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import hub as hub_module
-from jaxgpt.preparation.hub import retrying
+from jaxgpt.preparation import patience
+from jaxgpt.preparation.patience import retrying
 from jaxgpt.prepare import main
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-build = runpy.run_path(str(SCRIPTS / "build_fineweb_like.py"))["build"]
 SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
 CARD = """\
 ---
@@ -126,6 +125,15 @@ def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
     assert len(hub.requests) == before, "a finished folder asks for nothing"
 
 
+def test_fineweb_under_its_full_name_has_llm_c_s_validation_too(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out")
+    done = run(environment, "HuggingFaceFW/fineweb", "--name", "sample-100BT", *out)
+    assert done.returncode == 2
+    assert "all its tokens are validation, which is the first 100,000,000" in done.stderr
+
+
 def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "fineweb"
     done = run(environment, "fineweb", "--out", out, *SMALL, "--limit-tokens", "500")
@@ -139,16 +147,11 @@ def test_a_download_that_is_killed_or_cut_off_goes_on(
 ) -> None:
     out = tmp_path / "fineweb"
     arguments = ["fineweb", "--out", str(out), *SMALL]
-    hub.hold.clear()
-    command = [sys.executable, "-m", "jaxgpt.prepare", *arguments]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        _wait_for_request(hub, "GET /datasets/.*parquet")
-        child.send_signal(signal.SIGKILL)
-    finally:
-        child.kill()
-        child.wait()
-    hub.hold.set()
+    _kill_at_first_file(hub, environment, *arguments)
+    left = set(out.rglob("*.incomplete"))
+    assert left
+    _kill_at_first_file(hub, environment, *arguments)
+    assert not left & set(out.rglob("*.incomplete")), "they would fill the disk"
     hub.faults += [
         Fault("GET .*000_00000.parquet", cut_after=20_000),
         Fault("GET .*001_00000.parquet", status=503),
@@ -158,6 +161,28 @@ def test_a_download_that_is_killed_or_cut_off_goes_on(
     assert done.returncode == 0, done.stderr + done.stdout
     assert not hub.faults
     assert shards(out) == expected
+
+
+def test_a_file_that_arrives_damaged_is_fetched_again(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
+    done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stdout
+    assert shards(tmp_path / "fineweb") == expected
+
+
+def test_what_fails_in_the_hub_s_other_storage_is_tried_again(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("hf_xet")
+    hub.faults += [Fault("HEAD .*001_00000.parquet", headers=hub.of_xet())]
+    done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stdout
+    assert any("/storage/" in request for request in hub.requests)
+    assert shards(tmp_path / "fineweb") == expected
 
 
 def test_ctrl_c_during_a_download_ends_at_once(
@@ -175,6 +200,20 @@ def test_ctrl_c_during_a_download_ends_at_once(
         child.wait()
     assert child.returncode == 130
     assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+
+
+def _kill_at_first_file(hub: Hub, environment: dict[str, str], *arguments: str) -> None:
+    """Run a command until it asks for a file."""
+    hub.hold.clear()
+    hub.requests.clear()
+    command = [sys.executable, "-m", "jaxgpt.prepare", *arguments]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        _wait_for_request(hub, "GET /datasets/")
+    finally:
+        child.kill()
+        child.wait()
+        hub.hold.set()
 
 
 def _wait_for_request(hub: Hub, pattern: str) -> None:
@@ -248,8 +287,8 @@ def test_patience_that_ends_keeps_what_is_finished_and_the_same_command_goes_on(
     hub.faults += [refusal] * 100
     arguments = ["fineweb", "--out", str(out), *SMALL]
     code = (
-        "import sys; from jaxgpt.preparation import hub; from jaxgpt.prepare import main\n"
-        "if __name__ == '__main__': hub.WAITS = (); sys.exit(main(sys.argv[1:]))"
+        "import sys; from jaxgpt.preparation import patience; from jaxgpt.prepare import main\n"
+        "if __name__ == '__main__': patience.WAITS = (); sys.exit(main(sys.argv[1:]))"
     )
     script = tmp_path / "impatient.py"  # workers import it again
     script.write_text(code)
@@ -278,6 +317,9 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
         "fineweb_val_000000.bin"
     ]
     assert len(load_split(out, "train", 50257)) == 10_000
+    _kill_at_first_file(hub, environment, "fineweb", "--ready", "--out", str(out))
+    with pytest.raises(UserError, match="is not finished; run its"):
+        check_manifest(out, load_tokenizer("gpt2"))
     hub.requests.clear()
     more = run(environment, "fineweb", "--ready", "--out", out)
     assert more.returncode == 0, more.stderr
@@ -318,7 +360,7 @@ class RefusedError(Exception):
 def asked_until(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], **flags: bool) -> Any:
     """(answer or message, the seconds waited) of a question that fails with each of `errors`."""
     waits: list[float] = []
-    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
     left = list(errors)
 
     def question() -> str:
@@ -346,7 +388,7 @@ def test_the_hub_s_own_wish_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_patience_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     message, waits = asked_until(monkeypatch, [RefusedError(429)] * 99)
-    assert waits == list(hub_module.WAITS)
+    assert waits == list(patience.WAITS)
     assert "set HF_TOKEN" in message
     assert "it goes on from here" in message
     message, waits = asked_until(monkeypatch, [RefusedError(403)])

@@ -6,8 +6,8 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import Flags
+from jaxgpt.preparation.folder import default_out
 from jaxgpt.preparation.inputs import Input, find_inputs, kind_of, share_of_rank, work_units
-from jaxgpt.preparation.planning import default_out
 
 
 def fake(path: str, size: int) -> Input:

@@ -19,7 +19,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".prepare"  # what is not finished yet
 VERSION = 1
-REQUIRED = ("version", "tokenizer", "splits", "shards")
+REQUIRED = ("version", "source", "tokenizer", "validation", "splits", "shards")
 
 
 def load_manifest(data_dir: Path) -> dict[str, Any] | None:
@@ -125,9 +125,8 @@ def checksum_faults(
 
 def count_documents(file: TokenFile, eot: int) -> int:
     """How often the end-of-text token stands in a file: the documents that begin in it."""
-    stream, step = TokenStream([file], str(file.path)), 1 << 22
-    windows = (stream.window(i, min(step, file.length - i)) for i in range(0, file.length, step))
-    return sum(int(np.count_nonzero(window == eot)) for window in windows)
+    chunks = TokenStream([file], str(file.path)).chunks()
+    return sum(int(np.count_nonzero(chunk == eot)) for _, chunk in chunks)
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:

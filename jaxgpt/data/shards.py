@@ -66,6 +66,11 @@ class TokenStream:
             windows[row] = self.window(int(starts[row]), length)
         return windows
 
+    def chunks(self, length: int = 1 << 22) -> Iterator[tuple[int, np.ndarray]]:
+        """(where it begins, its tokens) of one stretch after another, to the end."""
+        for start in range(0, len(self), length):
+            yield start, self.window(start, min(length, len(self) - start))
+
     def check_ids(self, windows: np.ndarray, starts: np.ndarray, n_vocab: int) -> None:
         """DataError if a token of `windows` (W, length), read at `starts` (W,), is >= n_vocab.
 
@@ -172,8 +177,7 @@ def prepare_command(data_dir: Path, tokens: int | None) -> str:
 
 def _check_stream(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> None:
     if len(tokens) <= SCANNED_TOKENS:
-        for start in range(0, len(tokens), 1 << 24):
-            chunk = tokens.window(start, min(1 << 24, len(tokens) - start))
+        for start, chunk in tokens.chunks():
             tokens.check_ids(chunk[None], np.array([start]), n_vocab)
         return
     fractions = np.linspace(0, 1, max(1, SAMPLES // len(files)))

@@ -24,14 +24,21 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Return once the disk has the names of a folder's files."""
+def move_whole(source: Path, path: Path) -> None:
+    """Give a file that is complete the name `path`, as `whole_file` does."""
+    _sync(source)
+    os.replace(source, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return once the disk has a file's content, or the names of a folder's files."""
     if os.name == "nt":  # where a folder cannot be opened
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,7 +17,7 @@ from jaxgpt.data.manifest import count_documents, sha256_of
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.journal import Journal, Plan
+from jaxgpt.preparation.journal import SHARD, Journal, Plan
 from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
 
 
@@ -49,7 +49,8 @@ class Assembler:
     def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
         self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
         self._parts.mkdir(exist_ok=True)
-        self._units, self._shards = Journal(work / "units.jsonl"), Journal(work / "shards.jsonl")
+        self._units = Journal(work / "units.jsonl", Record._fields)
+        self._shards = Journal(work / "shards.jsonl", SHARD)
         self._outputs = outputs_of(plan, limit_tokens)
         self._round_ends = plan.round_ends()
         self._n_units = self._round_ends[-1] if self._round_ends else 0

@@ -5,22 +5,28 @@ Nothing heavy is imported here: a mistake is answered before datasets and pyarro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from jaxgpt.cli import fail
+from jaxgpt.cli import parse_command
 from jaxgpt.errors import UserError
-from jaxgpt.presets import did_you_mean
 
 PROG = "python -m jaxgpt.prepare"
-ALIASES = ("fineweb", "fineweb-edu")
+DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 SHARD_TOKENS = 100_000_000  # llm.c's
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
-# The flags that mean something beside --ready.
-OF_READY = {"inputs", "out", "name", "revision", "ready", "tokens", "workers", "rank", "world_size"}
+COUNTS = ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes")
+
+# The flags that mean something beside these.
+OF_READY = frozenset(
+    {"inputs", "out", "name", "revision", "ready", "tokens", "workers", "rank", "world_size"}
+)
+OF_MERGE = frozenset({"inputs", "merge"})
+OF_INSPECT = frozenset({"inputs", "inspect", "tokenizer"})
 
 DESCRIPTION = """Make token shards for training from FineWeb, from another data set of the Hugging \
 Face Hub, or from text files. The same command goes on where one was stopped.
@@ -83,65 +89,65 @@ class Flags:
     unit_bytes: Count = "256M"
     """text that a process takes at a time, which is what a kill can cost it"""
 
+    def faults(self) -> list[str]:
+        """What is wrong with them, a sentence for each fault."""
+        faults = [fault for name in COUNTS if (fault := self._fault_of_count(name))]
+        if self.val_tokens is not None and self.val_fraction is not None:
+            faults.append("--val-tokens and --val-fraction are two rules for validation; give one")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            faults.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
+        if self.workers is not None and self.workers < 1:
+            faults.append(f"--workers {self.workers} must be at least 1")
+        if self.merge or self.inspect:
+            return faults + self._faults_of_one_folder()
+        if not self.inputs:
+            faults.append(
+                "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
+                "--help has examples"
+            )
+        if self.ready:
+            return faults + self._faults_of_ready()
+        if self.tokens is not None:
+            faults.append("--tokens belongs to --ready; --limit-tokens stops tokenizing")
+        return faults
+
+    def _fault_of_count(self, name: str) -> str | None:
+        try:
+            count(self, name)
+        except UserError as fault:
+            return str(fault)
+        return None
+
+    def _faults_of_one_folder(self) -> list[str]:
+        if self.merge and self.inspect:
+            return ["--merge and --inspect are two commands; give one"]
+        what = "--merge" if self.merge else "--inspect"
+        faults = []
+        if len(self.inputs) != 1:
+            faults.append(f"{what} takes one folder: {PROG} {what} data/fineweb")
+        if others := self._given_beside(OF_MERGE if self.merge else OF_INSPECT):
+            faults.append(f"{what} reads what is there; leave out {others}")
+        return faults
+
+    def _faults_of_ready(self) -> list[str]:
+        """Flags that say how to make tokens which are made already."""
+        if self.limit_tokens is not None:
+            return ["--limit-tokens stops tokenizing; with --ready it is --tokens"]
+        if others := self._given_beside(OF_READY):
+            return [f"--ready downloads tokens as they are; leave out {others}"]
+        if len(self.inputs) > 1:
+            return ["--ready takes one name: fineweb, fineweb-edu or owner/name"]
+        return []
+
+    def _given_beside(self, names: frozenset[str]) -> str:
+        """The flags that were given and are none of `names`, for a sentence."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - names))
+
 
 def parse(argv: Sequence[str]) -> Flags:
     """The flags in `argv`; a mistake ends the process with exit code 2."""
-    known = [f.name.replace("_", "-") for f in fields(Flags)]
-    for arg in argv:
-        flag = arg.removeprefix("--").partition("=")[0].replace("_", "-")
-        if arg.startswith("--") and flag not in [*known, "help"]:
-            fail(PROG, f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
-    flags = tyro.cli(
-        Flags,
-        prog=PROG,
-        description=DESCRIPTION,
-        args=list(argv),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    try:
-        return _checked(flags)
-    except UserError as fault:
-        fail(PROG, str(fault))
-
-
-def _checked(flags: Flags) -> Flags:
-    """Raises UserError for flags that contradict each other or that no number can be."""
-    for name in ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes"):
-        count(flags, name)
-    if flags.inspect or flags.merge:
-        if flags.merge and flags.inspect:
-            raise UserError("--merge and --inspect are two commands; give one")
-        if len(flags.inputs) != 1:
-            what = "--merge" if flags.merge else "--inspect"
-            raise UserError(f"{what} takes one folder: {PROG} {what} data/fineweb")
-        return flags
-    if not flags.inputs:
-        raise UserError(
-            "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
-            "--help has examples"
-        )
-    if flags.val_tokens is not None and flags.val_fraction is not None:
-        raise UserError("--val-tokens and --val-fraction are two rules for validation; give one")
-    if flags.val_fraction is not None and not 0 < flags.val_fraction < 1:
-        raise UserError(f"--val-fraction {flags.val_fraction:g} must be between 0 and 1")
-    if flags.workers is not None and flags.workers < 1:
-        raise UserError(f"--workers {flags.workers} must be at least 1")
-    if flags.tokens is not None and not flags.ready:
-        raise UserError("--tokens belongs to --ready; --limit-tokens stops tokenizing")
-    if flags.ready:
-        _check_ready(flags)
-    return flags
-
-
-def _check_ready(flags: Flags) -> None:
-    """Raises UserError for flags that say how to make tokens which are made already."""
-    if flags.limit_tokens is not None:
-        raise UserError("--limit-tokens stops tokenizing; with --ready it is --tokens")
-    given = {f.name for f in fields(flags) if getattr(flags, f.name) != f.default}
-    if others := [f"--{name.replace('_', '-')}" for name in sorted(given - OF_READY)]:
-        raise UserError(f"--ready downloads tokens as they are; leave out {', '.join(others)}")
-    if len(flags.inputs) > 1:
-        raise UserError("--ready takes one name: fineweb, fineweb-edu or owner/name")
+    return parse_command(argv, Flags, prog=PROG, description=DESCRIPTION)
 
 
 def count(flags: Flags, name: str) -> int | None:
@@ -153,11 +159,13 @@ def count(flags: Flags, name: str) -> int | None:
     if digits[-1:] in SUFFIXES:
         digits, factor = digits[:-1], SUFFIXES[digits[-1]]
     try:
-        value = float(digits) * factor
-    except ValueError:
-        value = -1
-    if not 1 <= value < 2**62 or value != int(value):
-        raise UserError(f"--{name.replace('_', '-')} {text}: is no number; write 27B, 100M or 5000")
+        value = Decimal(digits) * factor  # as a float, 4.1B would be no whole number
+    except InvalidOperation:
+        value = Decimal(-1)
+    if value.is_nan() or not 1 <= value < 2**62 or value != int(value):
+        raise UserError(
+            f"--{name.replace('_', '-')} {text}: is no number above 0; write 27B, 100M or 5000"
+        )
     if name == "shard_tokens" and value >= 2**31:
         raise UserError(f"--shard-tokens {text}: a shard's header holds at most 2,147,483,647")
     return int(value)

@@ -1,32 +1,29 @@
 """Data sets on the Hugging Face Hub: which files they consist of, and getting them here.
 
 Everything is pinned to one commit, so that a run that goes on next week reads what it began with.
-The Hub limits how often it may be asked; a refusal is waited out before anyone is told of it.
 """
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from jaxgpt.data.manifest import sha256_of
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import DATASETS
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
+from jaxgpt.preparation.patience import retrying
 
-T = TypeVar("T")
-
-DATASETS = {
-    "fineweb": "HuggingFaceFW/fineweb",
-    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+# Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
+FOLDERS = {
+    "default": "data",
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
 }
-SAMPLES = {name: f"sample/{name.removeprefix('sample-')}" for name in (
-    "sample-10BT", "sample-100BT", "sample-350BT"
-)}  # fmt: skip
 
-WAITS = (1, 2, 4, 8, 15, 30, 60)  # seconds between tries
-QUICK_WAITS = (0.5, 1)  # when the first question of all finds no network
 DOWNLOADS = "downloads"  # where files lie while they are read
 AHEAD = 2  # files downloaded while others are being read
 
@@ -44,32 +41,56 @@ def list_dataset(
     """The files of a data set's configuration `name`; raises UserError."""
     from huggingface_hub import HfApi
 
-    def ask(question: Callable[[], T]) -> T:
-        return retrying(question, f"data set {repo!r}", say, first=True)
-
-    api = HfApi()
-    commit = ask(lambda: api.dataset_info(repo, revision=revision, timeout=20)).sha
-    assert commit is not None
+    commit = find_commit(repo, revision, say)
     if repo in DATASETS.values() and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
-        folder = SAMPLES.get(name, f"data/{name}")
-        found = ask(
-            lambda: list(
-                api.list_repo_tree(
-                    repo, folder, recursive=True, revision=commit, repo_type="dataset"
-                )
-            ),
-        )
+        found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
     else:
-        paths = ask(lambda: _files_of_configuration(repo, name, split, commit))
-        found = ask(lambda: _paths_info(api, repo, paths, commit))
+        what, api = f"data set {repo!r}", HfApi()
+        paths = retrying(
+            lambda: _files_of_configuration(repo, name, split, commit), what, say, first=True
+        )
+        found = retrying(lambda: _paths_info(api, repo, paths, commit), what, say, first=True)
     return Listing(commit, _inputs(found, repo))
+
+
+def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -> str:
+    """The commit that a data set's `revision` is now; raises UserError."""
+    from huggingface_hub import HfApi
+
+    info = retrying(
+        lambda: HfApi().dataset_info(repo, revision=revision, timeout=20),
+        f"data set {repo!r}",
+        say,
+        first=True,
+    )
+    assert info.sha is not None
+    return info.sha
+
+
+def list_files(
+    repo: str, folder: str | None, commit: str, say: Callable[[str], object]
+) -> list[Any]:
+    """The files under a folder of a data set, with path, size and lfs, by path; UserError."""
+    from huggingface_hub import HfApi
+
+    found = retrying(
+        lambda: list(
+            HfApi().list_repo_tree(
+                repo, folder, recursive=True, revision=commit, repo_type="dataset"
+            )
+        ),
+        f"data set {repo!r}",
+        say,
+        first=True,
+    )
+    return sorted((file for file in found if hasattr(file, "size")), key=lambda file: file.path)
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
     """Files of the Hub as inputs, in the order of their paths."""
-    files = sorted((f for f in found if hasattr(f, "size")), key=lambda f: f.path)
+    files = sorted(found, key=lambda file: file.path)
     known = [file for file in files if kind_of(file.path)]
     if not known:
         raise UserError(
@@ -118,21 +139,36 @@ def _paths_info(api: Any, repo: str, paths: list[str], commit: str) -> list[Any]
 
 
 def download(
-    repo: str, path: str, size: int, commit: str, folder: Path, say: Callable[[str], object]
+    repo: str,
+    path: str,
+    size: int,
+    sha256: str | None,
+    commit: str,
+    folder: Path,
+    say: Callable[[str], object],
 ) -> Path:
-    """One file of a data set, under `folder`; continues one that was cut off. Raises UserError."""
+    """One file of a data set, under `folder`, as the Hub has it. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> Path:
-        got = Path(
-            hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
-        )
-        if got.stat().st_size != size:
+        try:
+            got = Path(
+                hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
+            )
+        except RuntimeError as error:  # what hf_xet says whatever it was that failed
+            raise ConnectionError(str(error)) from error
+        if got.stat().st_size != size or (sha256 is not None and sha256_of(got) != sha256):
             got.unlink()
-            raise ConnectionError(f"{path} came with another size than {size:,} bytes")
+            raise ConnectionError(f"{path} arrived damaged")
         return got
 
     return retrying(fetch, f"{path} of data set {repo!r}", say, first=False)
+
+
+def remove_torn_downloads(folder: Path) -> None:
+    """Delete what a kill left of downloads that huggingface_hub 2 would never continue."""
+    for path in folder.rglob("*.*.????????.incomplete"):
+        path.unlink(missing_ok=True)
 
 
 class Downloads:
@@ -141,6 +177,7 @@ class Downloads:
     def __init__(self, inputs: Sequence[Input], get: Callable[[Input], Path]):
         self._get = get
         self._order = list(inputs)
+        self._places = {item.path: place for place, item in enumerate(inputs)}
         self._wanted: queue.SimpleQueue[tuple[Input, Future[Path]]] = queue.SimpleQueue()
         self._futures: dict[str, Future[Path]] = {}
         for _ in range(AHEAD):  # daemons, or Ctrl-C would wait for the end of a file
@@ -148,8 +185,8 @@ class Downloads:
 
     def local(self, wanted: Input) -> Path | None:
         """Where a file is once it is here, None before; raises what its download raised."""
-        index = self._order.index(wanted)
-        for item in self._order[index : index + AHEAD]:
+        place = self._places[wanted.path]
+        for item in self._order[place : place + AHEAD]:
             if item.path not in self._futures:
                 self._futures[item.path] = Future()
                 self._wanted.put((item, self._futures[item.path]))
@@ -163,121 +200,3 @@ class Downloads:
                 future.set_result(self._get(item))
             except BaseException as error:
                 future.set_exception(error)
-
-
-def retrying(
-    question: Callable[[], T], what: str, say: Callable[[str], object], *, first: bool
-) -> T:
-    """The answer to a question to the Hub, asked again while the network or the Hub refuses.
-
-    Raises UserError, in a sentence, for what waiting does not mend and when patience is at an end.
-    `first`: nothing has worked yet, so a network that is not there is not waited for long.
-    """
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    disable_progress_bars()  # there is one bar already
-    logging.set_verbosity_error()  # the client tries again by itself too, and warns of each time
-    tries = 0
-    while True:
-        try:
-            return question()
-        except UserError:
-            raise
-        except Exception as error:
-            status = _status(error)
-            waits = QUICK_WAITS if first and status is None else WAITS
-            if not _may_pass(error) or tries >= len(waits):
-                raise UserError(_explain(error, what, status)) from None
-            wait = max(waits[tries], _asked_wait(error))
-            say(f"{what}: {_reason(error, status)}; trying again in {wait:g} s")
-            time.sleep(wait)
-            tries += 1
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error, None if there was no answer."""
-    return getattr(_response(error), "status_code", None)
-
-
-def _response(error: BaseException | None) -> Any:
-    """What the Hub answered, where an error came of that; the client wraps some of its errors."""
-    while error is not None and getattr(error, "response", None) is None:
-        error = error.__cause__
-    return getattr(error, "response", None)
-
-
-def _may_pass(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return _is_network_error(error)
-
-
-def _is_network_error(error: BaseException | None) -> bool:
-    """By the names of the classes too: huggingface_hub has changed its HTTP library twice."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if error is None or isinstance(error, OfflineModeIsEnabled):
-        return False
-    if isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError):
-        return True
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"TransportError", "RequestException", "RemoteProtocolError"})
-
-
-def _asked_wait(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait, at most five minutes."""
-    headers = getattr(_response(error), "headers", None) or {}
-    asked = str(headers.get("retry-after", ""))
-    return min(300.0, float(asked)) if asked.replace(".", "", 1).isdigit() else 0.0
-
-
-def _reason(error: BaseException, status: int | None) -> str:
-    if status == 429:
-        return "the Hub limits the rate of requests (429)"
-    if status is not None:
-        return f"the Hub answered {status}"
-    return "the Hub could not be reached"
-
-
-def _explain(error: BaseException, what: str, status: int | None) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{what}: HF_HUB_OFFLINE is set; unset it, or prepare local files: {READABLE}"
-    if isinstance(error, GatedRepoError):
-        return f"{what}: asks for your consent on its page first; then set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{what}: there is none of this name on the Hub, nor a folder here (a private one "
-            "needs HF_TOKEN set)"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{what}: has no such --revision"
-    if isinstance(error, HFValidationError):
-        return f"{what}: is no name of a data set; write owner/name"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"{what}: has no files there; check --name (sample-10BT, sample-100BT, ...)"
-    if status == 429:
-        return (
-            f"{what}: the Hub limits the rate of requests (429) and has not relented; set "
-            "HF_TOKEN, which raises the limit, or run the same command later: it goes on from here"
-        )
-    if status is not None:
-        return (
-            f"{what}: the Hub answered {status}; run the same command later: it goes on from here"
-        )
-    if _is_network_error(error):
-        return (
-            f"{what}: the Hub could not be reached ({type(error).__name__}); check the network and "
-            f"run the same command again, or prepare local files: {READABLE}"
-        )
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -176,7 +176,7 @@ def _files_of(argument: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path)
     if path.exists():
-        if kind_of(str(path)) is None:
+        if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read once only
             raise UserError(_unreadable(path))
         return [path.resolve()]
     if glob.has_magic(argument):

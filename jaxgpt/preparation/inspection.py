@@ -17,7 +17,6 @@ from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.summary import describe
 
 EXCERPT = 200  # tokens
-CHUNK = 1 << 22
 
 
 def inspect(data_dir: Path, tokenizer_name: str) -> int:
@@ -112,8 +111,7 @@ def _read_everything(
 
 def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
     stream, documents = TokenStream([file], str(file.path)), 0
-    for start in range(0, file.length, CHUNK):
-        tokens = stream.window(start, min(CHUNK, file.length - start))
+    for start, tokens in stream.chunks():
         try:
             stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
         except DataError as fault:

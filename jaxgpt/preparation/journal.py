@@ -6,7 +6,7 @@ journal only grows, so a kill costs its last line at most, and that line's work 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,25 @@ def nothing_done(work: Path) -> bool:
     return not any(path.exists() and path.stat().st_size for path in journals)
 
 
-class Journal:
-    """JSON values in a file, a line each."""
+SHARD = ("file", "split", "tokens", "documents", "sha256")  # what is noted of one
 
-    def __init__(self, path: Path):
+
+class Journal:
+    """JSON objects in a file, a line each, all with the same `names`. Raises UserError."""
+
+    def __init__(self, path: Path, names: Iterable[str]):
         self._path = path
-        self.entries: list[dict[str, Any]] = []
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")
         try:
-            self.entries = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
+            self.entries: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+            sound = all(set(entry) == set(names) for entry in self.entries)
+        except (ValueError, TypeError):
+            sound = False
+        if not sound:
             raise UserError(
                 f"{path}: is damaged; delete {path.parents[1]} and prepare the text again"
-            ) from None
+            )
         if torn:  # or the next line would be joined to it
             os.truncate(path, len(text) - len(torn))
 

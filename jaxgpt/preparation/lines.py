@@ -10,6 +10,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.inputs import first_line
 
 CHUNK = 1 << 20  # bytes read at a time
+ZSTD_CHUNK = 1 << 8  # of .zst: what comes of it has no bound, and 12 bytes can hold 128 KB
 
 
 def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
@@ -104,7 +105,7 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
     frame = make()
     fed = False
     try:
-        while data := file.read(CHUNK):
+        while data := file.read(ZSTD_CHUNK):
             while data:
                 if frame.eof:
                     frame, fed = make(), False

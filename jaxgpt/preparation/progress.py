@@ -16,7 +16,7 @@ class PreparationConsole:
 
     def __init__(self, total_bytes: int, done_bytes: int):
         self.console = Console(highlight=False, soft_wrap=True)
-        self._total, self._done_before = total_bytes, done_bytes
+        self._total, self.done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
         self._bar = make_bar(self.console, "{task.percentage:3.0f} %")
         self._task = self._bar.add_task(
@@ -49,7 +49,7 @@ class PreparationConsole:
         if tokens:  # few characters, so that all fits into 80 columns
             made = f"{tokens / 1e6:,.1f}M tokens ({tokens / elapsed / 1e6:.2f}M/s)"
             parts = [made, f"{documents:,} documents", *parts]
-        speed = (done_bytes - self._done_before) / elapsed
+        speed = (done_bytes - self.done_before) / elapsed
         if speed > 0 and elapsed > 1:
             parts.append(f"{duration(bytes_left / speed)} to go")
         return " · ".join(parts)

@@ -5,6 +5,7 @@ A reader never holds a file: it yields batches.
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from jaxgpt.errors import UserError
@@ -64,10 +65,15 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         ) from None
 
 
-def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+@lru_cache(1)  # a hundred slices of one folder would each read the heads of all its files
+def _open_saved_dataset(path: str) -> Any:
     from datasets import load_from_disk
 
-    dataset = load_from_disk(slice.path)
+    return load_from_disk(path)
+
+
+def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    dataset = _open_saved_dataset(slice.path)
     check_column(slice.input, dataset.column_names, options.text_column)
     columns = {options.text_column, *({"token_count"} & set(dataset.column_names))}
     dataset = dataset.select_columns(list(columns)).with_format("arrow")
@@ -141,29 +147,29 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             lines = split_lines(read_chunks(file, slice.path))
         else:
             lines = lines_between(file, *slice.share_of(slice.input.size))
-        first, position = True, file.tell()
+        first, position = slice.part == 0, file.tell()
         for group in in_groups(lines):
-            documents, counts = [], []
-            for line in group:
-                record = _parse(line, options)
-                if first:
-                    _check_first(record, line, slice, options)
-                    first = False
-                documents.append(_text_of(record, options))
-                counts.append(record.get("token_count") if isinstance(record, dict) else None)
+            records = [_parse(line, options) for line in group]
+            if first:
+                _check_first(records, group[0], slice, options)
+                first = False
+            documents = [_text_of(record, options) for record in records]
+            counts = [r.get("token_count") if isinstance(r, dict) else None for r in records]
             before, position = position, file.tell()
             yield Batch(documents, position - before, _sum_of_used(documents, counts))
 
 
-def _check_first(record: Any, line: bytes, slice: Slice, options: ReadOptions) -> None:
-    """Raises UserError where the first line shows that the whole file is meant otherwise."""
-    if slice.part == 0 and line.lstrip().startswith(b"["):
+def _check_first(records: list[Any], line: bytes, slice: Slice, options: ReadOptions) -> None:
+    """Raises UserError where the first lines show that the whole file is meant otherwise."""
+    if line.lstrip().startswith(b"["):
         raise UserError(
             f"{slice.path}: is a JSON array, and is to hold one object a line; write it so, as jq "
             "-c '.[]' does"
         )
-    if isinstance(record, dict):
-        check_column(slice.input, list(record), options.text_column)
+    # One of many may be without a text, whose key some writers then leave out.
+    names = dict.fromkeys(name for r in records if isinstance(r, dict) for name in r)
+    if names:
+        check_column(slice.input, names, options.text_column)
 
 
 def _parse(line: bytes, options: ReadOptions) -> Any:

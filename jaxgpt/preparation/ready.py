@@ -1,8 +1,8 @@
 """`--ready`: GPT-2 token shards that others have made of FineWeb, downloaded and checked."""
 
 import json
-import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards, sha256_
 from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.data.writing import write_json
+from jaxgpt.data.writing import move_whole, write_json
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.estimate import check_disk
 from jaxgpt.preparation.flags import Flags, count
-from jaxgpt.preparation.hub import DOWNLOADS, download, retrying
-from jaxgpt.preparation.journal import Journal
-from jaxgpt.preparation.planning import Folder
+from jaxgpt.preparation.folder import Folder
+from jaxgpt.preparation.hub import (
+    DOWNLOADS,
+    download,
+    find_commit,
+    list_files,
+    remove_torn_downloads,
+)
+from jaxgpt.preparation.journal import SHARD, Journal
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.summary import base_manifest
 
@@ -43,19 +49,29 @@ def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
     _check_source(work, repo, out)
     commit, files = list_shards(repo, tokens, flags.revision, print)
     write_json(work / "ready.json", {"repo": repo})
-    here = sum(path.stat().st_size for path in out.glob("*.bin"))
-    total = sum(file.size for file in files)
-    free = check_disk(out, max(0, total - here) + max(file.size for file in files))
-    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} are free)", flush=True)
-    with PreparationConsole(total, 0) as console:
-        return _download_all(repo, commit, files, out, work, console)
+    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", SHARD)
+    _adopt(out, files, journal, tokenizer)
+    _download_missing(repo, commit, files, folder, journal, tokenizer)
+    manifest = base_manifest(
+        tokenizer,
+        {"kind": "ready-made shards", "repo": repo, "commit": commit},
+        {"rule": "as its makers chose it"},
+        None,
+        list(_by_name(journal).values()),
+    )
+    write_json(out / MANIFEST, manifest)
+    shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
+    return manifest
 
 
 def _check_source(work: Path, repo: str, out: Path) -> None:
     if (work / "plan.json").exists():
         raise UserError(f"{out}: holds tokens made of text; give ready-made ones another --out")
     path = work / "ready.json"
-    was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: is damaged; delete {out} and download it again") from None
     if was != repo:
         raise UserError(f"{out}: holds shards of {was}; give those of {repo} another --out")
 
@@ -78,24 +94,10 @@ def ready_repository(dataset: str, name: str | None, tokens: int | None) -> str:
 def list_shards(
     repo: str, tokens: int | None, revision: str | None, say: Callable[[str], object]
 ) -> tuple[str, list[Any]]:
-    """The commit and the files: validation, and training shards until they hold `tokens`."""
-    from huggingface_hub import HfApi
-
-    api, what = HfApi(), f"data set {repo!r}"
-    info = retrying(
-        lambda: api.dataset_info(repo, revision=revision, timeout=20), what, say, first=True
-    )
-    commit = info.sha
-    assert commit is not None
-    found = retrying(
-        lambda: list(
-            api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
-        ),
-        what,
-        say,
-        first=True,
-    )
-    shards: list[Any] = sorted((f for f in found if f.path.endswith(".bin")), key=lambda f: f.path)
+    """(commit, files) with at least `tokens` training tokens, validation first. UserError."""
+    what = f"data set {repo!r}"
+    commit = find_commit(repo, revision, say)
+    shards = [f for f in list_files(repo, None, commit, say) if f.path.endswith(".bin")]
     val = [f for f in shards if split_of(Path(f.path)) == "val"]
     train = [f for f in shards if split_of(Path(f.path)) == "train"]
     if not val or not train:
@@ -114,51 +116,58 @@ def list_shards(
     return commit, [*val, *wanted]
 
 
-def _download_all(
-    repo: str, commit: str, files: list[Any], out: Path, work: Path, console: PreparationConsole
-) -> dict[str, Any]:
-    """Download shards into `out`, check each, and write the manifest; returns it.
-
-    Raises UserError for what cannot be had, and for a file that is not what it should be.
-    """
-    tokenizer = load_tokenizer("gpt2")
-    journal = Journal(work / "shards.jsonl")
-    known = {entry["file"]: entry for entry in journal.entries}
-    done = tokens = documents = 0
-    for file in files:
-        name = file.path.rsplit("/", 1)[-1]
-        console.update(done, tokens, documents, f"downloading {name}")
-        path = out / name
-        if name not in known or any(lost_shards(out, [known[name]])):
-            if not path.exists() or name in known:
-                got = download(repo, file.path, file.size, commit, work / DOWNLOADS, console.say)
-                _check(got, file, tokenizer)
-                os.replace(got, path)
-            known[name] = _entry(path, tokenizer)
-            journal.append(known[name])
-        done += file.size
-        tokens += known[name]["tokens"]
-        documents += known[name]["documents"]
-    manifest = base_manifest(
-        tokenizer,
-        {"kind": "ready-made shards", "repo": repo, "commit": commit},
-        {"rule": "as its makers chose it"},
-        None,
-        list(known.values()),
-    )
-    write_json(out / MANIFEST, manifest)
-    return manifest
+def _name(file: Any) -> str:
+    return str(file.path).rsplit("/", 1)[-1]
 
 
-def _check(path: Path, file: Any, tokenizer: Tokenizer) -> None:
-    """Raises UserError, and removes the file, unless it is the shard that the Hub lists."""
+def _is_missing(out: Path, entry: dict[str, Any] | None) -> bool:
+    return entry is None or any(lost_shards(out, [entry]))
+
+
+def _by_name(journal: Journal) -> dict[str, dict[str, Any]]:
+    return {entry["file"]: entry for entry in journal.entries}
+
+
+def _adopt(out: Path, files: Sequence[Any], journal: Journal, tokenizer: Tokenizer) -> None:
+    """Note shards that had arrived when a kill came before their line in the journal."""
+    known = _by_name(journal)
+    for name in map(_name, files):
+        if name not in known and (out / name).exists():
+            journal.append(_entry(out / name, tokenizer))
+
+
+def _download_missing(
+    repo: str,
+    commit: str,
+    files: Sequence[Any],
+    folder: Folder,
+    journal: Journal,
+    tokenizer: Tokenizer,
+) -> None:
+    """Download, check and note the shards that are not there; raises UserError."""
+    out, downloads, known = folder.out, folder.work / DOWNLOADS, _by_name(journal)
+    missing = [file for file in files if _is_missing(out, known.get(_name(file)))]
+    total, needed = (sum(file.size for file in some) for some in (files, missing))
+    free = check_disk(out, needed)
+    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} are free)", flush=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # a folder that has one is complete
+    remove_torn_downloads(downloads)
+    with PreparationConsole(total, total - needed) as console:
+        for file in missing:
+            console.update(total - needed, 0, 0, f"downloading {_name(file)}")
+            sha256 = file.lfs.sha256 if file.lfs else None
+            got = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
+            _check(got, file.path, tokenizer)
+            move_whole(got, out / _name(file))
+            journal.append(_entry(out / _name(file), tokenizer))
+            needed -= file.size
+
+
+def _check(path: Path, name: str, tokenizer: Tokenizer) -> None:
+    """Raises DataError, and removes the file, unless it is a shard of the tokenizer's ids."""
     try:
-        if file.lfs and sha256_of(path) != file.lfs.sha256:
-            raise DataError(f"{file.path}: arrived damaged; the same command fetches it again")
-        found = inspect_file(path)
-        stream = TokenStream([found], file.path)
-        for start in range(0, found.length, 1 << 22):
-            tokens = stream.window(start, min(1 << 22, found.length - start))
+        stream = TokenStream([inspect_file(path)], name)
+        for start, tokens in stream.chunks():
             stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
     except DataError:
         path.unlink()

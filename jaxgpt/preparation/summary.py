@@ -1,7 +1,6 @@
 """The manifest of what was prepared, by one process or by several on several machines."""
 
 import hashlib
-import json
 import re
 import shlex
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.console import print_table
-from jaxgpt.data.manifest import MANIFEST, VERSION, size_faults
+from jaxgpt.data.manifest import MANIFEST, VERSION, read_manifest, size_faults
 from jaxgpt.data.token_file import PREPARE, refuse
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.writing import write_json
@@ -52,7 +51,8 @@ def text_manifest(
         "skipped": dict(sorted(skipped.items())),
         "skipped_for_example": dict(sorted(examples.items())),
     }
-    manifest["token_count"] = _token_count(records)
+    # The column counts GPT-2's tokens; those of another tokenizer would be no fault.
+    manifest["token_count"] = _token_count(records) if tokenizer.name == "gpt2" else None
     return manifest
 
 
@@ -132,7 +132,7 @@ def merge(out: Path) -> dict[str, Any]:
             f"{out}: rank {', '.join(map(str, missing))} of {world_size} has not finished, or its "
             "shards are elsewhere; run it again, or copy its files here"
         )
-    manifests = [_load_rank(path) for path in found]
+    manifests = [manifest for path in found if (manifest := read_manifest(path))]
     merged = _join(out, manifests)
     refuse(list(size_faults(out, merged)))
     for split, counts in merged["splits"].items():
@@ -141,15 +141,19 @@ def merge(out: Path) -> dict[str, Any]:
                 f"{out}: no rank has a token of {split!r}; prepare more text, or another share of "
                 "it with --val-fraction, into another --out"
             )
+    _check_first_tokens(out, merged)
     write_json(out / MANIFEST, merged)
     return merged
 
 
-def _load_rank(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); run its rank again") from None
+def _check_first_tokens(out: Path, merged: dict[str, Any]) -> None:
+    """Raises UserError where validation wants more first tokens than the first rank's share has."""
+    wanted, got = merged["validation"].get("tokens", 0), merged["splits"]["val"]["tokens"]
+    if got < wanted:
+        raise UserError(
+            f"{out}: validation is the first {wanted:,} tokens, and rank 0's share has only "
+            f"{got:,}; lower --val-tokens, or split the text over fewer ranks, into another --out"
+        )
 
 
 def _content(manifest: dict[str, Any], name: str) -> Any:

@@ -17,10 +17,11 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler, empty_splits
 from jaxgpt.preparation.estimate import check_disk, estimate
 from jaxgpt.preparation.flags import Flags, count
-from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download
+from jaxgpt.preparation.folder import Folder
+from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_torn_downloads
 from jaxgpt.preparation.inputs import Input
 from jaxgpt.preparation.journal import Plan
-from jaxgpt.preparation.planning import Folder, explain_empty, make_plan
+from jaxgpt.preparation.planning import explain_empty, make_plan
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.summary import rank_manifest_name, text_manifest
 from jaxgpt.preparation.workers import Locate, run_units
@@ -114,7 +115,10 @@ def _places(
     repo, commit, folder = plan.source["repo"], plan.source["commit"], work / DOWNLOADS
 
     def get(item: Input) -> Path:
-        return download(repo, item.path, item.size, commit, folder, say)
+        sha256 = item.check if len(item.check) == 64 else None  # or git's, of a small file
+        return download(repo, item.path, item.size, sha256, commit, folder, say)
+
+    remove_torn_downloads(folder)
 
     units = [unit for number, unit in enumerate(plan.units()) if number in pending]
     needed = {slice.input.path: slice.input for unit in units for slice in unit}

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -57,36 +57,24 @@ class Record(NamedTuple):
     bytes: int
 
 
-class StoppedError(Exception):
-    """The parent asked its workers to leave their work."""
-
-
 @dataclass
 class Progress:
-    """Totals that workers add to and the parent reads; raises StoppedError once the parent asks."""
+    """Totals that workers add to and the parent reads."""
 
     documents: Any  # multiprocessing values
     tokens: Any
     bytes: Any
-    stop: Any
 
     @classmethod
     def make(cls, context: Any) -> "Progress":
         """Totals at zero."""
-        documents, tokens, size = (context.Value("q", 0) for _ in range(3))
-        return cls(documents, tokens, size, context.Event())
+        return cls(*(context.Value("q", 0) for _ in range(3)))
 
     def add(self, documents: int, tokens: int, size: int) -> None:
         """Count a batch."""
-        if self.stop.is_set():
-            raise StoppedError
         for total, more in ((self.documents, documents), (self.tokens, tokens), (self.bytes, size)):
             with total.get_lock():
                 total.value += more
-
-
-class Adds(Protocol):
-    def add(self, documents: int, tokens: int, size: int) -> None: ...
 
 
 class Part:
@@ -98,8 +86,8 @@ class Part:
         self._pending: list[np.ndarray] = []
         self._characters = self._waiting = self.tokens = 0
 
-    def add(self, document: str | LongText, progress: Adds) -> None:
-        """One document, whatever its length; raises StoppedError in the midst of a long one."""
+    def add(self, document: str | LongText) -> None:
+        """One document, whatever its length."""
         if isinstance(document, str) and len(document) <= GROUPED:
             self._texts.append(document)
             self._characters += len(document)
@@ -109,7 +97,6 @@ class Part:
         self.encode()
         self._append(np.array([self._tokenizer.eot], np.uint16))
         for piece in pieces(document):
-            progress.add(0, 0, 0)
             self._append(self._tokenizer.encode(piece))
 
     def encode(self) -> None:
@@ -137,10 +124,10 @@ def part_path(folder: Path, number: int, part: str) -> Path:
     return folder / f"{number:06d}.{part}"
 
 
-def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
+def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Progress) -> Record:
     """Read, encode and write one unit; its parts appear complete or not at all.
 
-    Raises UserError for an input that cannot be read, and StoppedError.
+    Raises UserError for an input that cannot be read.
     """
     names = ("all",) if job.val_fraction is None else ("train", "val")
     counts = Counter[str]()
@@ -159,7 +146,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Adds) -> Record:
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_part_of(document, job.val_fraction)].add(document, progress)
+                    parts[_part_of(document, job.val_fraction)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)

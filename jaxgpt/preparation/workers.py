@@ -26,8 +26,9 @@ Locate = Callable[[Input], Path | None]  # where an input can be read, None whil
 def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[ProcessPoolExecutor]:
     """Processes that are started afresh: a fork of a process that runs JAX can hang.
 
-    On leaving, in whatever way, they drop what they are at and end.
+    On leaving, in whatever way, they are killed at what they do, which is no file yet.
     """
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -37,8 +38,9 @@ def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[Pr
     try:
         yield pool
     finally:
-        progress.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        pool.shutdown()
 
 
 @contextmanager
@@ -73,14 +75,14 @@ def run_units(
     progress = Progress.make(context)
     assembler.cut()
     pending = assembler.pending_units()
-    done_before = sum(_size(units[k]) for k in range(len(units)) if k not in set(pending))
     if assembler.finished:
         return
     uses = _uses(units, pending)
     running: dict[Future[Record], int] = {}
     with worker_pool(min(workers, len(pending)), plan.settings.tokenizer, progress) as pool:
         while not assembler.finished:
-            pending = [k for k in assembler.pending_units() if k not in running.values()]
+            begun = set(running.values())
+            pending = [k for k in assembler.pending_units() if k not in begun]
             note = ""
             while pending and len(running) <= workers and _near(pending[0], running, workers):
                 job = _job(pending[0], units, plan, work, locate)
@@ -95,7 +97,7 @@ def run_units(
                 for item in _no_longer_used(units[number], uses):
                     release(item)
             assembler.cut()
-            done = done_before + progress.bytes.value
+            done = console.done_before + progress.bytes.value
             console.update(done, progress.tokens.value, progress.documents.value, note)
 
 
@@ -123,18 +125,12 @@ def _result(future: Future[Record]) -> Record:
 
 def _job(number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate) -> Job | None:
     """A unit with the places where its inputs can be read; None while one is on its way."""
-    located = []
-    for slice in units[number]:
-        path = locate(slice.input)
-        if path is None:
-            return None
-        located.append(slice._replace(path=str(path)))
+    paths = [locate(slice.input) for slice in units[number]]  # all, to have all fetched
+    if None in paths:
+        return None
+    located = (s._replace(path=str(path)) for s, path in zip(units[number], paths, strict=True))
     s = plan.settings
     return Job(number, tuple(located), s.options, s.val_fraction, work / "parts")
-
-
-def _size(unit: Unit) -> int:
-    return sum(slice.size for slice in unit)
 
 
 def _uses(units: list[Unit], pending: list[int]) -> dict[str, int]:
