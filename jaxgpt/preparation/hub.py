@@ -120,8 +120,18 @@ def _paths_info(api: Any, repo: str, paths: list[str], commit: str) -> list[Any]
 def download(
     repo: str, path: str, size: int, commit: str, folder: Path, say: Callable[[str], object]
 ) -> Path:
-    """One file of a data set, under `folder`; continues one that was cut off. Raises UserError."""
+    """One file of a data set, under `folder`; continues one that was cut off.
+
+    Raises UserError, also for a name that leads out of `folder`.
+    """
     from huggingface_hub import hf_hub_download
+
+    # Not all versions of the client look, and the names are the server's.
+    if path.startswith("/") or ".." in path.split("/"):
+        raise UserError(
+            f"data set {repo!r}: has a file {path!r}, whose name leads out of its folder; it is "
+            "not downloaded: prepare files of your own instead"
+        )
 
     def fetch() -> Path:
         got = Path(
