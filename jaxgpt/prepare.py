@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt.cli import fail
+from jaxgpt.console import unfailing_output
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import PROG, Flags, parse
 
@@ -19,6 +20,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which is answered as Ctrl-C is."""
 
 
+@unfailing_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse(sys.argv[1:] if argv is None else argv)
