@@ -1,8 +1,18 @@
 """What a run says while it goes: a live bar on a terminal, plain lines anywhere else."""
 
+import os
+import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -100,6 +110,48 @@ class RunConsole:
         evaluations_left = -(-(self._total - step) // self._eval_interval)
         eta = duration(pace.eta(self._total - step, evaluations_left))
         return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
+
+
+class Unfailing:
+    """A stream that drops what it cannot write, and `?` for characters that it does not have."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Returns the length of `text`, as if all of it had been written."""
+        encoding = self._stream.encoding or "utf-8"
+        with suppress(OSError):
+            self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def let_go(self) -> None:
+        """Forget what could not be written: Python would make it the exit code of the process."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def unfailing_output() -> Iterator[None]:
+    """No print fails inside: a pipe without a reader, a terminal that was closed or a disk that is
+    full under a log is no reason for a run of days to end."""
+    out, err = (Unfailing(stream) if stream else None for stream in (sys.stdout, sys.stderr))
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        for stream in filter(None, (out, err)):
+            stream.let_go()
 
 
 def waiting(text: str) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgpt.cli import fail
+from jaxgpt.console import unfailing_output
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import PROG, Flags, parse
 
@@ -25,6 +26,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+@unfailing_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse(sys.argv[1:] if argv is None else argv)

@@ -14,7 +14,7 @@ from functools import partial
 
 from jaxgpt import cli, report, resume
 from jaxgpt.config import Config, IntIfSet, TextIfSet, flat_values, with_fields
-from jaxgpt.console import RunConsole, waiting
+from jaxgpt.console import RunConsole, unfailing_output, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.manifest import check_manifest
@@ -44,6 +44,7 @@ class RunFlags(cli.TrainFlags):
     process_id: IntIfSet = None  # which of them this is: 0, 1, ...
 
 
+@unfailing_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -228,12 +229,12 @@ def run(
             if evaluate_due:
                 evaluated = evaluate_now()
                 log.scalars(step, {**scalars, **evaluated})
-                if cfg.sample_tokens:
-                    text = sample_now()
-                    log.text(step, "sample", text)
             else:
                 reporter.log_if_due(step, scalars)
             finish_save(evaluated["val/loss"] if evaluate_due else None)
+            if evaluate_due and cfg.sample_tokens:  # after the save, which it must not take along
+                text = sample_now()
+                log.text(step, "sample", text)
             if evaluate_due and step < cfg.max_iters and not asked.stop:
                 watch.begin("save")
                 checkpoints.settle()  # before the next interval, or a kill would cost two

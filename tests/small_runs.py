@@ -24,10 +24,16 @@ def assert_same_end(out_dir: Path, straight: Path) -> None:
     assert losses(out_dir) == losses(straight)
 
 
-def started(out_dir: Path, *flags: str) -> subprocess.Popen[str]:
+def started(
+    out_dir: Path, *flags: str, out: int = subprocess.PIPE, **env: str
+) -> subprocess.Popen[str]:
+    """A run in a process of its own; `out` takes what it says, of pipes there are two."""
     command = [sys.executable, "-m", "jaxgpt.train", *SMALL, "--out-dir", str(out_dir), *flags]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    return subprocess.Popen(
+        command,
+        **dict(env={**os.environ, "PYTHONPATH": str(ROOT), **env}, text=True),
+        **dict(stdout=out, stderr=out),
+    )
 
 
 def wait_for(condition) -> None:

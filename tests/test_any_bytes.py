@@ -1,5 +1,6 @@
 """Whatever the bytes of a file are, the answer is the file's content or one plain sentence."""
 
+import json
 import struct
 import tempfile
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import Config, flat_fields
+from jaxgpt.data import manifest
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import MAGIC, inspect_file
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.presets import load_config, load_preset
 from jaxgpt.training.integrity import MANIFEST, DamagedError, read_manifest
@@ -76,6 +79,34 @@ def test_a_shard_of_any_bytes_is_read_or_named(folder: Path, content: bytes, nam
         assert WindowLoader(tokens, 4, 257, seed=0).batch(0, 1, 2).shape == (1, 2, 5)
 
 
+SHARD = {"file": "x_train_0.bin", "split": "train", "tokens": 9, "sha256": "0"}
+JSON = st.recursive(
+    st.one_of(st.none(), st.integers(), st.text(max_size=5), st.sampled_from([[SHARD], SHARD])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["name", "sha256", "tokens", "train", *SHARD]), inner),
+    ),
+    max_leaves=8,
+)
+MANIFESTS = st.fixed_dictionaries(
+    {"version": st.just(1), "tokenizer": JSON, "splits": JSON, "shards": JSON}
+).map(lambda values: json.dumps(values).encode())
+
+
+@NO_DEADLINE
+@given(content=st.one_of(st.binary(max_size=300), MANIFESTS))
+@example(content=b"[" * 100_000)
+@example(content=b'{"version": 1, "tokenizer": {}, "splits": {}, "shards": []}')
+def test_a_manifest_of_any_bytes_is_read_or_named(folder: Path, content: bytes) -> None:
+    path = folder / "data" / manifest.MANIFEST
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    if read_or_named(lambda: manifest.load_manifest(path.parent), path) is None:
+        return
+    with pytest.raises(UserError, match=f"^{path.parent}"):
+        manifest.check_manifest(path.parent, load_tokenizer("byte"))
+
+
 VALUES = st.one_of(
     st.integers(-3, 2**70),
     st.floats(),
@@ -126,6 +157,8 @@ def check_preset(path: Path) -> None:
 @NO_DEADLINE
 @given(content=st.one_of(st.binary(max_size=300), st.sampled_from([b"{}", b'{"n_layer": 1e999}'])))
 @example(content=b"[" * 100_000)
+@example(content=b'{"step": 8, "val/loss": "x"}\n{"step": 9, "val/loss": ' + b"9" * 400 + b"}")
+@example(content=b'{"step": true}\n{"step": 1.5}')
 def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: bytes) -> None:
     path = folder / "config.json"
     path.write_bytes(content)
@@ -135,7 +168,9 @@ def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: by
     with pytest.raises(DamagedError, match="is not what was written"):
         read_manifest(folder)
     (folder / "metrics.jsonl").write_bytes(content)
-    assert all(isinstance(record["step"], int) for record in read_metrics(folder / "metrics.jsonl"))
+    for record in read_metrics(folder / "metrics.jsonl"):
+        assert type(record["step"]) is int
+        assert all(isinstance(float(value), float) for value in record.values())
     told: list[str] = []
     MetricsLog(folder, resume_step=0, on_error=told.append).close()
     assert told == []

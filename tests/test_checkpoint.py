@@ -314,6 +314,40 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
     assert steps_on_disk(tmp_path) == [0, 1]
 
 
+def test_what_a_failed_save_left_takes_no_room_from_the_next(
+    training, tmp_path, monkeypatch
+) -> None:
+    """Orbax's threads may have put it back after it was deleted."""
+    left = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp"
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        (left / "state").mkdir(parents=True)
+        free = lambda _: SimpleNamespace(free=1000 if left.exists() else 10**9)  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", free)
+        save(checkpoints, take_steps(training, training.init(), 2))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_folder_that_somebody_deleted_is_made_again(training, tmp_path) -> None:
+    with Checkpoints(tmp_path / "run", 1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        save(checkpoints, take_steps(training, training.init(), 1))
+    assert steps_on_disk(tmp_path / "run") == [1]
+
+
+def test_weights_that_were_not_finite_from_the_start_are_not_trained_on(training, tmp_path) -> None:
+    state = training.init()
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
+    with (
+        pytest.raises(CheckpointError, match=r"parameters of step 0 are not finite.*--init-from"),
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+    ):
+        save(checkpoints, state._replace(params=bad))
+
+
 def test_a_commit_whose_manifest_cannot_be_written_is_taken_back(
     training, tmp_path, monkeypatch
 ) -> None:

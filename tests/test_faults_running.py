@@ -1,6 +1,7 @@
 """Faults that a run meets while it trains: numbers, signals, kills, stalls: docs/faults.md."""
 
 import os
+import pty
 import re
 import signal
 import threading
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import STEPS, assert_same_end, saved_steps, wait_for
-from test_train import train
+from small_runs import STEPS, assert_same_end, saved_steps, started, wait_for
+from test_train import last_params, train
 
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.training import checkpoint, stalls
@@ -55,6 +56,21 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, refused) -> No
     assert "step 3 are not finite, so they are not saved; checkpoint 0 in " in err
     assert saved_steps(tmp_path / "run") == [0]
     assert_finite(tmp_path / "run")
+
+
+def test_spikes_are_skipped_on_demand_and_judged_by_the_same_steps_after_a_restart(
+    tmp_path, capsys
+) -> None:
+    flags = ("--skip-spikes", "1", "--lr-decay-iters", "90", "--eval-interval", "30")
+    assert train(tmp_path / "straight", *flags, "--max-iters", "90") == 0
+    told = re.findall(r"step (\d+) skipped: loss [\d.]+, gradient norm", capsys.readouterr().out)
+    assert told
+    assert all(int(step) > 64 for step in told), "half a window has to be known first"
+    for steps in ("77", "90"):
+        assert train(tmp_path / "run", *flags, "--max-iters", steps) == 0
+    assert last_params(tmp_path / "run") == last_params(tmp_path / "straight")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["train/skipped_steps"] == len(told)
 
 
 # ---------------------------------------------------------------- signals, kills, stalls (27, 30)
@@ -185,3 +201,34 @@ def test_a_run_whose_data_stops_coming_shows_where_every_thread_stands(
     err = capfd.readouterr().err
     assert re.search(r"no end of the step begun \d+ s ago, which usually takes", err)
     assert "in read_from_a_lost_disk" in err
+
+
+# ---------------------------------------------------------------- what it says (17)
+
+
+def gone(where: str) -> tuple[int, int | None]:
+    """(an end to write to, one to close once the run speaks, if it is not gone before)."""
+    if where == "full disk":
+        return os.open("/dev/full", os.O_WRONLY), None
+    reader, writer = os.pipe() if where == "pipe" else pty.openpty()
+    return writer, reader
+
+
+@pytest.mark.parametrize("where", ["full disk", "pipe", "terminal"])
+def test_a_run_goes_on_when_nobody_takes_what_it_says(straight, tmp_path, where) -> None:
+    writer, reader = gone(where)
+    with started(tmp_path / "run", *STEPS, out=writer) as process:
+        if reader is not None:
+            assert os.read(reader, 1)
+            os.close(reader)
+        assert process.wait(120) == 0
+    os.close(writer)
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_what_a_terminal_has_no_letters_for_is_said_without_them(straight, tmp_path) -> None:
+    with started(tmp_path / "run", *STEPS, PYTHONIOENCODING="ascii") as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Done: 8 steps" in out
+    assert_same_end(tmp_path / "run", straight)

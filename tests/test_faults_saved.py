@@ -13,6 +13,7 @@ from small_runs import STEPS, assert_same_end, saved_steps, started, wait_for
 from test_train import train
 
 from jaxgpt.hardware import preflight
+from jaxgpt.model.generate import Generator
 from jaxgpt.training import checkpoint
 from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.lock import RunLock
@@ -131,6 +132,17 @@ def test_a_last_save_without_room_is_not_called_done(
     assert_same_end(tmp_path / "run", straight)
 
 
+def test_a_disk_that_is_full_from_the_start_is_told_before_a_step_is_taken(
+    tmp_path, refused, monkeypatch
+) -> None:
+    """Row 16, at the start of a run."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    err = refused(tmp_path / "run", *STEPS)
+    assert re.search(r"step 0 could not be saved in .* MB are needed and 0.0 MB are free", err)
+    assert "there is none before it; make room there, or choose another --out-dir" in err
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
+
+
 def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) -> None:
     """Row 16, with writes that really fail; SIGUSR1 saves when the test says so."""
     out_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
@@ -165,15 +177,43 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
     assert len(steps) == stopped // 20 + 1
 
 
+def run_out(*_: object, **__: object) -> None:
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:\n" * 99)
+
+
+def test_a_device_too_full_to_sample_does_not_take_the_save_along(
+    straight, tmp_path, refused, monkeypatch
+) -> None:
+    """Row 25: a sample is drawn first after the first interval."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "generate", run_out)
+        assert "the device's memory is full" in refused(tmp_path / "run", *STEPS)
+    assert saved_steps(tmp_path / "run") == [0, 4]
+    assert train(tmp_path / "run", *STEPS) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_device_too_full_to_go_on_is_not_taken_for_a_damaged_checkpoint(
+    straight, run, refused, monkeypatch
+) -> None:
+    shutil.rmtree(run / "checkpoints" / "8")
+    before = sorted(run.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.v1.load_checkpointables", run_out)
+        err = refused(run, *STEPS)
+    assert "the device's memory is full" in err
+    assert "damaged" not in err
+    assert sorted(run.rglob("*")) == before
+    assert train(run, *STEPS) == 0
+    assert_same_end(run, straight)
+
+
 @pytest.mark.parametrize("name", ["train_step", "eval_step"])
 def test_a_full_device_is_answered_and_what_was_saved_stays(
     straight, run, refused, monkeypatch, name
 ) -> None:
     """Rows 24 and 25."""
     shutil.rmtree(run / "checkpoints" / "8")
-
-    def run_out(*_: object) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:\n" * 99)
 
     class Full:
         def __init__(self, compiled) -> None:

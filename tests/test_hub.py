@@ -348,6 +348,16 @@ def test_a_ready_made_shard_with_foreign_ids_is_refused(
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
+@pytest.mark.parametrize("name", ["../../a.parquet", "data/../../../a.parquet", "/tmp/a.parquet"])
+def test_a_name_that_leads_out_of_the_folder_is_never_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """huggingface_hub 1.0 would write where it points."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UserError, match="leads out of its folder"):
+        hub_module.download("someone/jokes", name, 9, COMMIT, tmp_path / "downloads", print)
+
+
 # Patience
 
 

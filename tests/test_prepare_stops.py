@@ -167,6 +167,16 @@ def test_a_disk_that_fills_up_is_told_and_gone_on_from(
     assert contents(out) == contents(prepared)
 
 
+def test_it_goes_on_when_nobody_takes_what_it_says(texts: Path, tmp_path: Path) -> None:
+    out, straight = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    command = [sys.executable, "-m", "jaxgpt.prepare", str(texts), "--out", str(out)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=120)
+    assert done.returncode == 0
+    assert prepare(texts, "--out", straight) == 0
+    assert contents(out) == contents(straight)
+
+
 def test_a_damaged_file_stops_the_run_and_keeps_what_is_finished(
     fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,10 +34,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: cannot be read ({reason}); {_remedy(data_dir)}") from None
-    if not isinstance(manifest, dict) or any(name not in manifest for name in REQUIRED):
+    is_ours = isinstance(manifest, dict) and all(name in manifest for name in REQUIRED)
+    if not is_ours or (manifest["version"] == VERSION and not _has_our_types(manifest)):
         raise DataError(f"{path}: is no manifest of jaxgpt's; {_remedy(data_dir)}")
     if manifest["version"] != VERSION:
         raise DataError(
@@ -45,6 +46,22 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             "jaxgpt, or prepare the text again"
         )
     return manifest
+
+
+def _has_our_types(manifest: dict[str, Any]) -> bool:
+    """Whether names, counts and checksums are where they are looked for, whoever wrote them."""
+
+    def fits(value: Any, **types: type) -> bool:
+        return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
+
+    tokenizer, splits, shards = (manifest[name] for name in ("tokenizer", "splits", "shards"))
+    return (
+        fits(tokenizer, name=str, sha256=str)
+        and isinstance(splits, dict)
+        and all(fits(split, tokens=int, documents=int) for split in splits.values())
+        and isinstance(shards, list)
+        and all(fits(x, file=str, split=str, tokens=int, sha256=str) for x in shards)
+    )
 
 
 def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:

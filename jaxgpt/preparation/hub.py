@@ -147,8 +147,18 @@ def download(
     folder: Path,
     say: Callable[[str], object],
 ) -> Path:
-    """One file of a data set, under `folder`, as the Hub has it. Raises UserError."""
+    """One file of a data set, under `folder`, as the Hub has it.
+
+    Raises UserError, also for a name that leads out of `folder`.
+    """
     from huggingface_hub import hf_hub_download
+
+    # Not all versions of the client look, and the names are the server's.
+    if path.startswith("/") or ".." in path.split("/"):
+        raise UserError(
+            f"data set {repo!r}: has a file {path!r}, whose name leads out of its folder; it is "
+            "not downloaded: prepare files of your own instead"
+        )
 
     def fetch() -> Path:
         try:

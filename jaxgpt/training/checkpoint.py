@@ -151,6 +151,10 @@ class Checkpoints:
         done: Future[None] = Future()
         try:
             with self._processes.together():
+                # Whoever has deleted it has not deleted what is in memory.
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if self._processes.is_main:
+                    retention.clear(self.folder)
                 retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
         except Exception as fault:
@@ -274,6 +278,11 @@ class Checkpoints:
 
     def _not_finite(self, step: int) -> str:
         latest = self.latest_step
+        if latest is None:
+            return (
+                f"the parameters of step {step:,} are not finite, so nothing can be trained from "
+                "them; see where the weights of --init-from come from"
+            )
         return (
             f"the parameters or the optimizer's moments of step {step:,} are not finite, so they "
             f"are not saved; checkpoint {latest} in {self.folder} stays: go on from it with a "

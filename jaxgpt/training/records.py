@@ -33,4 +33,11 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not all(map(_is_number, record.values())):
+        return None
+    return record if type(record.get("step")) is int else None
+
+
+def _is_number(value: object) -> bool:
+    """Or `null`, and no whole number that is too large for a float."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -43,15 +43,22 @@ def best_step(folder: Path) -> tuple[int, float] | None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all finished checkpoints but the newest `keep` and the best: two rules, never one.
 
-    To be called between saves: what a failed one left goes too, unless a thread of Orbax's still
-    writes to it, which some do after their save has failed; then it goes next time.
+    To be called between saves, as `clear`, which is done too.
     """
-    for path in _leftovers(folder):
-        shutil.rmtree(path, ignore_errors=True)
+    clear(folder)
     steps, best = finished_steps(folder), best_step(folder)
     for step in steps[:-keep]:
         if best is None or step != best[0]:
             remove(folder / str(step))
+
+
+def clear(folder: Path) -> None:
+    """Delete what failed saves left, between saves, unless a thread of Orbax's still writes to it.
+
+    Some do after their save has failed, and put back what was deleted: then it goes next time.
+    """
+    for path in _leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_room(folder: Path, needed: int) -> None:
