@@ -57,9 +57,14 @@ def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "part.pt")
     torch.save({"model": {}, "model_args": {}}, tmp_path / "empty.pt")
     torch.save(Path("x"), tmp_path / "code.pt")  # not weights alone: its loader would run code
-    for name in ("text.pt", "part.pt", "empty.pt", "code.pt"):
-        with pytest.raises(UserError, match=rf"{name} is no ckpt.pt of nanoGPT"):
-            convert(tmp_path / name, tmp_path / "hf")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({"model": {"a": 1}, "model_args": {"vocab_size": 65}}, tmp_path / "other.pt")
+    torch.save({"model": {}, "model_args": 3}, tmp_path / "number.pt")
+    (tmp_path / "nothing.pt").touch()
+    for name in ("text", "part", "empty", "code", "tensor", "other", "number", "nothing"):
+        with pytest.raises(UserError, match=rf"{name}\.pt is no ckpt\.pt of nanoGPT") as refused:
+            convert(tmp_path / f"{name}.pt", tmp_path / "hf")
+        assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "hf").exists()
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="is there already"):
