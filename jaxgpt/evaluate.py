@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.progress import track
 
 from jaxgpt import cli
 from jaxgpt.config import ConfigError, IntIfSet, PathIfSet, TextIfSet
-from jaxgpt.console import print_table
+from jaxgpt.console import print_table, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import evaluation_windows, first_windows
 from jaxgpt.data.manifest import check_manifest
@@ -91,6 +92,9 @@ def run(flags: EvaluateFlags) -> None:
     text = None if flags.skip_loss else open_text(flags, weights)
     sources = {"hellaswag": flags.hellaswag, "lambada": flags.lambada}
     benchmarks = load_benchmarks(sources, tokenizer, m.block_size)
+    if flags.as_in_training and flags.dtype == "auto" and weights.run is not None:
+        # A run on a card may have been told float32, and its losses are logged in that.
+        flags = dataclasses.replace(flags, dtype=weights.run.dtype)
     device, dtype = prepare_device(flags)
 
     import jax
@@ -109,7 +113,9 @@ def run(flags: EvaluateFlags) -> None:
             shown = with_progress(batches, -(-count // flags.batch_size), "validation loss")
             loss = measure_text(score_step, params, shown, tokenizer.byte_lengths())
             result["validation"] = {"text": name, **loss._asdict()}
-        result |= score_benchmarks(benchmarks, score_step, params, m.block_size, flags.batch_size)
+        with waiting(f"scoring {' and '.join(benchmarks)}") if benchmarks else nullcontext():
+            size = flags.batch_size
+            result |= score_benchmarks(benchmarks, score_step, params, m.block_size, size)
     if flags.json:
         print(json.dumps(without_nan(result), indent=2))
     else:

@@ -123,9 +123,10 @@ def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
     if weights.val_loss is not None:
         windows = min(run.eval_windows or 1, (data["val_tokens"] - 1) // m.block_size)
         loss = f"{weights.val_loss:.4f} nats per token on {windows:,} windows"
-    source = "the four Jane Austen novels that come with jaxgpt"
-    if run.dataset != "embedded":
-        source = f"{run.dataset} (token files)"
+    source, dataset = "the four Jane Austen novels that come with jaxgpt", run.dataset
+    if run.data_dir is not None:  # the folder that was read, whatever --dataset was left at
+        dataset = run.data_dir.absolute().name
+        source = f"{dataset} (token files)"
     rows = {
         "parameters": f"{m.parameter_count(padding=False):,}",
         "architecture": f"GPT-2: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context "
@@ -140,6 +141,7 @@ def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
         rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
     settings = {k: v for k, v in flat_values(run).items() if k not in NOT_ON_THE_CARD}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
+    settings["dataset"] = dataset
     lines = [
         "---",
         "library_name: transformers",

@@ -187,6 +187,8 @@ def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> st
         f"{prog} {anew}": "start anew",
         f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
         "(pip install tensorboard)",
+        f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": "have "
+        "it go on with what you type; jaxgpt.evaluate measures it, jaxgpt.export hands it on",
     }
     if cfg.vram_gb is None:
         commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"

@@ -185,7 +185,7 @@ def write_texts(
 def converse(
     texts: Callable[[str, int], Iterator[np.ndarray]], new_text: Callable[[], "TextStream"]
 ) -> None:
-    """Ask for prompts until there are no more; Ctrl-C ends a text, and Ctrl-D all."""
+    """Ask for prompts until there are no more; Ctrl-C ends a text or a line, and Ctrl-D all."""
     with suppress(ImportError):  # which lets `input` edit a line and remember those before
         import readline  # noqa: F401
     say("Ctrl-C ends a text, Ctrl-D the conversation; nothing is remembered from one to the next")
@@ -195,6 +195,9 @@ def converse(
         except EOFError:
             say("")
             return
+        except KeyboardInterrupt:  # meant for a text that had just ended, or for what was typed
+            print()
+            continue
         except UnicodeDecodeError as fault:
             raise ConfigError(f"what was typed cannot be read as text: {fault}") from None
         try:

@@ -76,15 +76,20 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
         raise UserError("nanoGPT's files are read by torch: pip install torch") from None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        args, state = checkpoint["model_args"], checkpoint["model"]
     except OSError as fault:
         raise UserError(f"{path} cannot be read: {fault}") from None
-    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as fault:
-        reason = (str(fault).strip().splitlines() or ["?"])[0]
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as fault:
+        # One sentence: the next would be torch's advice to load it with its code.
+        reason = (str(fault).strip().splitlines() or ["it is empty"])[0].partition(". ")[0]
         raise UserError(
             f"{path} is no ckpt.pt of nanoGPT ({type(fault).__name__}: {reason})"
         ) from None
-    return args, {name.removeprefix(COMPILED): x.float().numpy() for name, x in state.items()}
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    args, state = parts.get("model_args"), parts.get("model")
+    if not isinstance(args, dict) or not isinstance(state, dict):
+        raise UserError(f"{path} is no ckpt.pt of nanoGPT: it has no model_args and no model")
+    tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    return args, {name.removeprefix(COMPILED): x.float().numpy() for name, x in tensors.items()}
 
 
 def model_config(args: dict) -> ModelConfig:

@@ -53,11 +53,11 @@ def draw(runs: list[Path], to: Path, x: str = "step") -> None:
     figure, (loss, rate, speed) = pyplot.subplots(
         3, 1, sharex=True, figsize=(8, 8), height_ratios=(3, 1, 1), layout="constrained"
     )
-    for index, (run, curve) in enumerate(curves.items()):
+    labels = labels_of(list(curves))
+    for index, curve in enumerate(curves.values()):
         color = f"C{index % 10}"
         loss.plot(*curve("train/loss"), color=color, linewidth=0.8, alpha=0.5)
-        label = f"{run.name or run.resolve().name}"
-        loss.plot(*curve("val/loss"), color=color, marker="o", markersize=3, label=label)
+        loss.plot(*curve("val/loss"), color=color, marker="o", markersize=3, label=labels[index])
         rate.plot(*curve("train/learning_rate"), color=color)
         speed.plot(*curve("speed/tokens_per_second"), color=color)
     loss.set_ylabel("loss, nats per token\n(line with dots: validation)")
@@ -86,6 +86,12 @@ def read_curves(run: Path, x: str) -> Callable[[str], tuple[np.ndarray, np.ndarr
         return thinned(x_P), thinned(y_P)
 
     return curve
+
+
+def labels_of(runs: list[Path]) -> list[str]:
+    """What runs are called: their folders' names, or their whole paths where two names are one."""
+    names = [run.absolute().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def tokens_per_step(run: Path) -> int:

@@ -15,7 +15,10 @@ convert_nanogpt = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "co
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(
+    tmp_path: Path, bias: bool
+) -> None:
     transformers = pytest.importorskip("transformers", reason="it computes what nanoGPT would")
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 61}
@@ -23,14 +26,16 @@ def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(tmp_path:
         **shape, n_positions=12, activation_function="gelu", bos_token_id=0, eos_token_id=0
     )
     network = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    for name, parameter in network.named_parameters():
+        std = 0.4 if bias or not name.endswith("bias") else 0.0
+        torch.nn.init.normal_(parameter, std=std)
     # Under nanoGPT's names, matrices as torch's Linear has them, as torch.compile leaves it.
     state = {
         f"_orig_mod.{name}": (x.T if name.endswith(MATRICES) else x).clone()
         for name, x in network.state_dict().items()
+        if bias or not name.endswith("bias")
     }
-    args = {**shape, "block_size": 12, "bias": True, "dropout": 0.1}
+    args = {**shape, "block_size": 12, "bias": bias, "dropout": 0.1}
     torch.save({"model": state, "model_args": args, "iter_num": 3}, tmp_path / "ckpt.pt")
     convert_nanogpt["convert"](tmp_path / "ckpt.pt", tmp_path / "hf")
 
@@ -57,9 +62,14 @@ def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "part.pt")
     torch.save({"model": {}, "model_args": {}}, tmp_path / "empty.pt")
     torch.save(Path("x"), tmp_path / "code.pt")  # not weights alone: its loader would run code
-    for name in ("text.pt", "part.pt", "empty.pt", "code.pt"):
-        with pytest.raises(UserError, match=rf"{name} is no ckpt.pt of nanoGPT"):
-            convert(tmp_path / name, tmp_path / "hf")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({"model": {"a": 1}, "model_args": {"vocab_size": 65}}, tmp_path / "other.pt")
+    torch.save({"model": {}, "model_args": 3}, tmp_path / "number.pt")
+    (tmp_path / "nothing.pt").touch()
+    for name in ("text", "part", "empty", "code", "tensor", "other", "number", "nothing"):
+        with pytest.raises(UserError, match=rf"{name}\.pt is no ckpt\.pt of nanoGPT") as refused:
+            convert(tmp_path / f"{name}.pt", tmp_path / "hf")
+        assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "hf").exists()
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="is there already"):

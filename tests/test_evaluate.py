@@ -60,6 +60,21 @@ def test_the_loss_is_what_training_logged_for_the_same_windows(
     assert (found["step"], found["validation"]["tokens"]) == (step, 5 * 12 * 16)
 
 
+def test_the_loss_is_computed_in_the_dtype_that_it_was_logged_in(evaluated, tmp_path: Path) -> None:
+    flags = [
+        *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),
+        *("--block-size", "16", "--batch-size", "4", "--effective-batch-size", "4"),
+        *("--max-iters", "2", "--eval-iters", "1", "--sample-tokens", "0", "--dtype", "bfloat16"),
+    ]
+    assert train.main([*flags, "--out-dir", str(tmp_path)]) == 0
+    logged = read_metrics(tmp_path / "metrics.jsonl")[-1]["val/loss"]
+    found = evaluated("--out-dir", tmp_path, "--as-in-training")
+    assert found["dtype"] == "bfloat16"
+    assert found["validation"]["loss"] == pytest.approx(logged, abs=1e-6)
+    other = evaluated("--out-dir", tmp_path, "--as-in-training", "--dtype", "float32")
+    assert other["validation"]["loss"] != pytest.approx(logged, abs=1e-6)
+
+
 def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, exported) -> None:
     small = ("--val-tokens", 5000, "--batch-size", 3)
     run = evaluated("--out-dir", tiny_run, *small)["validation"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxgpt.config import with_fields
 from jaxgpt.export import main, model_card
 from jaxgpt.training.records import read_metrics
 from jaxgpt.weights import WeightsFlags, build_network, open_weights
@@ -88,6 +89,16 @@ def test_the_card_counts_the_windows_there_were(tiny_run: Path) -> None:
     assert weights.run is not None
     card = model_card(weights, weights.run, {"train_tokens": 9, "val_tokens": 16 * 7 + 1})
     assert "on 7 windows |" in card
+
+
+def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    assert weights.run is not None
+    # As `--preset 24gb --data-dir .../my-tokens` leaves it: the preset's dataset, another folder.
+    run = with_fields(weights.run, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    card = model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
+    assert "| data | my-tokens (token files), 9 byte tokens |" in card
+    assert "fineweb" not in card
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_long_curves_are_thinned_by_means() -> None:
     assert (len(thin), thin[0], thin.mean()) == (1000, 4.5, y_P.mean())
 
 
+def test_runs_of_one_name_are_told_apart_by_their_paths() -> None:
+    labels_of = plot_runs["labels_of"]
+    assert labels_of([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert labels_of([Path("monday/a"), Path("friday/a")]) == ["monday/a", "friday/a"]
+    assert labels_of([Path(".")]) == [Path.cwd().name]
+
+
 def test_one_picture_shows_all_runs(runs, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="it draws")
     plot_runs["draw"](runs, tmp_path / "x.svg")

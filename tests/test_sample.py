@@ -109,6 +109,27 @@ def test_interactive_answers_each_line_until_the_end(sample, monkeypatch) -> Non
     assert err.count("12 tokens in") == 2
 
 
+def test_ctrl_c_ends_a_text_or_a_line_and_not_the_conversation(sample, monkeypatch) -> None:
+    typed = iter([KeyboardInterrupt, "One", "Two", EOFError])
+
+    def answer(_: str) -> str:
+        said = next(typed)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    class Interrupted(TextStream):
+        def feed(self, ids_C: np.ndarray) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", answer)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxgpt.sample.TextStream", Interrupted)
+        out, err = sample("--interactive")
+    assert out == "\nOne\nTwo\n"  # and neither is gone on with
+    assert "tokens in" not in err
+
+
 def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> None:
     tokenizer = load_tokenizer("byte")
     ids = tokenizer.encode("é!")

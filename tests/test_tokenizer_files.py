@@ -47,6 +47,21 @@ def test_a_changed_vocabulary_is_not_recognized(tmp_path: Path) -> None:
     assert recognize_tokenizer(tmp_path, 257) is None
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"added_tokens": [], "model": {"vocab": [["a", 0.5]]}}'),  # a Unigram
+        ("tokenizer.json", '{"added_tokens"'),
+        ("vocab.json", '["a"]'),
+    ],
+)
+def test_the_number_of_ids_does_not_speak_for_files_of_another_kind(
+    tmp_path: Path, file: str, text: str
+) -> None:
+    (tmp_path / file).write_text(text)
+    assert recognize_tokenizer(tmp_path, 50_257) is None
+
+
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
 def test_transformers_makes_the_same_tokens_of_the_files(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="it loads the files")

@@ -128,6 +128,7 @@ def test_what_is_printed_at_the_start_and_at_the_end(tmp_path: Path, capsys) -> 
         "Done: 2 steps, validation loss",
         "A sample of what it writes",
         "Next:",
+        f"python -m jaxgpt.sample --out-dir {tmp_path} --interactive",
     ):
         assert part in out, part
 

@@ -71,13 +71,17 @@ def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
 
 
 def _vocabulary_in(folder: Path) -> dict[str, int] | None:
+    """What the folder's files spell: empty if they spell none, None if there are no files."""
+    found: dict[str, int] | None = None
     for name in ("vocab.json", "tokenizer.json"):
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-            return values if name == "vocab.json" else _vocabulary_of(values)
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(values) if name == "vocab.json" else _vocabulary_of(values)
+        except FileNotFoundError:
             continue
-    return None
+        except (OSError, ValueError, KeyError, TypeError):
+            found = {}  # of another kind, or damaged: the number of ids must not speak for it
+    return found
 
 
 def _vocabulary_of(tokenizer_json: dict[str, Any]) -> dict[str, int]:

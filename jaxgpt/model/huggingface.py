@@ -229,7 +229,12 @@ def _refuse_foreign(left: Mapping[str, np.ndarray], cfg: ModelConfig, folder: Pa
     # A model exported without biases has zeros there, and any other must not lose its own.
     biases = dict(_missing_biases(cfg)) if not cfg.bias else {}
     for name, tensor in left.items():
-        if not name.endswith(MASKS) and not (name in biases and not tensor.any()):
+        if name in biases and tensor.any():
+            raise FolderError(
+                f'{folder}: {name} is not zero, and config.json says "bias": false; transformers '
+                'trains biases all the same: if it has, set "bias": true in config.json'
+            )
+        if name not in biases:
             raise FolderError(
                 f"{folder}: tensor {name} has no place in this GPT-2 of {cfg.n_layer} layers "
                 f"(bias {cfg.bias}); config.json is not that of these weights, or it is another "
