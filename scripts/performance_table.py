@@ -153,6 +153,17 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
+def train_beside_bench(r: Mapping[str, Any]) -> Iterator[Row]:
+    """A step of a run, and the same step alone."""
+    alone = ", ".join(f"{ms:,.1f}" for ms in r["bench_step_ms"])
+    yield (
+        f"a step of `train` at preset {r['preset']}: {r['batch']}",
+        where(r),
+        f"{r['train_step_ms']:,.1f} ms",
+        f"of `bench`, before and after: {alone} ms, {r['train_over_bench']:.3f} times its time",
+    )
+
+
 ROWS = {
     "speed-*.json": speed,
     "gpu-ceilings.json": ceilings,
@@ -161,6 +172,7 @@ ROWS = {
     "accumulation.json": accumulation,
     "start.json": start,
     "train-overhead.json": train_overhead,
+    "train-beside-bench.json": train_beside_bench,
 }
 
 

@@ -4,8 +4,9 @@
 
 Each measurement is a process of its own and writes one JSON file; what has one is not measured
 again. --parts chooses: ceilings (what the device can do), nanogpt (every shape beside nanoGPT),
-ablations (one part of the step exchanged at a time, at GPT-2 124M, and what --deterministic
-costs), memory (what `plan` predicts for a preset, and what its step then took).
+train (a run's step beside the step alone), ablations (one part of the step exchanged at a time, at
+GPT-2 124M, and what --deterministic costs), memory (what `plan` predicts for a preset, and what its
+step then took).
 
 --trial runs the same on shapes for any machine, to see that it works.
 """
@@ -32,11 +33,12 @@ GPT2 = (
     "--n-embd 768 --block-size 1024 --batch-size 32 --gradient-accumulation-steps 4 --device gpu "
     f"{SHORT}"
 )
-TINY = (
+RUN = "--preset 24gb --dataset embedded --device gpu"
+RUN_TINY = (
     "--preset demo --optimizer adamw --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 "
-    "--batch-size 2 --gradient-accumulation-steps 2 --device cpu --synthetic --windows 1 "
-    "--window-seconds 0.01"
+    "--batch-size 2 --gradient-accumulation-steps 2 --device cpu --windows 1 --window-seconds 0.01"
 )
+TINY = f"{RUN_TINY} --synthetic"
 # name -> (variant of ablate_step.py, flags)
 ABLATIONS = {
     "as-it-is": ("as-it-is", ""),
@@ -96,7 +98,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT_DIR", help="a clone of nanoGPT")
-    parts = ("ceilings", "nanogpt", "ablations", "memory")
+    parts = ("ceilings", "nanogpt", "train", "ablations", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seconds", type=float, default=540, help="for all of this command")
     parser.add_argument("--longest", type=float, default=420, help="seconds for one measurement")
@@ -127,6 +129,10 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             script = [sys.executable, str(scripts / "compare_nanogpt.py"), str(args.nanogpt)]
             command = [*script, "--shapes", shape, *flags]
             yield Job(f"speed-gpu-{shape}", command, writes=True, least=least)
+    if "train" in args.parts:
+        script = [sys.executable, str(scripts / "compare_train.py")]
+        flags = shlex.split(f"{RUN_TINY} --steps 31" if args.trial else RUN)
+        yield Job("train-beside-bench", [*script, *flags], writes=True)
     if "ablations" in args.parts:
         for name, (variant, flags) in ABLATIONS.items():
             script = [sys.executable, str(scripts / "ablate_step.py"), variant]
