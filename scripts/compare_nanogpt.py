@@ -7,8 +7,12 @@
 One process at a time. nanoGPT gets every setting it might be faster with, once; its best then takes
 turns with jaxgpt, and each ratio is of two runs that stood side by side. Settings: eager and
 torch.compile on a CPU; on a GPU torch.compile with PyTorch's own choice of attention and with
-cuDNN's. Both train on random tokens, without dropout and biases, at one vocabulary; nanoGPT's GELU
-is erf, jaxgpt's tanh, each as its train command has it.
+cuDNN's. One that fails, for want of memory say, is recorded as failed and out of the race. Both
+train with AdamW on random tokens, without dropout and biases, at one vocabulary; nanoGPT's GELU is
+erf, jaxgpt's tanh, each as its train command has it.
+
+Memory on a GPU is each framework's own count of what was in use at the worst moment, and beside it
+what nvidia-smi says of the card, for which JAX is told to take memory only as it needs it.
 
 `--torch-python` runs nanoGPT with another interpreter, where PyTorch and JAX want different ones.
 """
@@ -62,6 +66,9 @@ SHAPES = {
     **CPU_SHAPES,
     "tiny": Shape(1, 2, 16, 8, 320, 2, 2),  # for a trial of this script
 }
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+LOOK_SECONDS = 5.0  # between two looks at the card's memory: too seldom to slow a run down
+# The likeliest best comes last: its run is then the first of the turns.
 SETTINGS = {
     "cpu": {"eager": (), "compiled": ("--compile",)},
     "gpu": {
@@ -87,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shapes": {},
     }
     for name in args.shapes:
-        result["shapes"][name] = compare(name, args)
+        try:
+            result["shapes"][name] = compare(name, args)
+        except RunError as fault:
+            sys.exit(str(fault))
         if args.json:  # after each, so that what ends early leaves what it has
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -129,16 +139,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+class RunError(Exception):
+    """A run that ended badly; the message has its command and its last words."""
+
+
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every setting of nanoGPT, then jaxgpt and the best of them in turn; what came of it."""
+    """Every setting of nanoGPT, then jaxgpt and the best of them in turn; what came of it.
+
+    Raises:
+        RunError: if none of nanoGPT's settings runs, or one of the turns fails.
+    """
     shape = SHAPES[name]
-    settings = SETTINGS[args.device]
-    runs = [run_nanogpt(shape, setting, args) for setting in settings]
-    best = max(runs, key=lambda run: run["tokens_per_second"])
-    turns = [best]
+    tried = [try_nanogpt(shape, setting, args) for setting in SETTINGS[args.device]]
+    if all("failed" in run for run in tried):
+        raise RunError(tried[-1]["failed"])
+    best = max(tried, key=lambda run: run.get("tokens_per_second", 0.0))
+    # Another setting's run may lie between it and ours: it gets one of its own then.
+    turns = [best if best is tried[-1] else run_nanogpt(shape, best["setting"], args)]
     for _ in range(args.rounds):
         turns += [run_jaxgpt(shape, args), run_nanogpt(shape, best["setting"], args)]
-        runs += turns[-2:]
+    runs = tried + [run for run in turns if run is not best]
     ours, theirs = turns[1::2], turns[::2]
     # Every run of ours over the run of theirs before it and the one after.
     ratios = [
@@ -159,6 +179,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes_are": "of the device, by each framework's own count"
         if args.device == "gpu"
         else "of the process, its largest resident set",
+        "nanogpt_card_bytes": middle(theirs, "card_bytes"),
+        "jaxgpt_card_bytes": middle(ours, "card_bytes"),
         "jaxgpt_mfu": ours[0]["mfu"],
         "versions": {**theirs[0]["versions"], **ours[0]["versions"]},
         "device": ours[0]["device"],
@@ -173,8 +195,18 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def middle(runs: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+def middle(runs: Sequence[dict[str, Any]], key: str) -> Any:
+    """The median of a figure that all runs have, or none."""
+    return statistics.median(run[key] for run in runs) if runs[0][key] is not None else None
+
+
+def try_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`run_nanogpt`, or how it failed."""
+    try:
+        return run_nanogpt(shape, setting, args)
+    except RunError as fault:
+        print(f"nanoGPT, {setting}: {fault}", file=sys.stderr)
+        return {"program": "nanoGPT", "setting": setting, "failed": str(fault)}
 
 
 def run_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +214,7 @@ def run_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[st
     flags = (*SETTINGS[args.device][setting], "--accumulation", str(shape.accumulation))
     device = "cuda" if args.device == "gpu" else "cpu"
     command = [args.torch_python, str(BENCH_NANOGPT), str(args.nanogpt), "--device", device]
-    found = run([*command, *sizes(shape), *windows(args), *flags], args.timeout)
+    found = run([*command, *sizes(shape), *windows(args), *flags], args)
     return {"program": "nanoGPT", "setting": setting, **found}
 
 
@@ -191,8 +223,9 @@ def run_jaxgpt(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = "byte" if shape.vocab_size < 50257 else "gpt2"
     command = [sys.executable, "-m", "jaxgpt.bench", "--preset", "demo", "--synthetic", "--json"]
     flags = ("--gradient-accumulation-steps", str(shape.accumulation), "--tokenizer", tokenizer)
+    flags += ("--optimizer", "adamw")
     where = ("--device", args.device, *shlex.split(args.bench_flags))
-    found = run([*command, *sizes(shape), *windows(args), *flags, *where], args.timeout)
+    found = run([*command, *sizes(shape), *windows(args), *flags, *where], args)
     return {"program": "jaxgpt", "setting": args.bench_flags or "default", **found}
 
 
@@ -206,38 +239,59 @@ def windows(args: argparse.Namespace) -> list[str]:
     return ["--windows", str(args.windows), "--window-seconds", str(args.window_seconds)]
 
 
-def run(command: list[str], timeout: float) -> dict[str, Any]:
-    """The JSON that a command prints; where it counts no memory, its largest resident set."""
+def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON that a command prints; where it counts no memory, its largest resident set.
+
+    Raises:
+        RunError: if it fails or lasts too long.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Without programs of an earlier run, so that a start costs what it costs.
     environment = {**os.environ, "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if args.device == "gpu":
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-        code, resident = wait(process, timeout)
+        code, resident, card = wait(process, args.timeout, args.device == "gpu")
         out.seek(0)
         err.seek(0)
         if code:
-            why = f"ended with code {code}" if code > 0 else f"took more than {timeout:g} seconds"
+            why = f"ended with code {code}" if code > 0 else f"took more than {args.timeout:g} s"
             tail = "".join(err.readlines()[-15:])
-            sys.exit(f"a run {why}: {shlex.join(command)}\n{tail}")
+            raise RunError(f"a run {why}: {shlex.join(command)}\n{tail}")
         text = out.read()
-    found = json.loads(text[text.index("{") :])
+    found = {**json.loads(text[text.index("{") :]), "card_bytes": card}
     if found.get("peak_bytes_from") == "compiled memory_analysis" or found["peak_bytes"] is None:
         found |= {"peak_bytes": resident, "peak_bytes_from": "largest resident set"}
     return found
 
 
-def wait(process: subprocess.Popen, timeout: float) -> tuple[int, int]:
-    """(exit code, bytes of the largest resident set) of a process; one that lasts is killed."""
-    end = time.monotonic() + timeout
+def wait(process: subprocess.Popen, timeout: float, on_card: bool) -> tuple[int, int, int | None]:
+    """(exit code, bytes of the largest resident set, the most that was seen in use on the card) of
+    a process; one that lasts is killed."""
+    begin = looked = time.monotonic()
+    card: int | None = None
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, 1024 * usage.ru_maxrss
-        if time.monotonic() > end:
+            return process.returncode, 1024 * usage.ru_maxrss, card
+        now = time.monotonic()
+        if now > begin + timeout:
             process.kill()
+        if on_card and now > looked + LOOK_SECONDS:
+            looked = now
+            card = max(filter(None, (card, card_bytes())), default=None)
         time.sleep(0.05)
+
+
+def card_bytes() -> int | None:
+    """Bytes in use on the first card, by nvidia-smi; None where it does not say."""
+    try:
+        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10)
+        return int(answer.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def processor() -> str:

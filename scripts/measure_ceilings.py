@@ -26,6 +26,7 @@ from jaxgpt.hardware.gpus import GIB, lookup_gpu
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="if unset: the first JAX finds")
     parser.add_argument("--size", type=int, default=8192, help="of the square matrices")
     parser.add_argument("--copy-gib", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=10)
@@ -33,10 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.size, args.repeats) < 1 or not args.copy_gib > 0:
         parser.error("--size, --copy-gib and --repeats must be above 0")
-    device = jax.devices()[0]
+    try:
+        device = jax.devices(args.device)[0]
+    except RuntimeError as fault:
+        parser.error(f"--device {args.device}, but JAX finds none ({str(fault).splitlines()[0]})")
     gpu = lookup_gpu(device.device_kind)
-    flops = 2 * args.size**3 / product_seconds(args.size, args.repeats)
     copied = int(args.copy_gib * GIB)
+    with jax.default_device(device):
+        flops = 2 * args.size**3 / product_seconds(args.size, args.repeats)
+        bytes_per_second = 2 * copied / copy_seconds(copied, args.repeats)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "scripts/measure_ceilings.py", *argv]),
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "product_flops": flops,
         "product_of_peak": flops / gpu.bf16_flops if gpu and gpu.bf16_flops else None,
         # A byte that is copied is read and written.
-        "copy_bytes_per_second": 2 * copied / copy_seconds(copied, args.repeats),
+        "copy_bytes_per_second": bytes_per_second,
     }
     print(json.dumps(result, indent=1))
     if args.json:
@@ -63,7 +69,7 @@ def product_seconds(size: int, repeats: int) -> float:
 
 def copy_seconds(nbytes: int, repeats: int) -> float:
     """Of reading and writing `nbytes`; adding one keeps it from being no work at all."""
-    a = jnp.zeros(nbytes // 4, jnp.float32)
+    a = jnp.arange(nbytes // 4, dtype=jnp.float32)
     return seconds_of(jax.jit(lambda a: a + 1), (a,), repeats)
 
 

@@ -72,14 +72,11 @@ def answer(command: str, flag: str, repeats: int) -> float:
 
 def start(flags: Sequence[str], cache: str) -> dict[str, Any]:
     """Seconds from the start of a process to its first step, and what of them is compiling."""
-    command = [sys.executable, "-m", "jaxgpt.bench", "--json", "--windows", "1", *flags]
-    command += ["--window-seconds", "0.001"]
+    command = [sys.executable, "-m", "jaxgpt.bench", "--json", *flags]
+    command += ["--windows", "1", "--window-seconds", "0.001"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("JAX_ENABLE_COMPILATION_CACHE", None)
-    short = ("--window-seconds", "0.001")
-    done = subprocess.run(
-        [*command, *short, *flags], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr)
     found = json.loads(done.stdout)

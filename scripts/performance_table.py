@@ -52,6 +52,12 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
         shape = r["shape"]
         low, high = r["speed_ratio_range"]
         mfu = "" if r["jaxgpt_mfu"] is None else f", MFU {r['jaxgpt_mfu']:.1%}"
+        cards = [r.get("jaxgpt_card_bytes"), r.get("nanogpt_card_bytes")]
+        on_card = (
+            ""
+            if None in cards
+            else "; by nvidia-smi {:.1f} and {:.1f} GiB".format(*(b / GIB for b in cards))
+        )
         yield (
             f"training, {name}: {shape['n_layer']}L/{shape['n_head']}H/{shape['n_embd']}, "
             f"{shape['accumulation']} x {shape['batch_size']} x {shape['block_size']} tokens, "
@@ -62,7 +68,7 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
             f"nanoGPT ({r['nanogpt_setting']}, torch {r['versions']['torch']}) "
             f"{r['nanogpt_tokens_per_second']:,.0f} tokens/s, "
             f"{r['nanogpt_peak_bytes'] / GIB:.2f} GiB: **{r['speed_ratio']:.2f}** times its speed "
-            f"({low:.2f} to {high:.2f}), {r['memory_ratio']:.2f} times its memory",
+            f"({low:.2f} to {high:.2f}), {r['memory_ratio']:.2f} times its memory{on_card}",
         )
 
 
@@ -147,6 +153,17 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
+def train_beside_bench(r: Mapping[str, Any]) -> Iterator[Row]:
+    """A step of a run, and the same step alone."""
+    alone = ", ".join(f"{ms:,.1f}" for ms in r["bench_step_ms"])
+    yield (
+        f"a step of `train` at preset {r['preset']}: {r['batch']}",
+        where(r),
+        f"{r['train_step_ms']:,.1f} ms",
+        f"of `bench`, before and after: {alone} ms, {r['train_over_bench']:.3f} times its time",
+    )
+
+
 ROWS = {
     "speed-*.json": speed,
     "gpu-ceilings.json": ceilings,
@@ -155,6 +172,7 @@ ROWS = {
     "accumulation.json": accumulation,
     "start.json": start,
     "train-overhead.json": train_overhead,
+    "train-beside-bench.json": train_beside_bench,
 }
 
 

@@ -4,8 +4,9 @@
 
 Each measurement is a process of its own and writes one JSON file; what has one is not measured
 again. --parts chooses: ceilings (what the device can do), nanogpt (every shape beside nanoGPT),
-ablations (one part of the step exchanged at a time, at GPT-2 124M, and what --deterministic
-costs), memory (what `plan` predicts for a preset, and what its step then took).
+train (a run's step beside the step alone), ablations (one part of the step exchanged at a time, at
+GPT-2 124M, and what --deterministic costs), memory (what `plan` predicts for a preset, and what its
+step then took).
 
 --trial runs the same on shapes for any machine, to see that it works.
 """
@@ -28,13 +29,16 @@ NANOGPT_SHAPES = ("gpt2-124m-b32", "gpt2-124m-b64", "24gb", "gpt2-350m-b32", "gp
 PRESETS = ("24gb", "gpt2-124m", "80gb-350m", "24gb-774m")
 SHORT = "--synthetic --windows 3 --window-seconds 1"
 GPT2 = (
-    "--preset demo --tokenizer gpt2 --vocab-size 50304 --n-layer 12 --n-head 12 --n-embd 768 "
-    f"--block-size 1024 --batch-size 32 --gradient-accumulation-steps 4 --device gpu {SHORT}"
+    "--preset demo --optimizer adamw --tokenizer gpt2 --vocab-size 50304 --n-layer 12 --n-head 12 "
+    "--n-embd 768 --block-size 1024 --batch-size 32 --gradient-accumulation-steps 4 --device gpu "
+    f"{SHORT}"
 )
-TINY = (
-    "--preset demo --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 2 "
-    "--gradient-accumulation-steps 2 --device cpu --synthetic --windows 1 --window-seconds 0.01"
+RUN = "--preset 24gb --dataset embedded --device gpu"
+RUN_TINY = (
+    "--preset demo --optimizer adamw --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 "
+    "--batch-size 2 --gradient-accumulation-steps 2 --device cpu --windows 1 --window-seconds 0.01"
 )
+TINY = f"{RUN_TINY} --synthetic"
 # name -> (variant of ablate_step.py, flags)
 ABLATIONS = {
     "as-it-is": ("as-it-is", ""),
@@ -48,7 +52,11 @@ ABLATIONS = {
     "scheduler-on-remat-full": ("scheduler-on", "--remat full"),
     "triton-gemm-on": ("triton-gemm-on", ""),
     "deterministic": ("as-it-is", "--deterministic=True"),
+    # Once more at the end: what the card's state alone makes of a difference.
+    "as-it-is-again": ("as-it-is", ""),
 }
+# Seconds that have to be left for a measurement to be begun.
+LEAST, LEAST_BESIDE_NANOGPT = 45.0, 240.0
 
 
 class Job(NamedTuple):
@@ -57,6 +65,7 @@ class Job(NamedTuple):
     name: str  # of its file
     command: list[str]
     writes: bool  # the file itself; otherwise standard output is it
+    least: float = LEAST
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path.exists():
             continue
         seconds = end - time.monotonic()
-        if seconds < args.least:
+        if seconds < job.least:
             left.append(job.name)
             continue
         begin = time.monotonic()
@@ -89,11 +98,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT_DIR", help="a clone of nanoGPT")
-    parts = ("ceilings", "nanogpt", "ablations", "memory")
+    parts = ("ceilings", "nanogpt", "train", "ablations", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seconds", type=float, default=540, help="for all of this command")
-    parser.add_argument("--longest", type=float, default=300, help="seconds for one measurement")
-    parser.add_argument("--least", type=float, default=45, help="seconds worth beginning one with")
+    parser.add_argument("--longest", type=float, default=420, help="seconds for one measurement")
     parser.add_argument("--torch-python", default=sys.executable, help="the one that has PyTorch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     parser.add_argument("--trial", action="store_true", help="tiny shapes, on the CPU")
@@ -108,15 +116,23 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     scripts = ROOT / "scripts"
     if "ceilings" in args.parts:
         small = ["--size", "64", "--copy-gib", "0.001"] if args.trial else []
-        command = [sys.executable, str(scripts / "measure_ceilings.py"), *small]
+        where = ["--device", "cpu" if args.trial else "gpu"]
+        command = [sys.executable, str(scripts / "measure_ceilings.py"), *where, *small]
         yield Job("gpu-ceilings", command, writes=False)
     if "nanogpt" in args.parts:
-        flags = ["--torch-python", args.torch_python, "--device", "cpu" if args.trial else "gpu"]
+        flags = ["--torch-python", args.torch_python, "--rounds", "1"]
+        flags += ["--device", "cpu" if args.trial else "gpu"]
         if args.trial:
-            flags += ["--rounds", "1", "--windows", "1", "--window-seconds", "0.01"]
+            flags += ["--windows", "1", "--window-seconds", "0.01"]
+        least = LEAST if args.trial else LEAST_BESIDE_NANOGPT
         for shape in ("tiny",) if args.trial else NANOGPT_SHAPES:
             script = [sys.executable, str(scripts / "compare_nanogpt.py"), str(args.nanogpt)]
-            yield Job(f"speed-gpu-{shape}", [*script, "--shapes", shape, *flags], writes=True)
+            command = [*script, "--shapes", shape, *flags]
+            yield Job(f"speed-gpu-{shape}", command, writes=True, least=least)
+    if "train" in args.parts:
+        script = [sys.executable, str(scripts / "compare_train.py")]
+        flags = shlex.split(f"{RUN_TINY} --steps 31" if args.trial else RUN)
+        yield Job("train-beside-bench", [*script, *flags], writes=True)
     if "ablations" in args.parts:
         for name, (variant, flags) in ABLATIONS.items():
             script = [sys.executable, str(scripts / "ablate_step.py"), variant]

@@ -40,8 +40,9 @@ FILES = ("accumulation", "start", "train-overhead")
 
 @pytest.mark.parametrize("trial", [True, False])
 def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(trial) -> None:
-    args = GPU["parse_args"]([str(ROOT), "--parts", "ceilings", "ablations", "memory"])
-    args.parts, args.trial = ("ceilings", "nanogpt", "ablations", "memory"), trial
+    parts = ("ceilings", "train", "ablations", "memory")
+    args = GPU["parse_args"]([str(ROOT), "--parts", *parts])
+    args.parts, args.trial = (*parts, "nanogpt"), trial
     jobs = list(GPU["jobs"](args))
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
@@ -71,3 +72,19 @@ def test_what_fails_or_lasts_too_long_leaves_its_words_and_no_figures(tmp_path) 
         job = GPU["Job"]("x", [sys.executable, "-c", program], writes=False)
         assert GPU["measure"](job, tmp_path / "x.json", 1.0) == outcome
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.log"]
+
+
+def test_a_runs_step_is_timed_from_log_line_to_log_line(tmp_path, monkeypatch) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "compare_train.py"))
+
+    def run(command: str, flags: list[str]) -> str:
+        folder = Path(flags[flags.index("--out-dir") + 1])
+        folder.mkdir()
+        # The first evaluation lies before the first line; the last one before the line of step 60.
+        times = {0: 0.0, 10: 100.0, 20: 101.0, 50: 104.0, 60: 999.0}
+        lines = [json.dumps({"step": step, "time": time}) for step, time in times.items()]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return ""
+
+    monkeypatch.setitem(script["train"].__globals__, "run", run)
+    assert script["train"]([], 60) == pytest.approx(100)

@@ -54,9 +54,10 @@ def cached_features(
 def _through_block(
     block: Block, x_BTD: jax.Array, start: jax.Array, visible_TS: jax.Array, layer: LayerCache
 ) -> tuple[jax.Array, LayerCache]:
-    q_BTNH, k_BTNH, v_BTNH = block.attn.heads(block.ln_1(x_BTD))
+    q_BTNH, k_BTNH, v_BTNH = block.attn.heads(block.attn.c_attn(block.ln_1(x_BTD)))
     k_BSNH = jax.lax.dynamic_update_slice_in_dim(layer.k_BSNH, k_BTNH, start, axis=1)
     v_BSNH = jax.lax.dynamic_update_slice_in_dim(layer.v_BSNH, v_BTNH, start, axis=1)
     out_BTNH = attention_over(q_BTNH, k_BSNH, v_BSNH, visible_TS)
     x_BTD = x_BTD + block.attn.c_proj(out_BTNH.reshape(x_BTD.shape))
-    return x_BTD + block.mlp(block.ln_2(x_BTD)), LayerCache(k_BSNH, v_BSNH)
+    h_BTF = block.mlp.c_fc(block.ln_2(x_BTD))
+    return x_BTD + block.mlp.narrowed(h_BTF), LayerCache(k_BSNH, v_BSNH)

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxgpt.config import ModelConfig, Remat
 from jaxgpt.model.attention import Attend
 from jaxgpt.model.gelu import GELUS
-from jaxgpt.model.layer_norm import LayerNorm
+from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.model.loss import mask_padding
 from jaxgpt.model.remat import rematerialized
 
@@ -83,8 +83,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         attn_key, mlp_key = (None, None) if key is None else _split(key, 2)
-        x_BTD = x_BTD + dropout(self.drop, self.attn(self.ln_1(x_BTD)), attn_key)
-        return x_BTD + dropout(self.drop, self.mlp(self.ln_2(x_BTD)), mlp_key)
+        x_BTD = add_by_rows(x_BTD, dropout(self.drop, self.attn(x_BTD, self.ln_1), attn_key))
+        return add_by_rows(x_BTD, dropout(self.drop, self.mlp(x_BTD, self.ln_2), mlp_key))
 
 
 Keys = list[jax.Array] | list[None]  # one for each block; None without dropout
@@ -142,13 +142,14 @@ class Attention(nnx.Module):
         self.c_attn = make_linear(cfg, cfg.n_embd, 3 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.c_proj(self.attend(*self.heads(x_BTD)).reshape(x_BTD.shape))
+    def __call__(self, x_BTD: jax.Array, norm: LayerNorm) -> jax.Array:
+        q_BTNH, k_BTNH, v_BTNH = self.heads(linear_of_norm(self.c_attn, norm, x_BTD))
+        return self.c_proj(self.attend(q_BTNH, k_BTNH, v_BTNH).reshape(x_BTD.shape))
 
-    def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BTNH, k_BTNH, v_BTNH), which `generate` keeps for the tokens to come."""
-        B, T, D = x_BTD.shape
-        qkv_BT3NH = self.c_attn(x_BTD).reshape(B, T, 3, self.n_head, D // self.n_head)
+    def heads(self, qkv_BTE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTNH, v_BTNH) of what `c_attn` gives, E = 3 * D."""
+        B, T, E = qkv_BTE.shape
+        qkv_BT3NH = qkv_BTE.reshape(B, T, 3, self.n_head, E // 3 // self.n_head)
         q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BT3NH, axis=2)
         return q_BTNH, k_BTNH, v_BTNH
 
@@ -161,9 +162,12 @@ class MLP(nnx.Module):
         self.c_fc = make_linear(cfg, cfg.n_embd, 4 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = self.gelu(self.c_fc(x_BTD))
-        return self.c_proj(h_BTF)
+    def __call__(self, x_BTD: jax.Array, norm: LayerNorm) -> jax.Array:
+        return self.narrowed(linear_of_norm(self.c_fc, norm, x_BTD))
+
+    def narrowed(self, h_BTF: jax.Array) -> jax.Array:
+        """What becomes of `c_fc`'s output, in the width of the residual stream."""
+        return self.c_proj(self.gelu(h_BTF))
 
 
 def make_linear(
@@ -196,6 +200,32 @@ def dot_general_by_rows(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: A
     """
     y_MF = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())))
     return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def linear_of_norm(linear: nnx.Linear, norm: LayerNorm, x: jax.Array) -> jax.Array:
+    """`linear(norm(x))`, with the norm's scale and bias worked into the linear layer's.
+
+    The gradient of a scale is then a sum over a matrix and not over all tokens, for which XLA would
+    write out a float32 product as large as x and read it again. To one token at a time, as in
+    generation, this has nothing to give.
+    """
+    kernel = norm.scale[...][:, None] * linear.kernel[...]
+    normed = normalize(x, jnp.ones_like(norm.scale[...]))  # XLA leaves a factor of one out
+    y = dot_general_by_rows(normed, kernel.astype(x.dtype))
+    if norm.bias is None:
+        return y
+    bias = linear.bias[...] + norm.bias[...] @ linear.kernel[...]
+    return y + bias.astype(x.dtype)
+
+
+def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    """x + y, leading axes laid end to end as `dot_general_by_rows` had them for y.
+
+    That product then adds x itself. With a reshape in between XLA takes x for its own, has cuBLAS
+    add in place, and makes a copy of x before.
+    """
+    D = x_BTD.shape[-1]
+    return (x_BTD.reshape(-1, D) + y_BTD.reshape(-1, D)).reshape(x_BTD.shape)
 
 
 def dropout(layer: nnx.Dropout, x: jax.Array, key: jax.Array | None) -> jax.Array:
