@@ -23,6 +23,7 @@ class OneDevice:
 
     def __init__(self, device: Any):
         self.device = device  # one of them, like all the others
+        self.local_devices = [device]  # those of this process
 
     def state_shardings(self, state: Any) -> Any:
         """A sharding for each leaf of a state, or of a part of it."""
