@@ -127,7 +127,11 @@ def run(
         eval_step = layout.from_host(training.eval_step)
         score_step = layout.from_host(training.score_step)
         generator = Generator(
-            training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
+            training.graphdef,
+            cfg.model.block_size,
+            Sampling(),
+            chunk=cfg.sample_tokens,
+            results=layout.results(None),
         )
         report.print_run(
             cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
@@ -184,10 +188,7 @@ def run(
         def sample_now() -> str:
             key = jax.random.fold_in(state.key, state.step)
             prompt, length = [tokenizer.eot], cfg.sample_tokens
-            params, key = layout.replicate((state.params, key))
-            if not processes.is_main:
-                return ""
-            tokens_1L = generator.generate(params, prompt, length, key, samples=1)
+            tokens_1L = generator.generate(state.params, prompt, length, key, samples=1)
             return tokenizer.decode(tokens_1L[0])
 
         text = ""

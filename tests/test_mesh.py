@@ -41,6 +41,12 @@ def test_every_mesh_has_the_losses_of_one_device(seen, mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_writes_what_one_device_writes(seen, mesh) -> None:
+    assert len(set(seen["samples"]["one"])) > 1
+    assert seen["samples"][mesh] == seen["samples"]["one"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_each_device_holds_its_share_of_the_state_and_no_more(seen, mesh) -> None:
     shares, fsdp = seen["shares"][mesh], parse_mesh(mesh).fsdp
     matrices = {path for path in shares if path.endswith(("kernel", "embedding"))}

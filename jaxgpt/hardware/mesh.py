@@ -156,12 +156,6 @@ class OverMesh(OneDevice):
             params, self.load(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
         )
 
-    def replicate(self, tree: Any) -> Any:
-        """A copy of a tree, whole, on `device`; every process has to ask for it."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
-
     def _mean(self, path: Any, leaf: jax.Array) -> jax.Array:
         # Over fsdp a shard's gradient has been averaged already, by `gather`.
         summed = self.shape.fsdp > 1 and _is_sharded(path)

@@ -52,7 +52,3 @@ class OneDevice:
     def from_host(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step(params, tokens_BT1)` for tokens that every process has all of."""
         return step
-
-    def replicate(self, tree: Any) -> Any:
-        """A copy of a tree, whole, on `device`; the tree itself where it is whole there."""
-        return tree
