@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVa
 
 import tyro
 
-from jaxgpt.config import Config, ConfigError, divisors, flat_fields
+from jaxgpt.config import Config, ConfigError, flat_fields, largest_share
 from jaxgpt.hardware.gpus import GIB, visible_card
 from jaxgpt.mesh_shape import parse_mesh
 from jaxgpt.presets import (
@@ -170,8 +170,8 @@ def _settle(draft: TrainFlags, base: Config, flags: Mapping[str, str | None]) ->
     fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(Config)}
     if draft.batch_size == "auto":
         # A number that will do until the machine has been asked.
-        small = [d for d in divisors(max(1, draft.effective_batch_size)) if d <= base.batch_size]
-        fields |= {"batch_size": small[-1], "auto_batch_size": True}
+        share = largest_share(max(1, draft.effective_batch_size), _devices(draft), base.batch_size)
+        fields |= {"batch_size": share, "auto_batch_size": True}
         fields["remat"] = draft.remat if "remat" in flags else "auto"
     fields |= _batch_of(draft, fields["batch_size"], flags)
     # The preset's batch_size, so that a smaller --batch-size evaluates the same windows.
@@ -187,10 +187,7 @@ def _settle(draft: TrainFlags, base: Config, flags: Mapping[str, str | None]) ->
 def _batch_of(draft: TrainFlags, B: int, flags: Mapping[str, str | None]) -> dict[str, int | None]:
     """The effective batch and each device's micro-batches; Config tells what is wrong with them."""
     effective, asked = draft.effective_batch_size, draft.gradient_accumulation_steps
-    try:
-        held = B * parse_mesh(draft.mesh).devices
-    except ValueError:
-        return {}
+    held = B * _devices(draft)
     if asked is not None and "effective_batch_size" not in flags:
         effective = asked * B
     elif asked is not None and asked * B != effective:
@@ -200,6 +197,14 @@ def _batch_of(draft: TrainFlags, B: int, flags: Mapping[str, str | None]) -> dic
     if effective % held:
         return {"effective_batch_size": effective, "gradient_accumulation_steps": None}
     return {"effective_batch_size": effective, "gradient_accumulation_steps": effective // held}
+
+
+def _devices(draft: TrainFlags) -> int:
+    """Those that --mesh has; 1 if it is none, which Config tells."""
+    try:
+        return parse_mesh(draft.mesh).devices
+    except ValueError:
+        return 1
 
 
 def _expanded(path: Path) -> Path:

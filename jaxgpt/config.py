@@ -250,16 +250,21 @@ class Config:
                 "two"
             ]
         if effective % held:
-            other = (
-                f"or take batch_size {_largest_divisor(effective // devices, B)}"
-                if effective % devices == 0
-                else f"or {_largest_divisor(effective, devices)} devices, with --mesh"
-            )
-            return [
-                f"effective_batch_size {effective} is not a multiple of {each}; the "
-                f"nearest that is: {_nearest_multiple(effective, held)}, {other}"
-            ]
+            return [f"effective_batch_size {effective} is not a multiple of {each}; {self._near()}"]
         return []
+
+    def _near(self) -> str:
+        """What would do in place of batches that do not divide."""
+        B, devices, effective = self.batch_size, self.device_count, self.effective_batch_size
+        near = f"the nearest that is: {_nearest_multiple(effective, self.held_at_once)}"
+        if effective % devices == 0:
+            return f"{near}, or take batch_size {largest_share(effective, devices, B)}"
+        divided, fewer = _nearest_multiple(effective, devices), _largest_divisor(effective, devices)
+        share = largest_share(divided, devices, B)
+        if share < B:
+            near += f", {divided} with batch_size {share}"
+        of_fewer = largest_share(effective, fewer, B)
+        return f"{near}, or take {fewer} devices with --mesh and batch_size {of_fewer}"
 
     @property
     def device_count(self) -> int:
@@ -310,6 +315,15 @@ def _nearest_multiple(value: int, of: int) -> int:
 
 def _largest_divisor(value: int, limit: int) -> int:
     return max(d for d in divisors(value) if d <= limit)
+
+
+def largest_share(effective: int, devices: int, limit: int) -> int:
+    """The largest batch_size up to `limit` that makes up an effective batch on so many devices.
+
+    1 if they do not divide it: what is said of it is then the least that is wrong.
+    """
+    share, rest = divmod(effective, devices)
+    return 1 if rest else _largest_divisor(share, limit)
 
 
 def divisors(value: int) -> list[int]:

@@ -24,6 +24,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
 from jaxgpt.hardware import device as hardware
 from jaxgpt.hardware.compile_cache import prepare_compile_cache
+from jaxgpt.hardware.gpus import visible_cards
 from jaxgpt.pretrained import load_start, start_from
 from jaxgpt.resolve import resolve
 from jaxgpt.training.lock import RunLock
@@ -88,7 +89,7 @@ def run(
     sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
     questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
     with ExitStack() as stack:
-        processes = stack.enter_context(join(address, hardware.import_jax))
+        processes = stack.enter_context(join(address, hardware.import_jax, visible_cards))
         if processes.is_main:
             lock.take()  # before JAX takes the card's memory from the run that has the lock
         else:  # one process speaks
@@ -122,12 +123,16 @@ def run(
             return 0
         stack.enter_context(out_of_memory_in_words(lambda: smaller(cfg)))
         with waiting("compiling the training step"):
-            cfg, training, need = prepare_to_run(cfg, device, layout)
+            cfg, training, need = prepare_to_run(cfg, device, layout, processes)
         accumulation, held = cfg.gradient_accumulation_steps or 1, cfg.held_at_once
         eval_step = layout.from_host(training.eval_step)
         score_step = layout.from_host(training.score_step)
         generator = Generator(
-            training.graphdef, cfg.model.block_size, Sampling(), chunk=cfg.sample_tokens
+            training.graphdef,
+            cfg.model.block_size,
+            Sampling(),
+            chunk=cfg.sample_tokens,
+            results=layout.results(None),
         )
         report.print_run(
             cfg, loader, len(windows_WT1), device, training.attention, need, resumed_step
@@ -184,10 +189,7 @@ def run(
         def sample_now() -> str:
             key = jax.random.fold_in(state.key, state.step)
             prompt, length = [tokenizer.eot], cfg.sample_tokens
-            params, key = layout.replicate((state.params, key))
-            if not processes.is_main:
-                return ""
-            tokens_1L = generator.generate(params, prompt, length, key, samples=1)
+            tokens_1L = generator.generate(state.params, prompt, length, key, samples=1)
             return tokenizer.decode(tokens_1L[0])
 
         text = ""

@@ -11,12 +11,23 @@ set -euo pipefail
 
 address=127.0.0.1:${PORT:-9876}
 export XLA_FLAGS="--xla_force_host_platform_device_count=2" # two devices each, four in all
+pids=()
 for process in 0 1; do
     python -m jaxgpt.train --preset demo --device cpu --batch-size 3 --out-dir runs/two-processes \
         --coordinator-address "$address" --num-processes 2 --process-id "$process" "$@" &
+    pids+=($!)
     echo "process $process is PID $!"
 done
+# What a script starts in the background does not hear Ctrl-C.
+trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 code=0
-wait -n || code=$?
-wait -n || code=$?
+for pid in "${pids[@]}"; do
+    status=0
+    wait "$pid" || status=$?
+    while kill -0 "$pid" 2>/dev/null; do # the wait was interrupted, the process goes on
+        status=0
+        wait "$pid" || status=$?
+    done
+    ((status == 0)) || code=$status
+done
 exit "$code"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -18,6 +19,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig, OptimizerConfig
 from jaxgpt.hardware.mesh import OverMesh
 from jaxgpt.mesh_shape import parse_mesh
+from jaxgpt.model.generate import Generator, Sampling
 from jaxgpt.training.build import build_training, compile_eval_step, compile_train_step
 from jaxgpt.training.checkpoint import Checkpoints
 from jaxgpt.training.evaluation import evaluate
@@ -74,6 +76,14 @@ class Run:
         eval_step = self.layout.from_host(compile_eval_step(self.training, self.held))
         return evaluate(eval_step, state.params, WINDOWS, self.held)
 
+    def sample(self, state) -> list[int]:
+        """Some likeliest tokens; past the context, where nothing is cached, too."""
+        sampling, results = Sampling(temperature=0), self.layout.results(None)
+        generator = Generator(
+            self.training.graphdef, MODEL.block_size, sampling, chunk=12, results=results
+        )
+        return generator.generate(state.params, [1, 2, 3], 12, state.key, samples=1)[0].tolist()
+
 
 def shares(state) -> dict[str, float]:
     """By path, the share of each array that the first device holds."""
@@ -93,7 +103,7 @@ def largest_gather(program: str) -> int:
 
 
 def main(folder: Path) -> None:
-    answer: dict = {"losses": {}, "evaluations": {}, "shares": {}, "gathers": {}, "resumed": {}}
+    answer: dict = defaultdict(dict)
     runs = {mesh or "one": Run(mesh) for mesh in (None, "data=8", "fsdp=8", "data=2,fsdp=4")}
     for name, run in runs.items():
         state, losses = run.train(run.training.init(), range(SAVED_AT))
@@ -103,6 +113,7 @@ def main(folder: Path) -> None:
         state, more = run.train(state, range(SAVED_AT, STEPS))
         answer["losses"][name] = losses + more
         answer["evaluations"][name] = run.evaluate(state)
+        answer["samples"][name] = run.sample(state)
         answer["shares"][name] = shares(state)
         answer["gathers"][name] = largest_gather(run.step.as_text())
     answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))

@@ -467,3 +467,9 @@ def test_batch_size_auto_leaves_the_remat_open_unless_it_is_given():
     assert cfg.effective_batch_size == 512
     cfg = parse("--preset=24gb", "--batch-size", "auto", "--remat", "full")
     assert (cfg.auto_batch_size, cfg.remat) == (True, "full")
+
+
+def test_batch_size_auto_begins_with_a_number_that_the_mesh_divides():
+    cfg = parse("--preset=24gb", "--batch-size=auto", "--mesh=data=2,fsdp=24", "--n-embd=768",
+                "--n-head=12", "--effective-batch-size=480")  # fmt: skip
+    assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.auto_batch_size) == (10, 1, True)

@@ -41,6 +41,12 @@ def test_every_mesh_has_the_losses_of_one_device(seen, mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_writes_what_one_device_writes(seen, mesh) -> None:
+    assert len(set(seen["samples"]["one"])) > 1
+    assert seen["samples"][mesh] == seen["samples"]["one"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_each_device_holds_its_share_of_the_state_and_no_more(seen, mesh) -> None:
     shares, fsdp = seen["shares"][mesh], parse_mesh(mesh).fsdp
     matrices = {path for path in shares if path.endswith(("kernel", "embedding"))}
@@ -103,7 +109,11 @@ def test_micro_batches_follow_from_the_devices() -> None:
     ("changes", "shape", "answer"),
     [
         ({}, MeshShape(3, 1), "32 is not a multiple of batch_size 2 x 3 devices; the nearest that "
-         "is: 30, or 2 devices, with --mesh"),
+         "is: 30, 33 with batch_size 1, or take 2 devices with --mesh and batch_size 2"),
+        ({"effective_batch_size": 16, "batch_size": 16}, MeshShape(6, 1), "the nearest that is: "
+         "96, 18 with batch_size 3, or take 4 devices with --mesh and batch_size 4"),
+        ({"effective_batch_size": 4, "batch_size": 4, "auto_batch_size": True}, MeshShape(8, 1),
+         "batch_size 1 x 8 devices; the nearest that is: 8, or take 4 devices"),
         ({"batch_size": 8}, MeshShape(8, 1), "the nearest that is: 64, or take batch_size 4"),
         ({"effective_batch_size": 36}, MeshShape(1, 3), "fsdp=3 does not divide n_embd 16; the "
          "nearest that do: 2, 4, 8"),

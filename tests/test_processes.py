@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from test_train import SMALL, last_params, losses, train
 
 from jaxgpt.errors import UserError
 from jaxgpt.training.integrity import verify
-from jaxgpt.training.processes import ALONE, Address, Asked, Edge, _in_words, join, launcher
+from jaxgpt.training.processes import ALONE, Address, Asked, Edge, _in_words, join
 from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
@@ -148,27 +149,12 @@ def test_when_one_process_is_killed_the_other_leaves_and_the_run_goes_on(tmp_pat
 @pytest.fixture
 def no_launcher(monkeypatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION", "JAX_COORD")):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION", "JAX_")):
             monkeypatch.delenv(name)
 
 
-@pytest.mark.usefixtures("no_launcher")
-@pytest.mark.parametrize(
-    ("variables", "found"),
-    [
-        ({}, None),
-        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16"}, "Slurm"),
-        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),  # all its cards are one run's
-        ({"SLURM_NTASKS": "16"}, None),  # sbatch without srun
-        ({"OMPI_MCA_orte_hnp_uri": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
-        ({"KUBERNETES_SERVICE_HOST": "h"}, None),  # a pod of its own
-    ],
-)
-def test_a_launcher_is_known_by_what_it_tells_each_process(monkeypatch, variables, found) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert launcher() == found
+def no_import() -> None:
+    pytest.fail("imported")
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -183,18 +169,77 @@ def test_a_launcher_is_known_by_what_it_tells_each_process(monkeypatch, variable
 )
 def test_an_address_that_cannot_be_is_refused_before_jax_is_imported(address, answer) -> None:
     with pytest.raises(UserError, match=re.escape(answer)):
-        join(address, lambda: pytest.fail("imported"))
+        join(address, no_import, no_import)
 
 
 @pytest.mark.usefixtures("no_launcher")
 def test_one_process_agrees_with_itself_at_once_and_imports_nothing() -> None:
-    assert join(Address(), lambda: pytest.fail("imported")) is ALONE
+    assert join(Address(), no_import, no_import) is ALONE
     edge = Edge(ALONE, layout=None)
     assert edge.agree("SIGTERM", save=False) == Asked("SIGTERM", False)
     assert edge.agree(None, save=True, now=True) == Asked(None, True)
     assert ALONE.from_main(3) == 3
+    assert ALONE.least(None) is None
     with pytest.raises(OSError, match="full"), ALONE.together():
         raise OSError("full")
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_one_of_many_that_a_launcher_started_may_be_a_run_of_its_own(monkeypatch) -> None:
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    assert join(Address(num_processes=1), no_import, no_import) is ALONE
+
+
+def fake_jax(**asked: object) -> SimpleNamespace:
+    """A JAX that meets no one: `initialize` notes what it is told, or raises `fault`."""
+
+    def initialize(**told: object) -> None:
+        asked["told"] = told
+        if "fault" in asked:
+            raise asked["fault"]
+
+    return SimpleNamespace(
+        config=SimpleNamespace(update=lambda *_: None),
+        distributed=SimpleNamespace(initialize=initialize),
+        process_index=lambda: 1,
+        process_count=lambda: 2,
+        asked=asked,
+    )
+
+
+SLURM_STEP = {
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_what_jax_is_told_of_cards_is_what_a_process_is_to_use(monkeypatch) -> None:
+    jax = fake_jax()
+    join(Address("host:1", 2, 1), lambda: jax, no_import)
+    # Or it would look at the variables of the shell in which the process was started by hand.
+    assert jax.asked["told"]["cluster_detection_method"] == "deactivate"
+    for name, value in SLURM_STEP.items():
+        monkeypatch.setenv(name, value)
+    joined = join(Address(), lambda: jax, lambda: 8)
+    assert (joined.index, joined.count) == (1, 2)
+    assert jax.asked["told"]["local_device_ids"] == ()  # all eight, where JAX would take one
+    assert jax.asked["told"]["cluster_detection_method"] is None
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "3")
+    join(Address(), lambda: jax, lambda: 8)
+    assert jax.asked["told"]["local_device_ids"] is None
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_processes_that_cannot_meet_are_told_what_their_launcher_needs(monkeypatch) -> None:
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    jax = fake_jax(fault=ValueError("coordinator_address should be defined."))
+    with pytest.raises(UserError, match="pip install kubernetes; or take --num-processes 1"):
+        join(Address(), lambda: jax, lambda: 0)
 
 
 def test_a_lost_connection_is_told_from_other_faults() -> None:

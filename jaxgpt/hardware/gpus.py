@@ -235,3 +235,11 @@ def visible_card() -> LocalCard | None:
     # Anything but a number names a card by its UUID, or none; the first one stands for it.
     index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
     return cards[index] if cards else None
+
+
+def visible_cards() -> int:
+    """How many cards a program here sees: those in CUDA_VISIBLE_DEVICES, if it is set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return len(local_cards())
+    return sum(name.strip() not in ("", "-1") for name in named.split(","))

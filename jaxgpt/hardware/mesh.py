@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config import Config, ConfigError, divisors, with_fields
+from jaxgpt.config import Config, ConfigError, divisors, largest_share, with_fields
 from jaxgpt.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.training.layout import OneDevice
 from jaxgpt.training.step import Accumulate, Spread
@@ -64,9 +64,8 @@ def for_shape(cfg: Config, shape: MeshShape) -> Config:
     ]
     if faults:
         raise ConfigError("\n".join(faults))
-    of_one = cfg.effective_batch_size // shape.devices
-    if cfg.auto_batch_size and of_one:  # a number that will do until it is chosen
-        batch_size = max(d for d in divisors(of_one) if d <= batch_size)
+    if cfg.auto_batch_size:  # a number that will do until it is chosen
+        batch_size = largest_share(cfg.effective_batch_size, shape.devices, batch_size)
     accumulation, rest = divmod(cfg.effective_batch_size, batch_size * shape.devices)
     return with_fields(
         cfg,
@@ -85,7 +84,8 @@ class OverMesh(OneDevice):
         self.mesh = Mesh(np.asarray(devices).reshape(shape), AXES)
         self.shape, self.count = shape, shape.devices
         local = [d for d in devices if d.process_index == jax.process_index()]
-        self.device = (local or list(devices))[0]
+        self.local_devices = local or list(devices)  # none is here where a step is only compiled
+        self.device = self.local_devices[0]
         # XLA joins small messages, of which it counts the shards: all layers' gradients would wait
         # for each other, whole and in float32.
         joined = {"xla_gpu_reduce_scatter_combine_threshold_bytes": JOINED_BYTES // shape.fsdp}
@@ -155,12 +155,6 @@ class OverMesh(OneDevice):
         return lambda params, tokens_BT1: step(
             params, self.load(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
         )
-
-    def replicate(self, tree: Any) -> Any:
-        """A copy of a tree, whole, on `device`; every process has to ask for it."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def _mean(self, path: Any, leaf: jax.Array) -> jax.Array:
         # Over fsdp a shard's gradient has been averaged already, by `gather`.

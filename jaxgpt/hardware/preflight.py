@@ -3,6 +3,7 @@
 What does not fit is said with its figures and with flags that would fit, before hours are spent.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.config import Config
@@ -10,6 +11,7 @@ from jaxgpt.hardware import fit, memory
 from jaxgpt.hardware.gpus import GIB
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
 from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.processes import ALONE, Processes
 
 
 class Ready(NamedTuple):
@@ -20,17 +22,19 @@ class Ready(NamedTuple):
     need: memory.Need
 
 
-def prepare_to_run(cfg: Config, device: Any, layout: OneDevice | None = None) -> Ready:
+def prepare_to_run(
+    cfg: Config,
+    device: Any,
+    layout: OneDevice | None = None,
+    processes: Processes = ALONE,
+) -> Ready:
     """Choose what `cfg` leaves open, compile its steps for `device`, or all of `layout`'s, and
-    check that they fit.
+    check that they fit. Of several `processes` all choose the same.
 
     Raises:
         TooLargeError: with what is needed, what is there, and the flags that would fit.
     """
-    limit = memory.device_limit(device)
-    if device.platform == "cpu" and limit is not None:
-        # A checkpoint's copy lies in the same memory.
-        limit = max(0, limit - memory.host_bytes(cfg))
+    limit = processes.least(_limit(cfg, (layout or OneDevice(device)).local_devices))
     compiled: dict[Config, Ready] = {}
 
     def measure(cfg: Config) -> memory.Need:
@@ -53,6 +57,17 @@ def prepare_to_run(cfg: Config, device: Any, layout: OneDevice | None = None) ->
     if device.platform != "cpu":
         _check_host(ready.need)
     return ready
+
+
+def _limit(cfg: Config, devices: Sequence[Any]) -> int | None:
+    """Bytes that each device has for a step, by the one with the least; None if nobody tells."""
+    known = [limit for d in devices if (limit := memory.device_limit(d)) is not None]
+    if len(known) < len(devices):
+        return None
+    least = min(known)
+    if devices[0].platform == "cpu":  # the memory of all, where a checkpoint's copy lies as well
+        least = max(0, least - memory.host_bytes(cfg)) // len(devices)
+    return least
 
 
 def _compile(cfg: Config, device: Any, layout: OneDevice | None) -> Ready:

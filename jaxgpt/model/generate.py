@@ -8,9 +8,9 @@ C tokens of one call, K candidates.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +53,21 @@ class Generator:
         *,
         chunk: int,
         cached: bool = True,
+        results: Mapping[str, Any] | None = None,
     ):
         """`chunk` tokens, or fewer, are made by one call of the compiled loop.
 
         `cached` False reads the whole window for each token, which is what the cache is measured
-        and tested against.
+        and tested against. `results` tells `jax.jit` where results lie when parameters lie on
+        several devices: on all of them.
         """
         self._chunk = chunk
         self._block_size = block_size
-        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="samples")
+        out = results or {}
+        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="samples", **out)
         # The state is donated: its cache is written in place, not copied with each call.
         decode = partial(_decode, graphdef, sampling, chunk, cached)
-        self._decode = jax.jit(decode, donate_argnums=1)
+        self._decode = jax.jit(decode, donate_argnums=1, **out)
 
     def stream(
         self,

@@ -23,6 +23,7 @@ class OneDevice:
 
     def __init__(self, device: Any):
         self.device = device  # one of them, like all the others
+        self.local_devices = [device]  # those of this process
 
     def state_shardings(self, state: Any) -> Any:
         """A sharding for each leaf of a state, or of a part of it."""
@@ -51,7 +52,3 @@ class OneDevice:
     def from_host(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step(params, tokens_BT1)` for tokens that every process has all of."""
         return step
-
-    def replicate(self, tree: Any) -> Any:
-        """A copy of a tree, whole, on `device`; the tree itself where it is whole there."""
-        return tree

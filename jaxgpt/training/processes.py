@@ -16,17 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.errors import UserError
+from jaxgpt.training.launchers import Launcher, cards_of, find_launcher, on_this_host
 
 # Seconds without a sign of life after which a process counts as dead, and the others leave.
 HEARTBEAT_SECONDS = 30
 # How long to wait for all processes to come, and at the end for all to go.
 START_SECONDS, END_SECONDS = 300, 30
-# What launchers tell each process; JAX reads the rest of theirs (`jax.distributed.initialize`).
-LAUNCHERS = {
-    "Slurm": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
-    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
-    "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
-}
 
 
 class Address(NamedTuple):
@@ -83,6 +78,17 @@ class Processes:
         told = int(broadcast_one_to_all(np.asarray(-1 if value is None else value, np.int64)))
         return None if told < 0 else told
 
+    def least(self, mine: int | None) -> int | None:
+        """The smallest of all processes' numbers, None if one has none; each has to ask."""
+        if self.count == 1:
+            return mine
+        from jax.experimental.multihost_utils import process_allgather
+
+        # Bytes of memory do not fit the 32 bits that JAX makes of a number.
+        parts = divmod(-1 if mine is None else mine, 2**30)
+        told = [int(high) * 2**30 + int(low) for high, low in process_allgather(np.asarray(parts))]
+        return None if min(told) < 0 else min(told)
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What fails inside on one process fails on all."""
@@ -132,54 +138,59 @@ class Edge:
         return Asked(signal.Signals(number).name if number else None, bool(saves))
 
 
-def launcher() -> str | None:
-    """What has started this process as one of several, by the environment."""
-    for name, (mark, number) in LAUNCHERS.items():
-        several = name == "Kubernetes" or os.environ.get(number, "1") != "1"
-        if mark in os.environ and number in os.environ and several:
-            return name
-    return "JAX_COORDINATOR_ADDRESS" if "JAX_COORDINATOR_ADDRESS" in os.environ else None
-
-
-def join(address: Address, import_jax: Callable[[], Any]) -> Processes:
+def join(
+    address: Address, import_jax: Callable[[], Any], visible_cards: Callable[[], int]
+) -> Processes:
     """Meet the other processes of the run, if there are others; before JAX looks for devices.
+
+    `visible_cards` counts those that this process sees. One process, by its flags or by what its
+    launcher says, is a run of its own on all of them.
 
     Raises:
         UserError: if they do not all come, or it is not clear who they are.
     """
-    given = [value is not None for value in address]
-    if any(given) and not all(given) and launcher() is None:
-        raise UserError(
-            "--coordinator-address HOST:PORT (of process 0), --num-processes and --process-id "
-            "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
-            "processes"
-        )
-    if not any(given) and launcher() is None:
+    launcher = find_launcher()
+    _check(address, launcher)
+    if address.num_processes == 1 or (launcher is None and address == Address()):
         return ALONE
-    _check(address)
+    here = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else on_this_host(launcher)
     jax = import_jax()
     # It would take SIGTERM away from `stopping.py`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **address._asdict(),
+            local_device_ids=here and cards_of(here, visible_cards()),
+            cluster_detection_method=None if launcher else "deactivate",
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=END_SECONDS,
         )
     except (ValueError, RuntimeError) as fault:  # XLA's errors are of the second kind
-        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-        raise UserError(
-            f"the processes of the run cannot meet ({line[:300]}); started by "
-            f"{launcher() or 'hand'}: see that all are started, with one --coordinator-address "
-            "that all can reach and a --process-id each"
-        ) from None
+        raise UserError(_cannot_meet(fault, launcher)) from None
     return Processes(jax.process_index(), jax.process_count())
 
 
-def _check(address: Address) -> None:
+def _cannot_meet(fault: Exception, launcher: Launcher | None) -> str:
+    line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    how = "see that all are started, with one --coordinator-address that all can reach and a "
+    how += "--process-id each"
+    if launcher is not None:
+        how = f"started by {launcher.name}: {how}{launcher.remedy}; or take --num-processes 1, for "
+        how += "a run of this process alone"
+    return f"the processes of the run cannot meet ({line[:300]}); {how}"
+
+
+def _check(address: Address, launcher: Launcher | None) -> None:
     where, count, index = address
     faults = []
+    given = [value is not None for value in address]
+    if any(given) and not all(given) and launcher is None and count != 1:
+        faults.append(
+            "--coordinator-address HOST:PORT (of process 0), --num-processes and --process-id "
+            "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
+            "processes"
+        )
     if where is not None and not where.rpartition(":")[2].isdecimal():
         faults.append(f"--coordinator-address {where} must be HOST:PORT")
     if count is not None and count < 1:
