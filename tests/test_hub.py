@@ -22,6 +22,7 @@ from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import patience
+from jaxgpt.preparation.hub import download
 from jaxgpt.preparation.patience import retrying
 from jaxgpt.prepare import main
 
@@ -355,7 +356,7 @@ def test_a_name_that_leads_out_of_the_folder_is_never_asked_for(
     """huggingface_hub 1.0 would write where it points."""
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(UserError, match="leads out of its folder"):
-        hub_module.download("someone/jokes", name, 9, COMMIT, tmp_path / "downloads", print)
+        download("someone/jokes", name, 9, None, COMMIT, tmp_path / "downloads", print)
 
 
 # Patience
