@@ -2,7 +2,7 @@
 
     python -m jaxgpt.train --preset demo --tokenizer gpt2 --block-size 256 --batch-size 4 \
         --effective-batch-size 4 --max-iters 200 --eval-interval 100 --eval-iters 5 \
-        --sample-tokens 0 --out-dir runs/bpe
+        --optimizer adamw --warmup-iters 200 --sample-tokens 0 --out-dir runs/bpe
     python -m jaxgpt.export --out-dir runs/bpe --to bpe-hf
     python scripts/check_hellaswag.py --model bpe-hf --json benchmarks/results/hellaswag.json
 

@@ -148,7 +148,8 @@ def demo(nanogpt: Path, work: Path, repeats: int, steps: int | None) -> list[dic
 def curve(nanogpt: Path, work: Path, seeds: int, steps: int) -> list[dict[str, Any]]:
     both = f"{CURVE} --max_iters={steps} --lr_decay_iters={steps} --eval_interval={steps}"
     theirs = f"{both} --compile=False --always_save_checkpoint=True"
-    ours = f"--preset=demo {both} --dataset=embedded --tokenizer=byte --sample_tokens=0"
+    ours = f"--preset=demo {both} --optimizer=adamw --dataset=embedded --tokenizer=byte"
+    ours += " --sample_tokens=0"
     runs = []
     for seed in range(1, seeds + 1):
         runs.append(run_nanogpt(nanogpt, work / f"curve-nanogpt-{seed}", theirs, seed))

@@ -1,19 +1,22 @@
 """Which optimizer reaches the lower loss, from the same start and on the same batches?
 
     python scripts/compare_optimizers.py --seeds 3 \\
-        optimizer=adamw,learning_rate=6e-3 optimizer=muon,learning_rate=2e-2
+        optimizer=adamw,learning_rate=6e-3 optimizer=muon,learning_rate=6e-3
 
 Trains one small GPT once for each seed and each variant, a comma-separated list of train's flags as
 a preset file would have them, and evaluates each on the same windows as it goes. `--data-dir` takes
-a folder that `jaxgpt.prepare` made, in place of the novels in the package.
+a folder that `jaxgpt.prepare` made, in place of the novels in the package. Runs that are in the
+`--json` file are not done again: a grid of rates and more seeds for the best of them are two
+commands and one file, and a command that was stopped goes on.
 """
 
 import argparse
+import datetime
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -71,6 +74,31 @@ def train(cfg: Config, data_dir: Path | None, windows: int) -> dict[str, list[fl
     return {"steps": steps, "val_loss": losses}
 
 
+def load_runs(path: Path | None, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier command recorded; SystemExit if that was of another setting."""
+    if path is None or not path.exists():
+        return []
+    recorded = json.loads(path.read_text())
+    if recorded["setting"] != setting:
+        sys.exit(f"{path}: was recorded with {recorded['setting']}, not {setting}; name another")
+    return recorded["runs"]
+
+
+def save_runs(path: Path | None, setting: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
+    """Record all runs so far, the command that made the last of them, and what made them."""
+    if path is None:
+        return
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": "cpu",
+        "versions": {"jax": jax.__version__},
+        "setting": setting,
+        "runs": runs,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train every variant with every seed in turn, and print each one's last loss."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,21 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to record the curves")
     args = parser.parse_args(argv)
-    runs: list[dict[str, Any]] = []
+    text = args.data_dir.name if args.data_dir else "embedded"
+    setting = {"flags": args.flags, "text": text, "windows": args.windows}
+    runs = load_runs(args.json, setting)
     for seed in range(args.seeds):
         for variant in args.variants:
-            curve = train(
-                config_of(variant, shlex.split(args.flags), seed), args.data_dir, args.windows
-            )
-            runs.append({"variant": variant, "seed": seed, **curve})
-            print(f"seed {seed}  {variant}: {curve['val_loss'][-1]:.4f}", flush=True)
+            run = next((r for r in runs if (r["variant"], r["seed"]) == (variant, seed)), None)
+            if run is None:
+                cfg = config_of(variant, shlex.split(args.flags), seed)
+                run = {"variant": variant, "seed": seed, **train(cfg, args.data_dir, args.windows)}
+                runs.append(run)
+                save_runs(args.json, setting, runs)
+            print(f"seed {seed}  {variant}: {run['val_loss'][-1]:.4f}", flush=True)
     for variant in args.variants:
         losses = [run["val_loss"][-1] for run in runs if run["variant"] == variant]
         spread = f" ± {stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else ""
         print(f"{mean(losses):.4f}{spread} over {len(losses)} seeds: {variant}")
-    if args.json:
-        command = shlex.join(["python", "scripts/compare_optimizers.py", *(argv or sys.argv[1:])])
-        args.json.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
     return 0
 
 

@@ -6,6 +6,7 @@ python scripts/performance_table.py --write    # puts them into docs/performance
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,41 @@ def accumulation(r: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
+def optimizers(r: Mapping[str, Any]) -> Iterator[Row]:
+    """The two optimizers' validation losses, each at the best of its learning rates."""
+    adamw, muon = (best_variant(r["runs"], name) for name in ("adamw", "muon"))
+    steps = adamw[0]["steps"]
+    goal = mean_curve(adamw)[-1]
+    sooner = next(step for step, loss in zip(steps, mean_curve(muon), strict=True) if loss <= goal)
+    yield (
+        f"validation loss after {steps[-1]:,} steps of the demo on the {r['setting']['text']} text, "
+        f"with `{r['setting']['flags']}`",
+        where(r),
+        in_words(muon),
+        f"{in_words(adamw)}, which Muon has reached by step {sooner:,}",
+    )
+
+
+def best_variant(runs: Sequence[Mapping[str, Any]], optimizer: str) -> list[Mapping[str, Any]]:
+    """The runs of the learning rate that serves an optimizer best, judged by the first seed."""
+    mine = [run for run in runs if run["variant"].startswith(f"optimizer={optimizer},")]
+    best = min((run for run in mine if run["seed"] == 0), key=lambda run: run["val_loss"][-1])
+    return [run for run in mine if run["variant"] == best["variant"]]
+
+
+def mean_curve(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Validation losses of several seeds, their mean at each evaluation."""
+    return [statistics.mean(losses) for losses in zip(*(r["val_loss"] for r in runs), strict=True)]
+
+
+def in_words(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A variant and its last loss, with the standard error over its seeds."""
+    losses = [run["val_loss"][-1] for run in runs]
+    error = statistics.stdev(losses) / len(losses) ** 0.5
+    name = runs[0]["variant"].removeprefix("optimizer=").replace(",learning_rate=", " at ")
+    return f"{name}: {statistics.mean(losses):.3f} ± {error:.3f} ({len(losses)} seeds)"
+
+
 def start(r: Mapping[str, Any]) -> Iterator[Row]:
     """Answers, and the two starts."""
     slowest = max(s for answers in r["answer_seconds"].values() for s in answers.values())
@@ -170,6 +206,7 @@ ROWS = {
     "ablation-*.json": ablation,
     "memory-real-*.json": memory_real,
     "accumulation.json": accumulation,
+    "optimizers-*.json": optimizers,
     "start.json": start,
     "train-overhead.json": train_overhead,
     "train-beside-bench.json": train_beside_bench,

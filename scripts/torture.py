@@ -41,6 +41,7 @@ STEPS, INTERVAL = 4000, 250
 FLAGS = [
     *("--preset", "demo", "--device", "cpu", "--max-iters", str(STEPS), "--log-interval", "1"),
     *("--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--block-size", "32"),
+    *("--optimizer", "adamw", "--warmup-iters", "200"),
     *("--eval-interval", str(INTERVAL), "--eval-iters", "2", "--sample-tokens", "0"),
 ]
 RUN_KILLS = 10  # about as many as it takes to get through one run

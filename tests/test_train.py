@@ -20,8 +20,9 @@ from jaxgpt.training.records import read_metrics
 from jaxgpt.training.retention import finished_steps
 
 SMALL = [
-    *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),
-    *("--block-size", "16", "--batch-size", "4", "--effective-batch-size", "8"),
+    # AdamW: Muon's step takes a second longer to compile, each time.
+    *("--preset", "demo", "--optimizer", "adamw", "--n-layer", "1", "--n-head", "2"),
+    *("--n-embd", "16", "--block-size", "16", "--batch-size", "4", "--effective-batch-size", "8"),
     *("--eval-iters", "2", "--log-interval", "1", "--eval-interval", "4", "--sample-tokens", "8"),
 ]
 
@@ -88,6 +89,15 @@ def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path, st
     for step in (0, 4, 8, 10):
         assert resumed[step] == expected[step]
     assert last_params(tmp_path) == last_params(straight)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_muon_and_a_state_in_bfloat16_are_restored_to_the_bit_too(tmp_path, state_dtype) -> None:
+    flags = ("--optimizer", "muon", "--state-dtype", state_dtype, "--lr-decay-iters", "6")
+    for out_dir, ends in ((tmp_path / "straight", "6"), (tmp_path / "stopped", "36")):
+        for end in ends:
+            assert train(out_dir, *flags, "--max-iters", end) == 0
+    assert last_params(tmp_path / "stopped") == last_params(tmp_path / "straight")
 
 
 def test_a_resumed_run_keeps_the_end_of_its_decay(tmp_path: Path) -> None:
