@@ -122,6 +122,11 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         near = sorted(str(path.parent) for path in out_dir.parent.glob(f"*/{CONFIG_FILE}"))
         there = f"; there is: {', '.join(near[:8])}" if near else ""
         raise ConfigError(f"--out-dir {out_dir}: {what}{there}; train one: python -m jaxgpt.train")
+    if not (out_dir / FOLDER).exists() and huggingface.has_weights(out_dir):
+        raise ConfigError(
+            f"--out-dir {out_dir} holds no run but a Hugging Face model; train, sample and "
+            f"evaluate take it as --init-from {out_dir}"
+        )
     cfg = load_config(out_dir / CONFIG_FILE)
     steps = finished_steps(out_dir / FOLDER)
     losses = {

@@ -83,6 +83,7 @@ def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, expo
     assert run["tokens"] == 5000 // 16 * 16
 
 
+@pytest.mark.filterwarnings("error")  # of a division by no bytes
 def test_text_is_measured_as_its_definition_says() -> None:
     graphdef = build_gpt(TINY, "float32", plain_attention)
     params = init_params(TINY, jax.random.key(0))
@@ -102,6 +103,9 @@ def test_text_is_measured_as_its_definition_says() -> None:
     bits = losses_WT[lengths_WT > 0].sum() / math.log(2)
     assert got.bits_per_byte == pytest.approx(bits / lengths_WT.sum(), rel=1e-5)
     assert (got.tokens, got.bytes) == (56, lengths_WT.sum())
+    silent = measure_text(score_step, params, batches, np.zeros(50, int))  # nothing but end of text
+    assert (silent.loss, silent.bytes) == (got.loss, 0)
+    assert math.isnan(silent.bits_per_byte)
 
 
 @pytest.mark.parametrize(("count", "windows"), [(3, 3), (4, 4), (99, 6)])

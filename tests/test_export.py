@@ -107,15 +107,18 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
         ([], ["--out-dir RUN says what to export", "--to FOLDER says where to"]),
         (["--out-dir=RUN", "--to=FULL"], ["is there already; name another folder, or delete it"]),
         (["--out-dir=nowhere", "--to=x"], ["--out-dir nowhere: no such folder"]),
+        (["--out-dir=HF", "--to=x"], ["no run but a Hugging Face model", "take it as --init-from"]),
         (["--out-dir=RUN", "--to=FULL/f/x"], ["cannot be written", "Not a directory"]),
         (["--out-dir=RUN", "--to=x", "--checkpoint=5"], ["none of that step"]),
         (["--out-dir=RUN", "--too=x"], ["did you mean '--to'?"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence(tiny_run, tmp_path, capsys, flags, answers) -> None:
+def test_a_mistake_is_answered_in_a_sentence(
+    tiny_run, exported, tmp_path, capsys, flags, answers
+) -> None:
     (tmp_path / "f").write_text("in the way")
-    real = {"RUN": str(tiny_run), "FULL": str(tmp_path)}
-    argv = [re.sub("RUN|FULL", lambda match: real[match[0]], flag) for flag in flags]
+    real = {"RUN": str(tiny_run), "FULL": str(tmp_path), "HF": str(exported)}
+    argv = [re.sub("RUN|FULL|HF", lambda match: real[match[0]], flag) for flag in flags]
     with pytest.raises(SystemExit) as left:
         main(argv)
     err = capsys.readouterr().err

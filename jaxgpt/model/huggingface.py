@@ -82,6 +82,11 @@ def read_model_config(folder: Path) -> ModelConfig:
     return cfg
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights under a name that `load_params` looks for."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
 def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
     """The weights as the nested dict of `init_params`, NumPy arrays in float32.
 

@@ -71,7 +71,7 @@ def measure_text(
         loss=loss,
         standard_error=float(error),
         perplexity=perplexity(loss),
-        bits_per_byte=nats / math.log(2) / byte_count,
+        bits_per_byte=nats / math.log(2) / byte_count if byte_count else math.nan,
         tokens=tokens,
         bytes=byte_count,
     )
