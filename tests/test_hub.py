@@ -171,7 +171,8 @@ def test_a_file_that_arrives_damaged_is_fetched_again(
     hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
     done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "trying again" in done.stdout
+    told = "001_00000.parquet of data set 'HuggingFaceFW/fineweb': arrived damaged; trying again"
+    assert told in done.stdout
     assert shards(tmp_path / "fineweb") == expected
 
 

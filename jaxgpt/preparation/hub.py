@@ -162,7 +162,7 @@ def download(
             raise ConnectionError(str(error)) from error
         if got.stat().st_size != size or (sha256 is not None and sha256_of(got) != sha256):
             got.unlink()
-            raise ConnectionError(f"{path} arrived damaged")
+            raise ConnectionError("arrived damaged")
         return got
 
     return retrying(fetch, f"{path} of data set {repo!r}", say, first=False)
