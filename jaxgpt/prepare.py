@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(PROG, f"{where}{fault.strerror}; the same command goes on once that is mended")
     except Stopped as stop:
         print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr)
-        before.clear()  # signals stay ignored: there is nothing left to stop
         return 128 + stop.number
     finally:
         for number, handler in before.items():

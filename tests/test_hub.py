@@ -60,6 +60,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = folder / "someone" / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(b"png")
+    (folder / "someone" / "scripted").mkdir()
+    (folder / "someone" / "scripted" / "scripted.py").write_text("import datasets")
     ready = folder / "kjj0" / "fineweb10B-gpt2"
     ready.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -170,7 +172,8 @@ def test_a_file_that_arrives_damaged_is_fetched_again(
     hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
     done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "trying again" in done.stdout
+    told = "001_00000.parquet of data set 'HuggingFaceFW/fineweb': arrived damaged; trying again"
+    assert told in done.stdout
     assert shards(tmp_path / "fineweb") == expected
 
 
@@ -255,6 +258,7 @@ def test_any_data_set_is_read_by_its_card(
         (["fineweb", "--split", "test"], "has no split 'test', only 'train'"),
         (["fineweb", "--revision", "v9"], "has no such --revision"),
         (["someone/pictures"], "--revision refs/convert/parquet"),
+        (["someone/scripted"], "but found scripted.py; the Hub keeps a parquet copy of most"),
     ],
 )
 def test_a_wrong_name_is_told_in_a_sentence(

@@ -71,9 +71,9 @@ def test_ctrl_c_at_a_terminal_while_workers_start_is_told_in_one_line(
     child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "2", session=True)
     wait_for(out, ".prepare/parts")  # a worker starts right after, and imports for half a second
     time.sleep(0.2)
-    for _ in range(9):  # by someone in a hurry
+    for _ in range(2):  # by someone in a hurry
         os.killpg(child.pid, signal.SIGINT)  # a terminal's reaches workers too
-        time.sleep(0.01)
+        time.sleep(0.005)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
     assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"

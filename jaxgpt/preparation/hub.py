@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxgpt.data.manifest import sha256_of
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import DATASETS
-from jaxgpt.preparation.inputs import READABLE, Input, kind_of
+from jaxgpt.preparation.inputs import READABLE, Input, first_line, kind_of
 from jaxgpt.preparation.patience import retrying
 
 # Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
@@ -24,6 +24,7 @@ FOLDERS = {
     "sample-350BT": "sample/350BT",
 }
 
+PARQUET_COPY = "the Hub keeps a parquet copy of most: --revision refs/convert/parquet"
 DOWNLOADS = "downloads"  # where files lie while they are read
 AHEAD = 2  # files downloaded while others are being read
 
@@ -95,8 +96,8 @@ def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
     if not known:
         raise UserError(
             f"data set {repo!r}: its files are no text that can be read here "
-            f"({', '.join(f.path for f in files[:3]) or 'it has none'}; wanted {READABLE}); the "
-            "Hub keeps a parquet copy of most: --revision refs/convert/parquet"
+            f"({', '.join(f.path for f in files[:3]) or 'it has none'}; wanted {READABLE}); "
+            + PARQUET_COPY
         )
     return [
         Input(
@@ -120,6 +121,8 @@ def _files_of_configuration(repo: str, name: str | None, split: str, commit: str
         raise UserError(f"data set {repo!r}: has no data files; is it the right one?") from None
     except ValueError as error:  # an unknown configuration, or none where one must be chosen
         raise UserError(f"data set {repo!r}: {' '.join(str(error).split())}; use --name") from None
+    except RuntimeError as error:  # it has a script of its own, which is no longer run
+        raise UserError(f"data set {repo!r}: {first_line(error)}; {PARQUET_COPY}") from None
     splits = builder.config.data_files or {}
     if split not in splits:
         raise UserError(
@@ -169,7 +172,7 @@ def download(
             raise ConnectionError(str(error)) from error
         if got.stat().st_size != size or (sha256 is not None and sha256_of(got) != sha256):
             got.unlink()
-            raise ConnectionError(f"{path} arrived damaged")
+            raise ConnectionError("arrived damaged")
         return got
 
     return retrying(fetch, f"{path} of data set {repo!r}", say, first=False)

@@ -88,7 +88,9 @@ def _reason(error: BaseException, status: int | None) -> str:
         return "the Hub limits the rate of requests (429)"
     if status is not None:
         return f"the Hub answered {status}"
-    return "the Hub could not be reached"
+    if type(error) is ConnectionError:  # in our own words, or hf_xet's
+        return first_line(error)
+    return f"the Hub could not be reached ({type(error).__name__})"
 
 
 def _explain(error: BaseException, what: str, status: int | None) -> str:
@@ -127,10 +129,8 @@ def _explain(error: BaseException, what: str, status: int | None) -> str:
             f"{what}: the Hub answered {status}; run the same command later: it goes on from here"
         )
     if _is_network_error(error):
-        # A text that is ours or hf_xet's says more than its class does.
-        reason = first_line(error) if type(error) is ConnectionError else type(error).__name__
         return (
-            f"{what}: the Hub could not be reached ({reason}); check the network and run the same "
-            f"command again, or prepare local files: {READABLE}"
+            f"{what}: {_reason(error, status)}; check the network and run the same command again, "
+            f"or prepare local files: {READABLE}"
         )
     return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
