@@ -76,10 +76,11 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
 def ablation(r: Mapping[str, Any]) -> Iterator[Row]:
     """One part of the step exchanged."""
     flags = f"{r['remat']} remat, {'scanned' if r['scan_layers'] else 'unrolled'} layers"
+    mfu = "" if r["mfu"] is None else f", MFU {r['mfu']:.1%}"
     yield (
         f"{r['variant']}, {flags}{', deterministic' if r['deterministic'] else ''}",
         where(r),
-        f"{r['tokens_per_second']:,.0f} tokens/s, {r['peak_bytes'] / GIB:.2f} GiB",
+        f"{r['tokens_per_second']:,.0f} tokens/s{mfu}, {r['peak_bytes'] / GIB:.2f} GiB",
         f"{r['batch_size']} x {r['block_size']} tokens, {r['parameters']:,} parameters",
     )
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import types
 from pathlib import Path
@@ -77,9 +78,14 @@ def test_a_cpu_has_no_mfu_and_its_memory_is_the_compiled_steps(result) -> None:
 
 
 def test_the_trace_is_one_that_tensorboard_and_perfetto_open(result) -> None:
-    names = [path.name for path in Path(result["folder"]).rglob("*") if path.is_file()]
-    assert any(name.endswith(".xplane.pb") for name in names)
-    assert "perfetto_trace.json.gz" in names
+    folder = Path(result["folder"])
+    (profile,) = folder.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(profile)).planes
+    steps = [e.name for plane in planes for line in plane.lines for e in line.events]
+    assert any("train_step" in name for name in steps)
+    (perfetto,) = folder.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+    assert any("train_step" in event.get("name", "") for event in events)
 
 
 def test_mfu_is_on_the_dense_bf16_peak_of_a_known_card() -> None:

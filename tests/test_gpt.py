@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from flax import nnx
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import cudnn_attention, pick_attention, plain_attention
-from jaxgpt.model.gpt import GPT, build_gpt, init_params
+from jaxgpt.model.gpt import GPT, build_gpt, init_params, linear_of_norm, make_linear
 from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.presets import load_preset
 
@@ -102,6 +104,32 @@ def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
     _, vjp = jax.vjp(normalize, x, scale)
     for a, b in zip(vjp(dy), expected_vjp(dy), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_norm_worked_into_a_linear_layer_is_the_one_after_the_other(use_bias) -> None:
+    """In value, and in the gradients of the input, the norm and the layer."""
+    cfg = dataclasses.replace(TINY, n_embd=16, bias=use_bias)
+    modules = LayerNorm(16, use_bias), make_linear(cfg, 16, 48, jnp.float32, nnx.Rngs(0))
+    graphdefs = [nnx.graphdef(module) for module in modules]
+    like = [nnx.to_pure_dict(nnx.state(module)) for module in modules]
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    params = jax.tree.map(lambda leaf: 1 + jax.random.normal(next(keys), leaf.shape), like)
+    x, dy = (jax.random.normal(next(keys), (3, 5, width)) for width in (16, 48))
+
+    def together(params, x):
+        norm, linear = map(nnx.merge, graphdefs, params)
+        return linear_of_norm(linear, norm, x)
+
+    def one_after_the_other(params, x):
+        norm, linear = map(nnx.merge, graphdefs, params)
+        return linear(norm(x))
+
+    y, vjp = jax.vjp(together, params, x)
+    expected, expected_vjp = jax.vjp(one_after_the_other, params, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(vjp(dy)), jax.tree.leaves(expected_vjp(dy)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:
