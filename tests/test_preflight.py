@@ -64,6 +64,15 @@ def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
         prepare_to_run(CFG, CPU)
 
 
+def test_what_fits_is_chosen_by_the_device_with_the_least_on_all_processes(machine) -> None:
+    # On a CPU two devices share what is there.
+    machine(4 * GIB)
+    assert preflight._limit(CFG, [CPU, CPU]) == (4 * GIB - memory.host_bytes(CFG)) // 2
+    poorest = SimpleNamespace(least=lambda mine: 1000)
+    with pytest.raises(TooLargeError, match=r"and 0\.00 GiB are there"):
+        prepare_to_run(CFG, CPU, processes=poorest)
+
+
 def test_a_device_that_does_not_tell_its_memory_is_taken_at_its_word(machine) -> None:
     machine(None, host=None)
     assert prepare_to_run(CFG, CPU).cfg == CFG

@@ -28,7 +28,7 @@ ENDLESS = ("--max-iters", "100000", "--eval-interval", "100000", "--lr-decay-ite
 
 def free_port() -> int:
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        found.bind(("", 0))
         return found.getsockname()[1]
 
 
@@ -143,6 +143,30 @@ def test_when_one_process_is_killed_the_other_leaves_and_the_run_goes_on(tmp_pat
     assert last_params(tmp_path)
 
 
+AGREE = """
+import sys
+from jaxgpt.hardware.device import import_jax
+from jaxgpt.training.processes import Address, join
+
+me = int(sys.argv[2])
+with join(Address(sys.argv[1], 2, me), import_jax, int) as processes:
+    print(processes.least(70 * 2**30 + me), processes.least(None if me else 1), processes.any(me))
+    print(processes.from_main(7 if me == 0 else None))
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_each_of_them_has() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    started = [
+        subprocess.Popen([sys.executable, "-c", AGREE, address, str(i)], stdout=subprocess.PIPE)
+        for i in range(COUNT)
+    ]
+    said = [process.communicate(timeout=200)[0].decode() for process in started]
+    for text in said:  # after what Gloo says of its connections
+        assert text.splitlines()[-2:] == [f"{70 * 2**30} None True", "7"], text
+
+
 # ---------------------------------------------------------------- who is there
 
 
@@ -170,6 +194,15 @@ def no_import() -> None:
 def test_an_address_that_cannot_be_is_refused_before_jax_is_imported(address, answer) -> None:
     with pytest.raises(UserError, match=re.escape(answer)):
         join(address, no_import, no_import)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_an_address_of_another_run_is_refused_by_the_process_that_would_listen_there() -> None:
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match="its port is in use here"):
+            join(Address(address, 2, 0), no_import, no_import)
+        assert join(Address(address, 2, 1), fake_jax, no_import).count == 2
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -232,6 +265,17 @@ def test_what_jax_is_told_of_cards_is_what_a_process_is_to_use(monkeypatch) -> N
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "3")
     join(Address(), lambda: jax, lambda: 8)
     assert jax.asked["told"]["local_device_ids"] is None
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_process_whose_fellow_has_left_at_once_is_told_in_a_sentence() -> None:
+    def lost() -> int:
+        raise RuntimeError("UNAVAILABLE: Connection reset by peer")
+
+    jax = fake_jax()
+    jax.process_index = lost
+    with pytest.raises(UserError, match=r"cannot meet .*reset by peer"):
+        join(Address("host:1", 2, 1), lambda: jax, no_import)
 
 
 @pytest.mark.usefixtures("no_launcher")

@@ -7,6 +7,7 @@ to be agreed upon before it may change what they do, or one waits for the others
 import contextlib
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -166,9 +167,9 @@ def join(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=END_SECONDS,
         )
+        return Processes(jax.process_index(), jax.process_count())
     except (ValueError, RuntimeError) as fault:  # XLA's errors are of the second kind
         raise UserError(_cannot_meet(fault, launcher)) from None
-    return Processes(jax.process_index(), jax.process_count())
 
 
 def _cannot_meet(fault: Exception, launcher: Launcher | None) -> str:
@@ -197,8 +198,20 @@ def _check(address: Address, launcher: Launcher | None) -> None:
         faults.append(f"--num-processes {count} must be at least 1")
     if index is not None and not 0 <= index < (count or index + 1):
         faults.append(f"--process-id {index} must be at least 0 and below --num-processes {count}")
+    if where is not None and index == 0 and not faults and not _is_free(where):
+        faults.append(f"--coordinator-address {where}: its port is in use here; choose another")
     if faults:
         raise UserError("\n".join(faults))
+
+
+def _is_free(address: str) -> bool:
+    """Whether process 0 can listen there; JAX would join whoever does, and end both runs."""
+    try:
+        # Not taken from one that has just ended.
+        with socket.create_server(("", int(address.rpartition(":")[2]))):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 # How XLA's errors of a connection that is gone begin or end, over gloo and NCCL.
