@@ -126,7 +126,7 @@ def optimizers(r: Mapping[str, Any]) -> Iterator[Row]:
     goal = mean_curve(adamw)[-1]
     sooner = next(step for step, loss in zip(steps, mean_curve(muon), strict=True) if loss <= goal)
     yield (
-        f"validation loss after {steps[-1]:,} steps of the demo on the {r['setting']['text']} text, "
+        f"validation loss after {steps[-1]:,} steps of the demo, {r['setting']['text']} text, "
         f"with `{r['setting']['flags']}`",
         where(r),
         in_words(muon),
