@@ -36,6 +36,7 @@ def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
         "batch": cfg.batch_in_words,
         "tokens_per_step": cfg.tokens_per_step,
         "dtype": cfg.dtype,
+        "optimizer": cfg.optimizer.optimizer,
         "state_dtype": cfg.optimizer.state_dtype,
         "remat": cfg.remat,
         "scan_layers": cfg.scan_layers,
