@@ -30,7 +30,9 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse(sys.argv[1:] if argv is None else argv)
-    before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    # What is ignored stays so: a Ctrl-C is not meant for what a script runs in the background.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heard}
     try:
         return run(flags)
     except UserError as fault:

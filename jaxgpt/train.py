@@ -9,11 +9,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 
 from jaxgpt import cli, report, resume
-from jaxgpt.config import Config, IntIfSet, TextIfSet, flat_values, with_fields
+from jaxgpt.config import Config, ConfigError, IntIfSet, TextIfSet, flat_values, with_fields
 from jaxgpt.console import RunConsole, unfailing_output, waiting
 from jaxgpt.data.benchmarks import load_benchmarks
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
@@ -181,6 +181,9 @@ def run(
 
         def begin_save() -> None:
             checkpoints.begin(state, config=flat_values(cfg), data=data_identity)
+            if processes.is_main and not (out_dir / resume.CONFIG_FILE).exists():
+                with suppress(ConfigError):  # somebody deleted it; what fails now may not next time
+                    resume.save_config(cfg, out_dir)
 
         def finish_save(val_loss: float | None) -> None:
             log.flush()  # first, so that a checkpoint's metrics are never missing

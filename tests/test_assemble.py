@@ -165,7 +165,9 @@ def test_an_unfinished_line_of_a_journal_is_forgotten(tmp_path: Path) -> None:
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
 
 
-@pytest.mark.parametrize("line", ["5", '{"b": 1}', '{"a": 1, "b": 2}', "{", "\0\0"])
+@pytest.mark.parametrize(
+    "line", ["5", '{"b": 1}', '{"a": 1, "b": 2}', "{", "\0\0", pytest.param("[" * 10**5, id="[")]
+)
 def test_a_journal_of_anything_else_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "out" / ".prepare" / "journal.jsonl"
     path.parent.mkdir(parents=True)

@@ -18,6 +18,7 @@ from jaxgpt.training import checkpoint
 from jaxgpt.training.integrity import MANIFEST, verify
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.records import read_metrics
+from jaxgpt.weights import WeightsFlags, open_weights
 
 # ---------------------------------------------------------------- going on (12-15, 29, 31)
 
@@ -175,6 +176,23 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
     assert steps == sorted(set(steps))
     assert all(step % 20 == 0 for step in steps)
     assert len(steps) == stopped // 20 + 1
+
+
+def test_a_folder_deleted_under_a_run_is_made_again_with_all_that_makes_it_a_run(
+    tmp_path, monkeypatch
+) -> None:
+    begin = checkpoint.Checkpoints.begin
+
+    def begin_without_a_folder(self, state, **notes) -> None:
+        if state.step == 4:
+            shutil.rmtree(tmp_path / "run")
+        begin(self, state, **notes)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "begin", begin_without_a_folder)
+    assert train(tmp_path / "run", *STEPS) == 0
+    weights = open_weights(WeightsFlags(out_dir=tmp_path / "run"))
+    assert (saved_steps(tmp_path / "run"), weights.step) == ([4, 8], 8)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 8
 
 
 def run_out(*_: object, **__: object) -> None:

@@ -33,7 +33,9 @@ def test_numbers_of_tokens_are_written_as_people_write_them(text: str, number: i
     assert count(Flags(limit_tokens=text), "limit_tokens") == number
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "0.5", "nan", "inf", "1e99", "", "B", "1.5.2"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "0.5", "nan", "inf", "1e99", "1e999999T", "", "B", "1.5.2"]
+)
 def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no number above 0"):
         count(Flags(limit_tokens=text), "limit_tokens")

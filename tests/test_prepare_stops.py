@@ -99,6 +99,21 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     assert contents(out) == contents(prepared)
 
 
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SIGINT is in what a script runs in the background."""
+    seen = []
+    monkeypatch.setattr(
+        "jaxgpt.prepare.run", lambda _: seen.extend(map(signal.getsignal, (2, 15))) or 0
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert prepare("fineweb") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[0] is signal.SIG_IGN
+    assert seen[1] not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
 def test_workers_do_not_outlive_a_parent_that_is_killed(
     fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen]
 ) -> None:

@@ -54,12 +54,12 @@ def _has_our_types(manifest: dict[str, Any]) -> bool:
     def fits(value: Any, **types: type) -> bool:
         return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
 
-    tokenizer, splits, shards = (manifest[name] for name in ("tokenizer", "splits", "shards"))
+    splits, shards = manifest["splits"], manifest["shards"]
     return (
-        fits(tokenizer, name=str, sha256=str)
-        and isinstance(splits, dict)
+        fits(manifest, source=dict, tokenizer=dict, validation=dict, splits=dict, shards=list)
+        and fits(manifest["tokenizer"], name=str, sha256=str, n_vocab=int)
+        and fits(splits, train=dict, val=dict)
         and all(fits(split, tokens=int, documents=int) for split in splits.values())
-        and isinstance(shards, list)
         and all(fits(x, file=str, split=str, tokens=int, sha256=str) for x in shards)
     )
 

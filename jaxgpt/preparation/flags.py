@@ -5,7 +5,7 @@ Nothing heavy is imported here: a mistake is answered before datasets and pyarro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -160,7 +160,7 @@ def count(flags: Flags, name: str) -> int | None:
         digits, factor = digits[:-1], SUFFIXES[digits[-1]]
     try:
         value = Decimal(digits) * factor  # as a float, 4.1B would be no whole number
-    except InvalidOperation:
+    except ArithmeticError:  # decimal's errors, of which an overflow is no InvalidOperation
         value = Decimal(-1)
     if value.is_nan() or not 1 <= value < 2**62 or value != int(value):
         raise UserError(

@@ -36,7 +36,7 @@ class Journal:
         try:
             self.entries: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
             sound = all(set(entry) == set(names) for entry in self.entries)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound:
             raise UserError(

@@ -186,6 +186,8 @@ class _Appender:
 
     def drain(self) -> None:
         """Hands what is pending to the operating system; a failure leaves no half of a record."""
+        if self.file is not None and not os.fstat(self.file).st_nlink:
+            self.close()  # somebody deleted it, and nobody could read what it is given
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
