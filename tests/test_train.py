@@ -91,9 +91,8 @@ def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path, st
     assert last_params(tmp_path) == last_params(straight)
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_muon_and_a_state_in_bfloat16_are_restored_to_the_bit_too(tmp_path, state_dtype) -> None:
-    flags = ("--optimizer", "muon", "--state-dtype", state_dtype, "--lr-decay-iters", "6")
+def test_muon_and_a_state_in_bfloat16_are_restored_to_the_bit_too(tmp_path: Path) -> None:
+    flags = ("--optimizer", "muon", "--state-dtype", "bfloat16", "--lr-decay-iters", "6")
     for out_dir, ends in ((tmp_path / "straight", "6"), (tmp_path / "stopped", "36")):
         for end in ends:
             assert train(out_dir, *flags, "--max-iters", end) == 0
