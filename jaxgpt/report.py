@@ -109,6 +109,10 @@ def print_run(
     rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
     if cfg.max_iters <= o.warmup_iters:
         rate += ", which is longer than the run"
+    elif o.decay_lr:
+        rate += f", cosine to {o.min_lr:g} at step {decay_end:,}"
+    else:
+        rate += ", constant"
     rows = {
         "run": f"{cfg.out_dir}, {where} to step {cfg.max_iters:,}",
         "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
@@ -120,9 +124,7 @@ def print_run(
         "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
-        "learning rate": f"{rate}, cosine to {o.min_lr:g} at step {decay_end:,}"
-        if o.decay_lr
-        else f"{rate}, constant",
+        "learning rate": rate,
         "evaluation": f"every {cfg.eval_interval:,} steps, {eval_windows:,} windows of the "
         "validation split",
         "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
