@@ -170,11 +170,11 @@ def test_hours_refuse_what_they_choose(refused) -> None:
 
 
 def test_a_compiler_that_does_not_start_leaves_the_estimate(shown, monkeypatch) -> None:
-    def broken(_):
+    def broken(*_):
         raise target.NoCompilerError("the CUDA compiler does not start (no such library)")
 
     monkeypatch.setattr(target, "CUDA_PLUGINS", ("json",))
-    monkeypatch.setattr(target, "card_device", broken)
+    monkeypatch.setattr(target, "card_devices", broken)
     text = shown("--preset", "24gb", "--gpu", "4090")
     assert "estimated, within a tenth; the CUDA compiler does not start" in text
 
