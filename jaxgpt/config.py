@@ -172,7 +172,7 @@ class Config:
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
     hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets': scored at each evaluation
     lambada: TextIfSet = None  # lambada_test.jsonl, or 'datasets': scored at each evaluation
-    sample_tokens: int = 200  # length of the text generated after each evaluation; 0 for none
+    sample_tokens: int = 200  # length of the text that an evaluation gives to TensorBoard; 0: none
 
     out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>
     # auto: go on from the newest checkpoint in out_dir, or start where there is none; must: go on
