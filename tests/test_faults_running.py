@@ -197,7 +197,7 @@ def test_a_run_whose_data_stops_coming_shows_where_every_thread_stands(
     monkeypatch.setattr(WindowLoader, "batch", read_from_a_lost_disk)
     monkeypatch.setattr(stalls, "LEAST_SECONDS", 1.0)
     monkeypatch.setattr(stalls, "TIMES", 1)
-    monkeypatch.setattr(stalls, "REARM_SECONDS", 0.0)
+    monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.2)
     assert train(tmp_path / "run", "--max-iters", "64", "--eval-interval", "100") == 0
     err = capfd.readouterr().err
     assert re.search(r"no end of the step begun \d+ s ago, which usually takes", err)

@@ -35,7 +35,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     assert train(run, *STEPS) == 0
     out, err = capsys.readouterr()
     assert f"checkpoint 8 is damaged and put aside as 8.damaged: {array} is not what was" in err
-    assert "from step 4 to step 8" in out
+    assert "from step 4 to step 8" in " ".join(out.split())  # a long path wraps its line
     assert_same_end(run, straight)
 
 
@@ -44,7 +44,7 @@ def test_half_a_checkpoint_counts_as_none(straight, run, capsys) -> None:
     (run / "checkpoints" / "8" / MANIFEST).unlink()
     (run / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     assert train(run, *STEPS) == 0
-    assert "from step 4 to step 8" in capsys.readouterr().out
+    assert "from step 4 to step 8" in " ".join(capsys.readouterr().out.split())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"0", "4", "8"} - (
         set() if (straight / "checkpoints" / "0").exists() else {"0"}
     )

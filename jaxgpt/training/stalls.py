@@ -1,76 +1,97 @@
 """A run that stands still says so: where every thread stands, once nothing has moved for long.
 
-A thread says the sentence, but would not do alone: a read from a lost network disk may hold the
-interpreter's lock and stop all threads. faulthandler's timer, which prints the stacks, needs none.
+The thread that says it holds the interpreter's lock meanwhile, so that no thread moves that it
+looks at. faulthandler's timer does without, and kills the process if one does: a run that was
+only slow, or was stopped with Ctrl-Z and goes on.
 """
 
-import faulthandler
-import os
 import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict, deque
 from types import TracebackType
 from typing import Self
 
+from jaxgpt.training.stopping import say_at_once
+
 TIMES = 30  # as long as it usually takes
 LEAST_SECONDS = 120.0  # shorter waits are an ordinary hiccup
-REARM_SECONDS = 1.0  # setting the timer starts a thread; not with every step of a millisecond
+LOOK_SECONDS = 1.0  # how often the thread looks at the clock
 
 
 class StallWatch:
     """`begin('step')` says what a run does from now on; too long in one thing prints every stack.
 
     What is done for the first time has no usual length, and may have to be compiled for long: it
-    is not watched. A stack is printed to standard error once each time that the limit passes.
+    is not watched. The stacks are printed to standard error each time that the limit passes anew.
+    A call that never lets go of the interpreter's lock silences this too.
     """
 
     def __init__(self) -> None:
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
-        self._doing: str | None = None
-        self._since = self._armed_at = 0.0
-        self._speaker: threading.Timer | None = None
+        self._now: tuple[str, float] | None = None  # what is being done, since when
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="stalls", daemon=True)
 
     def __enter__(self) -> Self:
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._disarm()
+        self._left.set()
+        self._thread.join()
 
     def begin(self, what: str) -> None:
         """The run begins to do `what`, and has done what it did before."""
         now = time.monotonic()
-        if self._doing is not None:
-            self._took[self._doing].append(now - self._since)
-        if what != self._doing or now - self._armed_at >= REARM_SECONDS:
-            self._disarm()
-            self._arm(what)
-            self._armed_at = now
-        self._doing, self._since = what, now
+        if self._now is not None:
+            before, since = self._now
+            self._took[before].append(now - since)
+        self._now = what, now
 
     def limit(self, what: str) -> float | None:
         """Seconds after which `what` takes too long; None before it was done twice."""
-        took = self._took[what]
-        return max(LEAST_SECONDS, TIMES * statistics.median(took)) if len(took) > 1 else None
+        took = self._usual(what)
+        return None if took is None else max(LEAST_SECONDS, TIMES * took)
 
-    def _arm(self, what: str) -> None:
-        seconds = self.limit(what)
-        if seconds is None or sys.__stderr__ is None:
-            return
-        usual = statistics.median(self._took[what])
-        text = (
-            f"\nno end of the {what} begun {seconds:.0f} s ago, which usually takes {usual:.2g} s: "
-            "a disk or the GPU may have stopped answering. Where every thread stands:\n"
+    def _usual(self, what: str) -> float | None:
+        took = list(self._took[what])  # at once: the run goes on adding to it
+        return statistics.median(took) if len(took) > 1 else None
+
+    def _look(self) -> None:
+        looked_at, said = self._now, 0
+        while not self._left.wait(LOOK_SECONDS):
+            now = self._now
+            if now is not looked_at:
+                looked_at, said = now, 0
+            if now is None or (limit := self.limit(now[0])) is None:
+                continue
+            times = int((time.monotonic() - now[1]) / limit)
+            if times > said:
+                said = times
+                self._say(*now)
+
+    def _say(self, what: str, since: float) -> None:
+        say_at_once(
+            f"no end of the {what} begun {time.monotonic() - since:.0f} s ago, which usually "
+            f"takes {self._usual(what):.2g} s: a disk or the GPU may have stopped answering. "
+            f"Where every thread stands:\n{_stacks()}"
         )
-        self._speaker = threading.Timer(seconds, os.write, (sys.__stderr__.fileno(), text.encode()))
-        self._speaker.daemon = True
-        self._speaker.start()
-        faulthandler.dump_traceback_later(seconds + 0.5, repeat=True, file=sys.__stderr__)
 
-    def _disarm(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        if self._speaker is not None:
-            self._speaker.cancel()
+
+def _stacks() -> str:
+    """Every thread's calls, the innermost last; without lines of source, which a disk holds."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "".join(
+        f"thread {names.get(ident, ident)}:\n"
+        + "".join(
+            f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+            for frame, line in reversed(list(traceback.walk_stack(top)))
+        )
+        for ident, top in sys._current_frames().items()
+        if ident != threading.get_ident()
+    )

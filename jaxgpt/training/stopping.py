@@ -70,9 +70,11 @@ class StopRequest:
             return
         elif self.name is None:
             self.name = number.name
-            _say(f"{number.name}: stopping after this step; Ctrl-C again leaves at once, unsaved")
+            say_at_once(
+                f"{number.name}: stopping after this step; Ctrl-C again leaves at once, unsaved"
+            )
         elif number == signal.SIGINT:
-            _say("left at once; the same command goes on from the newest checkpoint")
+            say_at_once("left at once; the same command goes on from the newest checkpoint")
             # XLA may be at work on another thread, and does not survive Python's own way out.
             leave(LEFT_AT_ONCE)
 
@@ -84,7 +86,8 @@ def _receive(numbers: socket.socket) -> bytes:
         return b""
 
 
-def _say(text: str) -> None:
+def say_at_once(text: str) -> None:
+    """Write `text` to standard error, from any thread, whatever the main thread is about."""
     # Not through `print`, whose lock the main thread may hold while it waits; after SIGHUP there is
     # nobody to read it.
     with contextlib.suppress(OSError):
