@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,10 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import ModelConfig
+
+# Shells have what they start in the background ignore Ctrl-C, and nohup SIGHUP; a run leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False

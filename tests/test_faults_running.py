@@ -77,14 +77,6 @@ def test_spikes_are_skipped_on_demand_and_judged_by_the_same_steps_after_a_resta
 # ---------------------------------------------------------------- signals, kills, stalls (27, 30)
 
 
-@pytest.fixture(autouse=True)
-def signals_are_heard():
-    """Shells have what they start in the background ignore Ctrl-C, and a run leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def save_at(monkeypatch, step: int) -> list[int]:
     """Have one save begin at `step`, between two evaluations, as if its minutes were over.
 
