@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tyro.conf import arg
 
 from jaxgpt import cli
 from jaxgpt.bench_report import describe_run, memory, print_result, speeds
-from jaxgpt.config import Config, with_fields
+from jaxgpt.config import Config, PathIfSet, with_fields
 from jaxgpt.console import waiting
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
@@ -45,13 +44,11 @@ LONGEST = 2**31 - 1  # steps; a time limit ends a run, not this
 class BenchFlags(cli.TrainFlags):
     """How long to measure, and how to say it; the rest is `train`'s and describes the run."""
 
-    synthetic: Annotated[bool, arg(help="random tokens, even where the preset's data is")] = False
-    windows: Annotated[int, arg(help="windows of steps that are timed")] = 5
-    window_seconds: Annotated[float, arg(help="the shortest a window may be")] = 2.0
-    json: Annotated[bool, arg(help="print one JSON object")] = False
-    profile: Annotated[
-        Path | None, arg(help="folder for a trace of a few steps, for TensorBoard or Perfetto")
-    ] = None
+    synthetic: bool = False  # random tokens, even where the preset's data is
+    windows: int = 5  # windows of steps that are timed
+    window_seconds: float = 2.0  # the shortest a window may be
+    json: bool = False  # print one JSON object
+    profile: PathIfSet = None  # folder for a trace of a few steps, for TensorBoard or Perfetto
 
 
 def main(argv: Sequence[str] | None = None) -> int:

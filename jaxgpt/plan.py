@@ -9,12 +9,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
-
-from tyro.conf import arg
+from typing import Any
 
 from jaxgpt import cli, plan_report
-from jaxgpt.config import Config, ConfigError
+from jaxgpt.config import Config, ConfigError, FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.console import waiting
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
@@ -31,26 +29,16 @@ PROG = "python -m jaxgpt.plan"
 class PlanFlags(cli.TrainFlags):
     """What to plan for, and how to say it; the rest is `train`'s and describes the run."""
 
-    gpu: Annotated[
-        str | None,
-        arg(help="the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine"),
-    ] = None
-    vram: Annotated[
-        float | None, arg(help="in place of --gpu: memory in GB of a card that is in no table")
-    ] = None
-    devices: Annotated[
-        int | None, arg(help="how many such cards; --mesh says what each holds, all of it if unset")
-    ] = None
-    fit: Annotated[
-        bool, arg(help="choose the batch_size and remat that fit and should train fastest")
-    ] = False
-    hours: Annotated[
-        float | None, arg(help="find the model and token count that make best use of these hours")
-    ] = None
-    json: Annotated[bool, arg(help="print one JSON object")] = False
-    estimate: Annotated[
-        bool, arg(help="arithmetic instead of the compiler: at once, and off by up to a tenth")
-    ] = False
+    gpu: TextIfSet = None  # the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine
+    vram: FloatIfSet = None  # in place of --gpu: memory in GB of a card that is in no table
+    # how many such cards; --mesh says what each holds, all of it if unset
+    devices: IntIfSet = None
+    fit: bool = False  # choose the batch_size and remat that fit and should train fastest
+    # find the model and token count that make best use of these hours
+    hours: FloatIfSet = None
+    json: bool = False  # print one JSON object
+    # arithmetic instead of the compiler: at once, and off by up to a tenth
+    estimate: bool = False
 
 
 OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {

@@ -22,6 +22,13 @@ def test_the_ranks_shards_in_order_are_those_of_one_process(
         assert f"python -m jaxgpt.prepare --merge {shared}" in capsys.readouterr().out
         if rank:
             assert "rank 0 of 2 has not finished" in refusal(capsys, "--merge", shared)
+    manifest = shared / "manifest-001-of-002.json"
+    written = manifest.read_text()
+    manifest.write_text(json.dumps({**json.loads(written), "documents": {}}))
+    assert "is not as it was written ('skipped'); delete it" in refusal(capsys, "--merge", shared)
+    manifest.unlink()
+    assert prepare(*flags, "--out", shared, "--rank", 1, "--world-size", 2) == 0
+    assert manifest.read_text() == written
     assert prepare("--merge", shared) == 0
     for split in ("train", "val"):
         np.testing.assert_array_equal(stream(shared, split), stream(alone, split))

@@ -6,12 +6,12 @@ Nothing heavy is imported here: a mistake is answered before datasets and pyarro
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from jaxgpt.cli import parse_command
+from jaxgpt.config import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
 
 PROG = "python -m jaxgpt.prepare"
@@ -37,23 +37,26 @@ Face Hub, or from text files. The same command goes on where one was stopped.
   python -m jaxgpt.prepare path/to/*.parquet *.jsonl.zst *.txt --out data/mine
   python -m jaxgpt.prepare --inspect data/fineweb"""
 
-Count = Annotated[str | None, tyro.conf.arg(metavar="N")]
+Count = Annotated[str | None, tyro.conf.arg(metavar="N", help_behavior_hint=unless_none)]
+Inputs = tyro.conf.Positional[
+    Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SOURCE ...]", help_behavior_hint="")]
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """The command line; what is None follows from the rest."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    inputs: Inputs = ()
     """fineweb, fineweb-edu, owner/name of a data set of the Hub; or files, patterns, a folder of
     text, a folder of save_to_disk: .parquet .jsonl .txt, .gz and .zst of the last two"""
-    out: Path | None = None
+    out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
-    name: str | None = None
+    name: TextIfSet = None
     """configuration of a Hub data set, for FineWeb a sample: sample-10BT, sample-100BT, ..."""
     split: str = "train"
     """split of a Hub data set"""
-    revision: str | None = None
+    revision: TextIfSet = None
     """branch, tag or commit of a Hub data set"""
     limit_tokens: Count = None
     """stop after so many training tokens (27B, 500M); a larger one later goes on from there"""
@@ -71,16 +74,16 @@ class Flags:
     """leave out documents that are not UTF-8, or put U+FFFD for what is not"""
     val_tokens: Count = None
     """validation is the first so many tokens: FineWeb's default, 100M as in llm.c"""
-    val_fraction: float | None = None
+    val_fraction: FloatIfSet = None
     """validation is this share of the documents, by their hash: the default for all else, 0.1
     of less than 100 MB of text and 0.01 of more"""
     shard_tokens: Count = "100M"
     """tokens in a shard"""
-    workers: int | None = None
+    workers: IntIfSet = None
     """processes; by default one for each CPU"""
-    rank: int | None = None
+    rank: IntIfSet = None
     """which of --world-size processes this is; by default from Slurm, torchrun or Open MPI"""
-    world_size: int | None = None
+    world_size: IntIfSet = None
     """over how many machines the input is split; --merge joins what they made"""
     merge: bool = False
     """write the manifest of a folder in which all ranks have finished"""

@@ -133,7 +133,14 @@ def merge(out: Path) -> dict[str, Any]:
             "shards are elsewhere; run it again, or copy its files here"
         )
     manifests = [manifest for path in found if (manifest := read_manifest(path))]
-    merged = _join(out, manifests)
+    try:
+        merged = _join(out, manifests)
+    except (KeyError, TypeError) as fault:
+        # Checked whole only here: what training needs of a manifest is less than what is joined.
+        raise UserError(
+            f"{out}: a manifest-*-of-*.json is not as it was written ({fault}); delete it and run "
+            "its rank again, which writes it anew"
+        ) from None
     refuse(list(size_faults(out, merged)))
     for split, counts in merged["splits"].items():
         if not counts["tokens"]:
