@@ -1,16 +1,21 @@
 """Shapes and steps shared by the tests; every model is tiny and everything runs on the CPU."""
 
+import atexit
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where XLA's compiler for cards is installed, it must not look for one.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-# What a test compiles is none of the user's, and must be compiled to be tested.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Many runs of the tests are of the same shapes: each program is compiled once, as for a user who
+# starts a run again. The folder is new each time, so that all of them are compiled.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import ModelConfig
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Shells have what they start in the background ignore Ctrl-C, and nohup SIGHUP; a run leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
