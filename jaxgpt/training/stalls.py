@@ -43,7 +43,7 @@ class StallWatch:
         self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
     ) -> None:
         self._left.set()
-        self._thread.join()
+        self._thread.join(1.0)  # not for ever: it may be writing to where nobody reads
 
     def begin(self, what: str) -> None:
         """The run begins to do `what`, and has done what it did before."""
