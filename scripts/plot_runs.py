@@ -46,7 +46,7 @@ def draw(runs: list[Path], to: Path, x: str = "step") -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("it is drawn by matplotlib: pip install matplotlib") from None
+        raise UserError("it is drawn by matplotlib: pip install -e '.[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

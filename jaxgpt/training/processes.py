@@ -6,6 +6,7 @@ to be agreed upon before it may change what they do, or one waits for the others
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -192,8 +193,10 @@ def _check(address: Address, launcher: Launcher | None) -> None:
             "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
             "processes"
         )
-    if where is not None and not where.rpartition(":")[2].isdecimal():
+    if where is not None and not re.fullmatch(r".+:0*[1-9]\d{0,4}", where, re.ASCII):
         faults.append(f"--coordinator-address {where} must be HOST:PORT")
+    elif where is not None and int(where.rpartition(":")[2]) > 65535:
+        faults.append(f"--coordinator-address {where}: no port is above 65535")
     if count is not None and count < 1:
         faults.append(f"--num-processes {count} must be at least 1")
     if index is not None and not 0 <= index < (count or index + 1):
@@ -210,7 +213,7 @@ def _is_free(address: str) -> bool:
         # Not taken from one that has just ended.
         with socket.create_server(("", int(address.rpartition(":")[2]))):
             return True
-    except (OSError, OverflowError):
+    except OSError:
         return False
 
 
