@@ -24,8 +24,10 @@ def test_the_ranks_shards_in_order_are_those_of_one_process(
             assert "rank 0 of 2 has not finished" in refusal(capsys, "--merge", shared)
     manifest = shared / "manifest-001-of-002.json"
     written = manifest.read_text()
-    manifest.write_text(json.dumps({**json.loads(written), "documents": {}}))
-    assert "is not as it was written ('skipped'); delete it" in refusal(capsys, "--merge", shared)
+    for changed in ({"documents": {}}, {"token_count": 3}, {"validation": {"tokens": "x"}}):
+        manifest.write_text(json.dumps({**json.loads(written), **changed}))
+        message = refusal(capsys, "--merge", shared)
+        assert f"{manifest}: is not as its rank wrote it; delete it and run the rank" in message
     manifest.unlink()
     assert prepare(*flags, "--out", shared, "--rank", 1, "--world-size", 2) == 0
     assert manifest.read_text() == written

@@ -187,8 +187,8 @@ def no_import() -> None:
     [
         (Address("host:1", None, 0), "come together"),
         (Address("host", 2, 0), "--coordinator-address host must be HOST:PORT"),
-        (Address("host:0", 2, 0), "--coordinator-address host:0 must be HOST:PORT"),
-        (Address("host:99999", 2, 0), "host:99999: no port is above 65535"),
+        (Address("host:0", 2, 0), "host:0: a port is a number from 1 to 65535"),
+        (Address("host:100000", 2, 0), "host:100000: a port is a number from 1 to 65535"),
         (Address("host:1", 2, 2), "--process-id 2 must be at least 0 and below --num-processes 2"),
         (Address("host:1", 0, 0), "--num-processes 0 must be at least 1"),
     ],

@@ -50,10 +50,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _has_our_types(manifest: dict[str, Any]) -> bool:
     """Whether names, counts and checksums are where they are looked for, whoever wrote them."""
-
-    def fits(value: Any, **types: type) -> bool:
-        return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
-
     splits, shards = manifest["splits"], manifest["shards"]
     return (
         fits(manifest, source=dict, tokenizer=dict, validation=dict, splits=dict, shards=list)
@@ -62,6 +58,11 @@ def _has_our_types(manifest: dict[str, Any]) -> bool:
         and all(fits(split, tokens=int, documents=int) for split in splits.values())
         and all(fits(x, file=str, split=str, tokens=int, sha256=str) for x in shards)
     )
+
+
+def fits(value: Any, **types: type) -> bool:
+    """Whether it is a dict with such values under these names."""
+    return isinstance(value, dict) and all(type(value.get(k)) is t for k, t in types.items())
 
 
 def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:

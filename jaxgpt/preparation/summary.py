@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.console import print_table
-from jaxgpt.data.manifest import MANIFEST, VERSION, read_manifest, size_faults
+from jaxgpt.data.manifest import MANIFEST, VERSION, fits, read_manifest, size_faults
 from jaxgpt.data.token_file import PREPARE, refuse
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.writing import write_json
@@ -132,15 +132,16 @@ def merge(out: Path) -> dict[str, Any]:
             f"{out}: rank {', '.join(map(str, missing))} of {world_size} has not finished, or its "
             "shards are elsewhere; run it again, or copy its files here"
         )
-    manifests = [manifest for path in found if (manifest := read_manifest(path))]
-    try:
-        merged = _join(out, manifests)
-    except (KeyError, TypeError) as fault:
-        # Checked whole only here: what training needs of a manifest is less than what is joined.
-        raise UserError(
-            f"{out}: a manifest-*-of-*.json is not as it was written ({fault}); delete it and run "
-            "its rank again, which writes it anew"
-        ) from None
+    manifests = []
+    for path in found:
+        manifest = read_manifest(path)
+        if manifest is None or not _is_a_ranks(manifest):
+            raise UserError(
+                f"{path}: is not as its rank wrote it; delete it and run the rank again, which "
+                "writes it anew"
+            )
+        manifests.append(manifest)
+    merged = _join(out, manifests)
     refuse(list(size_faults(out, merged)))
     for split, counts in merged["splits"].items():
         if not counts["tokens"]:
@@ -151,6 +152,18 @@ def merge(out: Path) -> dict[str, Any]:
     _check_first_tokens(out, merged)
     write_json(out / MANIFEST, merged)
     return merged
+
+
+def _is_a_ranks(manifest: dict[str, Any]) -> bool:
+    """Whether it has what is joined, which is more than training needs of a manifest."""
+    documents, count = manifest.get("documents"), manifest.get("token_count", "missing")
+    return (
+        "shard_tokens" in manifest
+        and type(manifest["validation"].get("tokens", 0)) is int
+        and fits(documents, used=int, skipped=dict, skipped_for_example=dict)
+        and all(type(n) is int for n in manifest["documents"]["skipped"].values())
+        and (count is None or fits(count, source_says=int, tokens_minus_documents=int))
+    )
 
 
 def _check_first_tokens(out: Path, merged: dict[str, Any]) -> None:

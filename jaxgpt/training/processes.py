@@ -193,10 +193,10 @@ def _check(address: Address, launcher: Launcher | None) -> None:
             "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
             "processes"
         )
-    if where is not None and not re.fullmatch(r".+:0*[1-9]\d{0,4}", where, re.ASCII):
+    if where is not None and not re.fullmatch(r".+:\d{1,9}", where, re.ASCII):
         faults.append(f"--coordinator-address {where} must be HOST:PORT")
-    elif where is not None and int(where.rpartition(":")[2]) > 65535:
-        faults.append(f"--coordinator-address {where}: no port is above 65535")
+    elif where is not None and not 0 < int(where.rpartition(":")[2]) < 65536:
+        faults.append(f"--coordinator-address {where}: a port is a number from 1 to 65535")
     if count is not None and count < 1:
         faults.append(f"--num-processes {count} must be at least 1")
     if index is not None and not 0 <= index < (count or index + 1):

@@ -1,15 +1,16 @@
 """A run that stands still says so: where every thread stands, once nothing has moved for long.
 
-The thread that says it holds the interpreter's lock meanwhile, so that no thread moves that it
-looks at. faulthandler's timer does without, and kills the process if one does: a run that was
-only slow, or was stopped with Ctrl-Z and goes on.
+The stacks are printed with the interpreter's lock held. faulthandler's timer does without, and
+kills the process if a thread moves meanwhile: in a run that was only slow, or was stopped with
+Ctrl-Z and goes on.
 """
 
+import contextlib
+import faulthandler
 import statistics
 import sys
 import threading
 import time
-import traceback
 from collections import defaultdict, deque
 from types import TracebackType
 from typing import Self
@@ -59,7 +60,7 @@ class StallWatch:
         return None if took is None else max(LEAST_SECONDS, TIMES * took)
 
     def _usual(self, what: str) -> float | None:
-        took = list(self._took[what])  # at once: the run goes on adding to it
+        took = list(self._took.get(what, ()))  # at once: the run goes on adding to it
         return statistics.median(took) if len(took) > 1 else None
 
     def _look(self) -> None:
@@ -79,19 +80,9 @@ class StallWatch:
         say_at_once(
             f"no end of the {what} begun {time.monotonic() - since:.0f} s ago, which usually "
             f"takes {self._usual(what):.2g} s: a disk or the GPU may have stopped answering. "
-            f"Where every thread stands:\n{_stacks()}"
+            "Where every thread stands:"
         )
-
-
-def _stacks() -> str:
-    """Every thread's calls, the innermost last; without lines of source, which a disk holds."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "".join(
-        f"thread {names.get(ident, ident)}:\n"
-        + "".join(
-            f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-            for frame, line in reversed(list(traceback.walk_stack(top)))
-        )
-        for ident, top in sys._current_frames().items()
-        if ident != threading.get_ident()
-    )
+        if sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is gone, or closed
+                # By its number: the file's own lock may be held by a thread that waits.
+                faulthandler.dump_traceback(sys.__stderr__.fileno())

@@ -88,7 +88,9 @@ def _receive(numbers: socket.socket) -> bytes:
 
 def say_at_once(text: str) -> None:
     """Write `text` to standard error, from any thread, whatever the main thread is about."""
+    if sys.__stderr__ is None:  # closed from the start, and its number may be another file's
+        return
     # Not through `print`, whose lock the main thread may hold while it waits; after SIGHUP there is
     # nobody to read it.
-    with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
