@@ -45,11 +45,12 @@ def bare(text: Path) -> tuple[int, float, float]:
     return int(size), float(cpu), float(wall)
 
 
-def prepare(text: Path, workers: int) -> tuple[float, float]:
+def prepare(text: Path, workers: int, own_rule: bool) -> tuple[float, float]:
     """CPU seconds of all processes and seconds of the whole command."""
     with tempfile.TemporaryDirectory(dir=text.parent) as out:
-        # FineWeb's rule for validation: that of own text hashes each document, a fiftieth more.
-        flags = ["--out", out + "/out", "--workers", str(workers), "--val-tokens", "10"]
+        flags = ["--out", out + "/out", "--workers", str(workers)]
+        if not own_rule:  # FineWeb's: the first tokens
+            flags += ["--val-tokens", "10"]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         command = [sys.executable, "-m", "jaxgpt.prepare", str(text), *flags]
         subprocess.run(command, check=True, capture_output=True)
@@ -72,13 +73,18 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--own-rule",
+        action="store_true",
+        help="validation by a hash of each document, as of own text, instead of FineWeb's rule",
+    )
     parser.add_argument("--json", type=Path, help="where to record the result")
     flags = parser.parse_args()
     pairs = []
     for _ in range(flags.pairs):
         size, bare_cpu, bare_wall = bare(flags.text)
-        cpu, wall = prepare(flags.text, flags.workers)
-        start, _ = prepare(tiny(flags.text), flags.workers)
+        cpu, wall = prepare(flags.text, flags.workers, flags.own_rule)
+        start, _ = prepare(tiny(flags.text), flags.workers, flags.own_rule)
         pair = {
             "bare_mb_per_cpu_second": round(size / bare_cpu / 1e6, 2),
             "prepare_mb_per_cpu_second": round(size / cpu / 1e6, 2),
@@ -93,7 +99,7 @@ def main() -> None:
     ratios = [pair["ratio"] for pair in pairs]
     result = {
         "command": f"python scripts/measure_prepare.py TEXT --pairs {flags.pairs} "
-        f"--workers {flags.workers}",
+        f"--workers {flags.workers}{' --own-rule' if flags.own_rule else ''}",
         "text_bytes": size,
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),
