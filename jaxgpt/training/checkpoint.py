@@ -30,6 +30,7 @@ from jaxgpt.training.integrity import (
     write_manifest,
 )
 from jaxgpt.training.loading import CheckpointError, Restored, load_state, reason_of
+from jaxgpt.training.orbax_path import OrbaxPath
 from jaxgpt.training.processes import ALONE, Processes
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.stored import all_finite, describe, to_store
@@ -73,6 +74,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} cannot be made ({fault.strerror}); choose another --out-dir"
             ) from None
+        self._orbax = OrbaxPath(self.folder, processes.count)
         self._keep, self._on_error, self._processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
@@ -90,7 +92,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        if self._processes.count > 1:  # the others wait elsewhere
+        if self._processes.count > 1:  # the others wait elsewhere, and the path is the folder's own
             return
         # The error on its way out says more than one about the save it interrupted.
         with contextlib.suppress(Exception):
@@ -156,7 +158,9 @@ class Checkpoints:
                 if self._processes.is_main:
                     retention.clear(self.folder)
                 retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
-            written = ocp.save_checkpointables_async(self.folder / str(step), {"state": stored})
+            written = ocp.save_checkpointables_async(
+                self._orbax.path / str(step), {"state": stored}
+            )
         except Exception as fault:
             self._give_room_back(step)
             done.set_exception(fault)
@@ -228,6 +232,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._orbax.close()
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         if folder not in self._sound:
@@ -244,6 +249,7 @@ class Checkpoints:
             written.result()  # of several processes when all have written
             if not self._processes.is_main:
                 return
+            check_readable(self._orbax.path / str(step), len(notes["arrays"]))
             files = measure(folder)
             self._seconds = time.monotonic() - self._begun
             write_manifest(folder, {**notes, "val_loss": _finite(val_loss.result())}, files)
@@ -288,6 +294,13 @@ class Checkpoints:
             f"are not saved; checkpoint {latest} in {self.folder} stays: go on from it with a "
             "smaller --learning-rate, or with --grad-clip 1 if that was off"
         )
+
+
+def check_readable(folder: Path, arrays: int) -> None:
+    """Raises OSError unless Orbax finds all `arrays` of the checkpoint that it has just written."""
+    found = ocp.checkpointables_metadata(folder).metadata.get("state")
+    if found is None or len(jax.tree.leaves(found)) != arrays:
+        raise OSError(f"Orbax wrote {folder}, but cannot read it back")
 
 
 def _notes(

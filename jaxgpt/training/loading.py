@@ -15,6 +15,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.model.gpt import Params
 from jaxgpt.training import retention
 from jaxgpt.training.integrity import DamagedError, verify
+from jaxgpt.training.orbax_path import OrbaxPath
 from jaxgpt.training.step import TrainState
 from jaxgpt.training.stored import abstract, describe, from_stored, misfits, to_store
 
@@ -44,7 +45,8 @@ def load_state(folder: Path, manifest: dict[str, Any], like: TrainState) -> Rest
             f"it: the one in the checkpoint counts then\n{differing}"
         )
     try:
-        stored = ocp.load_checkpointables(folder, {"state": target})["state"]
+        with OrbaxPath(folder.parent, jax.process_count()) as orbax:
+            stored = ocp.load_checkpointables(orbax.path / folder.name, {"state": target})["state"]
     except Exception as fault:
         if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
             raise  # the checkpoint is as good as it was
@@ -74,8 +76,9 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-        with context:
-            params = ocp.load_checkpointables(folder, {"state": {"params": like}})
+        with context, OrbaxPath(folder.parent) as orbax:
+            saved = orbax.path / folder.name
+            params = ocp.load_checkpointables(saved, {"state": {"params": like}})
         return jax.tree.map(_fitting, params["state"]["params"], like)
     except Exception as fault:  # Orbax raises a dozen kinds for what does not fit
         if "RESOURCE_EXHAUSTED" in str(fault):

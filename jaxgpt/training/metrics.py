@@ -88,8 +88,7 @@ class MetricsLog:
     def text(self, step: int, tag: str, text: str) -> None:
         """Shows a text, such as a generated sample, in TensorBoard only, unformatted."""
         now = time.time()
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        code_block = textwrap.indent(text, "    ")
+        code_block = textwrap.indent(_as_utf8(text), "    ")
         self._add_event(step, now, summary=summary.text(tag, code_block))
         self._drain()
 
@@ -258,12 +257,17 @@ def _replace(path: Path, old: bytes, new: bytes) -> None:
         path.unlink()
 
 
+def _as_utf8(text: str) -> str:
+    """`text` with a question mark for what protocol buffers refuse, as in names of other bytes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float]:
     flat: dict[str, bool | str | float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            plain = isinstance(value, bool | str | int | float)
-            flat[prefix + name] = value if plain else str(value)
+            number = isinstance(value, bool | int | float)
+            flat[prefix + name] = value if number else _as_utf8(str(value))
     return flat

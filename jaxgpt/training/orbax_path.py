@@ -1,0 +1,73 @@
+"""A path that Orbax takes literally, whatever the run's folder is called.
+
+Orbax finds the files of each process by a glob of its own path. In `runs/lr[1e-3]` it finds none,
+logs that, and leaves a checkpoint that nothing can read. TensorStore needs UTF-8, and reads
+`gs://` in a path as another file system.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from jaxgpt.errors import UserError
+
+SPECIAL = re.compile(r"[\[\]*?{}%#\\\x00-\x1f\x7f]|:/")
+
+
+def is_literal(folder: Path) -> bool:
+    """Whether Orbax and TensorStore read the path as it is written."""
+    try:
+        text = os.fsencode(folder).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return SPECIAL.search(text) is None
+
+
+class OrbaxPath:
+    """`with OrbaxPath(folder) as path:` gives `folder`, or a link to it with a plain name.
+
+    The link lies in a private temporary folder. Several processes must all see the same path, so
+    there `folder` itself has to do.
+    """
+
+    def __init__(self, folder: Path, processes: int = 1):
+        """Raises UserError if the path cannot be used."""
+        self.path = folder
+        self._temporary: str | None = None
+        if is_literal(folder):
+            return
+        if processes > 1:
+            raise UserError(
+                f"--out-dir {folder.parent}: a run of several processes cannot save under a path "
+                "with brackets, wildcards, control characters or bytes that are not UTF-8; choose "
+                "another --out-dir"
+            )
+        self._temporary = tempfile.mkdtemp(prefix="jaxgpt-")
+        self.path = Path(self._temporary) / "checkpoints"
+        try:
+            if not is_literal(self.path):
+                raise OSError(f"the temporary folder {self._temporary} has such characters too")
+            self.path.symlink_to(folder, target_is_directory=True)
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"--out-dir {folder.parent}: its name has characters that checkpoints cannot be "
+                f"saved under ({error}); choose another --out-dir"
+            ) from None
+
+    def close(self) -> None:
+        """Remove the link."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()
