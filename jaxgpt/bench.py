@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxgpt import cli
-from jaxgpt.bench_report import describe_run, memory, print_result, speeds
-from jaxgpt.config import Config, PathIfSet, with_fields
-from jaxgpt.console import waiting
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import Config, PathIfSet, with_fields
+from jaxgpt.config.resolve import resolve
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
-from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.compile_cache import prepare_compile_cache
-from jaxgpt.resolve import resolve
+from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
+from jaxgpt.run import device as hardware
+from jaxgpt.run.compile_cache import prepare_compile_cache
+from jaxgpt.run.console import waiting
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.training.layout import OneDevice
@@ -110,10 +110,10 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
     tokens = open_tokens(cfg, tokenizer, flags, given)
     jax = hardware.import_jax()
 
-    from jaxgpt.hardware.fit import smaller
-    from jaxgpt.hardware.mesh import choose_layout
-    from jaxgpt.hardware.preflight import prepare_to_run
     from jaxgpt.model.attention import compute_capability
+    from jaxgpt.planning.fit import smaller
+    from jaxgpt.run.preflight import prepare_to_run
+    from jaxgpt.training.sharding import choose_layout
 
     cfg, layout = choose_layout(cfg, hardware.choose_devices(cfg))
     device = layout.device

@@ -17,16 +17,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from jaxgpt import cli
-from jaxgpt.config import ConfigError, IntIfSet, PathIfSet, TextIfSet
-from jaxgpt.console import print_table, waiting
-from jaxgpt.data.benchmarks import load_benchmarks
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import ConfigError, IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.data.loader import evaluation_windows, first_windows
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
+from jaxgpt.data.tasks import load_benchmarks
 from jaxgpt.errors import UserError, out_of_memory_in_words
-from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
+from jaxgpt.run.console import print_table, waiting
+from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.evaluate"
 VAL_TOKENS = 10_485_760  # 10,240 windows of 1,024
@@ -99,8 +99,8 @@ def run(flags: EvaluateFlags) -> None:
 
     import jax
 
-    from jaxgpt.training.benchmarks import score_benchmarks
     from jaxgpt.training.evaluation import measure_text
+    from jaxgpt.training.scoring import score_benchmarks
     from jaxgpt.training.step import make_score_step
 
     result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count(padding=False)}

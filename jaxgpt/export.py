@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import cli
-from jaxgpt.config import Config, ConfigError, PathIfSet, flat_values
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import Config, ConfigError, PathIfSet, flat_values
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.model import huggingface
-from jaxgpt.training.integrity import read_manifest
-from jaxgpt.training.retention import FOLDER
-from jaxgpt.weights import Weights, WeightsFlags, open_weights, prepare_device
+from jaxgpt.run.integrity import read_manifest
+from jaxgpt.run.retention import FOLDER
+from jaxgpt.weights.source import Weights, WeightsFlags, huggingface, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.export"
 # Of this machine and not of the model: no reader of a model card needs them.

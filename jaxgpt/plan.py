@@ -11,16 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxgpt import cli, plan_report
-from jaxgpt.config import Config, ConfigError, FloatIfSet, IntIfSet, TextIfSet
-from jaxgpt.console import waiting
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import Config, ConfigError, FloatIfSet, IntIfSet, TextIfSet
+from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.presets import preset_for_memory
+from jaxgpt.config.resolve import resolve
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.hardware import target
-from jaxgpt.hardware.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
-from jaxgpt.mesh_shape import MeshShape, parse_mesh
-from jaxgpt.presets import preset_for_memory
-from jaxgpt.resolve import resolve
+from jaxgpt.planning import tables as plan_report
+from jaxgpt.planning import target
+from jaxgpt.planning.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
+from jaxgpt.run.console import waiting
 
 PROG = "python -m jaxgpt.plan"
 
@@ -89,8 +90,8 @@ def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
     if flags.hours is not None and shape.devices > 1:
         raise ConfigError("--hours plans for one card; leave out --devices and --mesh")
     target.prepare_environment()
-    from jaxgpt.hardware.mesh import for_shape
-    from jaxgpt.hardware.planner import Planner
+    from jaxgpt.planning.planner import Planner
+    from jaxgpt.training.sharding import for_shape
 
     why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
     try:

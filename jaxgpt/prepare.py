@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.cli import fail
-from jaxgpt.console import unfailing_output
+from jaxgpt.config.command_line import fail
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import PROG, Flags, parse
+from jaxgpt.run.console import unfailing_output
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -59,11 +59,11 @@ def _stop(number: int, _: object) -> None:
 
 def run(flags: Flags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
-    from jaxgpt.preparation.folder import open_folder
-    from jaxgpt.preparation.inspection import inspect
-    from jaxgpt.preparation.ready import fetch_ready
-    from jaxgpt.preparation.summary import announce, merge
-    from jaxgpt.preparation.text import prepare_text
+    from jaxgpt.preparation.inspect_folder import inspect
+    from jaxgpt.preparation.manifest import announce, merge
+    from jaxgpt.preparation.output_folder import open_folder
+    from jaxgpt.preparation.pipeline import prepare_text
+    from jaxgpt.preparation.pretokenized import fetch_ready
 
     if flags.inspect:
         return inspect(Path(flags.inputs[0]).expanduser(), flags.tokenizer)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt import cli
-from jaxgpt.config import ConfigError, FloatIfSet
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import ConfigError, FloatIfSet
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
-from jaxgpt.weights import Weights, WeightsFlags, build_network, open_weights, prepare_device
+from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
 FROM_FILE = "FILE:"

@@ -12,25 +12,27 @@ from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 
-from jaxgpt import cli, report, resume
-from jaxgpt.config import Config, ConfigError, IntIfSet, TextIfSet, flat_values, with_fields
-from jaxgpt.console import RunConsole, unfailing_output, waiting
-from jaxgpt.data.benchmarks import load_benchmarks
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.fields import Config, ConfigError, IntIfSet, TextIfSet, flat_values, with_fields
+from jaxgpt.config.resolve import resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
+from jaxgpt.data.tasks import load_benchmarks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, out_of_memory_in_words
-from jaxgpt.hardware import device as hardware
-from jaxgpt.hardware.compile_cache import prepare_compile_cache
-from jaxgpt.hardware.gpus import visible_cards
-from jaxgpt.pretrained import load_start, start_from
-from jaxgpt.resolve import resolve
-from jaxgpt.training.lock import RunLock
-from jaxgpt.training.processes import Address, Asked, Edge, join
-from jaxgpt.training.stalls import StallWatch
-from jaxgpt.training.stopping import LEFT_AT_ONCE, StopRequest
+from jaxgpt.planning.gpus import visible_cards
+from jaxgpt.run import device as hardware
+from jaxgpt.run import folder as resume
+from jaxgpt.run import report
+from jaxgpt.run.compile_cache import prepare_compile_cache
+from jaxgpt.run.console import RunConsole, unfailing_output, waiting
+from jaxgpt.run.lock import RunLock
+from jaxgpt.run.processes import Address, Asked, Edge, join
+from jaxgpt.run.signals import LEFT_AT_ONCE, StopRequest
+from jaxgpt.run.watchdog import StallWatch
+from jaxgpt.weights.init_from import load_start, start_from
 
 PROG = "python -m jaxgpt.train"
 
@@ -97,15 +99,15 @@ def run(
         tell = cli.warn if processes.is_main else say_nothing
         jax = hardware.import_jax()
 
-        from jaxgpt.hardware.fit import smaller
-        from jaxgpt.hardware.mesh import choose_layout
-        from jaxgpt.hardware.preflight import prepare_to_run
         from jaxgpt.model.attention import compute_capability
         from jaxgpt.model.generate import Generator, Sampling
-        from jaxgpt.training.benchmarks import score_benchmarks
-        from jaxgpt.training.checkpoint import Checkpoints
+        from jaxgpt.planning.fit import smaller
+        from jaxgpt.run.checkpoint import Checkpoints
+        from jaxgpt.run.metrics import MetricsLog, NoLog
+        from jaxgpt.run.preflight import prepare_to_run
         from jaxgpt.training.evaluation import evaluate
-        from jaxgpt.training.metrics import MetricsLog, NoLog
+        from jaxgpt.training.scoring import score_benchmarks
+        from jaxgpt.training.sharding import choose_layout
         from jaxgpt.training.step import Metrics
 
         cfg, layout = choose_layout(cfg, hardware.choose_devices(cfg))

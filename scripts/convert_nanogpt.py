@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config.fields import ModelConfig
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import write_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.model.huggingface import save_model
+from jaxgpt.weights.huggingface import save_model
 
 COMPILED = "_orig_mod."  # before every name, where torch.compile was at work
 # nanoGPT pads GPT-2's 50,257 ids to 50,304 and leaves the others in its softmax; no text has them.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.errors import UserError
-from jaxgpt.training.records import METRICS_FILE, read_metrics
+from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
 FORMATS = (".png", ".svg")
 POINTS = 1000  # in one curve; where there are more, each is the mean of its neighbours

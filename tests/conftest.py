@@ -17,12 +17,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxgpt.config import ModelConfig
+from helpers.trees import TINY
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -30,10 +27,6 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)  # of no effect here, and the default in children
-
-TINY = ModelConfig(
-    n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False
-)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +63,7 @@ def exported(tiny_run: Path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fineweb_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three parquet files with FineWeb's columns, 0.9 MB of text."""
-    from preparing import build
+    from helpers.preparing import build
 
     folder = tmp_path_factory.mktemp("fineweb-like")
     build(folder, files=3, n_bytes=900_000, row_group=40)
@@ -80,7 +73,7 @@ def fineweb_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(fineweb_like: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run makes of them that nothing interrupted."""
-    from preparing import SMALL, prepare
+    from helpers.preparing import SMALL, prepare
 
     out = tmp_path_factory.mktemp("prepared") / "out"
     assert prepare(fineweb_like, "--out", out, *SMALL, "--workers", "1") == 0
@@ -100,8 +93,7 @@ def texts(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory) -> Path:
     """A run of eight steps, with checkpoints at 4 and 8; tests take copies of it."""
-    from small_runs import STEPS
-    from test_train import train
+    from helpers.runs import STEPS, train
 
     out_dir = tmp_path_factory.mktemp("runs") / "straight"
     assert train(out_dir, *STEPS) == 0
@@ -116,7 +108,7 @@ def run(straight: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def refused(capsys):
     """The answer to a run that ends with exit code 2."""
-    from test_train import train
+    from helpers.runs import train
 
     def answer(out_dir: Path, *flags: str) -> str:
         capsys.readouterr()
@@ -129,12 +121,3 @@ def refused(capsys):
         return err
 
     return answer
-
-
-def assert_trees_equal(a, b) -> None:
-    """Every leaf of two pytrees is equal bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.data.writing import whole_file
 from jaxgpt.errors import UserError
+from jaxgpt.files import whole_file
 
 # llm.c dev/data/data_common.py: 256 int32 [magic, version, tokens, 0, ...], then uint16 tokens.
 MAGIC = 20240520

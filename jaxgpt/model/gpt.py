@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig, Remat
+from jaxgpt.config.fields import ModelConfig, Remat
 from jaxgpt.model.attention import Attend
 from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.layer_norm import LayerNorm, normalize

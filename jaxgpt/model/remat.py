@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config import Remat
+from jaxgpt.config.fields import Remat
 
 
 def rematerialized(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

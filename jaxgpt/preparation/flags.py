@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxgpt.cli import parse_command
-from jaxgpt.config import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
+from jaxgpt.config.command_line import parse_command
+from jaxgpt.config.fields import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
 
 PROG = "python -m jaxgpt.prepare"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from jaxgpt.data.manifest import sha256_of
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import DATASETS
+from jaxgpt.preparation.hub_retry import retrying
 from jaxgpt.preparation.inputs import READABLE, Input, first_line, kind_of
-from jaxgpt.preparation.patience import retrying
 
 # Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
 FOLDERS = {

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.data.writing import write_json
 from jaxgpt.errors import UserError
+from jaxgpt.files import write_json
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
 

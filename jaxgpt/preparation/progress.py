@@ -6,7 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.filesize import decimal
 
-from jaxgpt.console import duration, make_bar
+from jaxgpt.run.console import duration, make_bar
 
 LINE_SECONDS = 30  # between two lines where no bar can be drawn
 

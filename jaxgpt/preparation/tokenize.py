@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.data.writing import whole_file
 from jaxgpt.errors import UserError
+from jaxgpt.files import whole_file
 from jaxgpt.preparation.documents import (
     LongText,
     ReadOptions,

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config import ModelConfig, OptimizerConfig, Remat
+from jaxgpt.config.fields import ModelConfig, OptimizerConfig, Remat
 from jaxgpt.model.attention import compute_capability, pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.layout import OneDevice
-from jaxgpt.training.optim import make_accumulator, make_optimizer, make_schedule
+from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import (
     TrainState,
     init_state,

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxgpt.model.gpt import Gather, Params, merge_shards
 from jaxgpt.model.loss import mean_cross_entropy, token_losses, token_scores
-from jaxgpt.training.optim import grad_norm
+from jaxgpt.training.optimizer import grad_norm
 from jaxgpt.training.spikes import add_to_history, is_spike, no_history
 
 

@@ -1,7 +1,7 @@
 """The novels and the GPT-2 vocabulary that travel inside the package, for runs without a network.
 
-Both files come out of `scripts/build_embedded_data.py`. The hashes are of the decompressed bytes,
-because two releases of xz may pack the same bytes differently.
+Both files come out of `benchmarks/build_embedded_data.py`. The hashes are of the decompressed
+bytes, because two releases of xz may pack the same bytes differently.
 """
 
 import hashlib

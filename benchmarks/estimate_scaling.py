@@ -1,0 +1,101 @@
+"""What several hosts of eight H100s would make of a preset, on paper.
+
+    python benchmarks/estimate_scaling.py
+
+A step's time is its computing, as `jaxgpt.plan` predicts it for one card, plus its messages, as
+docs/scaling.md counts them in the compiled program, with nothing of the one done during the other.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.presets import load_preset
+from jaxgpt.config.resolve import resolve
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.planning.gpus import find_gpu
+from jaxgpt.planning.speed import tokens_per_second
+from jaxgpt.training.sharding import for_shape
+
+A_HOST = 8
+# Bytes a second at which every card of a ring passes on what it has: two thirds of an NVLink
+# generation's 450e9 in each direction; four fifths of a host's links to others, for all its cards.
+INSIDE = 300e9
+LINKS = {"8 x 400 Gb/s": 0.8 * 8 * 50e9, "1 x 100 Gb/s": 0.8 * 12.5e9}
+
+
+class Seconds(NamedTuple):
+    """Of one step."""
+
+    computing: float
+    inside: float  # messages inside hosts
+    between: float  # and between them
+
+
+def seconds(cfg: Config, hosts: int, between: float) -> Seconds:
+    """A step of `cfg`, whose fsdp stays inside a host."""
+    shape, m = parse_mesh(cfg.mesh), cfg.model
+    N, A = m.parameter_count(), cfg.gradient_accumulation_steps or 1
+    ends = ((m.vocab_size or 0) + m.block_size) * m.n_embd
+    rate = tokens_per_second(cfg, find_gpu("h100"))
+    assert rate is not None
+    # Ring algorithms: a gather or a scatter passes on all but a card's own share, an all-reduce
+    # does both.
+    share = (shape.fsdp - 1) / shape.fsdp
+    times = {"none": 1, "light": 2, "full": 2}[cfg.remat]  # a block's weights are gathered
+    gathered = 2 * times * (N - ends) + 4 * ends
+    inside = A * share * (gathered + 4 * N) / INSIDE
+    # Once a step, over those that hold the same: inside a host if there is but one.
+    groups = 2 * (shape.data - 1) / shape.data * 4 * N
+    if hosts == 1:
+        return Seconds(cfg.tokens_per_step / rate, inside + groups / shape.fsdp / INSIDE, 0.0)
+    return Seconds(cfg.tokens_per_step / rate, inside, groups / between)
+
+
+def cases() -> Iterator[tuple[Config, int]]:
+    """(configuration, hosts)."""
+    for preset, most in (("80gb-350m", 64), ("24gb-1558m", 16)):
+        for hosts in (1, 8, 64):
+            devices = A_HOST * hosts
+            for shape in (MeshShape(data=devices), MeshShape(data=hosts, fsdp=A_HOST)):
+                cfg = resolve(load_preset(preset), load_tokenizer("gpt2"))
+                B = min(most, cfg.effective_batch_size // devices)
+                remat = "full" if preset == "24gb-1558m" else "none"
+                cfg = with_fields(
+                    cfg,
+                    dtype="bfloat16",
+                    state_dtype="float32",
+                    batch_size=B,
+                    remat=remat,
+                    gradient_accumulation_steps=None,
+                )
+                yield for_shape(cfg, shape), hosts
+
+
+def main() -> int:
+    print(
+        "| model | GPUs | mesh | batch_size x accumulation | computing | messages inside |", end=""
+    )
+    print("".join(f" between, {name} | efficiency |" for name in LINKS))
+    print("|" + "---|" * (6 + 2 * len(LINKS)))
+    for cfg, hosts in cases():
+        by_link = [seconds(cfg, hosts, speed) for speed in LINKS.values()]
+        computing, inside, _ = by_link[0]
+        cells = [
+            f"{cfg.model.parameter_count() / 1e6:.0f}M",
+            f"{A_HOST * hosts}",
+            f"{cfg.mesh}",
+            f"{cfg.batch_size} x {cfg.gradient_accumulation_steps}",
+            f"{1e3 * computing:.0f} ms",
+            f"{1e3 * inside:.1f} ms",
+        ]
+        for step in by_link:
+            cells += [f"{1e3 * step.between:.1f} ms", f"{computing / sum(step):.0%}"]
+        print(f"| {' | '.join(cells)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Make tests/golden/: small random GPT-2s as transformers saves them, and the logits it gives.
+
+    python benchmarks/make_golden_logits.py        # needs torch and transformers
+
+The tests compare ours with these numbers where transformers is not installed. Weights and biases
+are large, so that every part of the network shows in the logits.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+SHAPES = {
+    "tanh-2x2x16": {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 61},
+    "erf-1x4x32": {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_positions": 8, "vocab_size": 40},
+    "tanh-5x1x8": {"n_layer": 5, "n_head": 1, "n_embd": 8, "n_positions": 20, "vocab_size": 17},
+}
+
+
+def main() -> None:
+    for name, shape in SHAPES.items():
+        folder = GOLDEN / name
+        model = random_gpt2(shape, activation="gelu" if name.startswith("erf") else "gelu_new")
+        tokens_BT = np.random.default_rng(0).integers(
+            0, shape["vocab_size"], (2, shape["n_positions"])
+        )
+        with torch.no_grad():
+            logits_BTV = model(torch.tensor(tokens_BT)).logits.numpy()
+        model.save_pretrained(folder)
+        np.savez_compressed(folder / "logits.npz", tokens=tokens_BT, logits=logits_BTV)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        (folder / "model.safetensors").chmod(0o644)
+        print(f"{folder}: logits from {logits_BTV.min():.2f} to {logits_BTV.max():.2f}")
+
+
+def random_gpt2(shape: dict[str, int], activation: str) -> transformers.GPT2LMHeadModel:
+    """A GPT-2 whose every parameter is random, biases and norms too."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        **shape, activation_function=activation, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        is_scale = ".ln_" in name and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(is_scale), std=0.5)
+    return model
+
+
+if __name__ == "__main__":
+    main()

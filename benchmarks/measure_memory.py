@@ -1,0 +1,215 @@
+"""Compile training steps for cards that need not be here, and write down what memory they need.
+
+    pip install -e '.[plan]'
+    python benchmarks/measure_memory.py --json benchmarks/results/memory.json
+    python benchmarks/measure_memory.py --table        # the README's table, from that file
+
+Three lists: every preset on the smallest card of its tier and on those it names; the five tiers
+with each remat; shapes of many sizes, which the estimate of `jaxgpt.plan` is held against.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from jaxgpt.config.fields import Config, ModelConfig, with_fields
+from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.resolve import resolve
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.planning import target
+from jaxgpt.planning.gpus import GIB, find_gpu
+
+ROOT = Path(__file__).absolute().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
+# The smallest card that a tier's presets must fit, then those that people have.
+CARDS = {
+    80: ("h100", "a100-80gb"),
+    48: ("l40s", "a6000"),
+    24: ("a10g", "rtx3090", "rtx4090"),
+    16: ("rtx5080", "rtx4080"),
+    12: ("rtx3080", "rtx4070ti"),
+}
+TIERS = {
+    "80gb": "a100-80gb",
+    "48gb": "a6000",
+    "24gb": "rtx4090",
+    "16gb": "rtx4080",
+    "12gb": "rtx4070ti",
+}
+REMATS = ("none", "light", "full")
+MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
+ACCUMULATION = 4  # of the free shapes; memory does not depend on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One shape for the estimate to be held against."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    batch_size: int
+    block_size: int = 1024
+    gpu: str = "rtx4090"
+    bias: bool = False
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+    scan_layers: bool = False
+
+
+SHAPES = (
+    Shape(12, 12, 768, 8),
+    Shape(12, 12, 768, 2),
+    Shape(6, 6, 384, 16, block_size=512),
+    Shape(4, 4, 256, 64, block_size=256),
+    Shape(12, 12, 768, 8, bias=True),
+    Shape(12, 12, 768, 8, dropout=0.1),
+    Shape(24, 16, 1024, 8, scan_layers=True, state_dtype="bfloat16"),
+    Shape(6, 6, 384, 8, dtype="float32", gpu="t4"),
+    Shape(12, 12, 768, 4, dtype="float32", gpu="t4"),
+)
+
+
+def runs() -> Iterator[tuple[str, str, Config]]:
+    """(list, card, configuration) of everything that is measured."""
+    tokenizer = load_tokenizer("gpt2")
+    for name in preset_names():
+        cfg = load_preset(name)
+        for gpu in CARDS.get(cfg.vram_gb or 0, ()):
+            yield "presets", gpu, with_fields(resolve(cfg, tokenizer), dtype="bfloat16")
+    for name, gpu in TIERS.items():
+        for remat in REMATS:
+            cfg = resolve(load_preset(name), tokenizer)
+            yield "tiers", gpu, with_fields(cfg, dtype="bfloat16", remat=remat)
+    for shape in SHAPES:
+        for remat in REMATS:
+            yield "shapes", shape.gpu, config_of(shape, remat)
+
+
+def config_of(shape: Shape, remat: str) -> Config:
+    """The configuration of a free shape."""
+    values = dataclasses.asdict(shape)
+    del values["gpu"]
+    return with_fields(
+        Config(model=ModelConfig(vocab_size=50304, n_vocab=50257)),
+        **values,
+        remat=remat,
+        effective_batch_size=ACCUMULATION * shape.batch_size,
+        gradient_accumulation_steps=ACCUMULATION,
+    )
+
+
+def record(kind: str, gpu: str, cfg: Config, peak_bytes: int) -> dict[str, Any]:
+    """One measurement, with all that it depends on."""
+    m = cfg.model
+    return {
+        "list": kind,
+        "gpu": gpu,
+        "preset": cfg.preset if kind != "shapes" else None,
+        "parameters": m.parameter_count(),
+        **{name: getattr(m, name) for name in MODEL_FIELDS},
+        "batch_size": cfg.batch_size,
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "remat": cfg.remat,
+        "scan_layers": cfg.scan_layers,
+        "dtype": cfg.dtype,
+        "state_dtype": cfg.optimizer.state_dtype,
+        "peak_bytes": peak_bytes,
+    }
+
+
+def config_from(row: dict[str, Any]) -> Config:
+    """The configuration that a record was made from."""
+    names = [
+        *MODEL_FIELDS,
+        "batch_size",
+        "gradient_accumulation_steps",
+        "remat",
+        "scan_layers",
+        "dtype",
+    ]
+    values = {name: row[name] for name in [*names, "state_dtype"]}
+    effective = row["batch_size"] * row["gradient_accumulation_steps"]
+    return with_fields(Config(), **values, effective_batch_size=effective, n_vocab=50257)
+
+
+def measure_all(path: Path, only: str | None) -> None:
+    """Measure what `path` does not hold yet, writing after each."""
+    target.prepare_environment()
+    from jaxgpt.planning import memory
+
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = {json.dumps({**row, "peak_bytes": 0}) for row in rows}
+    for kind, gpu, cfg in runs():
+        if only not in (None, kind) or json.dumps(record(kind, gpu, cfg, 0)) in known:
+            continue
+        need = memory.measure(cfg, target.card_device(find_gpu(gpu)))
+        rows.append(record(kind, gpu, cfg, need.peak_bytes))
+        print(f"{kind:8} {gpu:10} {cfg.preset:11} {cfg.remat:5} {need.peak_bytes / GIB:6.2f} GiB")
+        sys.stdout.flush()
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+        command = "python benchmarks/measure_memory.py --json benchmarks/results/memory.json"
+        text = json.dumps({"command": command, "versions": versions, "rows": rows}, indent=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The presets as the README shows them: one line each, on the best-known card of its tier."""
+    from jaxgpt.planning.memory import capacity_of
+    from jaxgpt.planning.speed import HOUR, tokens_per_second
+
+    lines = [
+        "| preset | parameters | n_layer / n_head / n_embd | batch_size x accumulation | remat | "
+        "needs | card: free of its pool | learning_rate | tokens, a parameter | days there |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in preset_names():
+        cfg = resolve(load_preset(name), load_tokenizer("gpt2"))
+        here = {r["gpu"]: r for r in rows if r["list"] == "presets" and r["preset"] == name}
+        if not here:
+            continue
+        gpu = find_gpu(CARDS[cfg.vram_gb or 0][-1])
+        peak, m = here[gpu.key]["peak_bytes"], cfg.model
+        tokens = cfg.tokens_per_step * cfg.max_iters
+        rate = tokens_per_second(with_fields(cfg, dtype="bfloat16"), gpu)
+        cells = (
+            f"`{name}`",
+            f"{m.parameter_count() / 1e6:.1f}M",
+            f"{m.n_layer} / {m.n_head} / {m.n_embd}",
+            f"{cfg.batch_size} x {cfg.gradient_accumulation_steps}",
+            cfg.remat,
+            f"{peak / GIB:.1f} GiB",
+            f"{gpu.name}: {(capacity_of(gpu) - peak) / GIB:.1f} GiB",
+            f"{cfg.optimizer.learning_rate:g}",
+            f"{tokens / 1e9:.1f}B, {tokens / m.parameter_count():.0f}",
+            "?" if rate is None else f"{tokens / rate / HOUR / 24:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are")
+    parser.add_argument("--only", choices=("presets", "tiers", "shapes"))
+    parser.add_argument("--table", action="store_true", help="print the README's table and stop")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(json.loads(args.json.read_text())["rows"]))
+    else:
+        measure_all(args.json, args.only)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

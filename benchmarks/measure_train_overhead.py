@@ -1,0 +1,179 @@
+"""What `train` adds to the step that `bench` times, and how many tokens its loader can feed.
+
+    python benchmarks/measure_train_overhead.py --json benchmarks/results/train-overhead.json
+
+`loader`: batches of the 24gb preset (16 x 32 windows of 1,025 tokens) from token files that lie on
+the disk and, as far as Linux can be asked to, not in memory, read one after another.
+
+`host`: seconds of a step that go into reading its metrics, the log and the progress bar, at the
+preset's log_interval; and the share of a core that drawing the bar takes.
+
+`checkpoint`: seconds for which the loop stands still while a checkpoint of the preset's model is
+begun (the copy that the background writes from), and until it is on the disk.
+
+No GPU is needed and none is used. The sum is held against the preset's own step on an RTX 4090 at a
+published MFU, as if nothing of it ran beside the device, which the loader and the bar do.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config.fields import Config, flat_values, with_fields
+from jaxgpt.config.presets import load_preset
+from jaxgpt.config.resolve import resolve
+from jaxgpt.data.loader import WindowLoader, prefetch
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.planning.gpus import find_gpu
+from jaxgpt.planning.speed import mfu_of, tokens_per_second
+from jaxgpt.run.console import RunConsole
+from jaxgpt.run.device import versions
+from jaxgpt.run.metrics import MetricsLog
+from jaxgpt.run.report import Reporter
+
+CARD = "rtx4090"
+BAR_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=float, default=500e6, help="in the token files")
+    parser.add_argument("--steps", type=int, default=40, help="batches that are read")
+    parser.add_argument("--folder", type=Path, help="where the files are made, on a real disk")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args(argv)
+    if args.tokens < 1e6 or args.steps < 1:
+        parser.error("--tokens must be at least 1e6 and --steps at least 1")
+    cfg = resolve(load_preset("24gb"), load_tokenizer("gpt2"))
+    cfg = with_fields(cfg, dtype="bfloat16")
+    step_seconds = cfg.tokens_per_step / tokens_per_second(cfg, find_gpu(CARD))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        loader = measure_loader(cfg, Path(folder), int(args.tokens), args.steps)
+        host, bar = measure_host(cfg, Path(folder))
+        checkpoint = measure_checkpoint(with_fields(cfg, dtype="float32"), Path(folder))
+    shares = {
+        "loader": loader["seconds_per_batch"] / step_seconds,
+        "metrics and log": host / step_seconds,
+        "drawing the bar": bar,
+        "checkpoint": checkpoint["seconds"] / (60 * cfg.checkpoint_minutes),
+    }
+    mfu = mfu_of(find_gpu(CARD))
+    assert mfu is not None
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/measure_train_overhead.py", *argv]),
+        "versions": versions(),
+        "cores": os.cpu_count(),
+        "loader": loader,
+        "host_seconds_per_step": host,
+        "checkpoint": checkpoint,
+        "step_seconds": step_seconds,
+        "step_seconds_are": f"predicted for one {CARD}, MFU {mfu.value:g}, {mfu.source}",
+        "shares": shares,
+        "share_together": sum(shares.values()),
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure_loader(cfg: Config, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
+    """Batches from files that were put out of memory, through the thread that `train` reads by."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(max(1, tokens // 100_000_000)):  # the size of a shard
+        path = folder / f"train_{number:06}.bin"
+        write_shard(path, rng.integers(0, 50_257, min(tokens, 100_000_000), np.uint16))
+        paths.append(path)
+    forgotten = [forget(path) for path in paths]
+    loader = WindowLoader(
+        load_split(folder, "train", 50_257), cfg.model.block_size, 50_257, cfg.seed
+    )
+    A = cfg.gradient_accumulation_steps or 1
+    begin = time.perf_counter()
+    with prefetch(lambda i: loader.batch(i, A, cfg.batch_size), 0, steps) as batches:
+        for _ in batches:
+            pass
+    seconds = (time.perf_counter() - begin) / steps
+    return {
+        "tokens_in_files": len(loader.tokens),
+        "files_were_cold": all(forgotten),
+        "seconds_per_batch": seconds,
+        "tokens_per_second": cfg.tokens_per_step / seconds,
+    }
+
+
+def forget(path: Path) -> bool:
+    """Have Linux drop a file from its page cache; whether it can be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+    return True
+
+
+def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> tuple[float, float]:
+    """(seconds a step of metrics, log and bar, share of a core that drawing the bar takes)."""
+    device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
+    metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
+    os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        MetricsLog(folder / "run") as log,
+        RunConsole(0, steps, cfg.eval_interval) as console,
+    ):
+        assert console.console.is_terminal
+        reporter = Reporter(cfg, device, log, console, 0)
+        seconds = []
+        for first in range(0, steps, cfg.log_interval):
+            begin = time.perf_counter()
+            for step in range(first + 1, first + cfg.log_interval + 1):
+                reporter.log_if_due(step, reporter.read(step, metrics))
+            seconds.append((time.perf_counter() - begin) / cfg.log_interval)
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(BAR_SECONDS)
+        share = (time.process_time() - used) / (time.perf_counter() - begin)
+    return statistics.median(seconds), share
+
+
+def measure_checkpoint(cfg: Config, folder: Path) -> dict[str, float]:
+    """Seconds that saving the state of `cfg` holds the loop up, and until it is on the disk."""
+    import jax
+
+    from jaxgpt.planning.memory import build_for
+    from jaxgpt.run.checkpoint import Checkpoints
+
+    state = jax.block_until_ready(build_for(cfg, jax.devices("cpu")[0]).init())
+    with Checkpoints(folder / "saved", cfg.keep_checkpoints) as checkpoints:
+        begin = time.perf_counter()
+        checkpoints.begin(state, config=flat_values(cfg), data={})
+        still = time.perf_counter() - begin
+        checkpoints.finish()
+        checkpoints.wait()
+        return {"seconds_standing_still": still, "seconds": time.perf_counter() - begin}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a step needs on a card, and how long it takes there."""

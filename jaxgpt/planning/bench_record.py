@@ -1,0 +1,95 @@
+"""What a measurement says: how it was made, and the figures that follow from it."""
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from jaxgpt.config.fields import Config
+from jaxgpt.planning.gpus import GIB, lookup_gpu
+from jaxgpt.planning.speed import model_flops_per_token, peak_of, reached_mfu
+from jaxgpt.run import device as hardware
+from jaxgpt.run.console import print_table
+
+# 6 N + 12 L D T in words, beside the peak it is divided by.
+MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16 peak"
+
+
+def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
+    """What was run, where and when."""
+    m = cfg.model
+    shape = {name: getattr(m, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "versions": hardware.versions(),
+        "preset": cfg.preset,
+        "parameters": m.parameter_count(),
+        **shape,
+        "vocab_size": m.vocab_size,
+        "bias": m.bias,
+        "dropout": m.dropout,
+        "mesh": cfg.mesh,
+        "batch_size": cfg.batch_size,
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "batch": cfg.batch_in_words,
+        "tokens_per_step": cfg.tokens_per_step,
+        "dtype": cfg.dtype,
+        "optimizer": cfg.optimizer.optimizer,
+        "state_dtype": cfg.optimizer.state_dtype,
+        "remat": cfg.remat,
+        "scan_layers": cfg.scan_layers,
+        "deterministic": cfg.deterministic,
+    }
+
+
+def speeds(cfg: Config, device: Any, step_seconds: Sequence[float]) -> dict[str, Any]:
+    """The median over windows, their spread, and what follows."""
+    seconds = statistics.median(step_seconds)
+    tokens_per_second = cfg.tokens_per_step / seconds
+    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype, cfg.device_count)
+    mfu = None if peak_flops is None else reached_mfu(tokens_per_second, cfg.model, peak_flops)
+    return {
+        "step_ms": 1e3 * seconds,
+        "step_ms_windows": [1e3 * s for s in step_seconds],
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": model_flops_per_token(cfg.model),
+        "mfu": mfu,
+        "mfu_peak_flops": peak_flops,
+        "mfu_formula": None if mfu is None else MFU_FORMULA,
+    }
+
+
+def memory(device: Any, compiled: int) -> dict[str, Any]:
+    """Bytes at the worst moment: of the whole process, and of the step as it was compiled."""
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "peak_bytes": compiled if used is None else used,
+        "peak_bytes_from": "compiled memory_analysis" if used is None else "memory_stats",
+        "compiled_peak_bytes": compiled,
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A short table."""
+    r = result
+    spread = (max(r["step_ms_windows"]) - min(r["step_ms_windows"])) / r["step_ms"]
+    rows = {
+        "device": f"{r['device']} ({r['platform']}), jax {r['versions']['jax']}",
+        "model": f"{r['parameters']:,} parameters, {r['dtype']}, remat {r['remat']}",
+        "attention": r["attention"],
+        "step": f"{r['batch']}; {r['tokens_per_step']:,} tokens of {r['data']}",
+        "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
+        f"of {r['steps_per_window']} steps, which lie within {spread:.1%}",
+        "speed": f"{r['tokens_per_second']:,.0f} tokens/s",
+        "MFU": "none: the card's bf16 peak is unknown, or the products are not in bfloat16"
+        if r["mfu"] is None
+        else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
+        "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"
+        f", {r['compiled_peak_bytes'] / GIB:.2f} GiB compiled",
+        "start": f"{r['compile_seconds']:.1f} s compiling "
+        f"({r['programs_from_cache']} programs from the cache), {r['first_step_seconds']:.1f} s to "
+        "the end of the first step",
+    }
+    print_table(f"jaxgpt bench {r['preset']}", rows)

@@ -1,0 +1,255 @@
+"""What one training step needs of a card's memory, and a run of the host's.
+
+`measure` compiles the very step that `train` runs and reads XLA's figure. `estimate` is arithmetic,
+for where there is no compiler or a hundred shapes to try; `benchmarks/measure_memory.py` holds it
+against the compiler, and a test holds it to ESTIMATE_ERROR.
+
+Neither counts what lies outside JAX's pool: the CUDA context and the desktop, for which `capacity`
+leaves a share of the card.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxgpt.config.fields import Config
+from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.errors import UserError
+from jaxgpt.model.attention import cudnn_attention, pick_attention
+from jaxgpt.model.loss import CHUNK_ROWS
+from jaxgpt.planning import target
+from jaxgpt.planning.gpus import GIB, Gpu
+from jaxgpt.run.device import MEMORY_SHARE
+from jaxgpt.training.build import Training, build_training, compile_train_step
+from jaxgpt.training.layout import OneDevice
+
+# Of a pool that is full to here the allocator still finds room for cuBLAS's workspace and for its
+# own gaps.
+RESERVE_BYTES = GIB // 2
+# Largest deviation of `estimate` from the compiler over benchmarks/results/memory.json.
+ESTIMATE_ERROR = 0.10
+
+
+class TooLargeError(UserError):
+    """A step, an evaluation or a checkpoint that does not fit; names what would."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that a run needs, and how they are known."""
+
+    peak_bytes: int  # on the device, at the worst moment of a step
+    host_bytes: int  # in the host's memory, while a checkpoint is written
+    breakdown_bytes: dict[str, int]  # of the peak; what is not itemized is workspace
+    method: Literal["compiled", "estimated"]
+
+    def fits(self, capacity: int) -> bool:
+        """Whether a pool of `capacity` bytes holds it; an estimate has to leave room for error."""
+        margin = ESTIMATE_ERROR * self.peak_bytes if self.method == "estimated" else 0
+        return self.peak_bytes + margin + RESERVE_BYTES <= capacity
+
+
+def capacity_of(gpu: Gpu) -> int:
+    """Bytes of JAX's pool on a card: the share that `train` takes of what the driver reports."""
+    return int(gpu.memory_bytes * float(MEMORY_SHARE))
+
+
+def state_bytes(cfg: Config) -> dict[str, int]:
+    """Bytes of what each device keeps: parameters, the optimizer's moments, the accumulator."""
+    return _state_bytes(cfg, parse_mesh(cfg.mesh).fsdp)
+
+
+def host_bytes(cfg: Config) -> int:
+    """Bytes of a checkpoint's copy on the host: all of the state but the empty accumulator."""
+    kept = _state_bytes(cfg, shares=1)
+    return kept["parameters"] + kept["optimizer"]
+
+
+def _state_bytes(cfg: Config, shares: int) -> dict[str, int]:
+    """Of one of the shares that matrices and embeddings are cut into; norms and biases are not."""
+    m, width = cfg.model, jnp.dtype(cfg.optimizer.state_dtype).itemsize
+    assert m.vocab_size is not None
+    in_blocks = 12 * m.n_layer * m.n_embd**2  # of D x 3D, D x D, D x 4D and 4D x D
+    cut = in_blocks + (m.vocab_size + m.block_size) * m.n_embd
+    N = m.parameter_count() - cut + cut // shares
+    # AdamW has two moments, Muon one of the matrices in the blocks.
+    moments = 2 * N - (in_blocks // shares if cfg.optimizer.optimizer == "muon" else 0)
+    return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
+
+
+# ---------------------------------------------------------------- estimated
+
+
+def estimate(cfg: Config) -> Need:
+    """A step's memory by arithmetic; `cfg` must have its vocabulary and dtype resolved."""
+    parts = {**state_bytes(cfg), **_transient_bytes(cfg)}
+    return Need(
+        peak_bytes=sum(parts.values()),
+        host_bytes=host_bytes(cfg),
+        breakdown_bytes=parts,
+        method="estimated",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    # Bytes in bfloat16 for each token and unit of width, fitted to benchmarks/results/memory.json.
+    per_layer: float  # until the layer's backward pass
+    at_the_head: float  # besides, while the loss is computed
+    in_a_block: float  # besides, while one block's backward pass is under way
+    per_layer_plain: float  # as per_layer where attention is plain, and besides, of scores_BNTS:
+    scores_per_layer: float
+    scores_in_a_block: float
+    copies: float  # share of the weights whose copies in the products' dtype are alive at the peak
+
+
+KEPT = {
+    # The linear layers' and norms' inputs and outputs.
+    "none": _Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6),
+    # Those of the products and of flash attention; plain attention's are computed again.
+    "light": _Kept(21, 0, 0, 16, 0, 2, copies=0),
+    # The block's input alone.
+    "full": _Kept(2, 10, 38, 2, 0, 3, copies=0.2),
+}
+STACKED = 0.85  # share of the weights that a scan over layers has a second copy of
+DROPOUT_KEPT = {"none": 4.0, "light": 0.6, "full": 0.0}  # the masks, likewise
+
+
+def _transient_bytes(cfg: Config) -> dict[str, int]:
+    m, kept = cfg.model, KEPT[cfg.remat]
+    assert m.vocab_size is not None
+    width = jnp.dtype(cfg.dtype).itemsize
+    rows = cfg.batch_size * m.block_size
+    attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.n_embd // m.n_head)
+    flash = attend is cudnn_attention
+    scores = 0 if flash else 4 * rows * m.n_head * m.block_size
+    BTD = rows * m.n_embd * width / 2
+    logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size
+    copy = width if cfg.dtype != "float32" else 0  # of a weight, for the products
+    head = m.vocab_size * m.n_embd * (4 + copy)  # the embedding's gradient in float32, its copy
+    N, fsdp = m.parameter_count(), parse_mesh(cfg.mesh).fsdp
+    copies = kept.copies * copy * N
+    if cfg.scan_layers:  # shards are stacked as they are, in float32
+        copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
+    per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
+    per_layer += kept.scores_per_layer * scores
+    per_layer += DROPOUT_KEPT[cfg.remat] * BTD if m.dropout else 0
+    at_the_head = kept.at_the_head * BTD + logits
+    in_a_block = kept.in_a_block * BTD + kept.scores_in_a_block * scores
+    return {
+        "activations": int(m.n_layer * per_layer + max(in_a_block, at_the_head) - logits),
+        "logits": int(logits),
+        "workspace": int(head + copies),
+    }
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def build_for(
+    cfg: Config,
+    device: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+    layout: OneDevice | None = None,
+) -> Training:
+    """The training that `cfg` describes, on `device` or over `layout`: what `train` runs and `plan`
+    measures."""
+    return build_training(
+        cfg.model,
+        cfg.optimizer,
+        max_iters=cfg.max_iters,
+        accumulation=cfg.gradient_accumulation_steps or 1,
+        dtype=cfg.dtype,
+        seed=cfg.seed,
+        device=device,
+        layout=layout,
+        remat=cfg.remat,
+        scan_layers=cfg.scan_layers,
+        skip_spikes=cfg.skip_spikes,
+        compiler_options=compiler_options,
+    )
+
+
+def need_of(cfg: Config, train_step: Any, eval_step: Any = None) -> Need:
+    """What compiled steps need; an evaluation runs with the whole state in memory beside it."""
+    kept = state_bytes(cfg)
+    peak = _bytes_of(train_step)
+    if eval_step is not None:
+        peak = max(peak, _bytes_of(eval_step) + sum(kept.values()) - kept["parameters"])
+    parts = {**kept, **_transient_bytes(cfg)}
+    del parts["workspace"]
+    # The compiler tells one sum. What is known for certain comes first, the rest shares what is
+    # left of it.
+    left = peak - sum(kept.values())
+    parts["logits"] = min(parts["logits"], left)
+    parts["activations"] = min(parts["activations"], left - parts["logits"])
+    parts["workspace"] = peak - sum(parts.values())
+    return Need(
+        peak_bytes=peak,
+        host_bytes=host_bytes(cfg),
+        breakdown_bytes=parts,
+        method="compiled",
+    )
+
+
+def _bytes_of(compiled: Any) -> int:
+    # XLA's own peak is a little less, but temporaries are allocated as one block.
+    stats = compiled.memory_analysis()
+    return (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+
+
+def measure(cfg: Config, device: Any, layout: OneDevice | None = None) -> Need:
+    """Compile the step of `cfg` for cards that need not be here, and read what each needs."""
+    return need_of(cfg, compile_ahead(cfg, device, layout))
+
+
+def compile_ahead(
+    cfg: Config,
+    device: Any,
+    layout: OneDevice | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """The step of `cfg`, compiled for cards that need not be here."""
+    options = {**target.AHEAD_OF_TIME_OPTIONS, **(compiler_options or {})}
+    training = build_for(cfg, device, options, layout)
+    accumulation = cfg.gradient_accumulation_steps or 1
+    return compile_train_step(training, accumulation, cfg.held_at_once)
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def device_limit(device: Any) -> int | None:
+    """Bytes of JAX's pool on `device`; of the host's memory for a CPU; None if nobody tells."""
+    if device.platform == "cpu":
+        return host_available()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def host_available() -> int | None:
+    """Bytes of memory that this process may still take: the machine's, or its cgroup's limit."""
+    available = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available += [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            # Files in the cache are counted as used, but are given back when memory is wanted.
+            stats = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stats["inactive_file"])
+            available.append(int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        pass
+    return min(available, default=None)

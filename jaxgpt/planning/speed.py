@@ -1,0 +1,107 @@
+"""How long training takes on a card, and the best use of the hours there are.
+
+Both are predictions. Speed is the card's peak times an MFU that somebody published for its
+architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al. 2024 refitted it.
+"""
+
+import math
+from typing import NamedTuple
+
+from jaxgpt.config.fields import Config, ModelConfig, Remat
+from jaxgpt.planning.gpus import Gpu
+
+
+class Mfu(NamedTuple):
+    """Model FLOPs utilization, and who saw it on what."""
+
+    value: float
+    source: str
+
+
+# By compute capability: GPT-2 124M on dense bfloat16 peaks, without rematerialization.
+PUBLISHED_MFU = {
+    (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
+    (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; nothing good is published for this chip"),
+    (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
+    (9, 0): Mfu(0.41, "published: llm.c, 124M on H100, modded-nanogpt's first record"),
+    (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
+    (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
+}
+# Work of a step relative to one that computes nothing twice: 'light' repeats what costs bytes
+# rather than FLOPs, 'full' all of the blocks' forward pass but the last product of each.
+REMAT_WORK: dict[Remat, float] = {"none": 1.0, "light": 1.05, "full": 1.2}
+# Weights are read, gradients written and accumulated once a micro-batch whatever its size: some 30
+# bytes a parameter, which at a card's 90 FLOPs a byte take as long as this many tokens.
+TOKENS_LOST_PER_MICRO_BATCH = 450
+HOUR = 3600.0
+# L = E + A / N^alpha + B / D^beta, nats per token, N parameters, D tokens (Besiroglu et al. 2024,
+# table 1).
+SCALING_LAW = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
+# Peak learning rates by parameters: the rule in the README, continued with GPT-3's for 1.3B.
+LEARNING_RATES = ((30e6, 8e-4), (124e6, 6e-4), (355e6, 5e-4), (774e6, 3e-4), (1.56e9, 2e-4))
+
+
+def model_flops_per_token(model: ModelConfig) -> int:
+    """FLOPs of one training token, forward and backward: 6 N + 12 L D T.
+
+    The formula of nanoGPT and of PaLM's appendix B: position embeddings left out of N, the tied
+    head counted once, attention counted in full rather than causal, and recomputation not at all.
+    GPT-2 124M has N = 123,587,328, hence 854,770,176.
+    """
+    D, T = model.n_embd, model.block_size
+    return 6 * (model.parameter_count() - T * D) + 12 * model.n_layer * D * T
+
+
+def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float) -> float:
+    """MFU of a measured speed: the model's FLOPs, not the hardware's, over a card's peak."""
+    return tokens_per_second * model_flops_per_token(model) / peak_flops
+
+
+def peak_of(gpu: Gpu | None, dtype: str, devices: int) -> float | None:
+    """FLOP/s that an MFU is measured against: dense bfloat16; None for other products or cards."""
+    if gpu is None or gpu.bf16_flops is None or dtype != "bfloat16":
+        return None
+    return gpu.bf16_flops * devices
+
+
+def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
+    """Time of a step, 1 for no remat and endless micro-batches: to compare, not to believe."""
+    return REMAT_WORK[remat] + TOKENS_LOST_PER_MICRO_BATCH / tokens_per_micro_batch
+
+
+def mfu_of(gpu: Gpu) -> Mfu | None:
+    """What a card can be expected to reach, None where its bf16 peak is unknown or absent."""
+    return None if gpu.bf16_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
+
+
+def tokens_per_second(cfg: Config, gpu: Gpu) -> float | None:
+    """Predicted training speed of `cfg` on such cards; None where no MFU is known for them.
+
+    Of several, what they say to each other is not counted: docs/scaling.md has its bytes.
+    """
+    mfu = mfu_of(gpu)
+    if mfu is None or cfg.dtype != "bfloat16" or gpu.bf16_flops is None:
+        return None
+    at_best = gpu.bf16_flops * mfu.value / model_flops_per_token(cfg.model)
+    each = at_best / relative_step_time(cfg.remat, cfg.batch_size * cfg.model.block_size)
+    return each * cfg.device_count
+
+
+def predicted_loss(parameters: int, tokens: float) -> float:
+    """Loss in nats per token that the scaling law predicts; on its authors' data, not FineWeb."""
+    law = SCALING_LAW
+    return (
+        law["E"]
+        + law["A"] / parameters ** law["alpha"]
+        + law["B"] / max(tokens, 1.0) ** law["beta"]
+    )
+
+
+def suggested_learning_rate(parameters: int) -> float:
+    """Peak learning rate for a model's size, to two digits, between the sizes that are known."""
+    sizes, rates = zip(*LEARNING_RATES, strict=True)
+    x = min(max(parameters, sizes[0]), sizes[-1])
+    i = next(i for i in range(1, len(sizes)) if x <= sizes[i])
+    along = math.log(x / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
+    rate = rates[i - 1] * (rates[i] / rates[i - 1]) ** along
+    return float(f"{rate:.1e}")

@@ -1,0 +1,198 @@
+"""The planner's answers as tables for people."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxgpt.run.console import duration
+
+GIB = 2**30
+COLOURS = {
+    "parameters": "blue",
+    "optimizer": "cyan",
+    "accumulator": "green",
+    "activations": "yellow",
+    "logits": "magenta",
+    "workspace": "bright_black",
+}
+BAR = 60  # columns
+
+
+def print_one(record: dict[str, Any]) -> None:
+    """One run on one card: what it needs item by item, and how long it takes."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{_title(record)}[/bold] on {_cards(record)}")
+    console.print(_bar(record))
+    console.print(_items(record))
+    console.print(_facts(record))
+    _print_command(console, record)
+
+
+def print_overview(answer: dict[str, Any]) -> None:
+    """Every preset on one card, the one to start with, and the largest model."""
+    console = Console(highlight=False, soft_wrap=True)
+    name = answer["recommended"]["gpu_name"]
+    console.print(f"[bold]{name}[/bold]: {_gib(answer['capacity_bytes'])} for training")
+    table = Table(box=None, pad_edge=False)
+    for column in ("preset", "parameters", "batch", "remat", "needs", "fits", "time", "tokens"):
+        right = column in ("parameters", "needs", "time", "tokens")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for record in answer["presets"]:
+        table.add_row(*_overview_row(record))
+    console.print(table)
+    console.print("[dim]~ estimated, within a tenth; --preset NAME compiles and itemizes[/dim]")
+    largest, recommended = answer["largest_model"], answer["recommended"]
+    if largest:
+        how = f"\nThe largest model that trains here ({_how(largest)}):"
+        console.print(f"{how} {_title(largest)}", markup=False)
+        _print_command(console, largest)
+    how = f"\nTo start with ({_how(recommended)}):"
+    console.print(f"{how} {_title(recommended)}", markup=False)
+    console.print(_bar(recommended))
+    _print_command(console, recommended)
+
+
+def print_hours(answer: dict[str, Any]) -> None:
+    """The best model for given hours, among its neighbours."""
+    console = Console(highlight=False, soft_wrap=True)
+    hours = duration(answer["hours_given"] * 3600)
+    console.print(f"[bold]{hours} on {answer['gpu_name']}[/bold]: {_title(answer)}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("n_layer/n_head/n_embd", "parameters", "tokens", "per parameter", "loss"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for choice in answer["choices"]:
+        best = choice["parameters"] == answer["parameters"]
+        cells = (
+            f"{choice['n_layer']}/{choice['n_head']}/{choice['n_embd']}",
+            f"{choice['parameters'] / 1e6:.1f}M",
+            f"{choice['total_tokens'] / 1e9:.2f}B",
+            f"{choice['tokens_per_parameter']:.0f}",
+            f"{choice['predicted_loss']:.3f}",
+        )
+        table.add_row(*cells, style="bold green" if best else None)
+    console.print(table)
+    console.print(
+        "[dim]The loss is a prediction: the scaling law of Hoffmann et al. 2022 as refitted by "
+        "Besiroglu et al. 2024, on their data; it ranks, it does not promise.[/dim]"
+    )
+    console.print(_facts(answer))
+    _print_command(console, answer)
+
+
+def _title(record: dict[str, Any]) -> str:
+    shape = f"{record['n_layer']}L/{record['n_head']}H/{record['n_embd']}"
+    return f"{record['preset']}: {record['parameters'] / 1e6:.1f}M parameters, {shape}"
+
+
+def _cards(record: dict[str, Any]) -> str:
+    if record["mesh"] is None:
+        return str(record["gpu_name"])
+    return f"each of {record['devices']} x {record['gpu_name']} ({record['mesh']})"
+
+
+def _bar(record: dict[str, Any]) -> Text:
+    """The card filling up: one colour an item, what is free in dots."""
+    capacity, bar = record["capacity_bytes"], Text()
+    filled = 0.0
+    for item, count in record["breakdown_bytes"].items():
+        start, filled = filled, filled + BAR * count / max(capacity, record["peak_bytes"])
+        bar.append("█" * (round(filled) - round(start)), style=COLOURS[item])
+    bar.append("·" * (BAR - round(filled)))
+    share = record["peak_bytes"] / capacity
+    bar.append(f" {_gib(record['peak_bytes'])} of {_gib(capacity)}, {share:.0%}")
+    return bar
+
+
+def _items(record: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    what = {
+        "parameters": "float32",
+        "optimizer": f"its moments, {record['optimizer']}, {record['state_dtype']}",
+        "accumulator": f"of gradients, {record['state_dtype']}",
+        "activations": f"batch_size {record['batch_size']} x {record['block_size']} tokens, "
+        f"remat {record['remat']}",
+        "logits": "one chunk and its gradient",
+        "workspace": "gradients under way, copies in the products' dtype, the rest",
+    }
+    for item, count in record["breakdown_bytes"].items():
+        table.add_row(Text(item, style=COLOURS[item]), _gib(count), what[item])
+    table.add_row("peak", _gib(record["peak_bytes"]), Text(_how(record)))
+    table.add_row(
+        "head room", _gib(record["headroom_bytes"]), "" if record["fits"] else "too little"
+    )
+    table.add_row("host", _gib(record["host_bytes"]), "memory, while a checkpoint is written")
+    return table
+
+
+def _facts(record: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    micro_batches = record["gradient_accumulation_steps"]
+    sequences = record["batch_size"] * record["devices"] * micro_batches
+    over = f"{record['devices']} devices x " if record["mesh"] else ""
+    table.add_row(
+        "step",
+        f"{sequences} sequences = batch_size {record['batch_size']} x {over}{micro_batches} "
+        f"accumulated; {record['tokens_per_step']:,} tokens",
+    )
+    table.add_row(
+        "in total",
+        f"{record['total_tokens'] / 1e9:.2f}B tokens, {record['tokens_per_parameter']:.0f} a "
+        "parameter",
+    )
+    table.add_row("attention", f"{record['attention']}, {record['dtype']}")
+    if record["tokens_per_second"] is None:
+        table.add_row("time", "unknown: no MFU is published for this card in this precision")
+    else:
+        table.add_row(
+            "time",
+            f"{duration(record['hours'] * 3600)} at {record['tokens_per_second']:,.0f} tokens/s, "
+            f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})"
+            + ("; what the cards say to each other is not counted" if record["mesh"] else ""),
+        )
+    table.add_row(
+        "learning rate",
+        f"{record['learning_rate']:g}; the README's rule for this size: "
+        f"{record['suggested_learning_rate']:g}",
+    )
+    return table
+
+
+def _overview_row(record: dict[str, Any]) -> list[str]:
+    hours = record["hours"]
+    return [
+        record["preset"],
+        f"{record['parameters'] / 1e6:.1f}M",
+        f"{record['batch_size']} x {record['gradient_accumulation_steps']}",
+        record["remat"],
+        f"~{_gib(record['peak_bytes'])}",
+        "[green]yes[/green]" if record["fits"] else "[red]no[/red]",
+        "?" if hours is None else duration(hours * 3600),
+        f"{record['total_tokens'] / 1e9:.1f}B",
+    ]
+
+
+def _print_command(console: Console, record: dict[str, Any]) -> None:
+    if record["fits"]:
+        console.print(f"  {record['command']}", style="bold")
+    elif record["command_that_fits"]:
+        console.print("[red]It does not fit.[/red] This should (estimated; --fit compiles it):")
+        console.print(f"  {record['command_that_fits']}", style="bold")
+    else:
+        console.print("[red]It does not fit, whatever its batch_size and remat.[/red]")
+
+
+def _how(record: dict[str, Any]) -> str:
+    if record["method"] == "compiled":
+        return "compiled for this card"
+    return f"estimated, within a tenth; {record['why_estimated']}"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"

@@ -1,0 +1,108 @@
+"""A card that is not in this machine, as a device that XLA compiles for.
+
+XLA's GPU compiler comes with JAX's CUDA plugin and runs on the CPU. Told what a card is, it makes
+the program that card would run, flash attention of cuDNN included, and says what memory it needs.
+Only the choices that a real card makes by trying (autotuning) are missing.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+from jaxgpt.errors import UserError
+from jaxgpt.planning.gpus import Gpu
+
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# What the compiler is told on top of a training step's own options: there is nothing to try on.
+AHEAD_OF_TIME_OPTIONS = {"xla_gpu_autotune_level": 0}
+OLDEST = (7, 5)  # compute capability that CUDA 13 still compiles for
+# Shared memory in bytes of a multiprocessor, and what one block may ask of it; resident threads.
+# CUDA C++ Programming Guide, table of technical specifications per compute capability.
+CHIPS = {
+    (7, 5): (65536, 65536, 1024),
+    (8, 0): (167936, 166912, 2048),
+    (8, 6): (102400, 101376, 1536),
+    (8, 9): (102400, 101376, 1536),
+    (9, 0): (233472, 232448, 2048),
+    (10, 0): (233472, 232448, 2048),
+    (12, 0): (102400, 101376, 1536),
+}
+# Speed of the compiled program may depend on it, memory does not, and it is in no table of ours.
+L2_CACHE_BYTES = 6 * 2**20
+CUDNN = (9, 10, 0)
+A_HOST = 8  # cards of one machine, connected by NVLink
+
+
+class NoCompilerError(UserError):
+    """Why nothing can be compiled for a card here."""
+
+
+def prepare_environment() -> None:
+    """Have JAX start without looking for a card; call before JAX is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # XLA reports a step that nearly fills the card, and a slow compilation, as if they were faults.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def obstacle(gpu: Gpu) -> str | None:
+    """Why steps cannot be compiled for `gpu` on this machine, None if they can. Imports no JAX."""
+    if not any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
+        return "the CUDA compiler is not installed: pip install -e '.[plan]'"
+    if gpu.compute_capability < OLDEST:
+        return f"the CUDA compiler no longer targets this card, {gpu.name}"
+    return None
+
+
+def card_device(gpu: Gpu) -> Any:
+    """A `jax.Device` for `gpu` that programs can be lowered and compiled for, not run on.
+
+    Raises NoCompilerError as `card_devices` does.
+    """
+    return card_devices(gpu, 1)[0]
+
+
+def card_devices(gpu: Gpu, count: int) -> Any:
+    """So many of them, connected with each other.
+
+    Raises:
+        NoCompilerError: if the plugin is missing, does not start, or does not know the card.
+    """
+    reason = obstacle(gpu)
+    if reason:
+        raise NoCompilerError(reason)
+    from jax.experimental import topologies
+
+    hosts, alone = divmod(count, A_HOST)
+    shape = f"1x1x{count}" if alone or not hosts else f"1x{hosts}x{A_HOST}"
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=describe(gpu), topology=shape
+        )
+    except Exception as fault:  # the plugin raises several kinds, all with XLA's words
+        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise NoCompilerError(f"the CUDA compiler does not start ({line[:200]})") from None
+    return topology.devices
+
+
+def describe(gpu: Gpu) -> str:
+    """The card as XLA's GpuTargetConfigProto in text format."""
+    major, minor = gpu.compute_capability
+    shared, shared_by_block, threads = CHIPS[gpu.compute_capability]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {shared_by_block}
+  core_count: {gpu.sms} fpus_per_core: 128 clock_rate_ghz: {gpu.boost_hz / 1e9}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {gpu.bandwidth_bytes_per_second:.0f} l2_cache_size: {L2_CACHE_BYTES}
+  device_memory_size: {gpu.memory_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} patch: {CUDNN[2]} }}
+device_description_str: "{gpu.name}"
+"""

@@ -1,0 +1,134 @@
+"""`--inspect`: what a folder of tokens holds, in numbers and in words, and whether it is sound."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.manifest import MANIFEST, checksum_faults, load_manifest, size_faults, unfinished
+from jaxgpt.data.shards import TokenStream, find_files
+from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.preparation.manifest import describe
+from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.run.console import print_table
+
+EXCERPT = 200  # tokens
+
+
+def inspect(data_dir: Path, tokenizer_name: str) -> int:
+    """Print what is in a folder; 0 if it is sound, 2 if not. Raises DataError.
+
+    Every token is read: headers, sizes, checksums and ids are checked. Without a manifest the
+    folder is read with `tokenizer_name`.
+    """
+    if not data_dir.is_dir():
+        what = "is a file" if data_dir.exists() else "no such folder"
+        raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
+    manifest = load_manifest(data_dir)
+    tokenizer = load_tokenizer(manifest["tokenizer"]["name"] if manifest else tokenizer_name)
+    files, faults = _open_files(data_dir)
+    rows = describe(manifest) if manifest else _describe_files(files, tokenizer)
+    rows |= {f"{split} begins": _excerpt(files[split], tokenizer) for split in files}
+    print_table(str(data_dir), rows)
+    if manifest:
+        faults += list(size_faults(data_dir, manifest))
+        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+            faults.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
+    elif fault := unfinished(data_dir):
+        faults.append(fault)
+    faults += _read_everything(data_dir, manifest, files, tokenizer)
+    for fault in faults:
+        print(f"FAULT  {fault}")
+    checked = "headers, sizes, checksums, ids" if manifest else "headers, sizes, ids (no manifest)"
+    print(f"{data_dir}: " + (f"{len(faults)} faults" if faults else f"sound: {checked} checked"))
+    return 2 if faults else 0
+
+
+def _open_files(data_dir: Path) -> tuple[dict[str, list[TokenFile]], list[str]]:
+    files: dict[str, list[TokenFile]] = {}
+    faults: list[str] = []
+    for split in ("train", "val"):
+        try:
+            paths = find_files(data_dir, split)
+        except DataError as fault:
+            faults.append(str(fault))
+            continue
+        for path in paths:
+            try:
+                files.setdefault(split, []).append(inspect_file(path))
+            except DataError as fault:
+                faults.append(str(fault))
+    return files, faults
+
+
+def _describe_files(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:
+    rows = {"tokenizer": f"{tokenizer.name} (assumed: there is no {MANIFEST})"}
+    for split, some in files.items():
+        rows[split] = f"{sum(file.length for file in some):,} tokens, {len(some)} files"
+    return rows
+
+
+def _excerpt(files: list[TokenFile], tokenizer: Tokenizer) -> str:
+    stream = TokenStream(files, "excerpt")
+    ids = stream.window(0, min(EXCERPT, len(stream)))
+    if ids.max(initial=0) >= tokenizer.n_vocab:
+        return f"(ids outside tokenizer {tokenizer.name!r})"
+    text = " ".join(tokenizer.decode(ids).split())
+    return textwrap.shorten(text, 400, placeholder=" ...")
+
+
+def _read_everything(
+    data_dir: Path,
+    manifest: dict[str, Any] | None,
+    files: dict[str, list[TokenFile]],
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """Faults in the contents of the files."""
+    faults = []
+    total = sum(file.length for some in files.values() for file in some)
+    documents = dict.fromkeys(files, 0)
+    with _bar(2 * total * (2 if manifest else 1)) as advance:
+        for split, some in files.items():
+            for file in some:
+                fault, count = _check_ids(file, tokenizer, advance)
+                documents[split] += count
+                faults += [fault] if fault else []
+        if manifest:
+            faults += list(checksum_faults(data_dir, manifest, advance))
+            for split, count in documents.items():
+                listed = manifest["splits"][split]["documents"]
+                if listed != count:
+                    faults.append(
+                        f"{data_dir}: {split} has {count:,} end-of-text tokens, and {MANIFEST} "
+                        f"says {listed:,} documents"
+                    )
+    return faults
+
+
+def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
+    stream, documents = TokenStream([file], str(file.path)), 0
+    for start, tokens in stream.chunks():
+        try:
+            stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
+        except DataError as fault:
+            return str(fault), documents
+        documents += int(np.count_nonzero(tokens == tokenizer.eot))
+        advance(2 * len(tokens))
+    return None, documents
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Any]:
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        console.update(done, 0, 0)
+
+    with PreparationConsole(total, 0) as console:
+        yield advance

@@ -1,0 +1,1 @@
+"""A run over time: its folder, checkpoints, metrics, signals, processes and device."""

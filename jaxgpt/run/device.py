@@ -1,0 +1,154 @@
+"""Which device a run uses: settings that JAX reads when it starts, then the device itself."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+from jaxgpt.config.fields import Config, ConfigError
+from jaxgpt.errors import UserError
+
+# JAX's own default is 75 %, which leaves 6 of a 24 GB card's gigabytes to nobody. The rest is for
+# the CUDA context, cuBLAS workspaces and the desktop.
+MEMORY_SHARE = "0.92"
+MEMORY_SETTINGS = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",  # the older name; JAX refuses both at once
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+# No atomics, and no autotuning, whose choice among kernels differs from run to run.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+
+
+def prepare_environment(cfg: Config) -> None:
+    """Set what JAX reads at its start; call before JAX is imported. The user's settings win.
+
+    Raises:
+        ConfigError: if the run needs a GPU and no GPU version of JAX is installed.
+    """
+    if cfg.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        return
+    if cfg.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
+        raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
+    # The order of nvidia-smi, which the preset was chosen by; CUDA's own is by speed.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # XLA warns of every step that fills four fifths of the card, which is what they are made for.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not any(name in os.environ for name in MEMORY_SETTINGS):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+
+
+def import_jax() -> Any:
+    """The `jax` module.
+
+    Raises:
+        UserError: if what is installed does not fit together, with the versions found.
+    """
+    try:
+        import jax
+    except (ImportError, RuntimeError, AttributeError) as fault:  # jaxlib too old is the second
+        names = ("jax", "jaxlib", "numpy", *(name.replace("_", "-") for name in PLUGINS))
+        found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))
+        raise UserError(
+            f"JAX cannot be imported ({_first_line(fault)}); this is Python "
+            f"{platform.python_version()} with {found or 'no JAX'}. Install versions that fit: "
+            "pip install -U -e '.[cuda]', or pip install -U -e . without a GPU"
+        ) from None
+    return jax
+
+
+def choose_device(cfg: Config) -> Any:
+    """The first of `choose_devices`."""
+    return choose_devices(cfg)[0]
+
+
+def choose_devices(cfg: Config) -> Any:
+    """The `jax.Device`s that there are to train on, those of all processes.
+
+    Raises:
+        ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
+    """
+    import jax
+
+    if cfg.device == "cpu":
+        return jax.devices("cpu")
+    try:
+        return jax.devices("gpu")
+    except (RuntimeError, AssertionError) as fault:
+        if _needs_gpu(cfg):
+            raise ConfigError(_no_gpu(cfg, f"JAX finds none ({_first_line(fault)})")) from None
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as fault:
+        raise ConfigError(
+            f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
+            f"({_first_line(fault)}); unset it, or use --device cpu"
+        ) from None
+
+
+def compute_dtype(asked: str, platform: str, compute_capability: tuple[int, int]) -> str:
+    """'bfloat16' or 'float32' for the matrix products on a device.
+
+    Raises:
+        ConfigError: if bfloat16 is asked of a GPU that has no instructions for it; XLA would accept
+            it and compute by slow detours.
+    """
+    has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
+    if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
+        raise ConfigError(
+            "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
+            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float32"
+        )
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def memory_in_use(device: Any) -> dict[str, float]:
+    """Peak and limit of the device's memory in bytes; empty where the device does not tell."""
+    stats = device.memory_stats() or {}
+    names = {"peak_bytes_in_use": "memory/peak_bytes", "bytes_limit": "memory/limit_bytes"}
+    return {name: float(stats[key]) for key, name in names.items() if key in stats}
+
+
+def versions() -> dict[str, str]:
+    """Python and what is installed of the packages that a step's speed depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+    names = (*packages, *(name.replace("_", "-") for name in PLUGINS))
+    found = {name: has for name in names if (has := _installed(name))}
+    return {"python": platform.python_version(), **found}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _needs_gpu(cfg: Config) -> bool:
+    return cfg.device == "gpu" or (cfg.device == "auto" and cfg.vram_gb is not None)
+
+
+def _no_gpu(cfg: Config, reason: str) -> str:
+    who = (
+        f"preset {cfg.preset} is made for a {cfg.vram_gb} GB GPU" if cfg.vram_gb else "--device gpu"
+    )
+    return (
+        f"{who}, but {reason}.\n"
+        "  With an NVIDIA card:  pip install -e '.[cuda]'    ('.[cuda12]' for drivers before 580); "
+        "nvidia-smi must list the card\n"
+        "  Without one:          add --device cpu to train it on the CPU all the same (days become "
+        "months), or try --preset demo"
+    )
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

@@ -1,0 +1,212 @@
+"""What a run says of itself: at its start, at each step, and at its end."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxgpt.config.fields import Config
+from jaxgpt.data.loader import WindowLoader
+from jaxgpt.planning.gpus import GIB, lookup_gpu
+from jaxgpt.planning.speed import peak_of, reached_mfu
+from jaxgpt.run import device as hardware
+from jaxgpt.run.console import Pace, RunConsole, print_table
+from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
+from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
+
+if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
+    from jaxgpt.planning.memory import Need
+    from jaxgpt.run.metrics import MetricsLog
+
+# Names of the step's metrics in the log.
+LOGGED_AS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "skipped": "train/skipped_steps",
+}
+
+
+class Reporter:
+    """Takes each step's metrics to the bar and to the log."""
+
+    def __init__(
+        self, cfg: Config, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
+    ):
+        """`skipped`: how many steps the run has skipped so far."""
+        self._log, self._console, self._device = log, console, device
+        self._skips = SkipCounter(skipped)
+        self._log_interval = cfg.log_interval
+        self._pace = Pace(cfg.tokens_per_step)
+        gpu = lookup_gpu(device.device_kind)
+        self._peak_flops = peak_of(gpu, cfg.dtype, cfg.device_count)
+        self._model = cfg.model
+
+    def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Wait for the metrics of `step`, show them, and return what belongs into the log.
+
+        Raises:
+            DivergedError: if too many steps in a row were skipped.
+        """
+        values = {LOGGED_AS[name]: float(value) for name, value in metrics.items()}
+        self._pace.lap()
+        self._console.step(step, values["train/loss"], self._pace)
+        scalars = {**values, **self._speed(), **hardware.memory_in_use(self._device)}
+        try:
+            if told := self._skips.note(step, values):
+                self._console.say(told)
+        except DivergedError:
+            self._log.scalars(step, scalars)
+            raise
+        return scalars
+
+    def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log at every log_interval."""
+        if step % self._log_interval == 0:
+            self._log.scalars(step, scalars)
+            self._console.log_line(step, scalars["train/loss"], self._pace)
+
+    def _speed(self) -> dict[str, float]:
+        tokens_per_second = self._pace.tokens_per_second
+        if tokens_per_second is None:
+            return {}
+        values = {"speed/tokens_per_second": tokens_per_second}
+        if self._peak_flops is not None:
+            values["speed/mfu"] = reached_mfu(tokens_per_second, self._model, self._peak_flops)
+        return values
+
+    def leave_out_pause(self, evaluated: bool) -> None:
+        """Do not count the time since the last `read`, an evaluation's or a save's, as a step's."""
+        self._pace.leave_out_pause(evaluated)
+
+
+def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The figures of benchmarks that belong into the log, under the names they have there."""
+    return {
+        f"{benchmark}/{name}": figures[name]
+        for benchmark, figures in scores.items()
+        for name in ("acc", "acc_norm", "perplexity")
+        if name in figures
+    }
+
+
+def print_run(
+    cfg: Config,
+    loader: WindowLoader,
+    eval_windows: int,
+    device: Any,
+    attention: str,
+    need: "Need",
+    resumed_step: int | None,
+) -> None:
+    """Print the resolved configuration and what follows from it."""
+    m, o = cfg.model, cfg.optimizer
+    tokens = cfg.tokens_per_step
+    epochs = loader.epoch(cfg.max_iters, cfg.effective_batch_size)
+    decay_end = o.lr_decay_iters or cfg.max_iters
+    source = "embedded text" if cfg.dataset == "embedded" else str(cfg.data_dir)
+    where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
+    rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
+    if cfg.max_iters <= o.warmup_iters:
+        rate += ", which is longer than the run"
+    elif o.decay_lr:
+        rate += f", cosine to {o.min_lr:g} at step {decay_end:,}"
+    else:
+        rate += ", constant"
+    rows = {
+        "run": f"{cfg.out_dir}, {where} to step {cfg.max_iters:,}",
+        "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
+        f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
+        f"bias {m.bias}, dropout {m.dropout:g}",
+        "weights": f"random, seed {cfg.seed}" if cfg.init_from is None else cfg.init_from,
+        "data": f"{source}: {len(loader.tokens):,} {cfg.tokenizer} tokens, seed {cfg.seed}",
+        "step": f"{cfg.effective_batch_size} sequences = {cfg.batch_in_words}; {tokens:,} tokens",
+        "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
+        "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
+        f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
+        "learning rate": rate,
+        "evaluation": f"every {cfg.eval_interval:,} steps, {eval_windows:,} windows of the "
+        "validation split",
+        "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
+        f"newest {cfg.keep_checkpoints} and the best are kept",
+        "device": f"{_devices_in_words(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
+        f"remat {cfg.remat}",
+        "attention": attention,
+        "memory": f"{need.peak_bytes / GIB:.2f} GiB at the step's peak, compiled; "
+        f"{need.host_bytes / GIB:.2f} GiB on the host for a checkpoint",
+        "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
+    }
+    print_table(f"jaxgpt {cfg.preset}", rows)
+
+
+def _devices_in_words(cfg: Config) -> str:
+    return f"{cfg.device_count} x ({cfg.mesh}) " if cfg.mesh else ""
+
+
+def print_changes(changes: Sequence[str]) -> None:
+    """Say which settings a run that goes on has been given anew."""
+    if changes:
+        print(f"Changed since the run was saved: {', '.join(changes)}")
+
+
+def print_finished(
+    cfg: Config,
+    prog: str,
+    argv: Sequence[str],
+    val_loss: float,
+    best: tuple[int, float] | None,
+    text: str,
+) -> None:
+    """Print the result, a sample, and what to do next."""
+    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
+    print(f"\nDone: {cfg.max_iters:,} steps, validation loss {val_loss:.4f}{best_is}")
+    if text:
+        print(f"\nA sample of what it writes:\n\n{text.strip()}")
+    print(f"\nNext:\n{_next_commands(cfg, prog, argv, cfg.max_iters)}")
+
+
+def print_finished_before(
+    cfg: Config, prog: str, argv: Sequence[str], step: int, best: tuple[int, float] | None
+) -> None:
+    """Print the result of a run that has nothing left to do, and how to go on or start anew."""
+    assert cfg.out_dir is not None
+    records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
+    result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
+    if records and records[-1]["step"] != step:  # it was stopped there, not evaluated
+        result += f" at step {records[-1]['step']:,}"
+    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
+    print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
+    print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
+
+
+def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:
+    again = _without(argv, "max_iters", "out_dir")
+    here = [] if _without(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
+    longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
+    anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
+    commands = {
+        f"{prog} {longer}": "train on (--lr-decay-iters moves the end of the decay too)",
+        f"{prog} {anew}": "start anew",
+        f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
+        "(pip install tensorboard)",
+        f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": "have "
+        "it go on with what you type; jaxgpt.evaluate measures it, jaxgpt.export hands it on",
+    }
+    if cfg.vram_gb is None:
+        commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"
+    return "\n".join(f"  {command}\n      {what}" for command, what in commands.items())
+
+
+def _without(argv: Sequence[str], *names: str) -> list[str]:
+    """argv without some flags and their values."""
+    kept: list[str] = []
+    skip_value = False
+    for arg in argv:
+        flag, equals, _ = arg.partition("=")
+        if skip_value:
+            skip_value = False
+        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
+            skip_value = not equals
+        else:
+            kept.append(arg)
+    return kept

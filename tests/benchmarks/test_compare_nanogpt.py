@@ -1,0 +1,81 @@
+"""Which runs a comparison makes, in which order, and what it makes of them."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import jaxgpt
+
+ROOT = Path(jaxgpt.__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "compare_nanogpt.py"))
+ARGS = SimpleNamespace(
+    nanogpt=Path("nanoGPT"), torch_python="python", device="gpu", rounds=2, windows=5,
+    window_seconds=2.0, timeout=300.0, bench_flags="",
+)  # fmt: skip
+FIGURES = {"peak_bytes": 10, "card_bytes": None, "mfu": None, "versions": {}, "device": "card"}
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """The commands that `compare` runs, and tokens a second by a word of the command."""
+    made: list[list[str]] = []
+    speeds: dict[str, float] = {}
+
+    def run(command: list[str], args) -> dict:
+        made.append(command)
+        word = next(word for word in speeds if word in command)
+        if not speeds[word]:
+            raise SCRIPT["RunError"]("out of memory")
+        return {**FIGURES, "tokens_per_second": speeds[word]}
+
+    monkeypatch.setitem(SCRIPT["compare"].__globals__, "run", run)
+    return made, speeds
+
+
+def kinds(commands: list[list[str]]) -> str:
+    """A letter a run: j of jaxgpt, d and c of nanoGPT with the default attention and cuDNN's."""
+    return "".join(
+        "j" if "jaxgpt.bench" in command else "c" if "cudnn" in command else "d"
+        for command in commands
+    )
+
+
+@pytest.mark.parametrize(
+    ("default", "cudnn", "order", "setting", "ratio"),
+    [
+        (100.0, 200.0, "dc" + "jcjc", "compiled, cuDNN attention", 2.0),
+        # The faster one was tried first, and would not stand beside ours.
+        (200.0, 100.0, "dc" + "djdjd", "compiled", 2.0),
+        (100.0, 0.0, "dc" + "djdjd", "compiled", 4.0),
+    ],
+)
+def test_the_best_setting_takes_turns_with_ours_side_by_side(
+    turns, default, cudnn, order, setting, ratio
+) -> None:
+    made, speeds = turns
+    speeds |= {"jaxgpt.bench": 400.0, "cudnn": cudnn, "--compile": default}
+    found = SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    assert kinds(made) == order
+    assert (found["nanogpt_setting"], found["speed_ratio"]) == (setting, ratio)
+    assert len(found["runs"]) == len(made)
+    assert [run["setting"] for run in found["runs"] if "failed" in run] == (
+        [] if cudnn else ["compiled, cuDNN attention"]
+    )
+
+
+def test_without_a_setting_that_runs_there_is_no_comparison(turns) -> None:
+    made, speeds = turns
+    speeds |= {"cudnn": 0.0, "--compile": 0.0}
+    with pytest.raises(SCRIPT["RunError"], match="out of memory"):
+        SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    assert kinds(made) == "dc"
+
+
+def test_ours_trains_with_the_optimizer_that_nanogpt_has(turns) -> None:
+    made, speeds = turns
+    speeds |= {"jaxgpt.bench": 1.0, "--compile": 1.0}
+    SCRIPT["compare"]("tiny", ARGS)
+    ours = next(command for command in made if "jaxgpt.bench" in command)
+    assert ours[ours.index("--optimizer") + 1] == "adamw"

@@ -1,0 +1,90 @@
+"""docs/performance.md shows what was measured, and nothing else."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+import jaxgpt
+
+ROOT = Path(jaxgpt.__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "performance_table.py"))
+GPU = runpy.run_path(str(ROOT / "benchmarks" / "run_gpu_benchmarks.py"))
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    assert SCRIPT["table"](SCRIPT["RESULTS"]) in SCRIPT["PAGE"].read_text()
+
+
+def test_the_step_is_no_slower_than_nanogpts_on_a_cpu() -> None:
+    found = {}
+    for path in SCRIPT["RESULTS"].glob("speed-cpu-*.json"):
+        for name, shape in json.loads(path.read_text())["shapes"].items():
+            newest = not shape["versions"]["jax"].startswith("0.10")
+            found[name, newest] = shape["speed_ratio"]
+    assert found.keys() == {(name, new) for name in ("demo", "6L-384") for new in (False, True)}
+    assert all(ratio >= (1.0 if newest else 0.9) for (_, newest), ratio in found.items())
+
+
+def test_what_is_accumulated_and_answered_stays_within_its_bar() -> None:
+    read = {name: json.loads((SCRIPT["RESULTS"] / f"{name}.json").read_text()) for name in FILES}
+    assert read["accumulation"]["ours_over_by_hand"] < 1.1
+    assert max(s for a in read["start"]["answer_seconds"].values() for s in a.values()) < 0.5
+    assert read["train-overhead"]["share_together"] < 0.02
+    assert read["train-overhead"]["loader"]["tokens_per_second"] > 2e6
+
+
+FILES = ("accumulation", "start", "train-overhead")
+
+
+@pytest.mark.parametrize("trial", [True, False])
+def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(trial) -> None:
+    parts = ("ceilings", "train", "ablations", "memory")
+    args = GPU["parse_args"]([str(ROOT), "--parts", *parts])
+    args.parts, args.trial = (*parts, "nanogpt"), trial
+    jobs = list(GPU["jobs"](args))
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    patterns = [Path(f"{name}.json") for name in names if not name.startswith("memory-plan")]
+    assert all(any(path.match(p) for p in SCRIPT["ROWS"]) for path in patterns)
+
+
+def test_the_time_that_is_given_is_kept_and_what_is_measured_is_not_measured_again(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    run = GPU["main"]
+    flags = [str(ROOT), "--parts", "ceilings", "memory", "--trial", "--out", str(tmp_path)]
+    assert run([*flags, "--seconds", "1"]) == 1
+    assert "no time left for gpu-ceilings, memory-real-demo" in capsys.readouterr().out
+    for name in ("gpu-ceilings", "memory-real-demo", "memory-plan-demo"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert run([*flags, "--seconds", "1"]) == 0
+
+
+def test_what_fails_or_lasts_too_long_leaves_its_words_and_no_figures(tmp_path) -> None:
+    import sys
+
+    for program, outcome in (
+        ("import sys; sys.exit('no')", "exit code 1"),
+        ("import time; time.sleep(60)", "stopped after 1 seconds"),
+    ):
+        job = GPU["Job"]("x", [sys.executable, "-c", program], writes=False)
+        assert GPU["measure"](job, tmp_path / "x.json", 1.0) == outcome
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.log"]
+
+
+def test_a_runs_step_is_timed_from_log_line_to_log_line(tmp_path, monkeypatch) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "compare_train.py"))
+
+    def run(command: str, flags: list[str]) -> str:
+        folder = Path(flags[flags.index("--out-dir") + 1])
+        folder.mkdir()
+        # The first evaluation lies before the first line; the last one before the line of step 60.
+        times = {0: 0.0, 10: 100.0, 20: 101.0, 50: 104.0, 60: 999.0}
+        lines = [json.dumps({"step": step, "time": time}) for step, time in times.items()]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return ""
+
+    monkeypatch.setitem(script["train"].__globals__, "run", run)
+    assert script["train"]([], 60) == pytest.approx(100)

@@ -1,0 +1,127 @@
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgpt.config.fields import with_fields
+from jaxgpt.export import main, model_card
+from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.weights.source import WeightsFlags, build_network, open_weights
+
+
+def test_the_folder_has_all_that_transformers_looks_for_and_nothing_else(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert [path.name for path in exported.parent.iterdir()] == ["tiny-austen"]
+
+
+def test_transformers_gives_the_runs_logits_and_text(tiny_run: Path, exported: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the weights are compared with golden numbers")
+    transformers = pytest.importorskip("transformers", reason="test_huggingface has golden numbers")
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    device = jax.devices("cpu")[0]
+    model = nnx.merge(build_network(weights, device, "float32"), weights.load(device))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("It is a truth…", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == weights.tokenizer.encode("It is a truth…").tolist()
+    with torch.no_grad():
+        expected = theirs(ids).logits.numpy()
+    np.testing.assert_allclose(model(ids.numpy())[..., :257], expected, atol=1e-4, rtol=0)
+    assert theirs.generation_config.eos_token_id == weights.tokenizer.eot
+    greedy = theirs.generate(ids[:, :4], do_sample=False, max_new_tokens=3, pad_token_id=256)
+    assert tokenizer.decode(greedy[0]).startswith("It i")
+
+
+def test_the_card_tells_the_truth(tiny_run: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    loss = read_metrics(tiny_run / "metrics.jsonl")[-1]["val/loss"]
+    for row in (
+        f"| parameters | {11_600 - 63 * 16:,} |",  # 63 rows of the embedding are padding
+        "biases no (exported as zeros), tanh GELU",
+        "| started from | random weights |",
+        "novels that come with jaxgpt, 2,036,526 byte tokens |",
+        f"| trained on | {8 * 4 * 16:,} tokens in 8 steps |",
+        f"| validation loss | {loss:.4f} nats per token on 60 windows |",
+    ):
+        assert row in card, row
+    settings = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
+    assert (settings["n_embd"], settings["learning_rate"], settings["preset"]) == (16, 6e-3, "demo")
+    assert str(tiny_run) not in card
+
+
+def test_another_checkpoint_is_exported_on_request(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    argv = ["--out-dir", str(tiny_run), "--to", str(tmp_path / "m"), "--checkpoint", "4"]
+    assert main(argv) == 0
+    assert "tokens in 4 steps" in (tmp_path / "m" / "README.md").read_text()
+    assert "step 4: 10,592 parameters written to" in capsys.readouterr().out
+
+
+def test_the_folder_one_stands_in_is_written_and_a_failure_leaves_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "here.tmp").mkdir()  # somebody's own
+    monkeypatch.chdir(here)
+    argv = ["--out-dir", str(tiny_run), "--to", "."]
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxgpt.export.write_tokenizer", fail)
+        with pytest.raises(SystemExit):
+            main(argv)
+    assert "--to . cannot be written: No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "here.tmp"]
+    assert main(argv) == 0
+    assert (here / "model.safetensors").exists()
+
+
+def test_the_card_counts_the_windows_there_were(tiny_run: Path) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    assert weights.run is not None
+    card = model_card(weights, weights.run, {"train_tokens": 9, "val_tokens": 16 * 7 + 1})
+    assert "on 7 windows |" in card
+
+
+def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    assert weights.run is not None
+    # As `--preset 24gb --data-dir .../my-tokens` leaves it: the preset's dataset, another folder.
+    run = with_fields(weights.run, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    card = model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
+    assert "| data | my-tokens (token files), 9 byte tokens |" in card
+    assert "fineweb" not in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "answers"),
+    [
+        ([], ["--out-dir RUN says what to export", "--to FOLDER says where to"]),
+        (["--out-dir=RUN", "--to=FULL"], ["is there already; name another folder, or delete it"]),
+        (["--out-dir=nowhere", "--to=x"], ["--out-dir nowhere: no such folder"]),
+        (["--out-dir=HF", "--to=x"], ["no run but a Hugging Face model", "take it as --init-from"]),
+        (["--out-dir=RUN", "--to=FULL/f/x"], ["cannot be written", "Not a directory"]),
+        (["--out-dir=RUN", "--to=x", "--checkpoint=5"], ["none of that step"]),
+        (["--out-dir=RUN", "--too=x"], ["did you mean '--to'?"]),
+    ],
+)
+def test_a_mistake_is_answered_in_a_sentence(
+    tiny_run, exported, tmp_path, capsys, flags, answers
+) -> None:
+    (tmp_path / "f").write_text("in the way")
+    real = {"RUN": str(tiny_run), "FULL": str(tmp_path), "HF": str(exported)}
+    argv = [re.sub("RUN|FULL|HF", lambda match: real[match[0]], flag) for flag in flags]
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    err = capsys.readouterr().err
+    assert left.value.code == 2
+    assert [part for part in answers if part not in err] == []
+    assert "Traceback" not in err

@@ -1,0 +1,260 @@
+import json
+import shlex
+
+import pytest
+
+from jaxgpt import plan
+from jaxgpt.config import command_line as cli
+from jaxgpt.config.presets import preset_names
+from jaxgpt.planning import target
+from jaxgpt.planning.gpus import GPUS, LocalCard
+
+PROMISED = (
+    *("gpu", "capacity_bytes", "parameters", "peak_bytes", "host_bytes", "breakdown_bytes"),
+    *("fits", "method", "batch_size", "gradient_accumulation_steps", "remat", "flops_per_token"),
+    *("tokens_per_step", "total_tokens", "tokens_per_second", "hours", "command"),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """Estimates everywhere: what the compiler says is test_memory's."""
+    monkeypatch.setattr(target, "CUDA_PLUGINS", ("no_such_module",))
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def answer(capsys):
+    """The JSON that a command line prints."""
+
+    def ask(*argv: str) -> dict:
+        assert plan.main([*argv, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return json.loads(out)
+
+    return ask
+
+
+@pytest.fixture
+def shown(capsys):
+    """What a command line prints for people, in one line."""
+
+    def show(*argv: str) -> str:
+        assert plan.main(argv) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return show
+
+
+@pytest.fixture
+def refused(capsys):
+    """The message that a command line ends with."""
+
+    def refuse(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            plan.main(argv)
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out) == (2, "")
+        assert "Traceback" not in err
+        return " ".join(err.split())
+
+    return refuse
+
+
+def parsed(command: str):
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "jaxgpt.train"]
+    return cli.parse(words[3:], prog="train", description="", default_preset=lambda: None)
+
+
+def test_one_run_has_all_that_is_promised(answer) -> None:
+    got = answer("--preset", "24gb", "--gpu", "rtx3090")
+    assert set(PROMISED) <= got.keys()
+    assert got["fits"]
+    assert got["method"] == "estimated"
+    assert sum(got["breakdown_bytes"].values()) == got["peak_bytes"]
+    assert list(got["breakdown_bytes"]) == [
+        *("parameters", "optimizer", "accumulator", "activations", "logits", "workspace")
+    ]
+    assert got["hours"] == pytest.approx(got["total_tokens"] / got["tokens_per_second"] / 3600)
+    assert got["command"] == "python -m jaxgpt.train --preset 24gb"
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.key)
+def test_every_card_can_be_planned_for(answer, gpu) -> None:
+    got = answer("--preset", "12gb", "--batch-size", "4", "--gpu", gpu.key)
+    assert got["fits"]
+    has_bfloat16 = gpu.compute_capability >= (8, 0)
+    assert (got["dtype"] == "bfloat16") == has_bfloat16
+    assert got["attention"].startswith("cuDNN" if has_bfloat16 else "plain")
+    assert (got["hours"] is not None) == has_bfloat16
+
+
+def test_flags_of_train_describe_the_run_and_come_back_in_the_command(answer) -> None:
+    flags = ["--n-layer", "24", "--n-head", "16", "--n-embd", "1024", "--remat", "full"]
+    got = answer("--gpu", "4090", "--preset", "24gb", "--batch-size", "8", *flags)
+    assert (got["n_layer"], got["remat"], got["batch_size"]) == (24, "full", 8)
+    cfg = parsed(got["command"])
+    assert (cfg.model.n_layer, cfg.model.n_embd, cfg.remat, cfg.batch_size) == (24, 1024, "full", 8)
+
+
+def test_what_does_not_fit_comes_with_what_does(answer, shown) -> None:
+    argv = ["--preset", "80gb", "--gpu", "rtx4070ti"]
+    got = answer(*argv)
+    assert not got["fits"]
+    cfg = parsed(got["command_that_fits"])
+    assert cfg.effective_batch_size == 512
+    again = answer("--gpu", "rtx4070ti", *shlex.split(got["command_that_fits"])[3:])
+    assert again["fits"]
+    assert "It does not fit." in shown(*argv)
+
+
+def test_fit_keeps_the_effective_batch_and_what_is_given(answer) -> None:
+    got = answer("--preset", "24gb", "--gpu", "rtx4070ti", "--fit")
+    assert got["fits"]
+    assert got["batch_size"] * got["gradient_accumulation_steps"] == 512
+    given = answer("--preset", "24gb", "--gpu", "rtx4070ti", "--fit", "--remat", "full")
+    assert given["remat"] == "full"
+    assert given["batch_size"] >= got["batch_size"]
+
+
+def test_auto_is_the_same_as_fit(answer) -> None:
+    auto = answer("--preset", "24gb", "--gpu", "rtx4070ti", "--batch-size", "auto")
+    assert auto == answer("--preset", "24gb", "--gpu", "rtx4070ti", "--fit")
+
+
+def test_nothing_fits_is_said_with_the_least_it_needs(refused) -> None:
+    text = refused("--preset", "24gb-1558m", "--vram", "12", "--fit")
+    assert "24gb-1558m does not fit" in text
+    assert "take a smaller model" in text
+
+
+def test_the_overview_lists_every_preset_for_a_card_and_what_to_run(answer, shown) -> None:
+    got = answer("--gpu", "rtx4090")
+    assert [p["preset"] for p in got["presets"]] == [n for n in preset_names() if n != "demo"]
+    assert got["command"] == "python -m jaxgpt.train --preset 24gb"
+    assert got["largest_model"]["parameters"] > 1.5e9
+    text = shown("--gpu", "rtx4090")
+    assert "24gb-1558m" in text
+    assert got["largest_model"]["command"] in text
+
+
+def test_hours_find_the_least_predicted_loss(answer, shown) -> None:
+    got = answer("--gpu", "rtx4090", "--hours", "48")
+    losses = [choice["predicted_loss"] for choice in got["choices"]]
+    assert got["predicted_loss"] == min(losses)
+    assert got["hours"] == pytest.approx(48, rel=0.02)
+    assert 5 < got["tokens_per_parameter"] < 100
+    cfg = parsed(got["command"])
+    assert cfg.optimizer.warmup_iters <= cfg.max_iters / 20
+    assert cfg.out_dir.name == f"24gb-{got['parameters'] / 1e6:.0f}m"
+    more = answer("--gpu", "rtx4090", "--hours", "480")
+    assert more["parameters"] > got["parameters"]
+    assert "prediction" in shown("--gpu", "rtx4090", "--hours", "48")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float32"], ["--lr-decay-iters", "1000"], ["--vocab-size", "60032"]],
+    ids=lambda flags: flags[0],
+)
+def test_the_command_says_what_was_asked_for(answer, flags) -> None:
+    got = answer("--gpu", "h100", "--preset", "24gb", "--batch-size", "4", *flags)
+    assert " ".join(flags) in got["command"]
+    assert " ".join(flags) in got["command_that_fits"]
+
+
+def test_hours_refuse_what_they_choose(refused) -> None:
+    text = refused("--gpu", "4090", "--hours", "48", "--n-layer", "12", "--max-iters", "9")
+    assert "--hours chooses --max-iters, --n-layer itself" in text
+
+
+def test_a_compiler_that_does_not_start_leaves_the_estimate(shown, monkeypatch) -> None:
+    def broken(*_):
+        raise target.NoCompilerError("the CUDA compiler does not start (no such library)")
+
+    monkeypatch.setattr(target, "CUDA_PLUGINS", ("json",))
+    monkeypatch.setattr(target, "card_devices", broken)
+    text = shown("--preset", "24gb", "--gpu", "4090")
+    assert "estimated, within a tenth; the CUDA compiler does not start" in text
+
+
+def test_hours_need_a_card_of_known_speed(refused) -> None:
+    assert "no speed is published" in refused("--gpu", "t4", "--hours", "10")
+    assert "hours -1 must be finite and above 0" in refused("--gpu", "4090", "--hours=-1")
+    assert "no time for one step" in refused("--gpu", "4090", "--hours=0.00001")
+
+
+def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:
+    got = answer("--vram", "20", "--preset", "16gb")
+    assert got["capacity_bytes"] == int(20 * 2**30 * 0.92)
+    assert got["hours"] is None
+    assert answer("--vram", "20")["recommended"]["preset"] == "16gb"
+
+
+def test_the_card_in_this_machine_is_the_default(answer, monkeypatch) -> None:
+    card = LocalCard(name="NVIDIA GeForce RTX 4090", memory_bytes=24564 * 2**20)
+    monkeypatch.setattr(plan, "visible_card", lambda: card)
+    assert answer("--preset", "24gb")["gpu"] == "rtx4090"
+    laptop = LocalCard(name="NVIDIA GeForce RTX 4090 Laptop GPU", memory_bytes=16376 * 2**20)
+    monkeypatch.setattr(plan, "visible_card", lambda: laptop)
+    got = answer("--preset", "16gb")
+    assert (got["gpu_name"], got["hours"]) == (laptop.name, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--gpu", "rtx9999"], "unknown GPU 'rtx9999'"),
+        (["--gpu", "4090", "--vram", "24"], "give one"),
+        (["--vram", "0"], "--vram 0 must be between 1 and 1024"),
+        (["--preset", "24bg", "--gpu", "4090"], "did you mean '24gb'"),
+        (["--gpu"], "--gpu needs a value"),
+        (["--gpu", "4090", "--gpus", "2"], "did you mean '--gpu'"),
+        (["--gpu", "t4", "--dtype", "bfloat16"], "compute capability 8.0"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(refused, argv, words) -> None:
+    assert words in refused(*argv)
+
+
+def test_without_a_card_the_answer_is_how_to_name_one(refused, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "visible_card", lambda: None)
+    assert "--gpu NAME or --vram GB" in refused("--preset", "24gb")
+
+
+def test_an_estimate_says_so_and_why(shown) -> None:
+    text = shown("--preset", "24gb", "--gpu", "4090")
+    assert "estimated, within a tenth" in text
+    assert "pip install -e '.[plan]'" in text
+
+
+def test_several_cards_are_planned_for_each(answer) -> None:
+    flags = ("--preset", "80gb-350m", "--gpu", "h100", "--batch-size", "16")
+    one, data = answer(*flags), answer(*flags, "--devices", "8")
+    fsdp = answer(*flags, "--mesh", "data=2,fsdp=4")
+    assert (one["mesh"], data["mesh"]) == (None, "data=8,fsdp=1")
+    assert (one["gradient_accumulation_steps"], fsdp["gradient_accumulation_steps"]) == (32, 4)
+    assert one["peak_bytes"] == data["peak_bytes"] > fsdp["peak_bytes"]
+    assert one["host_bytes"] == fsdp["host_bytes"]
+    quarter = fsdp["breakdown_bytes"]["parameters"] / one["breakdown_bytes"]["parameters"]
+    assert quarter == pytest.approx(1 / 4, rel=1e-3)  # norms are held whole
+    assert data["tokens_per_second"] == pytest.approx(8 * one["tokens_per_second"])
+    assert "--mesh data=2,fsdp=4" in fsdp["command"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (("--devices", "4", "--mesh", "data=8"), "has 8 devices, and --devices says 4"),
+        (("--devices", "0"), "--devices 0 must be between 1 and"),
+        (("--devices", "2", "--hours", "3"), "--hours plans for one card"),
+        (("--devices", "6"), "is not a multiple of batch_size 64 x 6 devices"),
+    ],
+)
+def test_cards_that_do_not_fit_together_are_refused(capsys, flags, answer) -> None:
+    with pytest.raises(SystemExit) as left:
+        plan.main(["--preset", "80gb-350m", "--gpu", "h100", *flags])
+    assert left.value.code == 2
+    assert answer in capsys.readouterr().err

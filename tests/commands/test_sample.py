@@ -1,0 +1,192 @@
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.sample import SEPARATOR, TextStream, main, prompt_ids
+from jaxgpt.weights.source import WeightsFlags, open_weights
+
+
+@pytest.fixture
+def sample(tiny_run: Path, capsys):
+    """What the command writes for the tiny run: standard output, standard error."""
+
+    def run(*flags: str, tokens: int = 12) -> tuple[str, str]:
+        capsys.readouterr()
+        assert main(["--out-dir", str(tiny_run), "--max-new-tokens", str(tokens), *flags]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def mistake(capsys):
+    """The answer to a command that is refused."""
+
+    def answer(*flags: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(flags)
+        out, err = capsys.readouterr()
+        assert (left.value.code, out) == (2, "")
+        assert "Traceback" not in err
+        return err
+
+    return answer
+
+
+def test_texts_go_to_standard_output_and_what_is_said_to_standard_error(sample) -> None:
+    out, err = sample("--prompt", "It is a truth", "--num-samples", "3")
+    texts = out.removesuffix("\n").split(f"\n{SEPARATOR}\n")
+    assert len(texts) == 3
+    assert all(text.startswith("It is a truth") and len(text) > 13 for text in texts)
+    assert len(set(texts)) == 3
+    assert "step 8: 10,592 parameters, float32" in err
+    assert "36 tokens in" in err
+
+
+def test_a_seed_gives_the_same_texts(sample) -> None:
+    a, b, c = (sample("--seed", seed)[0] for seed in ("1", "1", "2"))
+    assert a == b
+    assert a != c
+
+
+def test_a_prompt_comes_from_the_flag_a_file_or_standard_input(
+    sample, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Dear\n", encoding="utf-8")
+    expected, _ = sample("--prompt", "Dear\n")
+    assert sample("--prompt", f"FILE:{tmp_path}/prompt.txt")[0] == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("Dear\n"))
+    assert sample("--prompt", "-")[0] == expected
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_and_said_so(sample) -> None:
+    long = "abc" + "0123456789abcdef"
+    out, err = sample("--prompt", long)
+    assert "the prompt has 19 tokens; the model sees the last 16" in err
+    short, _ = sample("--prompt", long[3:])
+    assert out.removeprefix(long) == short.removeprefix(long[3:])
+
+
+def test_the_name_of_end_of_text_in_a_prompt_is_that_token(tiny_run) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    eot = weights.tokenizer.eot
+    assert prompt_ids("", weights) == [eot]
+    assert prompt_ids("<|endoftext|>", weights) == [eot]
+    assert prompt_ids("a<|endoftext|>b", weights) == [97, eot, 98]
+    assert prompt_ids("a<|endoftext|>", weights) == [97, eot]
+
+
+def test_a_terminal_without_a_letter_gets_another_and_odd_bytes_a_sentence(
+    tiny_run, tmp_path
+) -> None:
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    command = [sys.executable, "-m", "jaxgpt.sample", "--out-dir", str(tiny_run)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    flags = ["--max-new-tokens", "2", "--prompt", "café"]
+    done = subprocess.run([*command, *flags], capture_output=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout[:4]) == (0, b"caf?"), done.stderr
+    flags = ["--prompt", "-"]
+    with (tmp_path / "latin1.txt").open() as stdin:
+        env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, stdin=stdin, env=env, timeout=60
+        )
+    assert (done.returncode, b"--prompt - cannot be read as text" in done.stderr) == (2, True)
+
+
+def test_interactive_answers_each_line_until_the_end(sample, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("One\nTwo\n"))
+    out, err = sample("--interactive")
+    assert re.fullmatch(r"> One.*> Two.*> ", out, flags=re.DOTALL)
+    assert err.count("12 tokens in") == 2
+
+
+def test_ctrl_c_ends_a_text_or_a_line_and_not_the_conversation(sample, monkeypatch) -> None:
+    typed = iter([KeyboardInterrupt, "One", "Two", EOFError])
+
+    def answer(_: str) -> str:
+        said = next(typed)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    class Interrupted(TextStream):
+        def feed(self, ids_C: np.ndarray) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", answer)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxgpt.sample.TextStream", Interrupted)
+        out, err = sample("--interactive")
+    assert out == "\nOne\nTwo\n"  # and neither is gone on with
+    assert "tokens in" not in err
+
+
+def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> None:
+    tokenizer = load_tokenizer("byte")
+    ids = tokenizer.encode("é!")
+    text = TextStream(tokenizer, tokenizer.eot)
+    assert [text.feed(ids[:1]), text.feed(ids[1:])] == ["", "é!"]
+    assert text.feed(np.array([65, tokenizer.eot, 66])) == "A"
+    assert (text.end(), text.tokens) == ("", 4)
+    text = TextStream(tokenizer, None)
+    assert text.feed(np.array([65, tokenizer.eot, 66, 0xC3])) == "A<|endoftext|>B"
+    assert text.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "answers"),
+    [
+        ([], ["whose weights? give one of --out-dir RUN and --init-from gpt2"]),
+        (["--out-dir", "x", "--init-from", "gpt2"], ["give one of"]),
+        (["--out-dir", "x", "--num-sampels", "3"], ["did you mean '--num-samples'?"]),
+        (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
+        (["--out-dir", "x", "--seed"], ["--seed needs a value"]),
+        (["--out-dir", "x", "--prompt", "--- a"], ["one that begins with -- goes as --prompt="]),
+        (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
+        (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be finite and at"]),
+        (["--out-dir", "x", "--top-k=-1", "--top-p=0"], ["--top-k -1 must", "--top-p 0 must"]),
+        (["--out-dir", "x", "--num-samples=0"], ["--num-samples 0 must be at least 1"]),
+        (["--out-dir", "x", "--max-new-tokens=0"], ["--max-new-tokens 0 must be at least 1"]),
+        (["--out-dir", "x", "--checkpoint=newest"], ["--checkpoint newest is not latest, best"]),
+        (["--out-dir", "x", "--interactive", "--prompt=a"], ["leave --prompt out"]),
+        (["--out-dir", "x", "--prompt=FILE:no"], ["--prompt FILE:no cannot be read", "No such"]),
+        (["--out-dir", "x"], ["--out-dir x: no such folder", "python -m jaxgpt.train"]),
+        (["--init-from", "gtp2"], ["--init-from gtp2: no such folder", "gpt2-medium"]),
+    ],
+)
+def test_a_mistake_is_answered_in_a_sentence(mistake, flags, answers) -> None:
+    answer = mistake(*flags)
+    assert [part for part in answers if part not in answer] == []
+
+
+def test_a_folder_is_not_overlooked_for_a_misspelt_one(mistake, tiny_run) -> None:
+    answer = mistake("--out-dir", str(tiny_run.parent / "tini"))
+    assert f"there is: {tiny_run}" in answer
+
+
+def test_mistakes_and_help_are_answered_before_jax_is_imported() -> None:
+    code = """
+import sys
+from jaxgpt import evaluate, export, sample
+for command in (sample, evaluate, export):
+    for argv in (["--help"], ["--nope"], ["--out-dir", "no/such/run"], []):
+        try:
+            command.main(argv)
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+slow = {"jax", "flax", "orbax", "torch", "transformers", "huggingface_hub"} & sys.modules.keys()
+print(sorted(slow), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    codes = [line for line in done.stderr.splitlines() if line in ("0", "2")]
+    assert codes == ["0", "2", "2", "2"] * 3, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"

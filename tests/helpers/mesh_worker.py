@@ -1,0 +1,133 @@
+"""What tests/training/test_sharding.py runs with eight CPU devices: prints one JSON object.
+
+A process of its own, because the number of devices is settled before JAX starts.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from jaxgpt.config.fields import ModelConfig, OptimizerConfig
+from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.model.generate import Generator, Sampling
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.training.build import build_training, compile_eval_step, compile_train_step
+from jaxgpt.training.evaluation import evaluate
+from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.sharding import OverMesh
+
+STEPS, SAVED_AT = 50, 20
+MODEL = ModelConfig(
+    **dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.1)
+)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
+BATCH, EFFECTIVE = 2, 32
+# Counting up in steps of one, two or three: something to learn.
+RNG = np.random.default_rng(0)
+STARTS, STRIDES = (
+    RNG.integers(0, 50, (STEPS, EFFECTIVE, 1)),
+    RNG.integers(1, 4, (STEPS, EFFECTIVE, 1)),
+)
+TOKENS = ((STARTS + STRIDES * np.arange(9)) % 50).astype(np.uint16)
+WINDOWS = TOKENS[0, :21]  # no multiple of what devices hold
+
+
+class Run:
+    """A tiny training on some mesh; None is one device."""
+
+    def __init__(self, mesh: str | None, scan_layers: bool = False):
+        devices, shape = jax.devices(), parse_mesh(mesh)
+        self.layout = OverMesh(devices, shape) if mesh else OneDevice(devices[0])
+        self.held = BATCH * shape.devices
+        self.accumulation = EFFECTIVE // self.held
+        self.training = build_training(
+            MODEL,
+            OPTIMIZER,
+            max_iters=STEPS,
+            accumulation=self.accumulation,
+            dtype="float32",
+            seed=0,
+            device=devices[0],
+            layout=self.layout,
+            remat="full",
+            scan_layers=scan_layers,
+        )
+        self.step = compile_train_step(self.training, self.accumulation, self.held)
+
+    def train(self, state, steps):
+        losses = []
+        for i in steps:
+            windows = TOKENS[i].reshape(self.accumulation, self.held, -1)
+            tokens = self.layout.load(windows.shape, lambda rows, w=windows: w[:, rows])
+            state, metrics = self.step(state, tokens)
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    def evaluate(self, state) -> float:
+        eval_step = self.layout.from_host(compile_eval_step(self.training, self.held))
+        return evaluate(eval_step, state.params, WINDOWS, self.held)
+
+    def sample(self, state) -> list[int]:
+        """Some likeliest tokens; past the context, where nothing is cached, too."""
+        sampling, results = Sampling(temperature=0), self.layout.results(None)
+        generator = Generator(
+            self.training.graphdef, MODEL.block_size, sampling, chunk=12, results=results
+        )
+        return generator.generate(state.params, [1, 2, 3], 12, state.key, samples=1)[0].tolist()
+
+
+def shares(state) -> dict[str, float]:
+    """By path, the share of each array that the first device holds."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.size
+        / leaf.size
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if leaf.size
+    }
+
+
+def largest_gather(program: str) -> int:
+    """Elements of the largest all-gather's result."""
+    results = re.findall(r" = (.*?) all-gather(?:-start)?\(", program)
+    shapes = [dims for result in results for dims in re.findall(r"\[([\d,]+)\]", result)]
+    return max((int(np.prod([int(d) for d in dims.split(",")])) for dims in shapes), default=0)
+
+
+def main(folder: Path) -> None:
+    answer: dict = defaultdict(dict)
+    runs = {mesh or "one": Run(mesh) for mesh in (None, "data=8", "fsdp=8", "data=2,fsdp=4")}
+    for name, run in runs.items():
+        state, losses = run.train(run.training.init(), range(SAVED_AT))
+        with Checkpoints(folder / name, keep=1) as checkpoints:
+            checkpoints.begin(state, config={}, data={})
+            checkpoints.finish()
+        state, more = run.train(state, range(SAVED_AT, STEPS))
+        answer["losses"][name] = losses + more
+        answer["evaluations"][name] = run.evaluate(state)
+        answer["samples"][name] = run.sample(state)
+        answer["shares"][name] = shares(state)
+        answer["gathers"][name] = largest_gather(run.step.as_text())
+    answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
+    answer["embedding"] = state.params["wte"]["embedding"].size
+    runs["fsdp=8"] = Run("fsdp=8", scan_layers=True)
+    changes = (("one", "fsdp=8"), ("fsdp=8", "data=2,fsdp=4"), ("data=2,fsdp=4", "one"))
+    for saved, now in changes:
+        run = runs[now]
+        with Checkpoints(folder / saved, keep=1) as checkpoints:
+            restored = checkpoints.restore(SAVED_AT, run.training.state_like)
+        _, losses = run.train(restored.state, range(SAVED_AT, STEPS))
+        answer["resumed"][f"{saved} to {now}"] = losses
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,42 @@
+"""Preparations through the command line, and what is looked at after them."""
+
+import hashlib
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt.data.shards import load_split
+from jaxgpt.prepare import main
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+build = runpy.run_path(str(BENCHMARKS / "build_fineweb_like.py"))["build"]
+SMALL = ("--shard-tokens", "30K", "--unit-bytes", "100K")
+
+
+def prepare(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that cannot work says; one line, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        prepare(*arguments)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def contents(out: Path) -> dict[str, str]:
+    """SHA-256 of every file that training or a reader sees, by name."""
+    files = [*out.glob("*.bin"), *out.glob("manifest*.json")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def stream(out: Path, split: str) -> np.ndarray:
+    tokens = load_split(out, split, 50_257)  # type: ignore[arg-type]
+    return np.array(tokens.window(0, len(tokens)))

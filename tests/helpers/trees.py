@@ -1,0 +1,20 @@
+"""The smallest model of the tests, and equality of pytrees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.config.fields import ModelConfig
+
+TINY = ModelConfig(
+    n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False
+)
+
+
+def assert_trees_equal(a, b) -> None:
+    """Every leaf of two pytrees is equal bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,165 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.trees import TINY, assert_trees_equal
+
+from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.presets import load_preset
+from jaxgpt.model.attention import cudnn_attention, pick_attention, plain_attention
+from jaxgpt.model.gpt import GPT, build_gpt, init_params, linear_of_norm, make_linear
+from jaxgpt.model.layer_norm import LayerNorm, normalize
+
+
+def make_model(cfg: ModelConfig) -> GPT:
+    graphdef = build_gpt(cfg, "float32", plain_attention)
+    return nnx.merge(graphdef, init_params(cfg, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return make_model(TINY)
+
+
+def test_no_position_sees_a_later_token(model, tokens_BT1) -> None:
+    tokens_BT = jnp.asarray(tokens_BT1[:2, :8], jnp.int32)
+    changed = tokens_BT.at[:, 5].add(1)
+    before, after = model(tokens_BT), model(changed)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before[:, 5:, : TINY.n_vocab] - after[:, 5:, : TINY.n_vocab]) > 0).any()
+
+
+def test_logits_of_padded_rows_are_minus_infinity(model, tokens_BT1) -> None:
+    logits_BTV = model(tokens_BT1[:, :8])
+    assert logits_BTV.shape == (6, 8, 64)
+    assert logits_BTV.dtype == jnp.float32
+    assert np.isneginf(logits_BTV[..., 50:]).all()
+    assert np.isfinite(logits_BTV[..., :50]).all()
+
+
+def test_an_untrained_model_is_undecided(tokens_BT1) -> None:
+    cfg = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=64, n_vocab=50)
+    model = nnx.merge(
+        build_gpt(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
+    )
+    log_probs = jax.nn.log_softmax(model(tokens_BT1[:, :8]))
+    picked = np.take_along_axis(np.asarray(log_probs), tokens_BT1[:, 1:, None].astype(int), -1)
+    assert -picked.mean() == pytest.approx(np.log(50), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "bias", "count"),
+    [
+        # Counted on nanoGPT's own model: sum(p.numel() for p in GPT(config).parameters()).
+        ("80gb", False, 124_373_760),
+        ("48gb", False, 99_537_312),
+        ("24gb", False, 82_015_360),
+        ("16gb", False, 51_454_464),
+        ("12gb", False, 30_331_776),
+        ("gpt2-124m", True, 124_475_904),
+    ],
+)
+def test_presets_have_the_size_that_is_told(preset: str, bias: bool, count: int) -> None:
+    cfg = load_preset(preset).model
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    assert cfg.bias == bias
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cfg.parameter_count() == count
+
+
+def test_initialization_is_nanogpts() -> None:
+    cfg = ModelConfig(n_layer=8, n_head=4, n_embd=128, block_size=64, vocab_size=320, bias=True)
+    params = init_params(cfg, jax.random.key(0))
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        expected = {"scale": 0.0, "bias": 0.0}.get(name.rsplit("/", 1)[-1], 0.02)
+        if "c_proj/kernel" in name:
+            expected = 0.02 / np.sqrt(2 * cfg.n_layer)
+        assert float(leaf.std()) == pytest.approx(expected, rel=0.05), name
+        mean = 1.0 if name.endswith("scale") else 0.0
+        assert float(leaf.mean()) == pytest.approx(mean, abs=2e-3), name
+    first, second = params["blocks"][0], params["blocks"][1]
+    assert not np.array_equal(first["mlp"]["c_fc"]["kernel"], second["mlp"]["c_fc"]["kernel"])
+
+
+def test_initialization_is_a_function_of_the_key() -> None:
+    a, b = (init_params(TINY, jax.random.key(3)) for _ in range(2))
+    assert_trees_equal(a, b)
+
+
+def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
+    norm = LayerNorm(16, use_bias=False)
+    x_key, g_key, s_key = jax.random.split(jax.random.key(0), 3)
+    x = 3 * jax.random.normal(x_key, (4, 5, 16)) + 1
+    dy = jax.random.normal(g_key, x.shape)
+    norm.scale[...] = scale = jax.random.normal(s_key, (16,))
+
+    def formula(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale
+
+    expected, expected_vjp = jax.vjp(formula, x, scale)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-5)
+    _, vjp = jax.vjp(normalize, x, scale)
+    for a, b in zip(vjp(dy), expected_vjp(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_norm_worked_into_a_linear_layer_is_the_one_after_the_other(use_bias) -> None:
+    """In value, and in the gradients of the input, the norm and the layer."""
+    cfg = dataclasses.replace(TINY, n_embd=16, bias=use_bias)
+    modules = LayerNorm(16, use_bias), make_linear(cfg, 16, 48, jnp.float32, nnx.Rngs(0))
+    graphdefs = [nnx.graphdef(module) for module in modules]
+    like = [nnx.to_pure_dict(nnx.state(module)) for module in modules]
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    params = jax.tree.map(lambda leaf: 1 + jax.random.normal(next(keys), leaf.shape), like)
+    x, dy = (jax.random.normal(next(keys), (3, 5, width)) for width in (16, 48))
+
+    def together(params, x):
+        norm, linear = map(nnx.merge, graphdefs, params)
+        return linear_of_norm(linear, norm, x)
+
+    def one_after_the_other(params, x):
+        norm, linear = map(nnx.merge, graphdefs, params)
+        return linear(norm(x))
+
+    y, vjp = jax.vjp(together, params, x)
+    expected, expected_vjp = jax.vjp(one_after_the_other, params, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(vjp(dy)), jax.tree.leaves(expected_vjp(dy)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:
+    cfg = ModelConfig(
+        n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.5
+    )
+    model = nnx.merge(
+        build_gpt(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
+    )
+    a, b, c = (model.features(tokens_BT1[:, :8], jax.random.key(k)) for k in (1, 1, 2))
+    off = model.features(tokens_BT1[:, :8])
+    np.testing.assert_array_equal(a, b)
+    assert not np.allclose(a, c)
+    assert not np.allclose(a, off)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "width", "kernel", "why"),
+    [
+        ("gpu", (8, 9), "bfloat16", 64, cudnn_attention, "cuDNN"),
+        ("cpu", (0, 0), "float32", 64, plain_attention, "not on cpu"),
+        ("gpu", (7, 5), "bfloat16", 64, plain_attention, "8.0"),
+        ("gpu", (8, 9), "float32", 64, plain_attention, "float32"),
+        ("gpu", (8, 9), "bfloat16", 60, plain_attention, "head width 60"),
+        ("gpu", (8, 9), "bfloat16", 160, plain_attention, "head width 160"),
+    ],
+)
+def test_attention_is_chosen_for_the_device(
+    platform, capability, dtype, width, kernel, why
+) -> None:
+    chosen, sentence = pick_attention(platform, capability, dtype, width)
+    assert chosen is kernel
+    assert why in sentence

@@ -1,0 +1,141 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers.trees import TINY
+from jax.extend.core import jaxprs_in_params
+
+from jaxgpt.model.attention import cudnn_attention, plain_attention
+from jaxgpt.model.gelu import GELUS
+from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.loss import mean_cross_entropy
+
+CFG = dataclasses.replace(TINY, n_layer=3)
+
+
+def loss_and_grads(
+    remat: str, params, tokens_BT1, attend=plain_attention, dtype="float32", scan=False
+):
+    graphdef = build_gpt(CFG, dtype, attend, remat, scan)
+
+    def loss_fn(params):
+        model = nnx.merge(graphdef, params)
+        h_BTD = model.features(tokens_BT1[:, :-1])
+        wte_VD = model.wte.embedding[...]
+        return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], CFG.n_vocab)
+
+    return jax.value_and_grad(loss_fn)(params)
+
+
+def textbook_loss(params, tokens_BT1) -> jax.Array:
+    """GPT-2 in plain jax.numpy: all logits, automatic gradients, none of the package's modules."""
+    wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
+    T = tokens_BT1.shape[1] - 1
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p["scale"]
+
+    def attention(x, p):
+        heads = (*x.shape[:2], CFG.n_head, -1)
+        q, k, v = (y.reshape(heads) for y in jnp.split(x @ p["c_attn"]["kernel"], 3, -1))
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return out.reshape(x.shape) @ p["c_proj"]["kernel"]
+
+    def mlp(x, p):
+        return jax.nn.gelu(x @ p["c_fc"]["kernel"], approximate=True) @ p["c_proj"]["kernel"]
+
+    x = wte[tokens_BT1[:, :-1]] + wpe[:T]
+    for i in range(CFG.n_layer):
+        block = params["blocks"][i]
+        x = x + attention(norm(x, block["ln_1"]), block["attn"])
+        x = x + mlp(norm(x, block["ln_2"]), block["mlp"])
+    logits = norm(x, params["ln_f"]) @ wte.T
+    logits = logits[..., : CFG.n_vocab]
+    targets = tokens_BT1[:, 1:].astype(jnp.int32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("remat", ["none", "light", "full"])
+def test_loss_and_gradients_are_those_of_the_textbook(remat: str, scan: bool, tokens_BT1) -> None:
+    params = init_params(CFG, jax.random.key(0))
+    expected_loss, expected = jax.value_and_grad(textbook_loss)(params, tokens_BT1)
+    loss, grads = loss_and_grads(remat, params, tokens_BT1, scan=scan)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        # Relative to the largest of a leaf: some of its elements are sums of nearly nothing.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_scanning_draws_the_same_dropout(tokens_BT1) -> None:
+    cfg = dataclasses.replace(CFG, dropout=0.3)
+    params = init_params(cfg, jax.random.key(0))
+    tokens, key = tokens_BT1[:, :-1], jax.random.key(1)
+    unrolled, scanned = (
+        nnx.merge(build_gpt(cfg, "float32", plain_attention, "none", scan), params).features(
+            tokens, key
+        )
+        for scan in (False, True)
+    )
+    np.testing.assert_allclose(unrolled, scanned, rtol=1e-5, atol=1e-6)
+
+
+def primitives(jaxpr) -> list[str]:
+    names = [eqn.primitive.name for eqn in jaxpr.eqns]
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs_in_params(eqn.params):
+            names += primitives(inner)
+    return names
+
+
+def count(remat: str, what: str) -> int:
+    """How often a primitive appears when the linear layers and attention are differentiated."""
+    params = init_params(CFG, jax.random.key(0))
+    tokens = np.zeros((2, 9), np.uint16)
+    jaxpr = jax.make_jaxpr(lambda p: loss_and_grads(remat, p, tokens)[1])(params)
+    return primitives(jaxpr.jaxpr).count(what)
+
+
+def test_light_recomputes_no_linear_layer_and_full_recomputes_all_but_the_last() -> None:
+    none, light, full = (count(remat, "dot_general") for remat in ("none", "light", "full"))
+    # Plain attention's two products have batch axes, so that light computes the scores again.
+    assert none < light <= none + 2 * CFG.n_layer
+    assert full >= light + 3 * CFG.n_layer
+
+
+def test_light_keeps_what_flash_attention_hands_to_its_backward_pass(monkeypatch) -> None:
+    """Every stock policy of jax.checkpoint runs the kernel's forward pass a second time."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    params = init_params(CFG, jax.random.key(0))
+    tokens = np.zeros((2, 9), np.uint16)
+
+    def forward_calls(remat: str) -> int:
+        jaxpr = jax.make_jaxpr(
+            lambda p: loss_and_grads(remat, p, tokens, cudnn_attention, "bfloat16")[1]
+        )(params)
+        return primitives(jaxpr.jaxpr).count("dot_product_attention_fwd_wrapper")
+
+    assert forward_calls("none") == forward_calls("light") == CFG.n_layer
+    assert forward_calls("full") == 2 * CFG.n_layer
+
+
+@pytest.mark.parametrize("name", ["tanh", "erf"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_gradient_are_those_of_jax(dtype, name) -> None:
+    x = jnp.linspace(-6, 6, 1001).astype(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"atol": 0.02}
+    got, vjp = jax.vjp(GELUS[name], x)
+    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=name == "tanh"), x)
+    assert got.dtype == dtype
+    as32 = [np.asarray(y, np.float32) for y in (got, expected)]
+    np.testing.assert_allclose(*as32, **tolerance)
+    dx, expected_dx = (np.asarray(f(jnp.ones_like(x))[0], np.float32) for f in (vjp, expected_vjp))
+    np.testing.assert_allclose(dx, expected_dx, **tolerance)

@@ -1,0 +1,81 @@
+import pytest
+
+from jaxgpt.config.fields import with_fields
+from jaxgpt.config.presets import load_preset
+from jaxgpt.planning import fit
+from jaxgpt.planning.gpus import GIB
+from jaxgpt.planning.memory import estimate
+
+CFG = with_fields(load_preset("24gb"), dtype="bfloat16", n_vocab=50257)
+OPEN = fit.left_open(CFG)
+
+
+def test_what_fits_easily_is_not_recomputed_and_keeps_its_effective_batch() -> None:
+    found = fit.best_fit(OPEN, 80 * GIB)
+    assert found.cfg.remat == "none"
+    assert found.cfg.effective_batch_size == CFG.effective_batch_size
+    assert found.cfg.batch_size * found.cfg.gradient_accumulation_steps == 512
+    assert not fit.is_open(found.cfg)
+
+
+def test_less_memory_means_a_smaller_micro_batch_or_more_recomputed() -> None:
+    needs = [fit.best_fit(OPEN, capacity * GIB).need.peak_bytes for capacity in (20, 8, 4, 3)]
+    assert needs == sorted(needs, reverse=True)
+    for capacity, peak in zip((20, 8, 4, 3), needs, strict=True):
+        assert peak < capacity * GIB
+    assert fit.best_fit(OPEN, GIB) is None
+
+
+def test_only_what_is_open_is_chosen() -> None:
+    fixed_remat = with_fields(CFG, auto_batch_size=True, remat="full")
+    assert fit.best_fit(fixed_remat, 80 * GIB).cfg.remat == "full"
+    fixed_batch = with_fields(CFG, remat="auto")
+    found = fit.best_fit(fixed_batch, 8 * GIB).cfg
+    assert (found.batch_size, found.remat) == (32, "light")
+
+
+def test_the_compiler_has_the_last_word() -> None:
+    asked = []
+
+    def twice_as_much(cfg):
+        asked.append(cfg)
+        need = estimate(cfg)
+        return type(need)(**{**vars(need), "peak_bytes": 2 * need.peak_bytes, "method": "compiled"})
+
+    found = fit.best_fit(OPEN, 20 * GIB, twice_as_much)
+    assert 2 * estimate(found.cfg).peak_bytes < 20 * GIB
+    assert len(asked) > 1
+    assert asked[-1] == found.cfg
+
+
+def test_the_largest_model_fills_the_card() -> None:
+    small, large = (fit.largest_model(CFG, capacity * GIB) for capacity in (8, 22))
+    count = large.cfg.model.parameter_count()
+    assert count > small.cfg.model.parameter_count()
+    assert count > 1.5e9  # GPT-2 XL on 24 GB
+    assert large.need.peak_bytes < 22 * GIB
+
+
+def test_the_ladder_goes_up_and_keeps_heads_of_64() -> None:
+    sizes = [cfg.model.parameter_count() for cfg in fit.ladder(CFG)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(cfg.model.n_embd == 64 * cfg.model.n_head for cfg in fit.ladder(CFG))
+
+
+@pytest.mark.parametrize("capacity", [GIB, 6 * GIB])
+def test_advice_names_flags_that_fit_or_says_that_none_do(capacity) -> None:
+    text = fit.advice(CFG, capacity)
+    assert ("--batch-size" in text) == (capacity > GIB)
+    assert ("does not fit" in text) == (capacity == GIB)
+
+
+def test_after_running_out_of_memory_less_is_tried() -> None:
+    text = fit.smaller(CFG)
+    words = text.split()
+    B, remat = int(words[words.index("--batch-size") + 1]), words[words.index("--remat") + 1]
+    assert 512 % B == 0
+    tried = with_fields(
+        CFG, batch_size=B, remat=remat.rstrip(","), gradient_accumulation_steps=512 // B
+    )
+    assert estimate(tried).peak_bytes < 0.85 * estimate(CFG).peak_bytes
+    assert "smaller model" in fit.smaller(fit.smallest_micro_batch(CFG))

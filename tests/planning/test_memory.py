@@ -1,0 +1,144 @@
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from helpers.trees import TINY
+
+import jaxgpt
+from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.planning import memory, target
+from jaxgpt.planning.gpus import GIB, find_gpu
+from jaxgpt.planning.memory import ESTIMATE_ERROR, Need, estimate
+from jaxgpt.training.build import compile_eval_step, compile_train_step
+
+ROOT = Path(jaxgpt.__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_memory.py"))
+ROWS = json.loads(SCRIPT["RESULTS"].read_text())["rows"]
+# Of each preset, the row of the last card in its tier's list.
+BEST_KNOWN = {row["preset"]: row for row in ROWS if row["list"] == "presets"}
+CFG = with_fields(
+    Config(model=TINY), dtype="float32", batch_size=2, effective_batch_size=4, max_iters=10
+)
+
+
+def name(row: dict) -> str:
+    shape = f"{row['n_layer']}x{row['n_embd']}-B{row['batch_size']}"
+    return f"{row['preset'] or shape}-{row['gpu']}-{row['remat']}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_the_estimate_is_as_near_to_the_compiler_as_it_says(row) -> None:
+    guess = estimate(SCRIPT["config_from"](row))
+    assert guess.method == "estimated"
+    assert abs(guess.peak_bytes / row["peak_bytes"] - 1) < ESTIMATE_ERROR
+
+
+def test_what_was_measured_covers_what_is_claimed() -> None:
+    assert {row["remat"] for row in ROWS} == {"none", "light", "full"}
+    assert {row["list"] for row in ROWS} == {"presets", "tiers", "shapes"}
+    wanted = [SCRIPT["record"](*run, 0) for run in SCRIPT["runs"]()]
+    found = [{**row, "peak_bytes": 0} for row in ROWS]
+    assert [row for row in wanted if row not in found] == []
+    assert [row for row in found if row not in wanted] == []
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    assert SCRIPT["table"](ROWS) in (ROOT / "README.md").read_text()
+
+
+def test_the_tiers_stay_below_the_memory_they_are_held_to() -> None:
+    """GiB without remat and with full remat, of each tier on its card."""
+    limits = {"80gb": (27.5, 6), "48gb": (13.3, 4.2), "24gb": (11, 3.8), "16gb": (7.7, 3)}
+    limits["12gb"] = (5.2, 2.5)
+    tiers = {(r["preset"], r["remat"]): r["peak_bytes"] for r in ROWS if r["list"] == "tiers"}
+    for preset, (none, full) in limits.items():
+        assert tiers[preset, "none"] <= none * GIB
+        assert tiers[preset, "full"] <= full * GIB
+
+
+def test_every_preset_leaves_head_room_on_the_smallest_card_of_its_tier() -> None:
+    presets = [row for row in ROWS if row["list"] == "presets"]
+    for row in presets:
+        room = memory.capacity_of(find_gpu(row["gpu"])) - row["peak_bytes"]
+        assert room >= 1.5 * GIB, name(row)
+    assert {"rtx3090", "rtx4090"} <= {r["gpu"] for r in presets if r["preset"] == "24gb-1558m"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_the_state_is_counted_to_the_byte(state_dtype, optimizer) -> None:
+    cfg = with_fields(CFG, state_dtype=state_dtype, optimizer=optimizer)
+    like = memory.build_for(cfg, jax.devices("cpu")[0]).state_like
+    kept = {
+        "parameters": like.params,
+        "optimizer": like.opt_state.inner_opt_state[2],
+        "accumulator": like.opt_state.acc_grads,
+    }
+    counted = {  # but for counts and Muon's three coefficients
+        item: sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.size > 3
+        )
+        for item, tree in kept.items()
+    }
+    assert memory.state_bytes(cfg) == counted
+    assert memory.host_bytes(cfg) == counted["parameters"] + counted["optimizer"]
+
+
+def test_compiled_steps_tell_what_they_need_and_the_items_add_up() -> None:
+    training = memory.build_for(CFG, jax.devices("cpu")[0])
+    step = compile_train_step(training, 2, CFG.batch_size)
+    need = memory.need_of(CFG, step, compile_eval_step(training, CFG.batch_size))
+    assert need.method == "compiled"
+    assert sum(need.breakdown_bytes.values()) == need.peak_bytes
+    assert need.peak_bytes > sum(memory.state_bytes(CFG).values())
+    assert min(need.breakdown_bytes.values()) >= 0
+
+
+def test_an_evaluation_that_needs_more_than_a_step_counts() -> None:
+    stats = {"output_size_in_bytes": 0, "alias_size_in_bytes": 0}
+
+    def compiled(argument: int, temp: int):
+        sizes = {"argument_size_in_bytes": argument, "temp_size_in_bytes": temp, **stats}
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+
+    kept = memory.state_bytes(CFG)
+    state = sum(kept.values())
+    need = memory.need_of(CFG, compiled(state, 100), compiled(kept["parameters"], 10**6))
+    assert need.peak_bytes == state + 10**6
+
+
+def test_an_estimate_has_to_fit_with_its_error() -> None:
+    known = {"peak_bytes": 10 * GIB, "host_bytes": 0, "breakdown_bytes": {}}
+    assert Need(**known, method="compiled").fits(int(10.6 * GIB))
+    assert not Need(**known, method="compiled").fits(int(10.4 * GIB))
+    assert not Need(**known, method="estimated").fits(int(10.6 * GIB))
+    assert Need(**known, method="estimated").fits(int(11.6 * GIB))
+
+
+def test_the_pool_of_a_card_is_the_share_that_train_takes() -> None:
+    assert memory.capacity_of(find_gpu("rtx4090")) == int(24564 * 2**20 * 0.92)
+
+
+def test_the_hosts_memory_is_the_machines_or_the_containers() -> None:
+    available = memory.host_available()
+    assert available is None or 0 < available < 2**50
+    assert memory.device_limit(jax.devices("cpu")[0]) is not None or available is None
+
+
+needs_compiler = pytest.mark.skipif(
+    target.obstacle(find_gpu("rtx4090")) is not None,
+    reason=f"XLA's compiler for cards: {target.obstacle(find_gpu('rtx4090'))}",
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("row", BEST_KNOWN.values(), ids=name)
+def test_presets_still_need_what_was_written_down(row) -> None:
+    device = target.card_device(find_gpu(row["gpu"]))
+    need = memory.measure(SCRIPT["config_from"](row), device)
+    assert need.method == "compiled"
+    assert abs(need.peak_bytes / row["peak_bytes"] - 1) < 0.05

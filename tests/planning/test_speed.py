@@ -1,0 +1,62 @@
+import math
+
+import pytest
+
+from jaxgpt.config.fields import ModelConfig, with_fields
+from jaxgpt.config.presets import load_preset
+from jaxgpt.planning import speed
+from jaxgpt.planning.gpus import GPUS, find_gpu
+
+GPT2 = ModelConfig(vocab_size=50304, n_vocab=50257)
+
+
+def on(gpu: str, **fields) -> float | None:
+    cfg = with_fields(load_preset("24gb-plus"), dtype="bfloat16", **fields)
+    return speed.tokens_per_second(cfg, find_gpu(gpu))
+
+
+def test_flops_of_gpt2_are_nanogpts() -> None:
+    assert speed.model_flops_per_token(GPT2) == 6 * 123_587_328 + 12 * 12 * 768 * 1024
+    assert speed.model_flops_per_token(GPT2) == 854_770_176
+
+
+def test_an_a100_trains_gpt2_as_fast_as_llm_c_published() -> None:
+    assert on("a100-80gb", batch_size=64) == pytest.approx(218_000, rel=0.03)
+
+
+def test_a_4090_trains_gpt2_as_fast_as_was_published() -> None:
+    assert on("rtx4090", batch_size=32) == pytest.approx(106_000, rel=0.05)
+
+
+def test_what_computes_twice_or_little_at_a_time_is_slower() -> None:
+    none, light, full = (on("rtx4090", remat=remat) for remat in ("none", "light", "full"))
+    assert none > light > full
+    assert on("rtx4090", batch_size=2, effective_batch_size=512) < none
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.key)
+def test_a_card_has_a_speed_if_and_only_if_it_has_a_peak(gpu) -> None:
+    mfu = speed.mfu_of(gpu)
+    assert (mfu is None) == (gpu.bf16_flops is None)
+    assert mfu is None or mfu.source.startswith(("published: ", "assumed: "))
+
+
+def test_no_speed_is_made_up_for_float32() -> None:
+    cfg = with_fields(load_preset("12gb"), dtype="float32")
+    assert speed.tokens_per_second(cfg, find_gpu("rtx4090")) is None
+
+
+def test_the_scaling_law_is_the_published_one() -> None:
+    # Besiroglu et al. 2024: 1.8172 + 482.01 / N^0.3478 + 2085.43 / D^0.3658.
+    N, D = 70e9, 1.4e12  # Chinchilla itself
+    expected = 1.8172 + 482.01 / math.exp(0.3478 * math.log(N)) + 2085.43 / D**0.3658
+    assert speed.predicted_loss(70_000_000_000, D) == pytest.approx(expected)
+
+
+def test_learning_rates_fall_with_size_and_meet_the_rule() -> None:
+    sizes = [10e6, 30e6, 82e6, 124e6, 200e6, 355e6, 774e6, 1.56e9, 7e9]
+    rates = [speed.suggested_learning_rate(int(size)) for size in sizes]
+    assert rates == sorted(rates, reverse=True)
+    assert speed.suggested_learning_rate(124_000_000) == 6e-4
+    assert 5e-4 <= speed.suggested_learning_rate(350_000_000) <= 6e-4
+    assert speed.suggested_learning_rate(774_000_000) == 3e-4

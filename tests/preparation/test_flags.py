@@ -1,0 +1,53 @@
+"""The flags of `jaxgpt.prepare`."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.preparing import prepare
+
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.flags import Flags, count
+
+
+def test_every_mistake_in_the_flags_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare("fineweb", "--workers", "0", "--val-tokens", "0", "--limit-tokens", "x")
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(flag in lines[n] for n, flag in enumerate(("--limit", "--val", "--workers")))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("27B", 27 * 10**9),
+        ("4.1B", 4_100_000_000),
+        ("1e9", 10**9),
+        ("100,000", 10**5),
+        ("7k", 7000),
+    ],
+)
+def test_numbers_of_tokens_are_written_as_people_write_them(text: str, number: int) -> None:
+    assert count(Flags(limit_tokens=text), "limit_tokens") == number
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "0.5", "nan", "inf", "1e99", "1e999999T", "", "B", "1.5.2"]
+)
+def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no number above 0"):
+        count(Flags(limit_tokens=text), "limit_tokens")
+
+
+def test_a_mistake_is_answered_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys; from jaxgpt.prepare import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, *sorted({'numpy', 'pyarrow', 'datasets', 'jax',"
+        " 'tiktoken', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    for flag, exit_code in (("--help", "0"), ("--limt-tokens", "2"), ("--workers=many", "2")):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == exit_code, done

@@ -1,0 +1,413 @@
+"""The Hub, through its real client, against a server on this machine."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.hub_server import COMMIT, Fault, Hub, serve
+from helpers.preparing import build
+
+from jaxgpt.data.manifest import check_manifest, load_manifest
+from jaxgpt.data.shards import load_split
+from jaxgpt.data.token_file import write_shard
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.preparation import hub_retry as patience
+from jaxgpt.preparation.hub import download
+from jaxgpt.preparation.hub_retry import retrying
+from jaxgpt.prepare import main
+
+SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
+CARD = """\
+---
+configs:
+- config_name: plain
+  data_files:
+  - split: train
+    path: plain/*.jsonl
+  - split: test
+    path: other/*.jsonl
+- config_name: second
+  data_files: other/*.jsonl
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stand-in Hub holds."""
+    folder = tmp_path_factory.mktemp("hub")
+    sample = folder / "HuggingFaceFW" / "fineweb" / "sample"
+    build(sample / "10BT", files=3, n_bytes=450_000, row_group=20)
+    build(sample / "100BT", files=1, n_bytes=20_000, seed=1)
+    plain = folder / "someone" / "jokes" / "plain"
+    plain.mkdir(parents=True)
+    (plain.parent / "README.md").write_text(CARD)
+    for number in range(2):
+        lines = [json.dumps({"joke": f"joke {number} {line} " * 9}) for line in range(300)]
+        (plain / f"{number}.jsonl").write_text("\n".join(lines))
+    (plain.parent / "other").mkdir()
+    (plain.parent / "other" / "0.jsonl").write_text(json.dumps({"joke": "one more"}))
+    pictures = folder / "someone" / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"png")
+    (folder / "someone" / "scripted").mkdir()
+    (folder / "someone" / "scripted" / "scripted.py").write_text("import datasets")
+    ready = folder / "kjj0" / "fineweb10B-gpt2"
+    ready.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in ("val_000000", "train_000001", "train_000002", "train_000003"):
+        write_shard(ready / f"fineweb_{name}.bin", random.integers(0, 50257, 5000))
+    return folder
+
+
+@pytest.fixture
+def hub(stored: Path) -> Iterator[Hub]:
+    with serve(stored) as running:
+        yield running
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """A client that asks the stand-in and nobody else."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+    }
+
+
+def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def shards(out: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("*.bin"))}
+
+
+@pytest.fixture(scope="module")
+def expected(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shards of the same files, read from the disk."""
+    out = tmp_path_factory.mktemp("local") / "fineweb"
+    files = stored / "HuggingFaceFW" / "fineweb" / "sample" / "10BT"
+    assert main([str(files), "--out", str(out), *SMALL]) == 0
+    return shards(out)
+
+
+def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "fineweb"
+    done = run(environment, "fineweb", "--name", "sample-10BT", "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert shards(out) == expected
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb"
+    assert manifest["source"]["commit"] == COMMIT
+    assert manifest["token_count"]["equal"]
+    assert not (out / ".prepare" / "downloads").exists()
+    assert "it/s" not in done.stderr, "one progress bar is enough"
+    assert not any("100BT" in request for request in hub.requests)
+    before = len(hub.requests)
+    again = run(environment, "fineweb", "--name", "sample-10BT", "--out", out, *SMALL)
+    assert "is complete" in again.stdout
+    assert len(hub.requests) == before, "a finished folder asks for nothing"
+
+
+def test_fineweb_under_its_full_name_has_llm_c_s_validation_too(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out")
+    done = run(environment, "HuggingFaceFW/fineweb", "--name", "sample-100BT", *out)
+    assert done.returncode == 2
+    assert "all its tokens are validation, which is the first 100,000,000" in done.stderr
+
+
+def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "fineweb"
+    done = run(environment, "fineweb", "--out", out, *SMALL, "--limit-tokens", "500")
+    assert done.returncode == 0, done.stderr
+    assert len(load_split(out, "train", 50257)) == 500
+    assert not (out / ".prepare" / "downloads").exists()
+
+
+def test_a_download_that_is_killed_or_cut_off_goes_on(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "fineweb"
+    arguments = ["fineweb", "--out", str(out), *SMALL]
+    _kill_at_first_file(hub, environment, *arguments)
+    left = set(out.rglob("*.incomplete"))
+    assert left
+    _kill_at_first_file(hub, environment, *arguments)
+    assert not left & set(out.rglob("*.incomplete")), "they would fill the disk"
+    hub.faults += [
+        Fault("GET .*000_00000.parquet", cut_after=20_000),
+        Fault("GET .*001_00000.parquet", status=503),
+        Fault("HEAD .*002_00000.parquet", status=429, headers={"Retry-After": "0"}),
+    ]
+    done = run(environment, *arguments)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert not hub.faults
+    assert shards(out) == expected
+
+
+def test_a_file_that_arrives_damaged_is_fetched_again(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
+    done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
+    assert done.returncode == 0, done.stderr
+    told = "001_00000.parquet of data set 'HuggingFaceFW/fineweb': arrived damaged; trying again"
+    assert told in done.stdout
+    assert shards(tmp_path / "fineweb") == expected
+
+
+def test_what_fails_in_the_hub_s_other_storage_is_tried_again(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("hf_xet")
+    hub.faults += [Fault("HEAD .*001_00000.parquet", headers=hub.of_xet())]
+    done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stdout
+    assert any("/storage/" in request for request in hub.requests)
+    assert shards(tmp_path / "fineweb") == expected
+
+
+def test_ctrl_c_during_a_download_ends_at_once(
+    hub: Hub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hub.hold.clear()
+    command = [sys.executable, "-m", "jaxgpt.prepare", "fineweb", "--out", str(tmp_path), *SMALL]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for_request(hub, "GET /datasets/.*parquet")
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 130
+    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+
+
+def _kill_at_first_file(hub: Hub, environment: dict[str, str], *arguments: str) -> None:
+    """Run a command until it asks for a file."""
+    hub.hold.clear()
+    hub.requests.clear()
+    command = [sys.executable, "-m", "jaxgpt.prepare", *arguments]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        _wait_for_request(hub, "GET /datasets/")
+    finally:
+        child.kill()
+        child.wait()
+        hub.hold.set()
+
+
+def _wait_for_request(hub: Hub, pattern: str) -> None:
+    import re
+
+    deadline = time.monotonic() + 30
+    while not any(re.search(pattern, request) for request in hub.requests):
+        assert time.monotonic() < deadline, hub.requests
+        time.sleep(0.01)
+
+
+def test_any_data_set_is_read_by_its_card(
+    hub: Hub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "jokes"
+    flags = ("--name", "plain", "--text-column", "joke", "--out", out)
+    done = run(environment, "someone/jokes", *flags)
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert manifest["documents"]["used"] == 600
+    assert manifest["source"]["files"] == ["plain/0.jsonl", "plain/1.jsonl"]
+    for flags, said in (
+        (("--name", "plian"), "plian"),
+        (("--name", "plain", "--split", "dev"), "has no split 'dev'"),
+    ):
+        wrong = run(environment, "someone/jokes", *flags, "--out", tmp_path / "x")
+        assert wrong.returncode == 2
+        assert said in wrong.stderr
+        assert len(wrong.stderr.strip().splitlines()) == 1, wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["someone/nothing"], "there is none of this name on the Hub"),
+        (["fineweb", "--name", "sample-1BT"], "check --name (sample-10BT, sample-100BT"),
+        (["fineweb", "--split", "test"], "has no split 'test', only 'train'"),
+        (["fineweb", "--revision", "v9"], "has no such --revision"),
+        (["someone/pictures"], "--revision refs/convert/parquet"),
+        (["someone/scripted"], "but found scripted.py; the Hub keeps a parquet copy of most"),
+    ],
+)
+def test_a_wrong_name_is_told_in_a_sentence(
+    environment: dict[str, str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = run(environment, *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_without_a_network_one_sentence_comes_soon(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = run(environment, "fineweb", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "the Hub could not be reached" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert time.monotonic() - began < 40
+    offline = run({**environment, "HF_HUB_OFFLINE": "1"}, "fineweb", "--out", tmp_path / "out")
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
+
+
+def test_patience_that_ends_keeps_what_is_finished_and_the_same_command_goes_on(
+    hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "fineweb"
+    refusal = Fault("HEAD .*002_00000.parquet", status=429, headers={"Retry-After": "0"})
+    hub.faults += [refusal] * 100
+    arguments = ["fineweb", "--out", str(out), *SMALL]
+    code = (
+        "import sys; from jaxgpt.preparation import hub_retry; from jaxgpt.prepare import main\n"
+        "if __name__ == '__main__': hub_retry.WAITS = (); sys.exit(main(sys.argv[1:]))"
+    )
+    script = tmp_path / "impatient.py"  # workers import it again
+    script.write_text(code)
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "limits the rate of requests (429) and has not relented; set HF_TOKEN" in done.stderr
+    assert "run the same command later: it goes on from here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    finished = shards(out)
+    assert finished
+    assert expected.items() > finished.items()
+    hub.faults.clear()
+    again = run(environment, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert shards(out) == expected
+
+
+def test_ready_made_shards_are_downloaded_checked_and_added_to(
+    hub: Hub, environment: dict[str, str], stored: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "fineweb"
+    done = run(environment, "fineweb", "--ready", "--tokens", "7K", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(shards(out)) == [f"fineweb_train_00000{n}.bin" for n in (1, 2)] + [
+        "fineweb_val_000000.bin"
+    ]
+    assert len(load_split(out, "train", 50257)) == 10_000
+    _kill_at_first_file(hub, environment, "fineweb", "--ready", "--out", str(out))
+    with pytest.raises(UserError, match="is not finished; run its"):
+        check_manifest(out, load_tokenizer("gpt2"))
+    hub.requests.clear()
+    more = run(environment, "fineweb", "--ready", "--out", out)
+    assert more.returncode == 0, more.stderr
+    assert sum("GET /datasets" in request for request in hub.requests) == 1, "only the new one"
+    manifest = load_manifest(out)
+    assert manifest is not None
+    original = stored / "kjj0" / "fineweb10B-gpt2"
+    assert {s["file"]: s["sha256"] for s in manifest["shards"]} == shards(original)
+    (out / "fineweb_train_000002.bin").unlink()
+    assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
+    assert shards(out) == shards(original), "what is gone is fetched again"
+    other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
+    assert "holds shards of kjj0/fineweb10B-gpt2" in other.stderr
+
+
+def test_a_ready_made_shard_with_foreign_ids_is_refused(
+    hub: Hub, environment: dict[str, str], stored: Path, tmp_path: Path
+) -> None:
+    folder = stored / "someone" / "else"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        write_shard(folder / f"x_{split}_000000.bin", np.full(100, 60_000))
+    done = run(environment, "someone/else", "--ready", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "is id 60000, outside the tokenizer's 50,257" in done.stderr
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.mark.parametrize("name", ["../../a.parquet", "data/../../../a.parquet", "/tmp/a.parquet"])
+def test_a_name_that_leads_out_of_the_folder_is_never_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """huggingface_hub 1.0 would write where it points."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UserError, match="leads out of its folder"):
+        download("someone/jokes", name, 9, None, COMMIT, tmp_path / "downloads", print)
+
+
+# Patience
+
+
+class RefusedError(Exception):
+    def __init__(self, status: int, headers: dict[str, str] | None = None):
+        super().__init__(f"status {status}")
+        self.response: Any = type("Response", (), {"status_code": status, "headers": headers or {}})
+
+
+def asked_until(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], **flags: bool) -> Any:
+    """(answer or message, the seconds waited) of a question that fails with each of `errors`."""
+    waits: list[float] = []
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
+    left = list(errors)
+
+    def question() -> str:
+        if left:
+            raise left.pop(0)
+        return "answer"
+
+    try:
+        return retrying(question, "it", lambda _: None, **{"first": False, **flags}), waits
+    except UserError as error:
+        return str(error), waits
+
+
+def test_refusals_are_waited_out_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, waits = asked_until(
+        monkeypatch, [RefusedError(429), ConnectionError(), RefusedError(503)]
+    )
+    assert (answer, waits) == ("answer", [1, 2, 4])
+
+
+def test_the_hub_s_own_wish_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, waits = asked_until(monkeypatch, [RefusedError(429, {"retry-after": "37"})])
+    assert (answer, waits) == ("answer", [37])
+
+
+def test_patience_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    message, waits = asked_until(monkeypatch, [RefusedError(429)] * 99)
+    assert waits == list(hub_retry.WAITS)
+    assert "set HF_TOKEN" in message
+    assert "it goes on from here" in message
+    message, waits = asked_until(monkeypatch, [RefusedError(403)])
+    assert waits == []
+    assert "the Hub answered 403" in message
+    message, waits = asked_until(monkeypatch, [ConnectionError()] * 99, first=True)
+    assert sum(waits) < 3

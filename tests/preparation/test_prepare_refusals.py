@@ -1,0 +1,206 @@
+"""What `python -m jaxgpt.prepare` answers to mistakes, and to text that is not as it should be."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.preparing import SMALL, prepare, refusal
+
+from jaxgpt.data.manifest import load_manifest
+
+
+def test_what_cannot_be_read_is_refused_in_a_sentence(
+    texts: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.pdf").touch()
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    for arguments, said in (
+        ([tmp_path / "gone.txt"], "gone.txt: no such file or folder"),
+        ([f"{tmp_path}/*.parquet"], "*.parquet: no file matches"),
+        ([tmp_path / "a.pdf"], "a.pdf: is no text that can be read here"),
+        ([tmp_path / "pipe.txt"], "pipe.txt: is no text that can be read here"),
+        ([tmp_path / "empty"], "empty: holds no text"),
+        ([prepared], "holds tokens already; train on them with"),
+        ([next(prepared.glob("*.bin"))], "holds tokens already"),
+        ([texts / "01.txt"], "is one document, and validation takes whole ones"),
+        ([texts, "--tokenizer", "o200k_base"], "has 200,019 ids"),
+        ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
+        ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
+        ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two rules for validation"),
+        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number above 0; write 27B"),
+        ([texts, "--shard-tokens", "3B"], "holds at most 2,147,483,647"),
+        ([texts, "--shard_tokns", "3"], "did you mean '--shard-tokens'?"),
+        ([texts, "--rank", "3"], "--rank and --world-size belong together"),
+        ([texts, "--rank", "3", "--world-size", "3"], "rank 3 of 3"),
+        ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
+        ([texts, "--name", "x", "--split", "dev"], "--name and --split: of data sets of the Hub"),
+        ([texts, "--out", texts], "holds the text itself; choose another folder with --out"),
+        (["fineweb", "--ready", "--tokenizer", "byte"], "are; leave out --tokenizer"),
+        (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
+        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "do it in one process"),
+        (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
+        (["--inspect", texts, "--limit-tokens", "3"], "what is there; leave out --limit-tokens"),
+        (["--merge"], "--merge takes one folder"),
+        ([texts, "--workers", "many"], "--workers many is not a whole number"),
+        ([texts, "--sample-by", "lines"], "is not one of document, paragraph, line; did you mean"),
+        ([], "name what to prepare"),
+    ):
+        out = ["--out", tmp_path / "o"]
+        if "--out" in arguments or "--inspect" in arguments or arguments in ([], ["--merge"]):
+            out = []
+        assert said in refusal(capsys, *arguments, *out)
+    assert not (tmp_path / "o").exists(), "a mistake leaves no folder"
+    assert not (texts / ".prepare").exists()
+
+
+def test_another_source_or_other_settings_are_refused(
+    fineweb_like: Path, prepared: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted(fineweb_like.glob("*.parquet"))[0]
+    for arguments, said in (
+        ([texts, *SMALL], "has 000_00000.parquet in it already"),
+        ([first, *SMALL], "has 001_00000.parquet in it already"),
+        ([fineweb_like, "--unit-bytes", "100K"], "--shard-tokens 30000, not 100000000"),
+        ([fineweb_like, *SMALL, "--text-column", "url"], "--text-column text, not url"),
+        ([fineweb_like, *SMALL, "--tokenizer", "byte"], "--tokenizer gpt2, not byte"),
+        ([fineweb_like, *SMALL, "--val-tokens", "9"], "--val-tokens None, not 9"),
+    ):
+        message = refusal(capsys, *arguments, "--out", prepared)
+        assert said in message
+        assert "--out" in message
+
+
+def test_an_input_that_changed_under_a_begun_folder_is_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(texts, "--out", tmp_path / "out") == 0
+    changed = texts / "07.txt"
+    changed.write_text(changed.read_text().replace("7", "8"))  # as long as it was
+    message = refusal(capsys, texts, "--out", tmp_path / "out")
+    assert f"{changed}: is not what {tmp_path / 'out'} was begun with" in message
+
+
+def test_a_mistake_that_made_nothing_does_not_bind_the_folder(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    message = refusal(capsys, fineweb_like, "--out", out, "--text-column", "txt")
+    assert "has no column 'txt'" in message
+    assert "text, id, dump, url" in message
+    assert prepare(fineweb_like, "--out", out, *SMALL) == 0
+
+
+def test_documents_that_cannot_be_used_are_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [json.dumps({"text": f"Document {n}."}).encode() for n in range(60)]
+    bad = [b'{"text": null}', b'{"text": ""}', b'{"text": "caf\xe9"}', b"[" * 100_000, b'{"text"']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good, *bad]))
+    (tmp_path / "b.txt").write_bytes("naïve".encode("latin-1"))
+    arguments = (tmp_path / "a.jsonl", tmp_path / "b.txt", "--val-fraction", "0.3")
+    assert prepare(*arguments, "--out", tmp_path / "out") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "left out: null 1 documents, the first in a.jsonl",
+        "left out: empty 1 documents, the first in a.jsonl",
+        "left out: not UTF-8 2 documents, the first in a.jsonl",
+        "left out: not JSON 2 documents, the first in a.jsonl",
+    ):
+        assert line in told
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["documents"]["used"] == 60
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+    assert prepare(*arguments, "--out", tmp_path / "o2", "--encoding-errors", "replace") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not UTF-8" not in told
+    replaced = load_manifest(tmp_path / "o2")
+    assert replaced is not None
+    assert replaced["documents"]["used"] == 62
+
+
+def test_text_of_which_nothing_can_be_used_is_told_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one", "others": [1, 2]}, indent=1))
+    message = refusal(capsys, tmp_path / "a.json", "--out", tmp_path / "out")
+    assert f"none of the documents can be used, each is not JSON ({tmp_path / 'a.json'})" in message
+
+
+def test_tokens_made_inside_the_folder_of_the_text_are_no_text(
+    texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(texts)
+    assert prepare(".", "--val-fraction", "0.3") == 0
+    assert (texts / "data" / "texts" / "manifest.json").is_file()
+    assert prepare(".", "--val-fraction", "0.3") == 0
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+
+
+def test_a_finished_shard_that_is_gone_is_told(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (texts, "--out", tmp_path / "out", "--val-fraction", "0.3")
+    assert prepare(*arguments) == 0
+    lost = tmp_path / "out" / "out_train_000001.bin"
+    lost.unlink()
+    assert f"{lost}: was written and is missing" in refusal(capsys, *arguments)
+
+
+def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
+    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*SMALL, "--val-tokens", "10K", "--limit-tokens", "20K")
+    assert prepare(fineweb_like, "--out", tmp_path / "out", *flags) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
+    share = 30_000 * 4.6 / (size * 1.56)
+    (kilobytes,) = re.findall(r"the limit is reached after about ([\d.]+) kB", told)
+    assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
+
+
+def test_a_folder_of_someone_else_s_shards_is_not_written_to(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jaxgpt.data.token_file import write_shard
+
+    write_shard(tmp_path / "fineweb_train_000001.bin", np.arange(9))
+    assert "did not put there" in refusal(capsys, texts, "--out", tmp_path)
+
+
+def test_a_split_without_documents_is_told_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    arguments = (tmp_path / "0.txt", tmp_path / "1.txt", "--out", tmp_path / "out")
+    assert "--sample-by paragraph" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
+    arguments = (*arguments[:2], "--out", tmp_path / "out2", "--val-tokens", "1K")
+    assert "all its tokens are validation" in refusal(capsys, *arguments)
+
+
+def test_a_full_disk_is_told_before_anything_is_read(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = refusal(capsys, texts, "--out", tmp_path / "out")
+    assert "of disk and has 1.0 kB free" in message
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_text_is_not_mixed_with_ready_made_shards(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / ".prepare").mkdir(parents=True)
+    (tmp_path / "out" / ".prepare" / "ready.json").write_text('{"repo": "a/b"}')
+    assert "holds ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
+    (tmp_path / "out" / ".prepare" / "ready.json").write_text("{")
+    message = refusal(capsys, "fineweb", "--ready", "--out", tmp_path / "out")
+    assert "ready.json: is damaged" in message

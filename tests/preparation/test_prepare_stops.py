@@ -1,0 +1,208 @@
+"""Preparations that are killed, stopped or run out of disk, and the same command after them."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.preparing import SMALL, contents, prepare, refusal
+
+
+@pytest.fixture
+def children() -> Iterator[list[subprocess.Popen]]:
+    started: list[subprocess.Popen] = []
+    yield started
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+
+
+def start(
+    children: list[subprocess.Popen], *arguments: object, session: bool = False
+) -> subprocess.Popen:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=session,
+    )
+    children.append(child)
+    return child
+
+
+def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.005)
+
+
+def test_a_run_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, children: list[subprocess.Popen]
+) -> None:
+    draw, out = random.Random(4), tmp_path / "out"
+    patterns = (".prepare/plan.json", ".prepare/parts/*", "*_train_000002.bin")
+    for workers, pattern in enumerate(patterns, start=1):
+        child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", workers)
+        wait_for(out, pattern)
+        time.sleep(draw.uniform(0, 0.05))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (out / "manifest.json").exists(), "killed too late to prove anything"
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+    assert finished
+    assert prepare(fineweb_like, "--out", out, *SMALL) == 0
+    assert contents(out) == contents(prepared)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "written again"
+    assert not any((out / ".prepare" / "parts").iterdir())
+
+
+def test_ctrl_c_at_a_terminal_while_workers_start_is_told_in_one_line(
+    fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen]
+) -> None:
+    out = tmp_path / "out"
+    child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "2", session=True)
+    wait_for(out, ".prepare/parts")  # a worker starts right after, and imports for half a second
+    time.sleep(0.2)
+    for _ in range(2):  # by someone in a hurry
+        os.killpg(child.pid, signal.SIGINT)  # a terminal's reaches workers too
+        time.sleep(0.005)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on_and_does(
+    fineweb_like: Path,
+    prepared: Path,
+    tmp_path: Path,
+    children: list[subprocess.Popen],
+    sent: signal.Signals,
+    code: int,
+) -> None:
+    out = tmp_path / "out"
+    child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "2")
+    wait_for(out, ".prepare/parts/*")
+    child.send_signal(sent)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+    assert prepare(fineweb_like, "--out", out, *SMALL) == 0
+    assert contents(out) == contents(prepared)
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SIGINT is in what a script runs in the background."""
+    seen = []
+    monkeypatch.setattr(
+        "jaxgpt.prepare.run", lambda _: seen.extend(map(signal.getsignal, (2, 15))) or 0
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert prepare("fineweb") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[0] is signal.SIG_IGN
+    assert seen[1] not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+def test_workers_do_not_outlive_a_parent_that_is_killed(
+    fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen]
+) -> None:
+    child = start(children, fineweb_like, "--out", tmp_path / "out", *SMALL, "--workers", "2")
+    wait_for(tmp_path / "out", ".prepare/parts/*")
+    of_child = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
+    )
+    workers = [int(pid) for pid in of_child.stdout.split()]
+    assert workers
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 10
+    while any(_is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen], capsys
+) -> None:
+    out = tmp_path / "out"
+    child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "1")
+    wait_for(out, ".prepare/plan.json")
+    os.kill(child.pid, signal.SIGSTOP)
+    try:
+        message = refusal(capsys, fineweb_like, "--out", out, *SMALL)
+    finally:
+        os.kill(child.pid, signal.SIGCONT)
+    assert "another prepare is writing to it" in message
+
+
+def test_a_finished_folder_is_left_as_it_is(
+    fineweb_like: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")}
+    assert prepare(fineweb_like, "--out", prepared, *SMALL) == 0
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")} == before
+
+
+def test_a_disk_that_fills_up_is_told_and_gone_on_from(
+    fineweb_like: Path, prepared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import resource, sys; from jaxgpt.prepare import main\n"
+        "limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    for limit in ("30000", "60000"):  # less than a unit's tokens, less than a shard
+        command = [sys.executable, "-c", code, limit, str(fineweb_like), "--out", str(out), *SMALL]
+        full = subprocess.run(command, capture_output=True, text=True)
+        assert full.returncode == 2
+        assert "File too large; the same command goes on once that is mended" in full.stderr
+        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+    assert prepare(fineweb_like, "--out", out, *SMALL) == 0
+    assert contents(out) == contents(prepared)
+
+
+def test_it_goes_on_when_nobody_takes_what_it_says(texts: Path, tmp_path: Path) -> None:
+    out, straight = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    command = [sys.executable, "-m", "jaxgpt.prepare", str(texts), "--out", str(out)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=120)
+    assert done.returncode == 0
+    assert prepare(texts, "--out", straight) == 0
+    assert contents(out) == contents(straight)
+
+
+def test_a_damaged_file_stops_the_run_and_keeps_what_is_finished(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for path in fineweb_like.glob("*.parquet"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    last = sorted(folder.glob("*.parquet"))[-1]
+    whole = last.read_bytes()
+    middle = len(whole) // 2
+    last.write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000 :])
+    message = refusal(capsys, folder, "--out", out, *SMALL, "--workers", "1")
+    assert f"{last}: " in message
+    assert any(out.glob("*.bin"))

@@ -1,0 +1,410 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.checkpoints import build, save
+from helpers.trees import assert_trees_equal
+from orbax.checkpoint import v1 as ocp
+
+from jaxgpt.run import checkpoint
+from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.restore import CheckpointError
+from jaxgpt.training.build import Training
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    return build()
+
+
+def take_steps(training: Training, state, steps: int):
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 3, 9)).astype(np.uint16)
+    for _ in range(steps):
+        state, _ = training.train_step(state, tokens)
+    return state
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def steps_on_disk(out_dir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
+    training, tmp_path
+) -> None:
+    state, saved = training.init(), {}
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        for _ in range(6):
+            state = take_steps(training, state, 1)
+            saved[int(state.step)] = copy(state)
+            save(checkpoints, state, config={"a": 1}, data={"b": [2]})
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        assert checkpoints.latest_step == 6
+        for step, expected in saved.items():
+            restored = checkpoints.restore(step, training.state_like)
+            assert_trees_equal(restored.state, expected)
+            assert (restored.config, restored.data) == ({"a": 1}, {"b": [2]})
+
+
+def test_a_restored_state_trains_on_bit_for_bit(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        state = take_steps(training, training.init(), 3)
+        save(checkpoints, state)
+        straight = take_steps(training, state, 3)
+        checkpoints.wait()
+        restored = checkpoints.restore(3, training.state_like)
+    assert_trees_equal(take_steps(training, restored.state, 3), straight)
+
+
+def test_the_newest_and_the_best_are_kept_by_two_rules(training, tmp_path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5, 6: 2.4}
+    state = training.init()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for loss in losses.values():
+            state = take_steps(training, state, 1)
+            save(checkpoints, state, loss)
+        checkpoints.wait()
+        assert checkpoints.best == (2, 1.0)
+        assert checkpoints.latest_step == 6
+    assert steps_on_disk(tmp_path) == [2, 5, 6]
+
+
+def test_the_accumulator_is_not_written(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, training.init())
+    (stored,) = (tmp_path / "checkpoints").rglob("_METADATA")
+    assert "('opt_state', 'inner_opt_state', '2', 'mu', 'wte', 'embedding')" in stored.read_text()
+    assert "'acc_grads', 'wte'" not in stored.read_text()
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for _ in range(2):
+            save(checkpoints, training.init())
+    assert steps_on_disk(tmp_path) == [0]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_that_is_not_there_is_said_in_a_sentence(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest_step is None
+        assert checkpoints.best is None
+        assert checkpoints.recover(print) is None
+        with pytest.raises(CheckpointError, match=r"checkpoint 7 is missing or damaged: .*No such"):
+            checkpoints.restore(7, training.state_like)
+
+
+def test_a_flipped_bit_in_any_file_is_named_and_the_checkpoint_before_is_gone_on_from(
+    training, tmp_path
+) -> None:
+    first = take_steps(training, training.init(), 1)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        save(checkpoints, first)
+        second = take_steps(training, copy(first), 1)
+        save(checkpoints, second)
+    newest = tmp_path / "checkpoints" / "2"
+    names = [p.relative_to(newest) for p in newest.rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(names) > 5
+    shutil.copytree(newest, tmp_path / "good")
+    for name in names:
+        damage(newest / name)
+        told: list[str] = []
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+                checkpoints.restore(2, training.state_like)
+            assert checkpoints.recover(told.append) == 1
+            assert len(told) == 1
+            assert str(newest / name) in told[0]
+            restored = checkpoints.restore(1, training.state_like)
+        shutil.rmtree(newest.with_name("2.damaged"))
+        shutil.copytree(tmp_path / "good", newest)
+    assert_trees_equal(restored.state, first)
+
+
+def test_another_shape_or_dtype_is_named_before_anything_is_read(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        like = training.state_like
+        wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), like.params)
+        with pytest.raises(
+            CheckpointError,
+            match=r"another model; .* delete it.*\n.*float32.*, now float32.* 2\)",
+        ):
+            checkpoints.restore(0, like._replace(params=wider))
+        half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), like.params)
+        with pytest.raises(CheckpointError, match=r"saved as float32.*now bfloat16"):
+            checkpoints.restore(0, like._replace(params=half))
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), MemoryError()])
+def test_a_full_device_is_not_taken_for_a_damaged_checkpoint(
+    training, tmp_path, monkeypatch, fault
+) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        monkeypatch.setattr(ocp, "load_checkpointables", raising(fault))
+        with pytest.raises(type(fault)) as raised:
+            checkpoints.restore(0, training.state_like)
+        assert raised.value is fault
+        monkeypatch.setattr(ocp, "load_checkpointables", raising(ValueError("no such handler")))
+        with pytest.raises(CheckpointError, match=r"whole, and yet.*no such handler.*jax \d"):
+            checkpoints.restore(0, training.state_like)
+    assert steps_on_disk(tmp_path) == [0]
+
+
+def raising(fault: BaseException):
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    return fail
+
+
+def test_a_validation_loss_that_is_no_number_is_no_best(training, tmp_path) -> None:
+    state = training.init()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for loss in (2.0, float("nan"), 3.0, float("inf")):
+            state = take_steps(training, state, 1)
+            save(checkpoints, state, loss)
+        checkpoints.wait()
+        assert checkpoints.best == (1, 2.0)
+    assert steps_on_disk(tmp_path) == [1, 4]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(training, tmp_path) -> None:
+    state = training.init()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, state)
+        state = take_steps(training, state, 1)
+        bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
+        with pytest.raises(
+            CheckpointError, match=r"step 1 are not finite.*checkpoint 0 in .* stays"
+        ):
+            save(checkpoints, state._replace(params=bad))
+    assert steps_on_disk(tmp_path) == [0]
+
+
+def test_an_error_in_the_run_is_not_hidden_by_its_last_save(training, tmp_path) -> None:
+    def fail_after_a_save() -> None:
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            save(checkpoints, training.init())
+            raise KeyError("the reason")
+
+    with pytest.raises(KeyError, match="the reason"):
+        fail_after_a_save()
+    assert steps_on_disk(tmp_path) == [0]
+
+
+def test_a_save_whose_evaluation_fails_is_taken_back(training, tmp_path) -> None:
+    def fail_in_the_evaluation() -> None:
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            save(checkpoints, training.init())
+            state = take_steps(training, training.init(), 1)
+            checkpoints.begin(state, config={}, data={})
+            raise KeyError("the reason")
+
+    with pytest.raises(KeyError, match="the reason"):
+        fail_in_the_evaluation()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_save_is_no_checkpoint_before_its_evaluation_has_ended(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.begin(training.init(), config={}, data={})
+        time.sleep(0.5)
+        assert checkpoints.latest_step is None
+        checkpoints.finish(1.5)
+        checkpoints.settle()
+        assert (checkpoints.latest_step, checkpoints.best) == (0, (0, 1.5))
+
+
+def test_a_save_begins_early_by_as_long_as_the_last_one_took(
+    training, tmp_path, monkeypatch
+) -> None:
+    """But not before half of its minutes are over."""
+    now, measure = [0.0], checkpoint.measure
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def slowly(folder: Path) -> object:
+        now[0] += 60
+        return measure(folder)
+
+    monkeypatch.setattr(checkpoint, "measure", slowly)
+
+    def first_due(checkpoints: Checkpoints, minutes: float) -> float:
+        begun, now[0] = now[0], now[0] - 60 * 60
+        while not checkpoints.due(minutes):
+            now[0] += 5
+        due, now[0] = now[0], begun
+        return due
+
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert first_due(checkpoints, 15) == 15 * 60
+        save(checkpoints, training.init())  # at 0, and on disk a minute later
+        checkpoints.settle()
+        assert first_due(checkpoints, 15) == 14 * 60
+        assert first_due(checkpoints, 1) == 30
+    monkeypatch.undo()
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be made .* choose another --out-dir"):
+        Checkpoints(tmp_path / "file" / "run", 1)
+
+
+def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
+    training, tmp_path, monkeypatch
+) -> None:
+    state, told = training.init(), []
+    with Checkpoints(tmp_path, 2, told.append) as checkpoints:
+        save(checkpoints, state)
+        checkpoints.wait()
+        state = take_steps(training, state, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            save(checkpoints, state)
+            checkpoints.poll()
+            (line,) = told
+            assert re.search(
+                r"step 1 could not be saved in .*MB are needed and 0.0 MB are free\); checkpoint 0 "
+                r"stays; make room there: training goes on",
+                line,
+            )
+            with pytest.raises(CheckpointError, match="step 1 could not be saved"):
+                checkpoints.wait()
+        save(checkpoints, state)
+    assert told == [line]
+    assert steps_on_disk(tmp_path) == [0, 1]
+
+
+def test_what_a_failed_save_left_takes_no_room_from_the_next(
+    training, tmp_path, monkeypatch
+) -> None:
+    """Orbax's threads may have put it back after it was deleted."""
+    left = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp"
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        (left / "state").mkdir(parents=True)
+        free = lambda _: SimpleNamespace(free=1000 if left.exists() else 10**9)  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", free)
+        save(checkpoints, take_steps(training, training.init(), 2))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_folder_that_somebody_deleted_is_made_again(training, tmp_path) -> None:
+    with Checkpoints(tmp_path / "run", 1) as checkpoints:
+        save(checkpoints, training.init())
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        save(checkpoints, take_steps(training, training.init(), 1))
+    assert steps_on_disk(tmp_path / "run") == [1]
+
+
+def test_weights_that_were_not_finite_from_the_start_are_not_trained_on(training, tmp_path) -> None:
+    state = training.init()
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
+    with (
+        pytest.raises(CheckpointError, match=r"parameters of step 0 are not finite.*--init-from"),
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+    ):
+        save(checkpoints, state._replace(params=bad))
+
+
+def test_a_commit_whose_manifest_cannot_be_written_is_taken_back(
+    training, tmp_path, monkeypatch
+) -> None:
+    state, told = training.init(), []
+    with Checkpoints(tmp_path, 1, told.append) as checkpoints:
+        save(checkpoints, state)
+        checkpoints.wait()
+        full = raising(OSError(28, "No space left on device"))
+        monkeypatch.setattr(checkpoint, "write_manifest", full)
+        state = take_steps(training, state, 1)
+        save(checkpoints, state)
+        deadline = time.monotonic() + 30
+        while not told and time.monotonic() < deadline:
+            checkpoints.poll()
+        assert "step 1 could not be saved" in told[0]
+        assert "No space left on device" in told[0]
+        monkeypatch.undo()
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
+        save(checkpoints, state)
+    assert steps_on_disk(tmp_path) == [1]
+
+
+def test_a_run_that_cannot_save_at_all_is_stopped(training, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with (
+        pytest.raises(CheckpointError, match=r"there is none before it; make room there, or"),
+        Checkpoints(tmp_path, 1, print) as checkpoints,
+    ):
+        save(checkpoints, training.init())
+
+
+DEVICES = """
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+sys.path.insert(0, sys.argv[2])
+from helpers.trees import assert_trees_equal
+from helpers.checkpoints import build, save
+
+from jaxgpt.run.checkpoint import Checkpoints
+
+devices = np.array(jax.devices())
+assert len(devices) == 4
+training = build()
+with Checkpoints(Path(sys.argv[1]), keep=9) as checkpoints:
+    one = checkpoints.restore(1, training.state_like).state
+    for count in (4, 2):
+        mesh = Mesh(devices[:count], "d")
+        def spread(x):
+            rows = x.ndim and x.shape[0] % count == 0
+            spec = PartitionSpec("d") if rows else PartitionSpec()
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        like = jax.tree.map(spread, training.state_like)
+        many = checkpoints.restore(1, like).state
+        assert len(many.params["wte"]["embedding"].sharding.device_set) == count
+        assert_trees_equal(many, one)
+        again = many._replace(step=many.step + count)
+        save(checkpoints, again)
+        checkpoints.wait()
+        back = checkpoints.restore(1 + count, training.state_like).state
+        assert_trees_equal(back._replace(step=one.step), one)
+"""
+
+
+def test_a_state_is_restored_onto_other_numbers_of_devices(training, tmp_path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        state = take_steps(training, training.init(), 1)
+        save(checkpoints, state)
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES, str(tmp_path), str(Path(__file__).parents[1])],
+        **dict(env=env, capture_output=True, text=True, timeout=120),
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,184 @@
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxgpt.config.fields import Config, ConfigError, with_fields
+from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.model.attention import compute_capability
+from jaxgpt.run import device as hardware
+from jaxgpt.run.device import (
+    DETERMINISTIC,
+    MEMORY_SETTINGS,
+    MEMORY_SHARE,
+    choose_device,
+    compute_dtype,
+    memory_in_use,
+    prepare_environment,
+)
+
+DEMO, TIER = load_preset("demo"), load_preset("24gb")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", *MEMORY_SETTINGS):
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back after it
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def no_plugin(monkeypatch):
+    monkeypatch.setattr(hardware, "PLUGINS", ("no_such_module",))
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    monkeypatch.setattr(hardware, "PLUGINS", ("no_such_module", "json"))
+
+
+def on(device: str, cfg: Config) -> Config:
+    return with_fields(cfg, device=device)
+
+
+# ---------------------------------------------------------------- before JAX is imported
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name != "demo"])
+@pytest.mark.usefixtures("no_plugin")
+def test_a_preset_for_a_card_stops_without_gpu_support_and_names_two_ways_out(name):
+    cfg = load_preset(name)
+    with pytest.raises(ConfigError) as refused:
+        prepare_environment(cfg)
+    message = str(refused.value)
+    assert f"preset {name} is made for a {cfg.vram_gb} GB GPU" in message
+    assert "pip install -e '.[cuda]'" in message
+    assert "--device cpu" in message
+
+
+@pytest.mark.usefixtures("no_plugin")
+def test_asking_for_a_gpu_stops_without_gpu_support_whatever_the_preset():
+    with pytest.raises(ConfigError, match="--device gpu, but JAX is installed without GPU support"):
+        prepare_environment(on("gpu", DEMO))
+
+
+@pytest.mark.usefixtures("no_plugin")
+def test_the_way_out_works_and_keeps_jax_on_the_cpu():
+    prepare_environment(on("cpu", TIER))
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+
+
+@pytest.mark.usefixtures("no_plugin")
+def test_a_preset_for_any_machine_leaves_the_choice_to_jax():
+    prepare_environment(DEMO)
+    assert "JAX_PLATFORMS" not in os.environ
+
+
+@pytest.mark.usefixtures("plugin")
+def test_most_of_the_cards_memory_is_taken():
+    prepare_environment(TIER)
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == MEMORY_SHARE
+
+
+@pytest.mark.parametrize("name", MEMORY_SETTINGS)
+@pytest.mark.usefixtures("plugin")
+def test_the_users_own_memory_settings_win(monkeypatch, name):
+    monkeypatch.setenv(name, "0.5")
+    prepare_environment(TIER)
+    assert {setting: os.environ.get(setting) for setting in MEMORY_SETTINGS} == {
+        **dict.fromkeys(MEMORY_SETTINGS),
+        name: "0.5",
+    }
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_dump_to=x"])
+def test_the_same_bits_are_asked_of_xla_beside_what_the_user_asks(monkeypatch, flags):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    prepare_environment(with_fields(DEMO, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == f"{flags} {DETERMINISTIC}".strip()
+
+
+def test_the_cpu_needs_no_flag_for_the_same_bits():
+    prepare_environment(with_fields(DEMO, device="cpu", deterministic=True))
+    assert "XLA_FLAGS" not in os.environ
+
+
+# ---------------------------------------------------------------- the device itself
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    def devices(platform: str | None = None) -> list[SimpleNamespace]:
+        if platform == "gpu":
+            raise RuntimeError("Unknown backend: 'gpu' requested\nmore\nlines")
+        return [SimpleNamespace(platform="cpu")]
+
+    monkeypatch.setattr(jax, "devices", devices)
+
+
+@pytest.mark.parametrize("cfg", [TIER, on("gpu", DEMO)], ids=["tier", "asked for"])
+@pytest.mark.usefixtures("no_gpu")
+def test_a_run_that_needs_a_gpu_never_falls_back_to_the_cpu(cfg):
+    with pytest.raises(ConfigError) as refused:
+        choose_device(cfg)
+    message = str(refused.value)
+    assert "JAX finds none (Unknown backend: 'gpu' requested)" in message
+    assert "--device cpu" in message
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_other_runs_take_what_there_is():
+    assert choose_device(DEMO).platform == "cpu"
+    assert choose_device(on("cpu", TIER)).platform == "cpu"
+
+
+def test_a_gpu_that_is_there_is_taken(monkeypatch):
+    found = {"gpu": [SimpleNamespace(platform="gpu")], "cpu": [SimpleNamespace(platform="cpu")]}
+    monkeypatch.setattr(jax, "devices", lambda platform="gpu": found[platform])
+    assert choose_device(TIER).platform == "gpu"
+    assert choose_device(DEMO).platform == "gpu"
+    assert choose_device(on("cpu", TIER)).platform == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32"), ((0, 0), "float32")],
+)
+def test_bfloat16_is_used_where_the_card_has_it(capability, dtype):
+    assert compute_dtype("auto", "gpu", capability) == dtype
+
+
+def test_bfloat16_is_refused_on_a_card_without_it():
+    with pytest.raises(ConfigError, match=r"needs a GPU of compute capability 8.0.*has 7.5"):
+        compute_dtype("bfloat16", "gpu", (7, 5))
+    assert compute_dtype("float32", "gpu", (7, 5)) == "float32"
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    assert compute_dtype("auto", "cpu", (0, 0)) == "float32"
+    assert compute_dtype("bfloat16", "cpu", (0, 0)) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("device", "capability"),
+    [
+        (SimpleNamespace(compute_capability="12.0"), (12, 0)),
+        (SimpleNamespace(compute_capability="8"), (8, 0)),
+        (SimpleNamespace(compute_capability="gfx1100"), (0, 0)),
+        (SimpleNamespace(), (0, 0)),
+    ],
+)
+def test_compute_capability_is_a_pair_of_numbers(device, capability):
+    assert compute_capability(device) == capability
+
+
+def test_memory_is_told_where_the_device_tells_it():
+    stats = {"peak_bytes_in_use": 3, "bytes_limit": 8, "num_allocs": 1}
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    assert memory_in_use(device) == {"memory/peak_bytes": 3.0, "memory/limit_bytes": 8.0}
+    assert memory_in_use(SimpleNamespace(memory_stats=lambda: None)) == {}
+    assert memory_in_use(SimpleNamespace(memory_stats=lambda: {"bytes_limit": 8})) == {
+        "memory/limit_bytes": 8.0
+    }

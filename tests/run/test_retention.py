@@ -1,0 +1,159 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.errors import UserError
+from jaxgpt.run.integrity import MANIFEST, verify, write_manifest
+from jaxgpt.run.retention import (
+    best_step,
+    finished_steps,
+    newest_sound,
+    prune,
+    remove,
+    remove_unfinished,
+)
+
+
+def add(folder: Path, step: int, loss: float | None = None) -> Path:
+    path = add_unfinished(folder, step)
+    write_manifest(path, {"val_loss": loss})
+    return path
+
+
+def add_unfinished(folder: Path, name: object) -> Path:
+    path = folder / str(name)
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "array").write_bytes(b"numbers")
+    return path
+
+
+def damage(path: Path) -> None:
+    (path / "state" / "array").write_bytes(b"numbres")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_what_has_a_manifest_and_a_steps_name_is_finished(tmp_path: Path) -> None:
+    assert finished_steps(tmp_path / "none") == []
+    for step in (100, 20, 3):
+        add(tmp_path, step)
+    add_unfinished(tmp_path, 200)
+    for name in ("5.damaged", "007", "٣", "-1", "notes"):
+        write_manifest(add_unfinished(tmp_path, name), {"val_loss": 0.0})
+    assert finished_steps(tmp_path) == [3, 20, 100]
+    assert best_step(tmp_path) is None
+
+
+def test_the_best_is_that_of_the_lowest_loss_that_is_a_number(tmp_path: Path) -> None:
+    for step, loss in {1: 3.0, 2: 1.5, 3: float("nan"), 4: None, 5: 2.0, 6: float("inf")}.items():
+        add(tmp_path, step, loss)
+    assert best_step(tmp_path) == (2, 1.5)
+    (tmp_path / "2" / MANIFEST).write_text("{}")
+    assert best_step(tmp_path) == (5, 2.0)
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    for step, loss in {1: 3.0, 2: 1.5, 3: None, 4: float("nan"), 5: 2.0}.items():
+        add(tmp_path, step, loss)
+    add_unfinished(tmp_path, 6)
+    prune(tmp_path, keep=2)
+    assert names(tmp_path) == ["2", "4", "5", "6"]
+    prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["2", "5", "6"]
+
+
+def test_an_unfinished_save_pushes_nothing_out(tmp_path: Path) -> None:
+    add(tmp_path, 1)
+    add_unfinished(tmp_path, 2)
+    prune(tmp_path, keep=1)
+    assert finished_steps(tmp_path) == [1]
+
+
+def test_what_killed_saves_and_deletions_left_is_removed(tmp_path: Path) -> None:
+    add(tmp_path, 10)
+    left = ["20", "30.orbax-checkpoint-tmp", "5.deleted", "7.orbax-checkpoint-tmp.deleted"]
+    for name in left:
+        add_unfinished(tmp_path, name)
+    add_unfinished(tmp_path, "15.damaged")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert remove_unfinished(tmp_path) == sorted(left)
+    assert names(tmp_path) == ["10", "15.damaged", "notes.txt"]
+
+
+def test_a_killed_first_save_is_removed(tmp_path: Path) -> None:
+    add_unfinished(tmp_path, 0)
+    assert remove_unfinished(tmp_path) == ["0"]
+
+
+def test_a_copy_without_its_manifest_is_refused_and_not_removed(tmp_path: Path) -> None:
+    add_unfinished(tmp_path, 40)
+    with pytest.raises(UserError, match=rf"40/{MANIFEST} is missing.*copy the whole folder again"):
+        remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["40"]
+
+
+def test_a_deletion_that_is_killed_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch) -> None:
+    path = add(tmp_path, 1)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(path)
+    assert names(tmp_path) == ["1.deleted"]
+    assert finished_steps(tmp_path) == []
+
+
+def test_the_newest_sound_checkpoint_is_taken_and_damaged_ones_are_put_aside(tmp_path) -> None:
+    for step in (1, 2, 3, 4):
+        add(tmp_path, step)
+    damage(tmp_path / "3")
+    (tmp_path / "4" / "state" / "array").unlink()
+    told: list[str] = []
+    assert newest_sound(tmp_path, verify, told.append, strict=False) == 2
+    assert names(tmp_path) == ["1", "2", "3.damaged", "4.damaged"]
+    for step, line in zip((4, 3), told, strict=True):
+        array = tmp_path / str(step) / "state" / "array"
+        assert re.match(rf"checkpoint {step} is damaged.* {step}\.damaged: {array} ", line)
+    add(tmp_path, 3)
+    damage(tmp_path / "3")
+    assert newest_sound(tmp_path, verify, told.append, strict=False) == 2
+    assert "3.damaged" in names(tmp_path)
+
+
+def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:
+    assert newest_sound(tmp_path, verify, print, strict=True) is None
+
+
+def test_where_none_is_sound_each_is_named_and_nothing_is_touched(tmp_path: Path) -> None:
+    for step in (1, 2):
+        damage(add(tmp_path, step))
+    with pytest.raises(UserError) as refused:
+        newest_sound(tmp_path, verify, print, strict=False)
+    assert "another --out-dir" in str(refused.value)
+    assert all(f"{tmp_path / step / 'state/array'} is not" in str(refused.value) for step in "12")
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_who_asks_for_the_newest_is_not_given_an_older_one(tmp_path: Path) -> None:
+    add(tmp_path, 1)
+    damage(add(tmp_path, 2))
+    with pytest.raises(UserError, match=r"checkpoint 2 is damaged.*--resume auto falls back"):
+        newest_sound(tmp_path, verify, print, strict=True)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_files_that_are_named_like_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    add(tmp_path, 4)
+    for name in ("12", "5.deleted", "7.orbax-checkpoint-tmp", "notes.txt"):
+        (tmp_path / name).write_text("somebody's")
+    before = sorted(tmp_path.iterdir())
+    assert remove_unfinished(tmp_path) == []
+    prune(tmp_path, keep=1)
+    assert finished_steps(tmp_path) == [4]
+    assert sorted(tmp_path.iterdir()) == before

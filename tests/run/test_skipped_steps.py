@@ -1,0 +1,27 @@
+import pytest
+
+from jaxgpt.run.skipped_steps import IN_A_ROW, DivergedError, SkipCounter
+
+
+def note(counter: SkipCounter, step: int, skipped: int) -> str | None:
+    scalars = {"train/skipped_steps": skipped, "train/loss": float("nan"), "train/grad_norm": 2.0}
+    return counter.note(step, scalars)
+
+
+def test_a_skipped_step_is_told_and_others_are_not() -> None:
+    counter = SkipCounter(3)
+    assert note(counter, 1, 3) is None
+    assert note(counter, 2, 4) == "step 2 skipped: loss nan, gradient norm 2 (4 so far)"
+    assert note(counter, 3, 4) is None
+
+
+def test_ten_in_a_row_end_the_run_and_nine_do_not() -> None:
+    counter = SkipCounter(0)
+    assert IN_A_ROW == 10
+    for step in range(1, 10):
+        assert note(counter, step, step)
+    assert note(counter, 10, 9) is None
+    for step in range(11, 20):
+        note(counter, step, step - 1)
+    with pytest.raises(DivergedError, match=r"10 steps in a row, 11 to 20, .*--learning-rate"):
+        note(counter, 20, 19)

@@ -1,0 +1,56 @@
+"""What a card would run, read from the program that XLA's compiler makes for one that is not here.
+
+The guards of `test_step_cost.py` see what is computed; these see what is also moved.
+"""
+
+import math
+import re
+
+import pytest
+
+from jaxgpt.config.fields import Config, ModelConfig, with_fields
+from jaxgpt.planning import memory, target
+from jaxgpt.planning.gpus import find_gpu
+
+H100 = find_gpu("h100")
+B, T, D = 8, 1024, 768
+MODEL = ModelConfig(
+    n_layer=2, n_head=12, n_embd=D, block_size=T, vocab_size=50304, n_vocab=50257, bias=False
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        target.obstacle(H100) is not None,
+        reason=f"XLA's compiler for cards: {target.obstacle(H100)}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    cfg = with_fields(Config(model=MODEL), dtype="bfloat16", batch_size=B, effective_batch_size=B)
+    cfg = with_fields(cfg, gradient_accumulation_steps=1)
+    return memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+
+
+def made_by(operation: str, program: str) -> list[tuple[str, int]]:
+    """(dtype, elements) of each array that an operation gives."""
+    found = re.findall(rf" = (\w+)\[([\d,]+)\]\S* {operation}\(", program)
+    return [(dtype, math.prod(map(int, dims.split(",")))) for dtype, dims in found]
+
+
+def test_no_activation_is_copied(program) -> None:
+    """As the residual stream was, when cuBLAS was to add to it in place."""
+    assert [size for _, size in made_by("copy", program) if size >= B * T * D] == []
+
+
+def test_the_gradient_of_a_blocks_norm_is_no_array_as_large_as_its_input(program) -> None:
+    """Only the last norm, which no linear layer follows, has its two in float32."""
+    as_large = [dtype for dtype, size in made_by("fusion", program) if size == B * T * D]
+    assert as_large.count("bf16") > 2 * MODEL.n_layer
+    assert as_large.count("f32") <= 2
+
+
+def test_flash_attention_runs_once_forward_and_once_back_in_each_layer(program) -> None:
+    for kernel in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
+        assert program.count(f'custom_call_target="__cudnn${kernel}"') == MODEL.n_layer

@@ -1,0 +1,98 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.runs import last_params
+
+from jaxgpt import train
+from jaxgpt.config.fields import ConfigError
+from jaxgpt.config.presets import load_config, load_preset
+from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.weights.init_from import start_from
+
+
+def val_losses(out_dir: Path) -> dict[int, float]:
+    records = read_metrics(out_dir / "metrics.jsonl")
+    return {r["step"]: r["val/loss"] for r in records if "val/loss" in r}
+
+
+def fine_tune(exported: Path, out_dir: Path, *flags: str) -> int:
+    shape = ["--batch-size=4", "--effective-batch-size=4", "--eval-iters=5", "--sample-tokens=0"]
+    source = ["--preset", "demo", "--init-from", str(exported), "--out-dir", str(out_dir)]
+    return train.main([*source, *shape, *flags])
+
+
+@pytest.fixture(scope="module")
+def tuned(exported: Path, tmp_path_factory) -> Path:
+    """Four steps on from the exported weights, through a context that is cut to 12."""
+    out_dir = tmp_path_factory.mktemp("tuned") / "run"
+    assert fine_tune(exported, out_dir, "--max-iters=4", "--block-size=12") == 0
+    return out_dir
+
+
+def test_fine_tuning_starts_from_the_weights(exported, tiny_run, tmp_path, capsys) -> None:
+    assert fine_tune(exported, tmp_path, "--max-iters=1") == 0
+    assert val_losses(tmp_path)[0] == pytest.approx(val_losses(tiny_run)[8], abs=1e-6)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "n_layer 2, n_head 2, n_embd 16, block_size 16" in out
+    assert f"weights {exported}" in out
+
+
+def test_a_run_s_own_folder_does_as_well_as_its_export(exported, tiny_run, tmp_path) -> None:
+    shorter = ("--max-iters=1", "--block-size=12")
+    assert fine_tune(tiny_run, tmp_path / "run", *shorter) == 0
+    assert fine_tune(exported, tmp_path / "folder", *shorter) == 0
+    assert val_losses(tmp_path / "run") == pytest.approx(val_losses(tmp_path / "folder"), abs=1e-6)
+
+
+def test_a_fine_tuned_run_goes_on_bit_for_bit_and_without_its_source(
+    exported, tuned: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(exported, tmp_path / "source"))
+    short = ["--block-size=12", "--lr-decay-iters=4", "--max-iters=2"]
+    assert fine_tune(source, tmp_path / "run", *short) == 0
+    shutil.rmtree(source)
+    flags = ["--preset=demo", "--batch-size=4", "--effective-batch-size=4", "--sample-tokens=0"]
+    longer = ["--eval-iters=5", "--max-iters=4", "--block-size=12"]
+    assert train.main([*flags, *longer, "--out-dir", str(tmp_path / "run")]) == 0
+    assert last_params(tmp_path / "run") == last_params(tuned)
+
+
+def test_the_same_command_goes_on_too_though_its_source_is_gone(tuned: Path) -> None:
+    saved = load_config(tuned / "config.json")
+    assert saved.model.block_size == 12
+    asked = dataclasses.replace(load_preset("demo"), init_from=saved.init_from)
+    cfg, weights = start_from(asked, saved, given=["init_from"])
+    assert (cfg.model, cfg.tokenizer, weights) == (saved.model, "byte", None)
+    elsewhere = dataclasses.replace(asked, init_from="no/such/folder")
+    with pytest.raises(ConfigError, match="no such folder"):
+        start_from(elsewhere, saved, given=["init_from"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "answers"),
+    [
+        (["--n-layer=3", "--bias=True"], ["--n-layer 3: the weights of", "--bias True"]),
+        (["--block-size=32"], ["--block-size 32: the weights of", "for 16 tokens", "shorter"]),
+        (["--tokenizer=gpt2"], ["--tokenizer gpt2: the weights of", "have byte; leave it out"]),
+        (["--init-from=nowhere"], ["--init-from nowhere: no such folder"]),
+        (["--init-from=scratch"], ["a new --out-dir starts from scratch"]),
+    ],
+)
+def test_what_is_at_odds_with_the_weights_is_refused(
+    exported, tmp_path, capsys, flags, answers
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        fine_tune(exported, tmp_path / "run", *flags)
+    err = capsys.readouterr().err
+    assert left.value.code == 2
+    assert [part for part in answers if part not in err] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_scratch_does_not_become_a_fine_tuned_one(tiny_run, exported, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        fine_tune(exported, tiny_run, "--max-iters=9")
+    assert left.value.code == 2
+    assert "init_from" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxgpt.config.fields import ConfigError
+from jaxgpt.run.integrity import write_manifest
+from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.run.restore import CheckpointError
+from jaxgpt.weights.source import WeightsFlags, open_weights
+
+
+def val_losses(out_dir: Path) -> dict[int, float]:
+    records = read_metrics(out_dir / "metrics.jsonl")
+    return {r["step"]: r["val/loss"] for r in records if "val/loss" in r}
+
+
+def test_a_checkpoint_is_chosen_by_step_or_by_its_loss(tiny_run: Path) -> None:
+    losses = val_losses(tiny_run)
+    assert losses[8] < losses[4]
+    for which, step in (("latest", 8), ("best", 8), ("4", 4)):
+        weights = open_weights(WeightsFlags(out_dir=tiny_run, checkpoint=which))
+        assert (weights.step, weights.val_loss) == (step, losses[step])
+    with pytest.raises(ConfigError, match=r"none of that step; there are checkpoints of steps 4, "):
+        open_weights(WeightsFlags(out_dir=tiny_run, checkpoint="5"))
+
+
+def test_the_best_checkpoint_need_not_be_the_latest(tiny_run: Path, tmp_path: Path) -> None:
+    for step in (4, 8):
+        folder = tmp_path / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        write_manifest(folder, {"val_loss": None})
+    (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
+    lines = [{"step": s, "val/loss": loss} for s, loss in ((0, 1.0), (4, 2.0), (8, None))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert open_weights(WeightsFlags(out_dir=tmp_path, checkpoint="best")).step == 4
+    assert open_weights(WeightsFlags(out_dir=tmp_path)).step == 8
+
+
+def test_reading_a_run_changes_nothing_in_it(tiny_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    params = weights.load(jax.devices("cpu")[0])
+    assert params["wte"]["embedding"].shape == (320, 16)
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_run, tmp_path / "broken"))
+    for path in (broken / "checkpoints" / "8" / "state" / "d").iterdir():
+        path.write_bytes(b"")
+    weights = open_weights(WeightsFlags(out_dir=broken))
+    with pytest.raises(CheckpointError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
+        weights.load(jax.devices("cpu")[0])
+    values = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**values, "n_layer": 3}))
+    weights = open_weights(WeightsFlags(out_dir=broken, checkpoint="4"))
+    with pytest.raises(CheckpointError, match=r"checkpoints/4 cannot be read .*config.json"):
+        weights.load(jax.devices("cpu")[0])
