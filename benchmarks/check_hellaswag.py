@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tasks import load_benchmark
 from jaxgpt.data.tokenizer import load_tokenizer

@@ -25,7 +25,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt.config.fields import ModelConfig, OptimizerConfig
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.model.loss import mean_cross_entropy

@@ -20,7 +20,8 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from jaxgpt.config.fields import Config, ModelConfig, with_fields
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolve import resolve
 from jaxgpt.data.tokenizer import load_tokenizer

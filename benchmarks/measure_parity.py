@@ -18,7 +18,7 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.tokenizer import padded_vocab_size
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import Params, build_gpt

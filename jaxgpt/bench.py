@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, PathIfSet, with_fields
+from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.config.resolve import resolve
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.errors import UserError, explain_out_of_memory, fail, warn
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg, flags, given = parse(argv)
         result = run(cfg, flags, given, started)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except KeyboardInterrupt:
         return 130
     result["command"] = shlex.join([*PROG.split(), *argv])
@@ -79,32 +80,32 @@ def parse(argv: Sequence[str]) -> tuple[Config, BenchFlags, set[str]]:
         description="Measure the training step: speed, memory, and how long it takes to start.",
         default_preset=cli.preset_of_this_machine,
     )
-    if faults := faults_of(cfg, flags):
-        cli.fail(PROG, "\n".join(faults))
+    if errors := errors_of(cfg, flags):
+        fail(PROG, "\n".join(errors))
     return cfg, flags, given
 
 
-def faults_of(cfg: Config, flags: BenchFlags) -> list[str]:
-    """What is wrong with the command's own flags, a sentence for each fault."""
-    faults = []
+def errors_of(cfg: Config, flags: BenchFlags) -> list[str]:
+    """What is wrong with the command's own flags, a sentence for each error."""
+    errors = []
     if flags.windows < 1:
-        faults.append(f"windows {flags.windows} must be at least 1")
+        errors.append(f"windows {flags.windows} must be at least 1")
     if not 0 < flags.window_seconds < math.inf:
-        faults.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
+        errors.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
     if cfg.init_from is not None:
-        faults.append(
+        errors.append(
             f"init_from {cfg.init_from}: speed does not depend on the weights; give their "
             "architecture instead (--n-layer, --n-head, --n-embd, --block-size)"
         )
     if flags.profile is not None and flags.profile.exists() and not flags.profile.is_dir():
-        faults.append(f"profile {flags.profile} is a file; name a folder for the trace")
-    return faults
+        errors.append(f"profile {flags.profile} is a file; name a folder for the trace")
+    return errors
 
 
 def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict[str, Any]:
     """Compile, warm up, time, and describe; `started` is when the command was, by perf_counter."""
     hardware.prepare_environment(cfg)
-    prepare_compile_cache(cli.warn)
+    prepare_compile_cache(warn)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
     tokens = open_tokens(cfg, tokenizer, flags, given)
@@ -121,7 +122,7 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
     cfg = with_fields(cfg, dtype=dtype)
     found: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
-    with jax.default_device(device), out_of_memory_in_words(lambda: smaller(cfg)):
+    with jax.default_device(device), explain_out_of_memory(lambda: smaller(cfg)):
         before = time.perf_counter()
         with waiting("compiling the training step"):
             cfg, training, need = prepare_to_run(cfg, device, layout)
@@ -228,13 +229,13 @@ def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> 
             for tokens_ABT1 in itertools.islice(batches, TRACED_STEPS):
                 state, _ = train_step(state, tokens_ABT1)
             jax.block_until_ready(state)
-    except OSError as fault:
+    except OSError as error:
         raise UserError(
-            f"--profile {folder}: the trace cannot be written ({fault.strerror}); name another "
+            f"--profile {folder}: the trace cannot be written ({error.strerror}); name another "
             "folder"
         ) from None
-    cli.warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
-    cli.warn("its perfetto_trace.json.gz in Perfetto")
+    warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
+    warn("its perfetto_trace.json.gz in Perfetto")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import ConfigError, IntIfSet, PathIfSet, TextIfSet
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.data.loader import evaluation_windows, first_windows
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tasks import load_benchmarks
-from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.errors import UserError, explain_out_of_memory, fail
 from jaxgpt.run.console import print_table, waiting
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -47,22 +48,22 @@ class EvaluateFlags(WeightsFlags):
     batch_size: int = 8  # sequences the device holds at a time
     json: bool = False  # one JSON object instead of a table
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
-        faults = super().faults()
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
+        errors = super().errors()
         if self.val_tokens is not None and self.val_tokens < 0:
-            faults.append(f"--val-tokens {self.val_tokens} must be at least 0")
+            errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
         if self.batch_size < 1:
-            faults.append(f"--batch-size {self.batch_size} must be at least 1")
+            errors.append(f"--batch-size {self.batch_size} must be at least 1")
         if self.as_in_training and self.val_tokens is not None:
-            faults.append("--as-in-training measures the run's own windows; drop --val-tokens")
+            errors.append("--as-in-training measures the run's own windows; drop --val-tokens")
         if self.as_in_training and self.skip_loss:
-            faults.append("--as-in-training is about the loss, which --skip-loss leaves out")
+            errors.append("--as-in-training is about the loss, which --skip-loss leaves out")
         if self.skip_loss and not (self.hellaswag or self.lambada):
-            faults.append("--skip-loss leaves nothing to do without --hellaswag or --lambada")
+            errors.append("--skip-loss leaves nothing to do without --hellaswag or --lambada")
         if self.dataset == "embedded" and self.data_dir is not None:
-            faults.append("--data-dir is not read with --dataset embedded")
-        return faults
+            errors.append("--data-dir is not read with --dataset embedded")
+        return errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     smaller = f"hold less at a time with --batch-size {max(1, flags.batch_size // 2)}"
     try:
-        with out_of_memory_in_words(lambda: smaller):
+        with explain_out_of_memory(lambda: smaller):
             run(flags)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, ConfigError, PathIfSet, flat_values
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_values
+from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, fail
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
 from jaxgpt.weights.source import Weights, WeightsFlags, huggingface, open_weights, prepare_device
@@ -36,12 +38,12 @@ class ExportFlags:
     to: PathIfSet = None  # the folder to write; it must not be there yet, or be empty
     checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
-        faults = self.weights().faults() if self.out_dir else ["--out-dir RUN says what to export"]
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
+        errors = self.weights().errors() if self.out_dir else ["--out-dir RUN says what to export"]
         if self.to is None:
-            faults.append("--to FOLDER says where to")
-        return faults
+            errors.append("--to FOLDER says where to")
+        return errors
 
     def weights(self) -> WeightsFlags:
         return WeightsFlags(out_dir=self.out_dir, checkpoint=self.checkpoint, device="cpu")
@@ -57,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         run(flags)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -80,8 +82,8 @@ def run(flags: ExportFlags) -> None:
     data = read_manifest(checkpoint)["data"]
     try:
         write_folder(folder, weights, weights.load(device), model_card(weights, weights.run, data))
-    except OSError as fault:
-        raise ConfigError(f"--to {folder} cannot be written: {fault}") from None
+    except OSError as error:
+        raise ConfigError(f"--to {folder} cannot be written: {error}") from None
     count = weights.model.parameter_count(padding=False)
     print(f"{weights.name}: {count:,} parameters written to {folder}")
     if not has_files(weights.tokenizer):

@@ -1,22 +1,37 @@
-"""Files that appear whole or not at all, and outlive a power failure: shards, JSON, parts."""
+"""Reading and writing our own files: atomic, durable, and decoded strictly.
 
+Every file of ours appears whole or not at all and outlives a power failure. JSON reaches no code
+that indexes it before it has the declared type.
+"""
+
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class FormatError(ValueError):
+    """JSON of another type than declared, or damaged; names the key and what is expected."""
 
 
 @contextmanager
-def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` at the end, once it is on disk; else nothing is left.
 
-    Until then it is `partial`, by default `path` and .tmp.
+    Until then it is `partial`, by default `path` and .tmp. Raises OSError.
     """
     partial = partial or path.with_name(path.name + ".tmp")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # a link of that name must not be followed
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -24,28 +39,60 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
-def move_whole(source: Path, path: Path) -> None:
-    """Give a file that is complete the name `path`, as `whole_file` does."""
-    _sync(source)
+def move_file(source: Path, path: Path) -> None:
+    """Give a complete file the name `path`, durably. Raises OSError."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(source, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync(path: Path) -> None:
-    """Return once the disk has a file's content, or the names of a folder's files."""
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, atomically. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the disk has a folder's list of names, where the file system supports that."""
     if os.name == "nt":  # where a folder cannot be opened
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):  # WSL, CIFS
+            raise
     finally:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented."""
-    with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """The SHA-256 of a file, in hexadecimal; `advance` is told of every 8 MB read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 23):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """`data` as a value of the declared `kind`, a `msgspec.Struct` or any annotation it knows.
+
+    Raises:
+        FormatError: for anything else, whatever the bytes.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        key = path.rstrip("`").lstrip(".")
+        raise FormatError(f"{key}: {what}" if key else what) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"is no JSON ({error})") from None
+    except RecursionError:
+        raise FormatError("is nested too deeply") from None

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, ConfigError, FloatIfSet, IntIfSet, TextIfSet
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config
+from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.presets import preset_for_memory
 from jaxgpt.config.resolve import resolve
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, fail
 from jaxgpt.planning import tables as plan_report
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
@@ -66,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             default_preset=lambda: _tier(cli.flags_of(argv)),
         )
         plan(cfg, flags, given)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except KeyboardInterrupt:
         return 130
     return 0
@@ -96,8 +98,8 @@ def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
     why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
     try:
         planner = Planner(gpu, why_estimated, waiting, cfg.dtype, shape.devices)
-    except target.NoCompilerError as fault:
-        planner = Planner(gpu, str(fault), waiting, cfg.dtype, shape.devices)
+    except target.NoCompilerError as error:
+        planner = Planner(gpu, str(error), waiting, cfg.dtype, shape.devices)
     cfg = for_shape(planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer))), shape)
     show: Callable[[dict[str, Any]], None]
     if flags.hours is not None:

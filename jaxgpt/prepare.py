@@ -35,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, _stop) for number in heard}
     try:
         return run(flags)
-    except UserError as fault:
-        fail(PROG, str(fault))
-    except OSError as fault:
-        if fault.strerror is None:
+    except UserError as error:
+        fail(PROG, str(error))
+    except OSError as error:
+        if error.strerror is None:
             raise
-        where = f"{fault.filename}: " if fault.filename else ""
-        fail(PROG, f"{where}{fault.strerror}; the same command goes on once that is mended")
+        where = f"{error.filename}: " if error.filename else ""
+        fail(PROG, f"{where}{error.strerror}; the same command goes on once that is mended")
     except Stopped as stop:
         print(f"{PROG}: stopped; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number

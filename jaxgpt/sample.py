@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import ConfigError, FloatIfSet
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
-from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.errors import UserError, explain_out_of_memory, fail
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
@@ -48,24 +49,24 @@ class SampleFlags(WeightsFlags):
     stop_at_eot: bool = False  # end a text where the model ends its document
     interactive: bool = False  # ask for one prompt after another
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
-        faults = super().faults()
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
+        errors = super().errors()
         if self.num_samples < 1:
-            faults.append(f"--num-samples {self.num_samples} must be at least 1")
+            errors.append(f"--num-samples {self.num_samples} must be at least 1")
         if self.max_new_tokens < 1:
-            faults.append(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+            errors.append(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            faults.append(f"--temperature {self.temperature:g} must be finite and at least 0")
+            errors.append(f"--temperature {self.temperature:g} must be finite and at least 0")
         if self.top_k < 0:
-            faults.append(f"--top-k {self.top_k} must be at least 0")
+            errors.append(f"--top-k {self.top_k} must be at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            faults.append(f"--top-p {self.top_p:g} must be above 0 and at most 1")
+            errors.append(f"--top-p {self.top_p:g} must be above 0 and at most 1")
         if not 0 <= self.seed < 2**31:
-            faults.append(f"--seed {self.seed} must be from 0 to {2**31 - 1}")
+            errors.append(f"--seed {self.seed} must be from 0 to {2**31 - 1}")
         if self.interactive and self.prompt:
-            faults.append("--interactive asks for prompts; leave --prompt out")
-        return faults
+            errors.append("--interactive asks for prompts; leave --prompt out")
+        return errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         prompt = read_prompt(flags.prompt)
-        with out_of_memory_in_words(lambda: "make fewer texts at a time with --num-samples"):
+        with explain_out_of_memory(lambda: "make fewer texts at a time with --num-samples"):
             run(flags, prompt)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
@@ -147,8 +148,8 @@ def read_prompt(prompt: str) -> str:
         if not prompt.startswith(FROM_FILE):
             return prompt
         return Path(prompt.removeprefix(FROM_FILE)).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError(f"--prompt {prompt} cannot be read as text: {fault}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt {prompt} cannot be read as text: {error}") from None
 
 
 def prompt_ids(prompt: str, weights: Weights) -> list[int]:
@@ -198,8 +199,8 @@ def converse(
         except KeyboardInterrupt:  # meant for a text that had just ended, or for what was typed
             print()
             continue
-        except UnicodeDecodeError as fault:
-            raise ConfigError(f"what was typed cannot be read as text: {fault}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"what was typed cannot be read as text: {error}") from None
         try:
             write_texts(prompt, texts(prompt, turn), new_text)
         except KeyboardInterrupt:

@@ -13,7 +13,9 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, ConfigError, IntIfSet, TextIfSet, flat_values, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_values, with_fields
+from jaxgpt.config.flag_types import IntIfSet, TextIfSet
 from jaxgpt.config.resolve import resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.manifest import check_manifest
@@ -21,7 +23,7 @@ from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tasks import load_benchmarks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.errors import UserError, explain_out_of_memory, fail, warn
 from jaxgpt.planning.gpus import visible_cards
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder as resume
@@ -63,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
             address = Address(flags.coordinator_address, flags.num_processes, flags.process_id)
             return run(cfg, argv, stop, lock, address)
-    except UserError as fault:
-        cli.fail(PROG, str(fault))
+    except UserError as error:
+        fail(PROG, str(error))
     except KeyboardInterrupt:  # before anything was begun
-        cli.fail(PROG, "interrupted", code=LEFT_AT_ONCE)
+        fail(PROG, "interrupted", code=LEFT_AT_ONCE)
 
 
 def run(
@@ -80,7 +82,7 @@ def run(
     if saved is not None:
         cfg = resume.continue_from(cfg, saved)
     hardware.prepare_environment(cfg)
-    prepare_compile_cache(cli.warn)
+    prepare_compile_cache(warn)
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = resolve(cfg, tokenizer)
     train_tokens, val_tokens, data_identity = load_tokens(cfg, tokenizer)
@@ -96,7 +98,7 @@ def run(
             lock.take()  # before JAX takes the card's memory from the run that has the lock
         else:  # one process speaks
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        tell = cli.warn if processes.is_main else say_nothing
+        tell = warn if processes.is_main else say_nothing
         jax = hardware.import_jax()
 
         from jaxgpt.model.attention import compute_capability
@@ -123,7 +125,7 @@ def run(
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best)
             return 0
-        stack.enter_context(out_of_memory_in_words(lambda: smaller(cfg)))
+        stack.enter_context(explain_out_of_memory(lambda: smaller(cfg)))
         with waiting("compiling the training step"):
             cfg, training, need = prepare_to_run(cfg, device, layout, processes)
         accumulation, held = cfg.gradient_accumulation_steps or 1, cfg.held_at_once

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import write_tokenizer
 from jaxgpt.errors import UserError

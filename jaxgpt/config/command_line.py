@@ -5,16 +5,16 @@ Everything here happens before JAX is imported, which takes seconds that a typo 
 
 import dataclasses
 import os
-import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
 
-from jaxgpt.config.fields import Config, ConfigError, flat_fields, largest_share
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_fields, largest_share
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.presets import (
     SPOKEN,
@@ -26,6 +26,7 @@ from jaxgpt.config.presets import (
     preset_for_memory,
     union_members,
 )
+from jaxgpt.errors import fail
 from jaxgpt.planning.gpus import GIB, visible_card
 
 # Flags that are no fields: the help, and what tyro has for shells that complete.
@@ -60,8 +61,8 @@ class Flags(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
 
 
 Command = TypeVar("Command", bound=Flags)
@@ -102,8 +103,8 @@ def parse_with(
         base = load_preset(preset)
         draft = _parse_flags(argv, base, flags_type, prog=prog, description=description)
         return _settle(draft, base, flags), draft, set(flags)
-    except ConfigError as fault:
-        fail(prog, str(fault))
+    except ConfigError as error:
+        fail(prog, str(error))
 
 
 def parse_command(
@@ -116,11 +117,11 @@ def parse_command(
 ) -> Command:
     """The flags of a command other than `train`; a mistake ends the process with exit code 2.
 
-    `kind` is a dataclass whose field comments are the help; its `faults()` says what is wrong.
+    `kind` is a dataclass whose field comments are the help; its `errors()` says what is wrong.
     `instead` answers nanoGPT's flags by name.
     """
-    if faults := _faults_at_sight(argv, kind, instead or {}):
-        fail(prog, "\n".join(faults))
+    if errors := _errors_at_sight(argv, kind, instead or {}):
+        fail(prog, "\n".join(errors))
     flags = tyro.cli(
         kind,
         prog=prog,
@@ -128,8 +129,8 @@ def parse_command(
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    if faults := flags.faults():
-        fail(prog, "\n".join(faults))
+    if errors := flags.errors():
+        fail(prog, "\n".join(errors))
     return flags
 
 
@@ -137,17 +138,6 @@ def preset_of_this_machine() -> str | None:
     """The tier of the card that a run would get, None without one."""
     card = visible_card()
     return preset_for_memory(card.memory_bytes / GIB) if card else None
-
-
-def warn(message: str) -> None:
-    """Print a line to standard error and go on."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def fail(prog: str, message: str, code: int = 2) -> NoReturn:
-    """Print one plain message to standard error and leave."""
-    print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
-    sys.exit(code)
 
 
 def _parse_flags(
@@ -226,50 +216,50 @@ def _refuse_at_sight(
     known = [name.replace("_", "-") for name, f in flat_fields().items() if not _is_hidden(f)]
     known += own
     types = {f.name: f.type for f in (*flat_fields().values(), *dataclasses.fields(flags_type))}
-    faults = []
+    errors = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
         if answer := nanogpt_answer(name, value):
-            faults.append(f"--{name}{'=' + value if value else ''} {answer}")
+            errors.append(f"--{name}{'=' + value if value else ''} {answer}")
         elif flag in known and flag not in switches and not value:
-            faults.append(f"--{flag} needs a value")
+            errors.append(f"--{flag} needs a value")
         elif flag in known and flag not in switches:
-            faults += _value_faults(flag, value or "", types[name])
+            errors += _value_errors(flag, value or "", types[name])
         elif flag not in known and flag not in OTHER_FLAGS:
-            faults.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
-    faults += [
+            errors.append(f"--{flag} is no flag{did_you_mean(flag, known, '--')}")
+    errors += [
         f"{arg}: nanoGPT's config files are Python; here they are TOML: --preset my.toml"
         for arg in argv
         if arg.endswith(".py") and not arg.startswith("-")
     ]
-    if faults:
-        raise ConfigError("\n".join(faults))
+    if errors:
+        raise ConfigError("\n".join(errors))
 
 
-def _faults_at_sight(
+def _errors_at_sight(
     argv: Sequence[str], kind: type[Command], instead: Mapping[str, str]
 ) -> list[str]:
     known = {field.name: field for field in dataclasses.fields(kind)}
     names = [name.replace("_", "-") for name in known]
-    faults = []
+    errors = []
     for name, value in flags_of(argv).items():
         flag = name.replace("_", "-")
         if name in instead:
-            faults.append(f"--{name} is nanoGPT's; {instead[name]}")
+            errors.append(f"--{name} is nanoGPT's; {instead[name]}")
         elif name not in known and flag not in OTHER_FLAGS:
-            faults.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
+            errors.append(f"--{flag} is no flag{did_you_mean(flag, names, '--')}")
         elif name == "prompt" and value is None:
-            faults.append(
+            errors.append(
                 "--prompt needs a text; one that begins with -- goes as --prompt='-- ...'"
             )
         elif name in known and known[name].type is not bool and not value and name != "prompt":
-            faults.append(f"--{flag} needs a value")  # but a prompt may be empty
+            errors.append(f"--{flag} needs a value")  # but a prompt may be empty
         elif name in known and known[name].type is not bool:
-            faults += _value_faults(flag, value or "", known[name].type)
-    return faults
+            errors += _value_errors(flag, value or "", known[name].type)
+    return errors
 
 
-def _value_faults(flag: str, text: str, annotation: Any) -> list[str]:
+def _value_errors(flag: str, text: str, annotation: Any) -> list[str]:
     """A sentence if tyro would not read `text` as what the flag's annotation says."""
     members = union_members(annotation)
     numbers = [kind for kind in (int, float) if kind in members]

@@ -10,12 +10,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagConversionOff, Suppress, arg
+from tyro.conf import Suppress, arg
 
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts, nearest_multiple
+from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
-from jaxgpt.errors import UserError
 
-Gelu = Literal["tanh", "erf"]
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
@@ -24,75 +25,6 @@ Optimizer = Literal["adamw", "muon"]
 Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer")
-# JAX counts steps in 32 bits, and keeps no more of a seed.
-LARGEST = 2**31 - 1
-
-
-def unless_none(default: str) -> str:
-    # A field's comment says what follows where it is unset; `--help` need not add "default: None".
-    return "" if default == "None" else f"(default: {default})"
-
-
-IntIfSet = Annotated[int | None, arg(metavar="INT", help_behavior_hint=unless_none)]
-FloatIfSet = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=unless_none)]
-TextIfSet = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint=unless_none)]
-PathIfSet = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=unless_none)]
-
-
-# nanoGPT's spelling: `--bias=True`, never a bare `--bias`.
-TrueOrFalse = Annotated[bool, FlagConversionOff]
-
-
-class ConfigError(UserError):
-    """What a user asked for cannot be done; the message names the field, the reason, the remedy."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of the network: all that the model has to know."""
-
-    n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads in each block
-    n_embd: int = 768  # model width, a multiple of n_head
-    block_size: int = 1024  # context length in tokens
-    vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
-    dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
-    bias: TrueOrFalse = False  # biases in linear layers and layer norms (GPT-2: True)
-    gelu: Gelu = "tanh"  # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
-    # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
-    n_vocab: Annotated[int | None, Suppress] = None
-
-    def faults(self) -> list[str]:
-        """What is wrong with it, a sentence for each fault."""
-        faults = _bad_counts(self, "n_layer", "n_head", "n_embd", "block_size")
-        if not faults and self.n_embd % self.n_head:
-            faults.append(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
-                f"the nearest that is: {_nearest_multiple(self.n_embd, self.n_head)}"
-            )
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout {self.dropout} must be at least 0 and below 1")
-        if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
-            faults.append(
-                f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
-                f"({self.n_vocab or 'at least 1'}); leave it out to have it chosen"
-            )
-        elif self.vocab_size is not None:
-            faults += _bad_counts(self, "vocab_size")
-        return faults
-
-    def parameter_count(self, padding: bool = True) -> int:
-        """Trainable parameters, the tied head counted once (nanoGPT's count adds up the same).
-
-        Without `padding` only the rows of the embedding that the tokenizer has ids for are counted.
-        """
-        assert self.vocab_size is not None, "resolve the vocabulary before counting"
-        rows = self.vocab_size if padding else self.n_vocab or self.vocab_size
-        D, F = self.n_embd, 4 * self.n_embd
-        block = 2 * D + D * 3 * D + D * D + 2 * D * F
-        biases = (2 * D + 3 * D + D + F + D) if self.bias else 0
-        final_norm = 2 * D if self.bias else D
-        return (rows + self.block_size) * D + self.n_layer * (block + biases) + final_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,26 +45,26 @@ class OptimizerConfig:
     # the optimizer's moments and the accumulator: bfloat16 makes 10 bytes of a parameter's 16
     state_dtype: StateDtype = "float32"
 
-    def faults(self) -> list[str]:
-        """What is wrong with it, a sentence for each fault."""
-        faults = [
-            *_bad_counts(self, "warmup_iters", least=0),
-            *_bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
+    def errors(self) -> list[str]:
+        """What is wrong with it, a sentence for each error."""
+        errors = [
+            *bad_counts(self, "warmup_iters", least=0),
+            *bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
         ]
         peak, end = self.learning_rate, self.min_lr
         if not 0 < peak < math.inf:
-            faults.append(f"learning_rate {peak:g} must be finite and above 0")
+            errors.append(f"learning_rate {peak:g} must be finite and above 0")
         elif self.decay_lr and peak < end < math.inf:
-            faults.append(
+            errors.append(
                 f"min_lr {end:g} is above learning_rate {peak:g}; set it as well, usually to a "
                 f"tenth: {peak / 10:g}"
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+                errors.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         if self.lr_decay_iters is not None:
-            faults += _bad_counts(self, "lr_decay_iters")
-        return faults
+            errors += bad_counts(self, "lr_decay_iters")
+        return errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,49 +131,49 @@ class Config:
     vram_gb: Annotated[int | None, Suppress] = None
 
     def __post_init__(self) -> None:
-        """Check everything; raises ConfigError with every fault at once."""
-        faults = [
-            *self.model.faults(),
-            *self.optimizer.faults(),
-            *_bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
-            *_bad_counts(self, "keep_checkpoints"),
-            *_bad_counts(self, "sample_tokens", "seed", least=0),
-            *_bad_amounts(self, "skip_spikes"),
-            *self._batch_faults(),
+        """Check everything; raises ConfigError with every error at once."""
+        errors = [
+            *self.model.errors(),
+            *self.optimizer.errors(),
+            *bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
+            *bad_counts(self, "keep_checkpoints"),
+            *bad_counts(self, "sample_tokens", "seed", least=0),
+            *bad_amounts(self, "skip_spikes"),
+            *self._batch_errors(),
         ]
         if self.vram_gb is not None:
-            faults += _bad_counts(self, "vram_gb")
+            errors += bad_counts(self, "vram_gb")
         if not 0 < self.checkpoint_minutes < math.inf:
-            faults.append(
+            errors.append(
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
             )
-        faults += [
+        errors += [
             f"{name} {str(path)!r} has a zero byte in it, which no file system takes"
             for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
             if "\0" in str(path)
         ]
         if self.dataset == "embedded" and self.data_dir is not None:
-            faults.append(
+            errors.append(
                 f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "
                 "package; give dataset another name as well"
             )
-        if faults:
-            raise ConfigError("\n".join(faults))
+        if errors:
+            raise ConfigError("\n".join(errors))
 
-    def _batch_faults(self) -> list[str]:
+    def _batch_errors(self) -> list[str]:
         try:
             devices = self.device_count
-        except ValueError as fault:
-            return [str(fault)]
+        except ValueError as error:
+            return [str(error)]
         B, effective = self.batch_size, self.effective_batch_size
         accumulation = self.gradient_accumulation_steps
         each = f"batch_size {B}" if devices == 1 else f"batch_size {B} x {devices} devices"
-        faults = _bad_counts(self, "batch_size")
+        errors = bad_counts(self, "batch_size")
         if accumulation is not None:
-            faults += _bad_counts(self, "gradient_accumulation_steps")
-        faults = faults or _bad_counts(self, "effective_batch_size")
-        if faults:
-            return faults
+            errors += bad_counts(self, "gradient_accumulation_steps")
+        errors = errors or bad_counts(self, "effective_batch_size")
+        if errors:
+            return errors
         held = self.held_at_once
         if accumulation is not None and accumulation * held != effective:
             return [
@@ -256,10 +188,10 @@ class Config:
     def _near(self) -> str:
         """What would do in place of batches that do not divide."""
         B, devices, effective = self.batch_size, self.device_count, self.effective_batch_size
-        near = f"the nearest that is: {_nearest_multiple(effective, self.held_at_once)}"
+        near = f"the nearest that is: {nearest_multiple(effective, self.held_at_once)}"
         if effective % devices == 0:
             return f"{near}, or take batch_size {largest_share(effective, devices, B)}"
-        divided, fewer = _nearest_multiple(effective, devices), _largest_divisor(effective, devices)
+        divided, fewer = nearest_multiple(effective, devices), _largest_divisor(effective, devices)
         share = largest_share(divided, devices, B)
         if share < B:
             near += f", {divided} with batch_size {share}"
@@ -287,30 +219,6 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.effective_batch_size * self.model.block_size
-
-
-def _bad_counts(section: Any, *names: str, least: int = 1) -> list[str]:
-    values = {name: getattr(section, name) for name in names}
-    return [
-        f"{name} {value} must be at least {least}"
-        if value < least
-        else f"{name} {value} must be at most {LARGEST}"
-        for name, value in values.items()
-        if not least <= value <= LARGEST
-    ]
-
-
-def _bad_amounts(section: Any, *names: str) -> list[str]:
-    values = {name: getattr(section, name) for name in names}
-    return [
-        f"{name} {value:g} must be finite and at least 0"
-        for name, value in values.items()
-        if not 0 <= value < math.inf
-    ]
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(1, round(value / of)) * of
 
 
 def _largest_divisor(value: int, limit: int) -> int:
@@ -347,7 +255,7 @@ def with_fields(cfg: Config, **changes: Any) -> Config:
     """A copy of `cfg` with fields changed by flat name, checked again as one.
 
     Raises:
-        ConfigError: with every fault of every section.
+        ConfigError: with every error of every section.
     """
     sections = {}
     for section in SECTIONS:

@@ -1,7 +1,7 @@
 """Presets and saved configurations: flat TOML or JSON keys in, a checked `Config` out.
 
 tyro does not look at the defaults it is given, so keys, types and choices are checked here, and
-every fault of a file is reported at once with the file, the key, the value and the remedy.
+every error of a file is reported at once with the file, the key, the value and the remedy.
 """
 
 import difflib
@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxgpt.config.fields import Config, ConfigError, flat_fields, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_fields, with_fields
 
 # What a run finds out and keeps in its config.json; a preset has no say in it.
 FOUND_OUT = {"preset", "n_vocab", "eval_windows", "auto_batch_size"}
@@ -61,8 +62,8 @@ def load_preset(name: str) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows begins with a BOM
     except FileNotFoundError:
         raise ConfigError(_no_such_preset(name)) from None
-    except (OSError, ValueError, RecursionError) as fault:
-        raise ConfigError(f"{source} cannot be read as TOML: {fault}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
     cfg = _from_flat(values, source, known=flat_fields().keys() - FOUND_OUT)
     return with_fields(cfg, preset=name)
 
@@ -98,8 +99,8 @@ def load_config(path: Path) -> Config:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it holds no table of settings")
-    except (OSError, ValueError, RecursionError) as fault:
-        raise ConfigError(f"{path} cannot be read as a run's configuration: {fault}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as a run's configuration: {error}") from None
     return config_from(values, str(path))
 
 
@@ -153,10 +154,10 @@ def _no_such_preset(name: str) -> str:
 
 
 def _from_flat(values: Mapping[str, Any], source: str, known: Collection[str]) -> Config:
-    """Build a Config from flat keys, every fault reported at once with file, key and remedy."""
+    """Build a Config from flat keys, every error reported at once with file, key and remedy."""
     annotations = {name: field.type for name, field in flat_fields().items() if name in known}
-    faults = [_fault_of(key, value, annotations) for key, value in values.items()]
-    picked = {} if any(faults) else {k: _converted(v, annotations[k]) for k, v in values.items()}
+    errors = [_error_of(key, value, annotations) for key, value in values.items()]
+    picked = {} if any(errors) else {k: _converted(v, annotations[k]) for k, v in values.items()}
     accumulation = picked.get("gradient_accumulation_steps")
     if accumulation is not None and "effective_batch_size" not in picked:
         picked["effective_batch_size"] = accumulation * picked.get("batch_size", Config.batch_size)
@@ -164,21 +165,21 @@ def _from_flat(values: Mapping[str, Any], source: str, known: Collection[str]) -
             del picked["gradient_accumulation_steps"]  # of all devices; those of one follow
     try:
         cfg = with_fields(Config(), **picked)
-    except ConfigError as fault:
-        faults += str(fault).splitlines()
-    if any(faults):
-        raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults if fault))
+    except ConfigError as error:
+        errors += str(error).splitlines()
+    if any(errors):
+        raise ConfigError("\n".join(f"{source}: {error}" for error in errors if error))
     return cfg
 
 
-def _fault_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | None:
+def _error_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | None:
     # Python reads any hexadecimal number, and then refuses to print it.
     if type(value) is int and abs(value) >= 2**63:
         return f"{key} is a number of more than 64 bits"
     if answer := nanogpt_answer(key, value):
         return f"{key} = {_as_toml(value)} {answer}"
     if key in annotations:
-        return _type_fault(key, value, union_members(annotations[key]))
+        return _type_error(key, value, union_members(annotations[key]))
     if key == "preset":
         return "unknown key 'preset'; a preset cannot build on another, copy what it should share"
     if isinstance(value, dict):
@@ -186,7 +187,7 @@ def _fault_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | 
     return f"unknown key '{key}'{did_you_mean(key, annotations)}"
 
 
-def _type_fault(key: str, value: object, members: Sequence[Any]) -> str | None:
+def _type_error(key: str, value: object, members: Sequence[Any]) -> str | None:
     choices = [choice for member in members for choice in choices_of(member)]
     if choices:
         if value in choices:

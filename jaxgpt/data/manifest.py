@@ -15,6 +15,7 @@ import numpy as np
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import HEADER_BYTES, PREPARE, DataError, TokenFile, refuse
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.files import sha256_of
 
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".prepare"  # what is not finished yet
@@ -73,8 +74,8 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
     """
     manifest = load_manifest(data_dir)
     if manifest is None:
-        if fault := unfinished(data_dir):
-            raise DataError(fault)
+        if error := unfinished(data_dir):
+            raise DataError(error)
         return None
     made_with = manifest["tokenizer"]
     if made_with["sha256"] != tokenizer.sha256:
@@ -83,7 +84,7 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
             f"{tokenizer.name!r}; train with --tokenizer {made_with['name']}, or prepare the text "
             f"again with {PREPARE} --tokenizer {tokenizer.name} --out ANOTHER_FOLDER"
         )
-    refuse(list(size_faults(data_dir, manifest)))
+    refuse(list(size_errors(data_dir, manifest)))
     return fingerprint(manifest)
 
 
@@ -109,7 +110,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
-def size_faults(data_dir: Path, manifest: dict[str, Any]) -> Iterator[str]:
+def size_errors(data_dir: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """A sentence for each shard that is missing, of another size, or not in the manifest."""
     yield from lost_shards(data_dir, manifest["shards"])
     listed = {shard["file"] for shard in manifest["shards"]}
@@ -131,7 +132,7 @@ def lost_shards(data_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[st
             )
 
 
-def checksum_faults(
+def checksum_errors(
     data_dir: Path, manifest: dict[str, Any], advance: Callable[[int], object]
 ) -> Iterator[str]:
     """A sentence for each shard whose content is no longer what was written; reads all of it."""
@@ -145,16 +146,6 @@ def count_documents(file: TokenFile, eot: int) -> int:
     """How often the end-of-text token stands in a file: the documents that begin in it."""
     chunks = TokenStream([file], str(file.path)).chunks()
     return sum(int(np.count_nonzero(chunk == eot)) for _, chunk in chunks)
-
-
-def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `advance` is told of every 8 MB read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 23):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
 
 
 def _remedy(data_dir: Path) -> str:

@@ -130,13 +130,13 @@ def load_split(
     large, since nobody waits for 200 GB: check every batch too (`TokenStream.check_ids`).
     Raises DataError; where there are no files, it says how to make `tokens_wanted`.
     """
-    files, faults = [], []
+    files, errors = [], []
     for path in find_files(data_dir, split, tokens_wanted):
         try:
             files.append(inspect_file(path))
-        except DataError as fault:
-            faults.append(str(fault))
-    refuse(faults)
+        except DataError as error:
+            errors.append(str(error))
+    refuse(errors)
     tokens = TokenStream(files, name=f"{data_dir} ({split})")
     _check_stream(tokens, files, n_vocab)
     return tokens

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 FROM_DATASETS = "datasets"  # instead of a file: fetch it through the library of that name
 ON_THE_HUB = {
@@ -116,9 +116,9 @@ def _records(name: str, source: str) -> Iterator[tuple[str, Any]]:
     try:
         # By "\n" alone: a text may hold other characters that str.splitlines takes for line ends.
         lines = Path(source).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
+    except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(
-            f"--{name} {source} cannot be read ({fault}); give the published jsonl file, or "
+            f"--{name} {source} cannot be read ({error}); give the published jsonl file, or "
             f"'{FROM_DATASETS}' to have it fetched"
         ) from None
     for number, line in enumerate(lines, start=1):
@@ -140,9 +140,9 @@ def _fetched(name: str) -> Iterable[Any]:
         ) from None
     try:
         return datasets.load_dataset(**ON_THE_HUB[name])
-    except Exception as fault:  # its own, the Hub's and the HTTP library's
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    except Exception as error:  # its own, the Hub's and the HTTP library's
+        reason = first_line(error)
         raise BenchmarkError(
-            f"{ON_THE_HUB[name]['path']} cannot be fetched ({type(fault).__name__}: "
+            f"{ON_THE_HUB[name]['path']} cannot be fetched ({type(error).__name__}: "
             f"{reason[:200]}); give the published file instead: --{name} FILE.jsonl"
         ) from None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import whole_file
+from jaxgpt.files import atomic_write
 
 # llm.c dev/data/data_common.py: 256 int32 [magic, version, tokens, 0, ...], then uint16 tokens.
 MAGIC = 20240520
@@ -33,14 +33,14 @@ PREPARE = "python -m jaxgpt.prepare"  # what makes such files
 
 
 class DataError(UserError):
-    """A fault in the user's token files; the message names the file, the reason and the remedy."""
+    """A error in the user's token files; the message names the file, the reason and the remedy."""
 
 
-def refuse(faults: Sequence[str]) -> None:
-    """Raises DataError with the first five of `faults`, if there are any."""
-    more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-    if faults:
-        raise DataError("\n".join([*faults[:5], *more]))
+def refuse(errors: Sequence[str]) -> None:
+    """Raises DataError with the first five of `errors`, if there are any."""
+    more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
+    if errors:
+        raise DataError("\n".join([*errors[:5], *more]))
 
 
 class TokenFile(NamedTuple):
@@ -88,7 +88,7 @@ def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, length
     digest, written = hashlib.sha256(), 0
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         for piece in chain([header], pieces):
             file.write(piece.data)
             digest.update(piece.data)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config.fields import ModelConfig, Remat
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend
 from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.layer_norm import LayerNorm, normalize

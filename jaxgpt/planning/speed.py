@@ -7,7 +7,8 @@ architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al
 import math
 from typing import NamedTuple
 
-from jaxgpt.config.fields import Config, ModelConfig, Remat
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Config, Remat
 from jaxgpt.planning.gpus import Gpu
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from typing import Any
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.planning.gpus import Gpu
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -41,7 +41,7 @@ def prepare_environment() -> None:
     """Have JAX start without looking for a card; call before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    # XLA reports a step that nearly fills the card, and a slow compilation, as if they were faults.
+    # XLA reports a step that nearly fills the card, and a slow compilation, as if they were errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -79,8 +79,8 @@ def card_devices(gpu: Gpu, count: int) -> Any:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=describe(gpu), topology=shape
         )
-    except Exception as fault:  # the plugin raises several kinds, all with XLA's words
-        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    except Exception as error:  # the plugin raises several kinds, all with XLA's words
+        line = first_line(error)
         raise NoCompilerError(f"the CUDA compiler does not start ({line[:200]})") from None
     return topology.devices
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import count_documents, sha256_of
+from jaxgpt.data.manifest import count_documents
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
+from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import SHARD, Journal, Plan
 from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
 

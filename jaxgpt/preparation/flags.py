@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxgpt.config.command_line import parse_command
-from jaxgpt.config.fields import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
+from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
 
 PROG = "python -m jaxgpt.prepare"
@@ -92,47 +92,47 @@ class Flags:
     unit_bytes: Count = "256M"
     """text that a process takes at a time, which is what a kill can cost it"""
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
-        faults = [fault for name in COUNTS if (fault := self._fault_of_count(name))]
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
+        errors = [error for name in COUNTS if (error := self._error_of_count(name))]
         if self.val_tokens is not None and self.val_fraction is not None:
-            faults.append("--val-tokens and --val-fraction are two rules for validation; give one")
+            errors.append("--val-tokens and --val-fraction are two rules for validation; give one")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            faults.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
+            errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
         if self.workers is not None and self.workers < 1:
-            faults.append(f"--workers {self.workers} must be at least 1")
+            errors.append(f"--workers {self.workers} must be at least 1")
         if self.merge or self.inspect:
-            return faults + self._faults_of_one_folder()
+            return errors + self._errors_of_one_folder()
         if not self.inputs:
-            faults.append(
+            errors.append(
                 "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
                 "--help has examples"
             )
         if self.ready:
-            return faults + self._faults_of_ready()
+            return errors + self._errors_of_ready()
         if self.tokens is not None:
-            faults.append("--tokens belongs to --ready; --limit-tokens stops tokenizing")
-        return faults
+            errors.append("--tokens belongs to --ready; --limit-tokens stops tokenizing")
+        return errors
 
-    def _fault_of_count(self, name: str) -> str | None:
+    def _error_of_count(self, name: str) -> str | None:
         try:
             count(self, name)
-        except UserError as fault:
-            return str(fault)
+        except UserError as error:
+            return str(error)
         return None
 
-    def _faults_of_one_folder(self) -> list[str]:
+    def _errors_of_one_folder(self) -> list[str]:
         if self.merge and self.inspect:
             return ["--merge and --inspect are two commands; give one"]
         what = "--merge" if self.merge else "--inspect"
-        faults = []
+        errors = []
         if len(self.inputs) != 1:
-            faults.append(f"{what} takes one folder: {PROG} {what} data/fineweb")
+            errors.append(f"{what} takes one folder: {PROG} {what} data/fineweb")
         if others := self._given_beside(OF_MERGE if self.merge else OF_INSPECT):
-            faults.append(f"{what} reads what is there; leave out {others}")
-        return faults
+            errors.append(f"{what} reads what is there; leave out {others}")
+        return errors
 
-    def _faults_of_ready(self) -> list[str]:
+    def _errors_of_ready(self) -> list[str]:
         """Flags that say how to make tokens which are made already."""
         if self.limit_tokens is not None:
             return ["--limit-tokens stops tokenizing; with --ready it is --tokens"]

@@ -10,11 +10,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.data.manifest import sha256_of
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import DATASETS
 from jaxgpt.preparation.hub_retry import retrying
-from jaxgpt.preparation.inputs import READABLE, Input, first_line, kind_of
+from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
 # Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
 FOLDERS = {

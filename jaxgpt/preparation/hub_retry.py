@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from jaxgpt.errors import UserError
-from jaxgpt.preparation.inputs import READABLE, first_line
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.preparation.inputs import READABLE
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxgpt.data.manifest import WORK_FOLDER
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 
 Kind = Literal["parquet", "jsonl", "text", "arrow"]
 
@@ -243,8 +243,3 @@ def _edges(path: Path) -> str:
         head = file.read(EDGE)
         file.seek(max(EDGE, path.stat().st_size - EDGE))
         return f"{zlib.crc32(file.read(EDGE), zlib.crc32(head)):08x}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import MANIFEST, checksum_faults, load_manifest, size_faults, unfinished
+from jaxgpt.data.manifest import MANIFEST, checksum_errors, load_manifest, size_errors, unfinished
 from jaxgpt.data.shards import TokenStream, find_files
 from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,39 +30,39 @@ def inspect(data_dir: Path, tokenizer_name: str) -> int:
         raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
     tokenizer = load_tokenizer(manifest["tokenizer"]["name"] if manifest else tokenizer_name)
-    files, faults = _open_files(data_dir)
+    files, errors = _open_files(data_dir)
     rows = describe(manifest) if manifest else _describe_files(files, tokenizer)
     rows |= {f"{split} begins": _excerpt(files[split], tokenizer) for split in files}
     print_table(str(data_dir), rows)
     if manifest:
-        faults += list(size_faults(data_dir, manifest))
+        errors += list(size_errors(data_dir, manifest))
         if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-            faults.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
-    elif fault := unfinished(data_dir):
-        faults.append(fault)
-    faults += _read_everything(data_dir, manifest, files, tokenizer)
-    for fault in faults:
-        print(f"FAULT  {fault}")
+            errors.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
+    elif error := unfinished(data_dir):
+        errors.append(error)
+    errors += _read_everything(data_dir, manifest, files, tokenizer)
+    for error in errors:
+        print(f"FAULT  {error}")
     checked = "headers, sizes, checksums, ids" if manifest else "headers, sizes, ids (no manifest)"
-    print(f"{data_dir}: " + (f"{len(faults)} faults" if faults else f"sound: {checked} checked"))
-    return 2 if faults else 0
+    print(f"{data_dir}: " + (f"{len(errors)} errors" if errors else f"sound: {checked} checked"))
+    return 2 if errors else 0
 
 
 def _open_files(data_dir: Path) -> tuple[dict[str, list[TokenFile]], list[str]]:
     files: dict[str, list[TokenFile]] = {}
-    faults: list[str] = []
+    errors: list[str] = []
     for split in ("train", "val"):
         try:
             paths = find_files(data_dir, split)
-        except DataError as fault:
-            faults.append(str(fault))
+        except DataError as error:
+            errors.append(str(error))
             continue
         for path in paths:
             try:
                 files.setdefault(split, []).append(inspect_file(path))
-            except DataError as fault:
-                faults.append(str(fault))
-    return files, faults
+            except DataError as error:
+                errors.append(str(error))
+    return files, errors
 
 
 def _describe_files(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:
@@ -88,25 +88,25 @@ def _read_everything(
     tokenizer: Tokenizer,
 ) -> list[str]:
     """Faults in the contents of the files."""
-    faults = []
+    errors = []
     total = sum(file.length for some in files.values() for file in some)
     documents = dict.fromkeys(files, 0)
     with _bar(2 * total * (2 if manifest else 1)) as advance:
         for split, some in files.items():
             for file in some:
-                fault, count = _check_ids(file, tokenizer, advance)
+                error, count = _check_ids(file, tokenizer, advance)
                 documents[split] += count
-                faults += [fault] if fault else []
+                errors += [error] if error else []
         if manifest:
-            faults += list(checksum_faults(data_dir, manifest, advance))
+            errors += list(checksum_errors(data_dir, manifest, advance))
             for split, count in documents.items():
                 listed = manifest["splits"][split]["documents"]
                 if listed != count:
-                    faults.append(
+                    errors.append(
                         f"{data_dir}: {split} has {count:,} end-of-text tokens, and {MANIFEST} "
                         f"says {listed:,} documents"
                     )
-    return faults
+    return errors
 
 
 def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
@@ -114,8 +114,8 @@ def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str
     for start, tokens in stream.chunks():
         try:
             stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
-        except DataError as fault:
-            return str(fault), documents
+        except DataError as error:
+            return str(error), documents
         documents += int(np.count_nonzero(tokens == tokenizer.eot))
         advance(2 * len(tokens))
     return None, documents

@@ -6,8 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from jaxgpt.errors import UserError
-from jaxgpt.preparation.inputs import first_line
+from jaxgpt.errors import UserError, first_line
 
 CHUNK = 1 << 20  # bytes read at a time
 ZSTD_CHUNK = 1 << 8  # of .zst: what comes of it has no bound, and 12 bytes can hold 128 KB

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.data.manifest import MANIFEST, VERSION, fits, read_manifest, size_faults
+from jaxgpt.data.manifest import MANIFEST, VERSION, fits, read_manifest, size_errors
 from jaxgpt.data.token_file import PREPARE, refuse
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -51,7 +51,7 @@ def text_manifest(
         "skipped": dict(sorted(skipped.items())),
         "skipped_for_example": dict(sorted(examples.items())),
     }
-    # The column counts GPT-2's tokens; those of another tokenizer would be no fault.
+    # The column counts GPT-2's tokens; those of another tokenizer would be no error.
     manifest["token_count"] = _token_count(records) if tokenizer.name == "gpt2" else None
     return manifest
 
@@ -142,7 +142,7 @@ def merge(out: Path) -> dict[str, Any]:
             )
         manifests.append(manifest)
     merged = _join(out, manifests)
-    refuse(list(size_faults(out, merged)))
+    refuse(list(size_errors(out, merged)))
     for split, counts in merged["splits"].items():
         if not counts["tokens"]:
             raise UserError(

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards, sha256_of
+from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards
 from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import move_whole, write_json
+from jaxgpt.files import move_file, sha256_of, write_json
 from jaxgpt.preparation.estimate import check_disk
 from jaxgpt.preparation.flags import Flags, count
 from jaxgpt.preparation.hub import (
@@ -158,7 +158,7 @@ def _download_missing(
             sha256 = file.lfs.sha256 if file.lfs else None
             got = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
             _check(got, file.path, tokenizer)
-            move_whole(got, out / _name(file))
+            move_file(got, out / _name(file))
             journal.append(_entry(out / _name(file), tokenizer))
             needed -= file.size
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.preparation.documents import Batch, Document, LongText, ReadOptions, Skip, usable
-from jaxgpt.preparation.inputs import Input, Slice, first_line
+from jaxgpt.preparation.inputs import Input, Slice
 from jaxgpt.preparation.lines import (
     CHUNK,
     in_groups,

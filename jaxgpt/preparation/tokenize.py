@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import whole_file
+from jaxgpt.files import atomic_write
 from jaxgpt.preparation.documents import (
     LongText,
     ReadOptions,
@@ -168,7 +168,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Progress) -> Record:
 def _part_file(job: Job, name: str) -> AbstractContextManager[BinaryIO]:
     path = part_path(job.folder, job.number, name)
     # Its own name: a worker that outlives a killed parent may still be writing the same part.
-    return whole_file(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+    return atomic_write(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
 
 
 def _part_of(document: str | LongText, val_fraction: float | None) -> str:

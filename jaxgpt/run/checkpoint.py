@@ -70,9 +70,9 @@ class Checkpoints:
         self.folder = (out_dir / retention.FOLDER).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
+        except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be made ({fault.strerror}); choose another --out-dir"
+                f"{self.folder} cannot be made ({error.strerror}); choose another --out-dir"
             ) from None
         self._orbax = OrbaxPath(self.folder, processes.count)
         self._keep, self._on_error, self._processes = keep, on_error, processes
@@ -124,9 +124,9 @@ class Checkpoints:
                 retention.remove_unfinished(self.folder)
                 step = retention.newest_sound(self.folder, self._verified, tell, strict)
             return self._processes.from_main(step)
-        except OSError as fault:
+        except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be cleaned up ({fault}); see who else owns what is in it"
+                f"{self.folder} cannot be cleaned up ({error}); see who else owns what is in it"
             ) from None
 
     def begin(
@@ -161,9 +161,9 @@ class Checkpoints:
             written = ocp.save_checkpointables_async(
                 self._orbax.path / str(step), {"state": stored}
             )
-        except Exception as fault:
+        except Exception as error:
             self._give_room_back(step)
-            done.set_exception(fault)
+            done.set_exception(error)
         else:
             done = self._thread.submit(self._write, written, step, notes, val_loss)
         self._saving = _Save(step, val_loss, done)
@@ -179,12 +179,12 @@ class Checkpoints:
         if saving is None:
             return
         assert saving.val_loss.done(), "finish what has begun"
-        fault = saving.done.exception()
-        if self._processes.any(fault is not None):
-            fault = fault or OSError("another process of the run could not write its part")
+        error = saving.done.exception()
+        if self._processes.any(error is not None):
+            error = error or OSError("another process of the run could not write its part")
         self._failure = None
-        if fault is not None:
-            self._report(saving.step, fault, tell)
+        if error is not None:
+            self._report(saving.step, error, tell)
 
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
@@ -203,8 +203,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             manifest = self._verified(folder)
-        except DamagedError as fault:
-            raise CheckpointError(f"checkpoint {step} is missing or damaged: {fault}") from None
+        except DamagedError as error:
+            raise CheckpointError(f"checkpoint {step} is missing or damaged: {error}") from None
         return load_state(folder, manifest, like)
 
     def due(self, minutes: float) -> bool:
@@ -258,8 +258,8 @@ class Checkpoints:
             raise
         try:
             retention.prune(self.folder, self._keep)
-        except OSError as fault:
-            self._on_error(f"an old checkpoint cannot be deleted: {fault}")
+        except OSError as error:
+            self._on_error(f"an old checkpoint cannot be deleted: {error}")
 
     def _give_room_back(self, step: int) -> None:
         """Delete what was written of a save that failed: it holds the room that is missing."""
@@ -270,11 +270,11 @@ class Checkpoints:
                 if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
                     retention.remove(path)
 
-    def _report(self, step: int, fault: BaseException, tell: bool) -> None:
+    def _report(self, step: int, error: BaseException, tell: bool) -> None:
         latest = self.latest_step
         stays = "there is none before it" if latest is None else f"checkpoint {latest} stays"
         self._failure = (
-            f"step {step:,} could not be saved in {self.folder} ({reason_of(fault)}); {stays}; "
+            f"step {step:,} could not be saved in {self.folder} ({reason_of(error)}); {stays}; "
             "make room there"
         )
         if latest is None:  # nothing is lost yet, and a run that cannot save is not worth its time

@@ -43,8 +43,8 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
             warn(f"{folder} {reason}: XLA's programs are compiled anew at each start")
             return
         remove_damaged(folder)
-    except OSError as fault:
-        warn(f"XLA's programs are compiled anew at each start, for their folder fails: {fault}")
+    except OSError as error:
+        warn(f"XLA's programs are compiled anew at each start, for their folder fails: {error}")
         return
     if not named:
         os.environ[FOLDER] = str(folder)

@@ -6,8 +6,9 @@ import os
 import platform
 from typing import Any
 
-from jaxgpt.config.fields import Config, ConfigError
-from jaxgpt.errors import UserError
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config
+from jaxgpt.errors import UserError, first_line
 
 # JAX's own default is 75 %, which leaves 6 of a 24 GB card's gigabytes to nobody. The rest is for
 # the CUDA context, cuBLAS workspaces and the desktop.
@@ -53,11 +54,11 @@ def import_jax() -> Any:
     """
     try:
         import jax
-    except (ImportError, RuntimeError, AttributeError) as fault:  # jaxlib too old is the second
+    except (ImportError, RuntimeError, AttributeError) as error:  # jaxlib too old is the second
         names = ("jax", "jaxlib", "numpy", *(name.replace("_", "-") for name in PLUGINS))
         found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))
         raise UserError(
-            f"JAX cannot be imported ({_first_line(fault)}); this is Python "
+            f"JAX cannot be imported ({first_line(error)}); this is Python "
             f"{platform.python_version()} with {found or 'no JAX'}. Install versions that fit: "
             "pip install -U -e '.[cuda]', or pip install -U -e . without a GPU"
         ) from None
@@ -81,15 +82,15 @@ def choose_devices(cfg: Config) -> Any:
         return jax.devices("cpu")
     try:
         return jax.devices("gpu")
-    except (RuntimeError, AssertionError) as fault:
+    except (RuntimeError, AssertionError) as error:
         if _needs_gpu(cfg):
-            raise ConfigError(_no_gpu(cfg, f"JAX finds none ({_first_line(fault)})")) from None
+            raise ConfigError(_no_gpu(cfg, f"JAX finds none ({first_line(error)})")) from None
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as fault:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
-            f"({_first_line(fault)}); unset it, or use --device cpu"
+            f"({first_line(error)}); unset it, or use --device cpu"
         ) from None
 
 
@@ -148,7 +149,3 @@ def _no_gpu(cfg: Config, reason: str) -> str:
         "  Without one:          add --device cpu to train it on the CPU all the same (days become "
         "months), or try --preset demo"
     )
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config.fields import Config, ConfigError, Resume, flat_values, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, Resume, flat_values, with_fields
 from jaxgpt.config.presets import config_from, load_config
 from jaxgpt.run.integrity import DamagedError, read_manifest
 from jaxgpt.run.retention import FOLDER, finished_steps
@@ -84,8 +85,8 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Config | None:
         _check_writable(out_dir)
         steps = finished_steps(out_dir / FOLDER)
         has_config = path.exists()
-    except OSError as fault:
-        raise ConfigError(f"--out-dir {out_dir}: {fault}") from None
+    except OSError as error:
+        raise ConfigError(f"--out-dir {out_dir}: {error}") from None
     _check_mode(out_dir, mode, steps)
     if not steps:
         return None
@@ -93,9 +94,9 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Config | None:
         return _config_of_newest(out_dir / FOLDER, steps)
     try:
         return load_config(path)
-    except ConfigError as fault:
+    except ConfigError as error:
         raise ConfigError(
-            f"{fault}\nDelete {path}: the run goes on with the configuration in its newest "
+            f"{error}\nDelete {path}: the run goes on with the configuration in its newest "
             "checkpoint, and the file is written again. Or start anew with another --out-dir."
         ) from None
 
@@ -147,8 +148,8 @@ def save_config(cfg: Config, out_dir: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as fault:
-        raise ConfigError(f"{path} cannot be written: {fault}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
 def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> None:

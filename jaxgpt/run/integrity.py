@@ -56,8 +56,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         body = json.loads(data)["manifest"]
         if _encode(body) != data:
             raise ValueError
-    except OSError as fault:
-        raise DamagedError(f"{path} cannot be read ({fault.strerror})") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, LookupError, RecursionError):
         raise DamagedError(f"{path} is not what was written: its checksum differs") from None
     return body
@@ -77,8 +77,8 @@ def verify(folder: Path) -> dict[str, Any]:
                 raise DamagedError(f"{path} has {found:,} bytes where {size:,} were written")
             if _digest(path) != digest:
                 raise DamagedError(f"{path} is not what was written: its checksum differs")
-        except OSError as fault:
-            raise DamagedError(f"{path} cannot be read ({fault.strerror})") from None
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
     return manifest
 
 

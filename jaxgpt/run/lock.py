@@ -47,9 +47,9 @@ class RunLock:
             self._file = self._take()
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json.dumps(_me()).encode(), 0)
-        except OSError as fault:
+        except OSError as error:
             raise UserError(
-                f"--out-dir {self._path.parent}: its lock cannot be taken ({fault}); choose "
+                f"--out-dir {self._path.parent}: its lock cannot be taken ({error}); choose "
                 "another folder"
             ) from None
 

@@ -220,8 +220,8 @@ def _refuse_foreign(lines: Path, folder: Path) -> None:
         records = [parse_record(line) for line in whole]
         files = [path.read_bytes() for path in event_files(folder)]
         events = [Event.FromString(record) for data in files for record in whole_records(data)]
-    except OSError as fault:
-        raise UserError(f"{fault}; move it away, or choose another --out-dir") from None
+    except OSError as error:
+        raise UserError(f"{error}; move it away, or choose another --out-dir") from None
     if any(
         record is None or record["step"] > 0
         for record in records + [{"step": e.step} for e in events]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.run.launchers import Launcher, cards_of, find_launcher, on_this_host
 
 # Seconds without a sign of life after which a process counts as dead, and the others leave.
@@ -97,8 +97,8 @@ class Processes:
         mine: Exception | None = None
         try:
             yield
-        except Exception as fault:
-            mine = fault
+        except Exception as error:
+            mine = error
         failed = self.any(mine is not None)
         if mine is not None:
             raise mine
@@ -169,12 +169,12 @@ def join(
             shutdown_timeout_seconds=END_SECONDS,
         )
         return Processes(jax.process_index(), jax.process_count())
-    except (ValueError, RuntimeError) as fault:  # XLA's errors are of the second kind
-        raise UserError(_cannot_meet(fault, launcher)) from None
+    except (ValueError, RuntimeError) as error:  # XLA's errors are of the second kind
+        raise UserError(_cannot_meet(error, launcher)) from None
 
 
-def _cannot_meet(fault: Exception, launcher: Launcher | None) -> str:
-    line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+def _cannot_meet(error: Exception, launcher: Launcher | None) -> str:
+    line = first_line(error)
     how = "see that all are started, with one --coordinator-address that all can reach and a "
     how += "--process-id each"
     if launcher is not None:
@@ -185,26 +185,26 @@ def _cannot_meet(fault: Exception, launcher: Launcher | None) -> str:
 
 def _check(address: Address, launcher: Launcher | None) -> None:
     where, count, index = address
-    faults = []
+    errors = []
     given = [value is not None for value in address]
     if any(given) and not all(given) and launcher is None and count != 1:
-        faults.append(
+        errors.append(
             "--coordinator-address HOST:PORT (of process 0), --num-processes and --process-id "
             "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
             "processes"
         )
     if where is not None and not re.fullmatch(r".+:\d{1,9}", where, re.ASCII):
-        faults.append(f"--coordinator-address {where} must be HOST:PORT")
+        errors.append(f"--coordinator-address {where} must be HOST:PORT")
     elif where is not None and not 0 < int(where.rpartition(":")[2]) < 65536:
-        faults.append(f"--coordinator-address {where}: a port is a number from 1 to 65535")
+        errors.append(f"--coordinator-address {where}: a port is a number from 1 to 65535")
     if count is not None and count < 1:
-        faults.append(f"--num-processes {count} must be at least 1")
+        errors.append(f"--num-processes {count} must be at least 1")
     if index is not None and not 0 <= index < (count or index + 1):
-        faults.append(f"--process-id {index} must be at least 0 and below --num-processes {count}")
-    if where is not None and index == 0 and not faults and not _is_free(where):
-        faults.append(f"--coordinator-address {where}: its port is in use here; choose another")
-    if faults:
-        raise UserError("\n".join(faults))
+        errors.append(f"--process-id {index} must be at least 0 and below --num-processes {count}")
+    if where is not None and index == 0 and not errors and not _is_free(where):
+        errors.append(f"--coordinator-address {where}: its port is in use here; choose another")
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def _is_free(address: str) -> bool:
@@ -221,11 +221,11 @@ def _is_free(address: str) -> bool:
 LOST = ("Gloo", "gloo", "NCCL", "onnection", "oordination", "UNAVAILABLE", "DEADLINE", "eartbeat")
 
 
-def _in_words(fault: BaseException) -> str | None:
-    if isinstance(fault, UserError):
-        return str(fault)
-    if isinstance(fault, RuntimeError) and any(word in str(fault) for word in LOST):
-        line = str(fault).strip().splitlines()[0][:200]
+def _in_words(error: BaseException) -> str | None:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+        line = first_line(error)
         return (
             f"another process of the run has died or cannot be reached ({line}); start all of them "
             "again with the same command: the run goes on from its newest checkpoint"

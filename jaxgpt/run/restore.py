@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.model.gpt import Params
 from jaxgpt.run import retention
 from jaxgpt.run.checkpoint_state import abstract, describe, from_stored, misfits, to_store
@@ -47,14 +47,14 @@ def load_state(folder: Path, manifest: dict[str, Any], like: TrainState) -> Rest
     try:
         with OrbaxPath(folder.parent, jax.process_count()) as orbax:
             stored = ocp.load_checkpointables(orbax.path / folder.name, {"state": target})["state"]
-    except Exception as fault:
-        if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # the checkpoint is as good as it was
         made_with = ", ".join(f"{name} {v}" for name, v in manifest["made_with"].items())
         raise CheckpointError(
-            f"checkpoint {folder} is whole, and yet cannot be read ({reason_of(fault)}); it was "
+            f"checkpoint {folder} is whole, and yet cannot be read ({reason_of(error)}); it was "
             f"made with {made_with}: try these versions"
-        ) from fault
+        ) from error
     return Restored(from_stored(stored, like), manifest["config"], manifest["data"])
 
 
@@ -69,9 +69,9 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     folder = (out_dir / retention.FOLDER / str(step)).absolute()
     try:
         verify(folder)
-    except DamagedError as fault:
+    except DamagedError as error:
         raise CheckpointError(
-            f"checkpoint {step} is damaged: {fault}; choose another with --checkpoint"
+            f"checkpoint {step} is damaged: {error}; choose another with --checkpoint"
         ) from None
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -80,13 +80,13 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
             saved = orbax.path / folder.name
             params = ocp.load_checkpointables(saved, {"state": {"params": like}})
         return jax.tree.map(_fitting, params["state"]["params"], like)
-    except Exception as fault:  # Orbax raises a dozen kinds for what does not fit
-        if "RESOURCE_EXHAUSTED" in str(fault):
+    except Exception as error:  # Orbax raises a dozen kinds for what does not fit
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({reason_of(fault)}); choose another with "
+            f"checkpoint {folder} cannot be read ({reason_of(error)}); choose another with "
             "--checkpoint, or see whether the config.json beside it is the run's own"
-        ) from fault
+        ) from error
 
 
 def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -96,8 +96,8 @@ def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     return leaf
 
 
-def reason_of(fault: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The end of the first line, where file systems say what is wrong, without their numbers."""
-    line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    line = first_line(error, 4000)
     by_the_system = re.search(r"([^:]+?) \[os_error_code", line)
     return by_the_system[1].strip() if by_the_system else line[:400]

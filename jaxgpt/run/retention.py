@@ -115,13 +115,13 @@ def newest_sound(
     for step in reversed(finished_steps(folder)):
         try:
             check(folder / str(step))
-        except DamagedError as fault:
+        except DamagedError as error:
             if strict:
                 raise UserError(
-                    f"checkpoint {step} is damaged: {fault}; --resume must goes on from the newest "
+                    f"checkpoint {step} is damaged: {error}; --resume must goes on from the newest "
                     "or not at all; --resume auto falls back to the newest that is sound"
                 ) from None
-            damaged.append((step, fault))
+            damaged.append((step, error))
             continue
         for bad, reason in damaged:
             aside = folder / f"{bad}{DAMAGED}"

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config.fields import ModelConfig, OptimizerConfig, Remat
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import OptimizerConfig, Remat
 from jaxgpt.model.attention import compute_capability, pick_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.layout import OneDevice

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config.fields import Config, ConfigError, divisors, largest_share, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, divisors, largest_share, with_fields
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.training.layout import OneDevice
 from jaxgpt.training.step import Accumulate, Spread
@@ -56,14 +57,14 @@ def for_shape(cfg: Config, shape: MeshShape) -> Config:
     """
     m, batch_size = cfg.model, cfg.batch_size
     sizes = {"n_embd": m.n_embd, "vocab_size": m.vocab_size or 0, "block_size": m.block_size}
-    faults = [
+    errors = [
         f"--mesh fsdp={shape.fsdp} does not divide {name} {size}; the nearest that do: "
         + ", ".join(str(d) for d in divisors(size) if shape.fsdp / 3 < d < shape.fsdp * 3)
         for name, size in sizes.items()
         if size % shape.fsdp
     ]
-    if faults:
-        raise ConfigError("\n".join(faults))
+    if errors:
+        raise ConfigError("\n".join(errors))
     if cfg.auto_batch_size:  # a number that will do until it is chosen
         batch_size = largest_share(cfg.effective_batch_size, shape.devices, batch_size)
     accumulation, rest = divmod(cfg.effective_batch_size, batch_size * shape.devices)

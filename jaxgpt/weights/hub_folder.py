@@ -7,9 +7,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from jaxgpt.config.fields import ConfigError, ModelConfig
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from jaxgpt.data.tokenizer_files import RECOGNIZED, recognize_tokenizer
+from jaxgpt.errors import first_line
 from jaxgpt.weights import huggingface
 
 # Names that everybody uses for what has an owner now.
@@ -68,9 +70,9 @@ def _download(repository: str) -> Path:
             f"{repository} is not in the local cache, and the Hub cannot be reached; try again "
             "with a network (HF_ENDPOINT names a mirror), or give a folder: --init-from FOLDER"
         ) from None
-    except Exception as fault:  # those of its HTTP library among them
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    except Exception as error:  # those of its HTTP library among them
+        reason = first_line(error)
         raise ConfigError(
-            f"{repository} cannot be downloaded ({type(fault).__name__}: {reason[:200]}); check "
+            f"{repository} cannot be downloaded ({type(error).__name__}: {reason[:200]}); check "
             "the name, or give a folder that has config.json and model.safetensors"
         ) from None

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxgpt.config.fields import Gelu, ModelConfig
+from jaxgpt.config.architecture import Gelu, ModelConfig
 from jaxgpt.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -38,7 +38,7 @@ FIXED = {
 
 
 class FolderError(UserError):
-    """A folder that does not hold a GPT-2; the message names the file, the fault and the remedy."""
+    """A folder that does not hold a GPT-2; the message names the file, the error and the remedy."""
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -49,23 +49,23 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG_FILE
     values = _read_json(path)
-    faults = [
+    errors = [
         f"{name} is {json.dumps(values[name])}, and only {json.dumps(fixed)} is known here"
         for name, fixed in FIXED.items()
         if values.get(name, fixed) != fixed
     ]
     sizes = {name: values.get(name, default) for name, default in SIZES.items()}
-    faults += [
+    errors += [
         f"{name} is {json.dumps(size)}, not a whole number"
         for name, size in sizes.items()
         if type(size) is not int
     ]
-    if not faults and values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        faults.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is known here")
+    if not errors and values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        errors.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is known here")
     activation = str(values.get("activation_function", "gelu_new"))
     if activation not in ACTIVATIONS:
-        faults.append(f"activation_function {activation} is none of {', '.join(ACTIVATIONS)}")
-    if not faults:
+        errors.append(f"activation_function {activation} is none of {', '.join(ACTIVATIONS)}")
+    if not errors:
         cfg = ModelConfig(
             n_layer=sizes["n_layer"],
             n_head=sizes["n_head"],
@@ -76,9 +76,9 @@ def read_model_config(folder: Path) -> ModelConfig:
             bias=values.get("bias", True) is not False,  # ours: transformers always has them
             gelu=ACTIVATIONS[activation],
         )
-        faults = cfg.faults()
-    if faults:
-        raise FolderError("\n".join(f"{path}: {fault}" for fault in faults))
+        errors = cfg.errors()
+    if errors:
+        raise FolderError("\n".join(f"{path}: {error}" for error in errors))
     return cfg
 
 
@@ -129,8 +129,8 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
         tensors |= {PREFIX + name: np.zeros(n, np.float32) for name, n in _missing_biases(cfg)}
     try:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as fault:  # which is how it says that a disk is full
-        raise OSError(str(fault)) from None
+    except SafetensorError as error:  # which is how it says that a disk is full
+        raise OSError(str(error)) from None
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors lets nobody else read it
     _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
@@ -276,8 +276,8 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 if not name.endswith(MASKS):
                     yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as fault:
-        raise FolderError(f"{path} cannot be read ({fault}); download or export it again") from None
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{path} cannot be read ({error}); download or export it again") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -289,8 +289,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FolderError(
             f"{path}: no such file; a Hugging Face folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from None
-    except (OSError, ValueError, RecursionError) as fault:
-        raise FolderError(f"{path} cannot be read: {fault}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path} cannot be read: {error}") from None
     return values
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Collection
 from typing import Any
 
-from jaxgpt.config.fields import Config, ConfigError, ModelConfig, flat_values, with_fields
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_values, with_fields
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
 
@@ -47,18 +49,18 @@ def _with_architecture(
     asked = flat_values(cfg)
     names = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
     found = {**{name: getattr(model, name) for name in names}, "tokenizer": tokenizer}
-    faults = [
+    errors = [
         f"--{name.replace('_', '-')} {asked[name]}: the weights of {cfg.init_from} have "
         f"{found[name]}; leave it out"
         for name in found
         if name in given and asked[name] not in (found[name], None)
     ]
     if "block_size" in given and asked["block_size"] > model.block_size:
-        faults.append(
+        errors.append(
             f"--block-size {asked['block_size']}: the weights of {cfg.init_from} have positions "
             f"for {model.block_size} tokens; it may be shorter, not longer"
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
+    if errors:
+        raise ConfigError("\n".join(errors))
     block_size = min(cfg.model.block_size, model.block_size)
     return with_fields(cfg, **found, n_vocab=model.n_vocab, block_size=block_size)

@@ -11,18 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import (
-    Config,
-    ConfigError,
-    Device,
-    Dtype,
-    ModelConfig,
-    PathIfSet,
-    TextIfSet,
-)
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, Device, Dtype
+from jaxgpt.config.flag_types import PathIfSet, TextIfSet
 from jaxgpt.config.presets import load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.errors import warn
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.folder import CONFIG_FILE
@@ -44,16 +39,16 @@ class WeightsFlags:
     device: Device = "auto"  # auto: a GPU if there is one
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
 
-    def faults(self) -> list[str]:
-        """What is wrong with them, a sentence for each fault."""
-        faults = []
+    def errors(self) -> list[str]:
+        """What is wrong with them, a sentence for each error."""
+        errors = []
         if (self.out_dir is None) == (self.init_from is None):
-            faults.append(
+            errors.append(
                 "whose weights? give one of --out-dir RUN and --init-from gpt2 (or a folder)"
             )
         if self.checkpoint not in ("latest", "best") and not self.checkpoint.isdecimal():
-            faults.append(f"--checkpoint {self.checkpoint} is not latest, best or a step")
-        return faults
+            errors.append(f"--checkpoint {self.checkpoint} is not latest, best or a step")
+        return errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +100,7 @@ def prepare_device(flags: WeightsFlags) -> tuple[Any, str]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cfg = Config(device=flags.device)
     hardware.prepare_environment(cfg)
-    prepare_compile_cache(cli.warn)
+    prepare_compile_cache(warn)
     device = hardware.choose_device(cfg)
     from jaxgpt.model.attention import compute_capability
 

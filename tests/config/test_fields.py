@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.checks import LARGEST, ConfigError
 from jaxgpt.config.fields import (
-    LARGEST,
     SECTIONS,
     Config,
-    ConfigError,
-    ModelConfig,
     OptimizerConfig,
     flat_fields,
     flat_values,

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from jaxgpt.config import presets
-from jaxgpt.config.fields import Config, ConfigError, flat_fields, flat_values, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_fields, flat_values, with_fields
 from jaxgpt.config.presets import (
     NANOGPT_SETTINGS,
     describe_presets,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tasks import BenchmarkError, Row, load_benchmark
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer

@@ -16,7 +16,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from jaxgpt.config.fields import ModelConfig, OptimizerConfig
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.model.generate import Generator, Sampling
 from jaxgpt.run.checkpoint import Checkpoints

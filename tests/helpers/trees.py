@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 
 TINY = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from helpers.trees import TINY, assert_trees_equal
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.presets import load_preset
 from jaxgpt.model.attention import cudnn_attention, pick_attention, plain_attention
 from jaxgpt.model.gpt import GPT, build_gpt, init_params, linear_of_norm, make_linear

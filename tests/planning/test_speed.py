@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from jaxgpt.config.fields import ModelConfig, with_fields
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import with_fields
 from jaxgpt.config.presets import load_preset
 from jaxgpt.planning import speed
 from jaxgpt.planning.gpus import GPUS, find_gpu

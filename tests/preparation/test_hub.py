@@ -21,7 +21,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import hub_retry as patience
+from jaxgpt.preparation import hub_retry
 from jaxgpt.preparation.hub import download
 from jaxgpt.preparation.hub_retry import retrying
 from jaxgpt.prepare import main
@@ -375,7 +375,7 @@ class RefusedError(Exception):
 def asked_until(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], **flags: bool) -> Any:
     """(answer or message, the seconds waited) of a question that fails with each of `errors`."""
     waits: list[float] = []
-    monkeypatch.setattr(patience.time, "sleep", waits.append)
+    monkeypatch.setattr(hub_retry.time, "sleep", waits.append)
     left = list(errors)
 
     def question() -> str:

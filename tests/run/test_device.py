@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxgpt.config.fields import Config, ConfigError, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.model.attention import compute_capability
 from jaxgpt.run import device as hardware

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, ConfigError, flat_fields, flat_values, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, flat_fields, flat_values, with_fields
 from jaxgpt.run.folder import (
     CONFIG_FILE,
     FIXED,

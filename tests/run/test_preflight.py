@@ -6,7 +6,7 @@ import pytest
 from helpers.trees import TINY
 
 from jaxgpt.config.fields import Config, with_fields
-from jaxgpt.errors import UserError, out_of_memory_in_words
+from jaxgpt.errors import UserError, explain_out_of_memory
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import TooLargeError, estimate
@@ -100,10 +100,10 @@ def test_running_out_all_the_same_is_told_in_words() -> None:
     page = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n" + 99 * "x\n"
     with (
         pytest.raises(UserError, match=r"is full: .*allocate 9 bytes\.\n.*--batch-size"),
-        out_of_memory_in_words(lambda: fit.smaller(with_fields(CFG, batch_size=4))),
+        explain_out_of_memory(lambda: fit.smaller(with_fields(CFG, batch_size=4))),
     ):
         raise RuntimeError(page)
-    with pytest.raises(RuntimeError, match="another"), out_of_memory_in_words(str):
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(str):
         raise RuntimeError("another")
 
 

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from jaxgpt.config.fields import Config, ModelConfig, with_fields
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import find_gpu
 

@@ -12,7 +12,8 @@ import pytest
 from helpers.trees import TINY
 from jax.sharding import PartitionSpec
 
-from jaxgpt.config.fields import Config, ConfigError, with_fields
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.training.sharding import choose_layout, for_shape, specs_of
 

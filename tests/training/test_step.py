@@ -10,7 +10,8 @@ import pytest
 from helpers.trees import TINY, assert_trees_equal
 from jax.extend.core import jaxprs_in_params
 
-from jaxgpt.config.fields import ModelConfig, OptimizerConfig
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.training.evaluation import evaluate

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt.config.fields import ConfigError
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.weights.hub_folder import read_folder
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

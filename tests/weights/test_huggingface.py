@@ -12,7 +12,7 @@ from flax import nnx
 from helpers.trees import TINY, assert_trees_equal
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt.config.fields import ModelConfig
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.weights.huggingface import (

@@ -6,7 +6,7 @@ import pytest
 from helpers.runs import last_params
 
 from jaxgpt import train
-from jaxgpt.config.fields import ConfigError
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.presets import load_config, load_preset
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.weights.init_from import start_from

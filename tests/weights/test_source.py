@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxgpt.config.fields import ConfigError
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.run.integrity import write_manifest
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.restore import CheckpointError

@@ -1,0 +1,37 @@
+"""Checks of fields that several sections share, and the error that they end in."""
+
+import math
+from typing import Any
+
+from jaxgpt.errors import UserError
+
+# JAX counts steps in 32 bits, and keeps no more of a seed.
+LARGEST = 2**31 - 1
+
+
+class ConfigError(UserError):
+    """What a user asked for cannot be done; the message names the field, the reason, the remedy."""
+
+
+def bad_counts(section: Any, *names: str, least: int = 1) -> list[str]:
+    values = {name: getattr(section, name) for name in names}
+    return [
+        f"{name} {value} must be at least {least}"
+        if value < least
+        else f"{name} {value} must be at most {LARGEST}"
+        for name, value in values.items()
+        if not least <= value <= LARGEST
+    ]
+
+
+def bad_amounts(section: Any, *names: str) -> list[str]:
+    values = {name: getattr(section, name) for name in names}
+    return [
+        f"{name} {value:g} must be finite and at least 0"
+        for name, value in values.items()
+        if not 0 <= value < math.inf
+    ]
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    return max(1, round(value / of)) * of
