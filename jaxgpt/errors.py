@@ -1,48 +1,93 @@
-"""Errors of users and of ours, and the one way in which every command ends with them.
+"""Errors of users and errors of ours, and how every command ends with them.
 
-Exit codes: 0 done; 2 something for the user to fix, said in a sentence; 1 a bug of ours, with its
-traceback; 130 interrupted by Ctrl-C.
+Exit codes: 0 done; 2 something for the user to fix, explained in a sentence; 1 a bug of ours, with
+its traceback; 130 interrupted by Ctrl-C (128 and the signal's number).
 """
 
+import json
+import os
+import select
+import signal
 import sys
+import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import msgspec
+
 BUG, USER_ERROR, INTERRUPTED = 1, 2, 130
+DECODE_ERRORS = (
+    *(UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, msgspec.DecodeError),
+    RecursionError,  # of a parser, by input that is nested too deeply
+)
 
 
 class UserError(ValueError):
     """Something for the user to fix: the message names the thing, the reason and the remedy."""
 
 
-def run_command(prog: str, command: Callable[[], int]) -> int:
-    """Run a whole command and return its exit code.
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command; raise it from the signal's handler."""
 
-    What a user can cause leaves the process with exit code 2 and a sentence on standard error.
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.number = number
+
+
+def run_command(prog: str, command: Callable[[], int]) -> int:
+    """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
+
+    An error that a user can cause becomes a sentence on standard error, any other a traceback and
+    a request to report it. A reader of the output that left, as in `| head`, is no error.
 
     Raises:
-        SystemExit: with code 2 or 130.
+        SystemExit: with code 2, for an error that a user can cause.
     """
     try:
         return command()
     except UserError as error:
         fail(prog, str(error))
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        fail(prog, "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        # A line of its own: the terminal has just shown ^C, or text is being written.
+        print(f"\n{prog}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
     except MemoryError:
-        fail(prog, "this machine's memory is full; close other programs, or ask for less at a time")
+        fail(prog, "out of memory; close other programs, or ask for less at a time")
+    except DECODE_ERRORS as error:
+        fail(prog, f"input cannot be decoded: {first_line(error)}; check the files that it reads")
+    except UnicodeEncodeError as error:
+        fail(prog, f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8")
     except OSError as error:
-        if error.strerror is None:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 0
+        if error.strerror is None:  # not the operating system's
             return report_bug(prog, error)
         where = f"{error.filename}: " if error.filename else ""
         fail(prog, f"{where}{error.strerror}; fix that and run the same command again")
     except Exception as error:
         return report_bug(prog, error)
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe without a reader; if so, the rest of it is discarded."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is none
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    discard(output)
+    return True
+
+
+def discard(descriptor: int) -> None:
+    """Send all further output to nowhere: Python would fail at exit if it could not write it."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def report_bug(prog: str, error: BaseException) -> int:
@@ -55,24 +100,24 @@ def report_bug(prog: str, error: BaseException) -> int:
 
 
 def fail(prog: str, message: str, code: int = USER_ERROR) -> NoReturn:
-    """Print one plain message to standard error and leave with `code`."""
+    """Print a message to standard error and exit with `code`."""
     print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
     sys.exit(code)
 
 
 def warn(message: str) -> None:
-    """Print a line to standard error and go on."""
+    """Print a line to standard error and continue."""
     print(message, file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """What an error says in one line of at most `limit` characters; its type if it says nothing."""
+    """The first line of an error's message, at most `limit` characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 @contextmanager
 def explain_out_of_memory(remedy: Callable[[], str]) -> Iterator[None]:
-    """Turn XLA's error of a full device into a sentence, followed by what `remedy` says.
+    """Turn XLA's error of a full device into a sentence, followed by `remedy()`.
 
     Raises:
         UserError: in place of XLA's error.

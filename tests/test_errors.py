@@ -1,0 +1,103 @@
+"""How a command ends: its exit code and what it prints."""
+
+import json
+import signal
+import subprocess
+import sys
+import tomllib
+
+import msgspec
+import pytest
+
+from jaxgpt.errors import Stopped, UserError, first_line, run_command
+
+
+def raising(error: BaseException):
+    def command() -> int:
+        raise error
+
+    return command
+
+
+def decoding(decode, *arguments):
+    return lambda: decode(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (raising(UserError("no such preset\nthere are: a, b")), "no such preset\n  there are: a"),
+        (raising(MemoryError()), "out of memory; close other programs"),
+        (raising(RecursionError("maximum recursion depth exceeded")), "cannot be decoded: maximum"),
+        (decoding(b"\xff".decode), "cannot be decoded: 'utf-8' codec"),
+        (decoding(json.loads, "{"), "cannot be decoded: Expecting"),
+        (decoding(tomllib.loads, "="), "cannot be decoded: Invalid"),
+        (decoding(lambda: msgspec.convert("x", int)), "cannot be decoded: Expected `int`"),
+        (decoding("\ud800".encode), "cannot be encoded: 'utf-8' codec"),
+        (decoding(open, "/no/such/file"), "/no/such/file: No such file or directory; fix that and"),
+        (raising(OSError(28, "No space left on device")), "No space left on device; fix that"),
+        (raising(BrokenPipeError(32, "Broken pipe")), "Broken pipe; fix that"),  # not our output's
+    ],
+)
+def test_what_a_user_can_cause_is_a_sentence(capsys, command, message) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_command("prog", command)
+    err = capsys.readouterr().err
+    assert left.value.code == 2
+    assert err.startswith("prog: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("k"), OSError("by a library")])
+def test_a_bug_is_a_traceback_and_a_request_to_report_it(capsys, error) -> None:
+    assert run_command("prog", raising(error)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("prog: this is a bug in jaxgpt; please report it with the lines above\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(signal.SIGTERM), 143, "interrupted"),
+        (Stopped(signal.SIGINT, "stopped; run it again"), 130, "stopped; run it again"),
+    ],
+)
+def test_an_interrupted_command_returns_128_and_the_signal(capsys, error, code, message) -> None:
+    assert run_command("prog", raising(error)) == code
+    assert capsys.readouterr().err == f"\nprog: {message}\n"
+
+
+def test_what_a_command_returns_and_its_own_exit_are_passed_on(capsys) -> None:
+    assert run_command("prog", lambda: 0) == 0
+    with pytest.raises(SystemExit) as left:
+        run_command("prog", raising(SystemExit(7)))
+    assert left.value.code == 7
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("print_it", ["print('x' * 99)", "print('x' * 99, flush=True)"])
+def test_a_reader_that_leaves_is_no_error(print_it: str) -> None:
+    code = f"""
+import sys
+from jaxgpt.errors import run_command
+def command():
+    for _ in range(10_000):
+        {print_it}
+    return 5
+sys.exit(run_command("prog", command))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(10)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+
+
+def test_the_first_line_of_an_error_is_short_and_never_empty() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
