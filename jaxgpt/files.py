@@ -1,36 +1,49 @@
-"""Reading and writing our own files: atomic, durable, and decoded strictly.
+"""Reading, writing and locking our own files: atomic, durable, and decoded strictly.
 
-Every file of ours appears whole or not at all and outlives a power failure. JSON reaches no code
-that indexes it before it has the declared type.
+Every file of ours appears complete or not at all, and survives a power failure. JSON reaches no
+code that indexes it before it has the declared type.
 """
 
+import datetime
 import errno
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeVar
 
 import msgspec
 
+from jaxgpt.errors import UserError, first_line, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a leftover lock file must be deleted by hand
+    fcntl = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
+LOCK_FILE = "lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems
 
-class FormatError(ValueError):
-    """JSON of another type than declared, or damaged; names the key and what is expected."""
+
+class FormatError(UserError):
+    """JSON of another type than declared, or damaged; names the key and the expected type."""
 
 
 @contextmanager
 def atomic_write(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, once it is on disk; else nothing is left.
+    """A binary file to write, which becomes `path` once it is on disk; after an error nothing is.
 
-    Until then it is `partial`, by default `path` and .tmp. Raises OSError.
+    Until then it has the name `partial`, by default `path` and .tmp. Raises OSError.
     """
     partial = partial or path.with_name(path.name + ".tmp")
     try:
-        partial.unlink(missing_ok=True)  # a link of that name must not be followed
+        partial.unlink(missing_ok=True)  # a symlink of that name must not be followed
         with partial.open("xb") as file:
             yield file
             file.flush()
@@ -57,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once the disk has a folder's list of names, where the file system supports that."""
+    """Flush a folder's list of names to disk, where the file system supports that."""
     if os.name == "nt":  # where a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -71,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `advance` is told of every 8 MB read."""
+    """The SHA-256 of a file, in hexadecimal; `advance` gets the number of bytes of each read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 23):
@@ -83,16 +96,129 @@ def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> 
 def decode_json(data: bytes, kind: type[T]) -> T:
     """`data` as a value of the declared `kind`, a `msgspec.Struct` or any annotation it knows.
 
+    Parsed by `json`: msgspec's own parser refuses the lone surrogates by which Python writes file
+    names that are not UTF-8.
+
     Raises:
         FormatError: for anything else, whatever the bytes.
     """
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.convert(json.loads(data), type=kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         key = path.rstrip("`").lstrip(".")
         raise FormatError(f"{key}: {what}" if key else what) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"is no JSON ({error})") from None
+    except ValueError as error:  # of `json`, of Unicode, of a number with too many digits
+        raise FormatError(f"not valid JSON ({first_line(error)})") from None
     except RecursionError:
-        raise FormatError("is nested too deeply") from None
+        raise FormatError("nested too deeply") from None
+
+
+class LockedError(UserError):
+    """Another process holds a folder's lock; the message names it."""
+
+
+class _Holder(msgspec.Struct):
+    pid: int
+    host: str
+    since: str
+
+
+class FolderLock:
+    """One writer to a folder: `with FolderLock(folder, "--out-dir") as lock: lock.take()`.
+
+    The operating system holds the lock (flock) and releases it when the process ends, however it
+    ends. The lock file only names the holder, so one that a killed process left is no obstacle.
+    The filelock package is not used: older versions truncate the holder's file, and without flock
+    it either fails or leaves a marker that outlives a killed process.
+    """
+
+    def __init__(self, folder: Path, flag: str) -> None:
+        """`flag`: the flag that chose the folder, for error messages."""
+        self._path = folder / LOCK_FILE
+        self._flag = flag
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def take(self) -> None:
+        """Create the folder and lock it.
+
+        Raises:
+            LockedError: if another process holds the lock.
+            UserError: if the folder cannot be created or locked.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._acquire()
+            os.ftruncate(self._file, 0)
+            since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            holder = _Holder(os.getpid(), socket.gethostname(), since)
+            os.write(self._file, msgspec.json.encode(holder))
+        except BlockingIOError:
+            raise LockedError(self._in_use()) from None
+        except OSError as error:
+            raise UserError(
+                f"{self._flag} {self._path.parent}: cannot be locked ({error}); choose another "
+                "folder"
+            ) from None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        with suppress(OSError):
+            if self._is_at_path(self._file):
+                self._path.unlink()
+                self._path.parent.rmdir()  # only if it is empty: the run never began
+        os.close(self._file)
+        self._file = None
+
+    def _acquire(self) -> int:
+        while True:
+            existed = os.path.lexists(self._path)
+            no_follow = getattr(os, "O_NOFOLLOW", 0)  # a symlink must not be overwritten
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | no_follow, 0o666)
+            try:
+                self._lock(file, existed)
+                # The previous holder may have deleted the file before we locked it.
+                if self._is_at_path(file):
+                    return file
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)
+
+    def _lock(self, file: int, existed: bool) -> None:
+        if fcntl is None:
+            if existed:
+                raise BlockingIOError
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warn(
+                f"{self._path.parent}: this file system has no locks; make sure that no other "
+                "process writes to this folder"
+            )
+
+    def _is_at_path(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), self._path.lstat())
+        except FileNotFoundError:
+            return False
+
+    def _in_use(self) -> str:
+        try:
+            holder = decode_json(self._path.read_bytes(), _Holder)
+            who = f"process {holder.pid} on {holder.host}, since {holder.since}"
+        except (OSError, FormatError):
+            who = "another process"
+        return (
+            f"{self._path.parent} is in use by {who}; stop it first, or choose another "
+            f"{self._flag} (if it is no longer running, delete {self._path})"
+        )

@@ -24,13 +24,13 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.tasks import load_benchmarks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, explain_out_of_memory, fail, warn
+from jaxgpt.files import FolderLock
 from jaxgpt.planning.gpus import visible_cards
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder as resume
 from jaxgpt.run import report
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output, waiting
-from jaxgpt.run.lock import RunLock
 from jaxgpt.run.processes import Address, Asked, Edge, join
 from jaxgpt.run.signals import LEFT_AT_ONCE, StopRequest
 from jaxgpt.run.watchdog import StallWatch
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             default_preset=cli.preset_of_this_machine,
         )
         assert cfg.out_dir is not None
-        with StopRequest() as stop, RunLock(cfg.out_dir) as lock:
+        with StopRequest() as stop, FolderLock(cfg.out_dir, "--out-dir") as lock:
             address = Address(flags.coordinator_address, flags.num_processes, flags.process_id)
             return run(cfg, argv, stop, lock, address)
     except UserError as error:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    cfg: Config, argv: Sequence[str], stop: StopRequest, lock: RunLock, address: Address
+    cfg: Config, argv: Sequence[str], stop: StopRequest, lock: FolderLock, address: Address
 ) -> int:
     """Train as `cfg` says, from the start or from the newest checkpoint in its folder."""
     out_dir = cfg.out_dir

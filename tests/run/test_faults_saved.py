@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from helpers.runs import STEPS, assert_same_end, saved_steps, started, train, wait_for
 
+from jaxgpt.files import FolderLock
 from jaxgpt.model.generate import Generator
 from jaxgpt.run import checkpoint, preflight
 from jaxgpt.run.integrity import MANIFEST, verify
-from jaxgpt.run.lock import RunLock
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
@@ -99,7 +99,7 @@ def test_what_has_changed_is_shown(run, capsys) -> None:
 
 def test_a_second_process_is_refused(run, refused) -> None:
     """Row 29."""
-    with RunLock(run) as lock:
+    with FolderLock(run, "--out-dir") as lock:
         lock.take()
         err = refused(run, "--max-iters", "9")
     assert f"process {os.getpid()} on " in err

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt import files
 from jaxgpt.errors import UserError
-from jaxgpt.run import lock as lock_module
-from jaxgpt.run.lock import LOCK_FILE, LockedError, RunLock
+from jaxgpt.files import LOCK_FILE, FolderLock, LockedError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxgpt.run.lock import RunLock
-with RunLock(Path(sys.argv[1])) as lock:
+from jaxgpt.files import FolderLock
+with FolderLock(Path(sys.argv[1]), "--out-dir") as lock:
     lock.take()
     print("taken", flush=True)
     time.sleep(60)
@@ -38,12 +38,13 @@ def holder(tmp_path):
 def test_a_second_process_is_told_whose_the_folder_is(holder, tmp_path: Path) -> None:
     with (
         pytest.raises(LockedError) as refused,
-        RunLock(tmp_path / "run") as lock,
+        FolderLock(tmp_path / "run", "--out-dir") as lock,
     ):
         lock.take()
-    who = rf"process {holder.pid} on {socket.gethostname()}, since 20\d\d-"
-    assert re.search(rf"being trained in by {who}.* --out-dir .*delete", str(refused.value))
-    assert (tmp_path / "run" / LOCK_FILE).exists(), "who is refused must not take the lock away"
+    who = rf"process {holder.pid} on {socket.gethostname()}, since 20\d\d-.*"
+    message = rf"is in use by {who}; stop it first.* --out-dir .*delete"
+    assert re.search(message, str(refused.value))
+    assert (tmp_path / "run" / LOCK_FILE).exists(), "only its owner may remove the lock file"
 
 
 def test_a_lock_that_a_killed_process_left_is_no_obstacle(holder, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_lock_that_a_killed_process_left_is_no_obstacle(holder, tmp_path: Path
     holder.wait()
     path = tmp_path / "run" / LOCK_FILE
     assert json.loads(path.read_text())["pid"] == holder.pid
-    with RunLock(tmp_path / "run") as lock:
+    with FolderLock(tmp_path / "run", "--out-dir") as lock:
         lock.take()
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
@@ -59,36 +60,39 @@ def test_a_lock_that_a_killed_process_left_is_no_obstacle(holder, tmp_path: Path
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1]", b"{}", b"x" * 5000])
 def test_a_lock_file_of_any_bytes_is_no_obstacle(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK_FILE).write_bytes(content)
-    with RunLock(tmp_path) as lock:
+    with FolderLock(tmp_path, "--out-dir") as lock:
         lock.take()
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_a_holder_that_cannot_be_read_is_refused_all_the_same(holder, tmp_path: Path) -> None:
     (tmp_path / "run" / LOCK_FILE).write_text("[]")
-    with pytest.raises(LockedError, match="by another process"), RunLock(tmp_path / "run") as lock:
+    with (
+        pytest.raises(LockedError, match="by another process"),
+        FolderLock(tmp_path / "run", "--out-dir") as lock,
+    ):
         lock.take()
 
 
 def test_what_ends_leaves_no_lock_and_what_never_began_no_folder(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "new") as lock:
+    with FolderLock(tmp_path / "new", "--out-dir") as lock:
         lock.take()
     assert not (tmp_path / "new").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with RunLock(tmp_path / "run") as lock:
+    with FolderLock(tmp_path / "run", "--out-dir") as lock:
         lock.take()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_lock_that_was_not_taken_touches_nothing(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "new"):
+    with FolderLock(tmp_path / "new", "--out-dir"):
         pass
     assert not (tmp_path / "new").exists()
 
 
 def test_a_lock_deleted_between_opening_and_locking_is_taken_anew(tmp_path, monkeypatch) -> None:
-    flock, calls = lock_module.fcntl.flock, []
+    flock, calls = files.fcntl.flock, []
 
     def flock_after_the_last_holder_has_left(file: int, how: int) -> None:
         if not calls:
@@ -96,8 +100,8 @@ def test_a_lock_deleted_between_opening_and_locking_is_taken_anew(tmp_path, monk
         calls.append(file)
         flock(file, how)
 
-    monkeypatch.setattr(lock_module.fcntl, "flock", flock_after_the_last_holder_has_left)
-    with RunLock(tmp_path) as lock:
+    monkeypatch.setattr(files.fcntl, "flock", flock_after_the_last_holder_has_left)
+    with FolderLock(tmp_path, "--out-dir") as lock:
         lock.take()
         assert len(calls) == 2
         assert (tmp_path / LOCK_FILE).exists()
@@ -106,17 +110,59 @@ def test_a_lock_deleted_between_opening_and_locking_is_taken_anew(tmp_path, monk
 def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=r"its lock cannot be taken .*choose another folder"),
-        RunLock(tmp_path / "file" / "run") as lock,
+        pytest.raises(UserError, match=r"--out-dir .* cannot be locked .*choose another folder"),
+        FolderLock(tmp_path / "file" / "run", "--out-dir") as lock,
     ):
         lock.take()
 
 
 def test_without_locks_of_the_system_a_file_is_enough_to_refuse(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lock_module, "fcntl", None)
-    with RunLock(tmp_path) as lock:
+    monkeypatch.setattr(files, "fcntl", None)
+    with FolderLock(tmp_path, "--out-dir") as lock:
         lock.take()
-        with pytest.raises(LockedError, match=f"delete {tmp_path}"), RunLock(tmp_path) as second:
+        with (
+            pytest.raises(LockedError, match=f"delete {tmp_path}"),
+            FolderLock(tmp_path, "--out-dir") as second,
+        ):
             second.take()
-    with RunLock(tmp_path) as lock:
+    with FolderLock(tmp_path, "--out-dir") as lock:
         lock.take()
+
+
+def test_a_symlink_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for target in (tmp_path / "precious", tmp_path / "missing"):
+        link = tmp_path / "run" / LOCK_FILE
+        link.symlink_to(target)
+        with (
+            pytest.raises(UserError, match=r"cannot be locked .*symbolic link"),
+            FolderLock(tmp_path / "run", "--out-dir") as lock,
+        ):
+            lock.take()
+        link.unlink()
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_lock_file_of_another_owner_is_not_removed(tmp_path: Path) -> None:
+    with FolderLock(tmp_path, "--out-dir") as lock:
+        lock.take()
+        (tmp_path / LOCK_FILE).unlink()  # somebody takes it for stale
+        (tmp_path / LOCK_FILE).write_text("another's")
+    assert (tmp_path / LOCK_FILE).read_text() == "another's"
+
+
+@pytest.mark.parametrize("number", files.NO_LOCKS)
+def test_a_file_system_without_locks_is_warned_of_and_used(
+    tmp_path: Path, monkeypatch, capsys, number: int
+) -> None:
+    def flock(file: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with FolderLock(tmp_path, "--out-dir") as lock:
+        lock.take()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
+    assert not tmp_path.exists()  # it was empty
