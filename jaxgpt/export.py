@@ -79,7 +79,7 @@ def run(flags: ExportFlags) -> None:
     device, _ = prepare_device(flags.weights())
 
     checkpoint = flags.out_dir.expanduser() / FOLDER / str(weights.step)
-    data = read_manifest(checkpoint)["data"]
+    data = read_manifest(checkpoint).data
     try:
         write_folder(folder, weights, weights.load(device), model_card(weights, weights.run, data))
     except OSError as error:

@@ -1,63 +1,63 @@
-"""Checkpoints of a run, through Orbax: saved in the background, checked, exact.
+"""Checkpoints of a run, through Orbax: saved in the background, verified, bit-exact.
 
-Orbax's part is to write and read one folder of arrays; which folders count is `retention.py`'s
-matter, and whether they are what was written `integrity.py`'s. What is still being saved when a
-process ends is lost, with exit code 0: every path out of a run goes through `close`. Orbax's V1
-interface is still marked experimental, so it is used here and in `loading.py` only.
+Orbax writes and reads one folder of arrays; `retention.py` decides which folders count, and
+`integrity.py` whether they are intact. A save that is under way when the process ends is lost
+without an error, so every way out of a run goes through `close`. Orbax's V1 interface is still
+marked experimental, so it is used only here and in `restore.py`.
 """
 
-import contextlib
 import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.run import retention
-from jaxgpt.run.checkpoint_state import all_finite, describe, to_store
+from jaxgpt.run.checkpoint_state import all_finite, array_specs, not_finite_message, to_stored
 from jaxgpt.run.integrity import (
     DamagedError,
-    measure,
+    Manifest,
+    checksum_files,
     read_manifest,
     verify,
     write_manifest,
 )
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import ALONE, Processes
-from jaxgpt.run.restore import CheckpointError, Restored, load_state, reason_of
+from jaxgpt.run.restore import CheckpointError, Restored, check_readable, load_state, reason_of
 from jaxgpt.training.step import TrainState
 
-# Orbax logs each phase of a save, and a failing one with a thousand lines of tracebacks; what a
-# user has to know, the run says itself.
+# Orbax logs each phase of a save, and a failed one with a thousand lines of tracebacks; we report
+# what a user has to know.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 MADE_WITH = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class _Save(NamedTuple):
-    """One that has begun and has not been settled."""
+    """A save under way."""
 
     step: int
-    val_loss: Future[float | None]  # known when the evaluation has ended
+    val_loss: Future[float | None]  # set when the evaluation has ended
     done: Future[None]
 
 
 class Checkpoints:
     """The checkpoints of one run, in `<out_dir>/checkpoints/<step>/`.
 
-    The newest `keep` are kept by one rule and the best by validation loss by another, so that a
-    best checkpoint never pushes out the newest. A save that fails takes nothing with it: training
-    goes on, `on_error` is told, and the checkpoints before it stay.
+    The newest `keep` and the best by validation loss are kept, by two rules, so that the best never
+    displaces the newest. After a failed save training continues with the older checkpoints, and
+    `on_error` is called with a message.
 
-    Of several `processes` each writes what its devices hold; the main one alone verifies, signs
-    with a manifest and deletes. All have to call the same methods in the same order.
+    Each of several `processes` writes the shards on its devices; only the main one verifies, writes
+    manifests and deletes. All must call the same methods in the same order.
     """
 
     def __init__(
@@ -72,35 +72,32 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be made ({error.strerror}); choose another --out-dir"
+                f"{self.folder} cannot be created ({error.strerror}); choose another --out-dir"
             ) from None
         self._orbax = OrbaxPath(self.folder, processes.count)
         self._keep, self._on_error, self._processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
-        self._sound: dict[Path, dict[str, Any]] = {}  # manifests of what has been verified
-        self._begun = time.monotonic()  # the newest save, or the run
-        self._seconds = 0.0  # that the newest save took
+        self._verified: dict[Path, Manifest] = {}
+        self._begun = time.monotonic()  # of the newest save, or of the run
+        self._seconds = 0.0  # the time that the newest save took
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
             return
-        if self._processes.count > 1:  # the others wait elsewhere, and the path is the folder's own
+        if self._processes.count > 1:  # `close` would wait for the others, which are elsewhere
             return
-        # The error on its way out says more than one about the save it interrupted.
-        with contextlib.suppress(Exception):
+        with suppress(Exception):  # the error that ended the run matters more
             self.close()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that is whole on disk, or None."""
+        """The step of the newest finished checkpoint, or None."""
         steps = retention.finished_steps(self.folder)
         return steps[-1] if steps else None
 
@@ -109,24 +106,24 @@ class Checkpoints:
         """(step, validation loss) of the best checkpoint, or None before the first evaluation."""
         return retention.best_step(self.folder)
 
-    def recover(self, tell: Callable[[str], object], strict: bool = False) -> int | None:
-        """The step to go on from, None for a new run; needs the run's lock.
+    def recover(self, warn: Callable[[str], object], strict: bool = False) -> int | None:
+        """The step to resume from, None for a new run; needs the run's lock.
 
-        Removes what killed saves left. Damaged checkpoints are named to `tell` and put aside; if
-        `strict`, the newest must be sound.
+        Deletes the leftovers of killed saves. Damaged checkpoints are renamed, with a call of
+        `warn` for each; with `strict`, the newest must be intact.
 
         Raises:
-            UserError: if there are checkpoints and none to go on from.
+            UserError: if there are checkpoints and none can be resumed from.
         """
         step = None
         try:
             if self._processes.is_main:
                 retention.remove_unfinished(self.folder)
-                step = retention.newest_sound(self.folder, self._verified, tell, strict)
+                step = retention.newest_intact(self.folder, self._verify, warn, strict)
             return self._processes.from_main(step)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be cleaned up ({error}); see who else owns what is in it"
+                f"{self.folder} cannot be cleaned up ({error}); check who owns the files in it"
             ) from None
 
     def begin(
@@ -134,26 +131,26 @@ class Checkpoints:
     ) -> None:
         """Begin to save `state`, whose arrays may be donated as soon as this returns.
 
-        It is a checkpoint after `finish`, and is written meanwhile. Waits for the save before it.
+        Waits for the save before it. The new one becomes a checkpoint after `finish`.
 
         Raises:
-            CheckpointError: if `state` holds a number that is not finite, or a save failed and
-                there is no checkpoint at all.
+            CheckpointError: if `state` has a number that is not finite, or a save failed and there
+                is no checkpoint at all.
         """
         self.settle()
         step = int(state.step)
         if step == self._processes.from_main(self.latest_step):
             return
-        stored = to_store(state)
+        stored = to_stored(state)
         if not all_finite(stored):
-            raise CheckpointError(self._not_finite(step))
+            raise CheckpointError(not_finite_message(step, self.folder, self.latest_step))
         self._begun = time.monotonic()
         notes = _notes(stored, config, data)
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
             with self._processes.together():
-                # Whoever has deleted it has not deleted what is in memory.
+                # Somebody may have deleted it.
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if self._processes.is_main:
                     retention.clear(self.folder)
@@ -162,33 +159,33 @@ class Checkpoints:
                 self._orbax.path / str(step), {"state": stored}
             )
         except Exception as error:
-            self._give_room_back(step)
+            self._remove_failed(step)
             done.set_exception(error)
         else:
             done = self._thread.submit(self._write, written, step, notes, val_loss)
         self._saving = _Save(step, val_loss, done)
 
     def finish(self, val_loss: float | None = None) -> None:
-        """Let the save that has begun become a checkpoint; a loss that is not finite is none."""
+        """Let the save under way become a checkpoint; a loss that is not finite counts as None."""
         if self._saving is not None:
             self._saving.val_loss.set_result(val_loss)
 
-    def settle(self, tell: bool = True) -> None:
-        """Return when the newest save is on disk or has failed; `on_error` is told, if `tell`."""
+    def settle(self, report: bool = True) -> None:
+        """Wait until the newest save is on disk or has failed; with `report`, call `on_error`."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
-        assert saving.val_loss.done(), "finish what has begun"
+        assert saving.val_loss.done(), "call finish first"
         error = saving.done.exception()
         if self._processes.any(error is not None):
             error = error or OSError("another process of the run could not write its part")
         self._failure = None
         if error is not None:
-            self._report(saving.step, error, tell)
+            self._note_failure(saving.step, error, report)
 
     def poll(self) -> None:
-        """Tell of a save that has failed since it was started; costs next to nothing."""
-        # Several processes cannot know that it is done on all without asking.
+        """Report a save that has failed by now; costs next to nothing."""
+        # Several processes would need a collective to know that it is done on all of them.
         if self._processes.count > 1 or self._saving is None:
             return
         if self._saving.done.done():
@@ -202,29 +199,29 @@ class Checkpoints:
         """
         folder = self.folder / str(step)
         try:
-            manifest = self._verified(folder)
+            manifest = self._verify(folder)
         except DamagedError as error:
             raise CheckpointError(f"checkpoint {step} is missing or damaged: {error}") from None
         return load_state(folder, manifest, like)
 
     def due(self, minutes: float) -> bool:
-        """Whether to begin a save now, for it to be on disk `minutes` after the last one began.
+        """Whether to begin a save now, to have it on disk `minutes` after the last one began.
 
-        It takes as long as the last one, but is never begun before half of that time.
+        It is expected to take as long as the last one, but never begins before half of `minutes`.
         """
         lead = min(self._seconds, 30 * minutes)
         return time.monotonic() - self._begun >= 60 * minutes - lead
 
     def wait(self) -> None:
-        """Return when the newest save is on disk; CheckpointError if it is not."""
-        self.settle(tell=False)
+        """Wait until the newest save is on disk; raises CheckpointError if it failed."""
+        self.settle(report=False)
         if self._failure is not None:
-            raise CheckpointError(f"{self._failure}; then give the same command again")
+            raise CheckpointError(f"{self._failure}; then run the same command again to resume")
 
     def close(self) -> None:
-        """Wait for the save under way, and let go of the thread that writes it.
+        """Wait for the save under way and end its thread.
 
-        One that has begun and was not finished, because the evaluation failed, is taken back.
+        A save without `finish`, because the evaluation failed, is deleted.
         """
         if self._saving is not None:
             self._saving.val_loss.cancel()
@@ -234,83 +231,59 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
 
-    def _verified(self, folder: Path) -> dict[str, Any]:
-        if folder not in self._sound:
-            # Once is enough, and takes long.
-            self._sound[folder] = (verify if self._processes.is_main else read_manifest)(folder)
-        return self._sound[folder]
+    def _verify(self, folder: Path) -> Manifest:
+        if folder not in self._verified:  # it takes long
+            check = verify if self._processes.is_main else read_manifest
+            self._verified[folder] = check(folder)
+        return self._verified[folder]
 
     def _write(
         self, written: Any, step: int, notes: Mapping[str, Any], val_loss: Future[float | None]
     ) -> None:
-        """On the thread: what makes a commit of Orbax's a checkpoint that can be relied upon."""
+        """On the thread: check what Orbax has written, add the manifest, and prune."""
         folder = self.folder / str(step)
         try:
-            written.result()  # of several processes when all have written
+            written.result()  # after all processes have written
             if not self._processes.is_main:
                 return
             check_readable(self._orbax.path / str(step), len(notes["arrays"]))
-            files = measure(folder)
+            files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
-            write_manifest(folder, {**notes, "val_loss": _finite(val_loss.result())}, files)
+            loss = _finite(val_loss.result())
+            write_manifest(folder, Manifest(**notes, val_loss=loss, files=files))
         except BaseException:
-            self._give_room_back(step)
+            self._remove_failed(step)
             raise
         try:
             retention.prune(self.folder, self._keep)
         except OSError as error:
             self._on_error(f"an old checkpoint cannot be deleted: {error}")
 
-    def _give_room_back(self, step: int) -> None:
-        """Delete what was written of a save that failed: it holds the room that is missing."""
-        if not self._processes.is_main:
-            return
-        with contextlib.suppress(OSError):
-            for path in self.folder.glob(f"{step}*"):
-                if path.name.partition(".")[0] == str(step) and path.suffix != ".damaged":
-                    retention.remove(path)
+    def _remove_failed(self, step: int) -> None:
+        if self._processes.is_main:
+            retention.remove_failed(self.folder, step)
 
-    def _report(self, step: int, error: BaseException, tell: bool) -> None:
+    def _note_failure(self, step: int, error: BaseException, report: bool) -> None:
         latest = self.latest_step
-        stays = "there is none before it" if latest is None else f"checkpoint {latest} stays"
+        kept = "there is no earlier one" if latest is None else f"checkpoint {latest} is kept"
         self._failure = (
-            f"step {step:,} could not be saved in {self.folder} ({reason_of(error)}); {stays}; "
-            "make room there"
+            f"step {step:,} could not be saved in {self.folder} ({reason_of(error)}); {kept}; "
+            "check that the disk has space and is writable"
         )
-        if latest is None:  # nothing is lost yet, and a run that cannot save is not worth its time
+        if latest is None:  # a run that cannot save is not worth its time
             raise CheckpointError(f"{self._failure}, or choose another --out-dir")
-        if tell:
-            self._on_error(f"{self._failure}: training goes on, and saves again when it is due")
-
-    def _not_finite(self, step: int) -> str:
-        latest = self.latest_step
-        if latest is None:
-            return (
-                f"the parameters of step {step:,} are not finite, so nothing can be trained from "
-                "them; see where the weights of --init-from come from"
-            )
-        return (
-            f"the parameters or the optimizer's moments of step {step:,} are not finite, so they "
-            f"are not saved; checkpoint {latest} in {self.folder} stays: go on from it with a "
-            "smaller --learning-rate, or with --grad-clip 1 if that was off"
-        )
-
-
-def check_readable(folder: Path, arrays: int) -> None:
-    """Raises OSError unless Orbax finds all `arrays` of the checkpoint that it has just written."""
-    found = ocp.checkpointables_metadata(folder).metadata.get("state")
-    if found is None or len(jax.tree.leaves(found)) != arrays:
-        raise OSError(f"Orbax wrote {folder}, but cannot read it back")
+        if report:
+            self._on_error(f"{self._failure}: training continues, and the next save is tried")
 
 
 def _notes(
     stored: Mapping[str, Any], config: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What can be known of a checkpoint without reading its arrays."""
+    """The fields of the manifest that are known when the save begins."""
     return {
         "config": dict(config),
         "data": dict(data),
-        "arrays": describe(stored),
+        "arrays": array_specs(stored),
         "made_with": {name: version(name) for name in MADE_WITH},
     }
 

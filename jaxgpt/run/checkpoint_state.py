@@ -1,6 +1,7 @@
-"""What a checkpoint holds of a training state, and whether it is fit to be held."""
+"""The part of a training state that a checkpoint stores, and checks of it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,48 +10,62 @@ import jax.numpy as jnp
 from jaxgpt.training.step import TrainState
 
 
-def to_store(state: TrainState) -> dict[str, Any]:
+def to_stored(state: TrainState) -> dict[str, Any]:
     """The state without its accumulator, which is zero between steps: a quarter less to write."""
     return {**state._asdict(), "opt_state": state.opt_state._replace(acc_grads=())}
 
 
 def from_stored(stored: Mapping[str, Any], like: TrainState) -> TrainState:
-    """The state again, its accumulator zeros in the shapes and shardings of `like`."""
+    """The state, with an accumulator of zeros in the shapes and shardings of `like`."""
     acc_grads = jax.tree.map(_zeros, like.opt_state.acc_grads)
     return TrainState(**{**stored, "opt_state": stored["opt_state"]._replace(acc_grads=acc_grads)})
 
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """(), bool: whether no floating-point number in any array is NaN or infinite."""
+    """Whether every floating-point number in every array is finite; (), bool."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
+def not_finite_message(step: int, folder: Path, latest: int | None) -> str:
+    """Why the state of `step` is not saved; `latest` is the newest checkpoint in `folder`."""
+    if latest is None:
+        return (
+            f"the parameters of step {step:,} are not finite, so they cannot be trained; check the "
+            "weights that --init-from names"
+        )
+    return (
+        f"the parameters or the optimizer's moments of step {step:,} are not finite, so they are "
+        f"not saved; checkpoint {latest} in {folder} is kept: resume from it with a smaller "
+        "--learning-rate, or with --grad-clip 1 if that was off"
+    )
+
+
 def abstract(state: TrainState) -> TrainState:
-    """Its shapes, dtypes and shardings: a target to restore into, without the memory."""
+    """Shapes, dtypes and shardings of the state, as a target to restore into."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
 
 
-def describe(stored: Mapping[str, Any]) -> dict[str, str]:
-    """'float32(257, 128)' by path, for every array."""
+def array_specs(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Dtype and shape of every array by path, such as 'float32(257, 128)'."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{leaf.shape}"
         for path, leaf in jax.tree.leaves_with_path(dict(stored))
     }
 
 
-def misfits(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str:
-    """A line for each of the first arrays that differ between two descriptions; '' if none does.
+def differences(saved: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """A line for each of the first five arrays whose specs differ; '' if none does.
 
-    Orbax casts silently from one dtype to another, and says nothing useful about other shapes.
+    Orbax casts silently from one dtype to another, and its error about shapes names no array.
     """
     rows = [
-        f"{name}: saved as {saved.get(name, 'nothing')}, now {wanted.get(name, 'nothing')}"
-        for name in {**saved, **wanted}
-        if saved.get(name) != wanted.get(name)
+        f"{name}: saved as {saved.get(name, 'nothing')}, now {expected.get(name, 'nothing')}"
+        for name in {**saved, **expected}
+        if saved.get(name) != expected.get(name)
     ]
     more = [f"and {len(rows) - 5} more"] if len(rows) > 5 else []
     return "\n".join(rows[:5] + more)

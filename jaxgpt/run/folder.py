@@ -13,6 +13,7 @@ from typing import Any
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, Resume, flat_values, with_fields
 from jaxgpt.config.presets import config_from, load_config
+from jaxgpt.files import atomic_write
 from jaxgpt.run.integrity import DamagedError, read_manifest
 from jaxgpt.run.retention import FOLDER, finished_steps
 
@@ -117,7 +118,7 @@ def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
 def _config_of_newest(folder: Path, steps: list[int]) -> Config | None:
     for step in reversed(steps):
         try:
-            values = read_manifest(folder / str(step))["config"]
+            values = read_manifest(folder / str(step)).config
         except DamagedError:
             continue  # whoever goes on from it is told
         return config_from(values, str(folder / str(step)))
@@ -139,15 +140,10 @@ def save_config(cfg: Config, out_dir: Path) -> None:
         ConfigError: if it cannot be written.
     """
     path = out_dir / CONFIG_FILE
-    part = path.with_suffix(".json.tmp")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(flat_values(cfg), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(flat_values(cfg), indent=2).encode() + b"\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from None
 

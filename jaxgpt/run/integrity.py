@@ -1,7 +1,7 @@
-"""Whether a checkpoint is what was written: a manifest of all its files, and the check against it.
+"""Whether a checkpoint is intact: a manifest of all its files, and the check against it.
 
-Orbax loads a flipped bit without a word and looks for no mark of completeness, so the manifest is
-both: it is written after everything else is on disk, and a folder without it was never finished.
+Orbax loads flipped bits without an error and does not mark a checkpoint as complete. The manifest
+does both: it holds the checksum of every file, and is written last, when all of them are on disk.
 """
 
 import hashlib
@@ -11,102 +11,97 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import UserError
+import msgspec
+
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import FormatError, atomic_write, decode_json, sha256_of, sync_folder
 
 MANIFEST = "integrity.json"
+Files = dict[str, tuple[int, str]]  # size in bytes and SHA-256, by path in the folder
 
 
 class DamagedError(UserError):
-    """A checkpoint is not what was written; the message names the file and what is wrong."""
+    """A checkpoint is not as it was written; the message names the file and the reason."""
 
 
-Files = dict[str, tuple[int, str]]  # size and SHA-256 by path in the folder
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a checkpoint without reading its arrays."""
+
+    config: dict[str, Any]  # the run's, as `config.flat_values` returns it
+    data: dict[str, Any]  # lengths and fingerprints that identify the run's data
+    arrays: dict[str, str]  # dtype and shape by path
+    made_with: dict[str, str]  # version by package
+    val_loss: float | None  # None without an evaluation, or if it was not finite
+    files: Files
 
 
-def measure(folder: Path) -> Files:
-    """Size and SHA-256 of every file under `folder`; all of it outlives a power failure then."""
-    files = {str(path.relative_to(folder)): _measure(path) for path in _files(folder)}
-    for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        sync(path)
-    return files
+class _SignedManifest(msgspec.Struct):
+    manifest: Manifest
 
 
-def write_manifest(folder: Path, notes: Mapping[str, Any], files: Files | None = None) -> None:
-    """Put what `measure` has found under `folder` into its manifest, and `notes` beside it.
-
-    `files` is what it found before, if it did. `notes` are JSON values that can be read without
-    reading the checkpoint. Raises OSError if the disk does not take it.
-    """
-    files = measure(folder) if files is None else files
-    part = folder / f"{MANIFEST}.tmp"
-    with part.open("wb") as file:
-        file.write(_encode({**notes, "files": files}))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / MANIFEST)
-    sync(folder)
-    sync(folder.parent)
+def checksum_files(folder: Path) -> Files:
+    """Flush every file under `folder` to disk; returns size and SHA-256 of each."""
+    own = {folder / MANIFEST, folder / f"{MANIFEST}.tmp"}
+    paths = [folder, *sorted(folder.rglob("*"))]
+    files = [path for path in paths if path.is_file() and path not in own]
+    checksums = {str(path.relative_to(folder)): _checksum(path) for path in files}
+    for path in paths:
+        if path.is_dir():
+            sync_folder(path)
+    return checksums
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The notes and files of a finished checkpoint; DamagedError if a byte is not as written."""
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Finish the checkpoint in `folder`. Raises OSError."""
+    with atomic_write(folder / MANIFEST) as file:
+        file.write(_encode(msgspec.structs.asdict(manifest)))
+    sync_folder(folder.parent)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished checkpoint; DamagedError if a byte of it has changed."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
-        body = json.loads(data)["manifest"]
-        if _encode(body) != data:
-            raise ValueError
+        if _encode(decode_json(data, dict[str, Any]).get("manifest", {})) != data:
+            raise DamagedError(f"{path} is corrupt: checksum mismatch")
+        return decode_json(data, _SignedManifest).manifest
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise DamagedError(f"{path} is not what was written: its checksum differs") from None
-    return body
+    except (FormatError, RecursionError) as error:
+        raise DamagedError(f"{path} is corrupt: {error}") from None
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have all been read and found as they were written.
+def verify(folder: Path) -> Manifest:
+    """Read every file of a checkpoint and compare it with the manifest, which is returned.
 
     Takes about a second per gigabyte. Raises DamagedError, which names the first file that differs.
     """
     manifest = read_manifest(folder)
-    for name, (size, digest) in manifest["files"].items():
+    for name, (size, digest) in manifest.files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedError(f"{folder / MANIFEST} is corrupt: {name!r} is outside the folder")
         try:
             found = path.stat().st_size
-            if found != size:
-                raise DamagedError(f"{path} has {found:,} bytes where {size:,} were written")
-            if _digest(path) != digest:
-                raise DamagedError(f"{path} is not what was written: its checksum differs")
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+            intact = found == size and sha256_of(path) == digest
+        except (OSError, ValueError) as error:  # the latter of a name that no file can have
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise DamagedError(f"{path} cannot be read ({reason})") from None
+        if found != size:
+            raise DamagedError(f"{path} is corrupt: {found:,} bytes instead of {size:,}")
+        if not intact:
+            raise DamagedError(f"{path} is corrupt: checksum mismatch")
     return manifest
 
 
-def sync(path: Path) -> None:
-    """Return once the disk has a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files(folder: Path) -> list[Path]:
-    ours = {folder / MANIFEST, folder / f"{MANIFEST}.tmp"}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-
-
-def _measure(path: Path) -> tuple[int, str]:
-    sync(path)
-    return path.stat().st_size, _digest(path)
-
-
-def _digest(path: Path) -> str:
+def _checksum(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return path.stat().st_size, sha256_of(path)
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:
-    """The manifest's own bytes, of which no bit can change unseen either."""
+    """The bytes of a manifest file, with a checksum of their own."""
     checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({"sha256": checksum, "manifest": body}, indent=1, sort_keys=True).encode()

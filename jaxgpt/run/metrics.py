@@ -1,13 +1,11 @@
-"""The run's numbers on disk: one JSON object a line in metrics.jsonl, and curves for TensorBoard.
+"""A run's metrics on disk: a JSON object per line in metrics.jsonl, and TensorBoard's event files.
 
-Both are append-only, and a resumed run first takes out whatever lies after the checkpoint it
-starts from, so that no step is in them twice. A number that is not finite is `null` in
-metrics.jsonl (strict JSON knows no NaN) and keeps its value in the event files.
+Both are append-only. A resumed run first removes the records after its checkpoint, so that no step
+is logged twice. A number that is not finite is `null` in metrics.jsonl (strict JSON has no NaN) and
+keeps its value in the event files.
 
-Writing here never stops a run: a full disk is reported once, what could not be written waits in
-memory (some 300 bytes a record) and goes out with the first call that finds room. That, and
-`flush` meaning fsync, is why tensorboardX gives us its protocol buffers but not its SummaryWriter:
-an error ends its writer thread unseen, and after ten more events `add_scalar` waits for ever.
+A failed write never stops a run. A full disk is reported once; what could not be written (some 300
+bytes per record) waits in memory and is written by the first call that finds room.
 """
 
 import json
@@ -25,18 +23,25 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt.errors import UserError
+from jaxgpt.files import atomic_write
 from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, parse_record
-from jaxgpt.run.tensorboard_events import as_record, event_files, merged, next_name, whole_records
+from jaxgpt.run.tensorboard_events import (
+    decode_events,
+    encode_event,
+    event_files,
+    merge_summaries,
+    next_file_name,
+)
 
-# It has a word to say about every NaN, and a run has said that already.
+# It warns of every NaN, which the run itself reports.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class MetricsLog:
     """Writes a run's metrics: `with MetricsLog(out_dir, resume_step) as log: ...`
 
-    Every call hands its record to the operating system at once, so that a killed process loses
-    nothing; `flush` makes it outlive a power failure too.
+    Every call passes its record to the operating system, so that a killed process loses nothing;
+    after `flush` a power failure loses nothing either.
     """
 
     def __init__(
@@ -45,74 +50,75 @@ class MetricsLog:
         resume_step: int | None = None,
         on_error: Callable[[str], object] = warnings.warn,
     ) -> None:
-        """Opens the log of a new run, or of one that goes on after step `resume_step`.
+        """Open the log of a new run, or of a run that resumes from step `resume_step`.
 
         Args:
-            out_dir: the run's folder; made if missing.
-            resume_step: step of the checkpoint to continue from: records of that step and before
-                stay, later ones are removed. None is a new run's, which takes out what one that
-                died before its first checkpoint has left.
-            on_error: told, once, that metrics cannot be written.
+            out_dir: the run's folder; created if missing.
+            resume_step: step of the checkpoint to resume from: later records are removed. None for
+                a new run, which removes the records of one that died before its first checkpoint.
+            on_error: called with a message the first time that metrics cannot be written.
 
         Raises:
-            UserError: if the run is new and the folder has metrics of steps that were taken: those
-                of a run whose checkpoints are gone, or of another program.
+            UserError: if the run is new and the folder has metrics of steps after 0: of a run whose
+                checkpoints are gone, or of another program.
         """
         self._on_error = on_error
-        self._told = False
+        self._reported = False
         self._has_hparams = False
         lines, folder = out_dir / METRICS_FILE, out_dir / EVENTS_FOLDER
         if resume_step is None:
-            _refuse_foreign(lines, folder)
+            _refuse_earlier_metrics(lines, folder)
         last_step = -1 if resume_step is None else resume_step
-        self._softly(_cut_lines, lines, last_step)
+        self._try(_drop_lines_after, last_step, lines)
         for path in event_files(folder):
-            self._softly(self._cut_events, path, last_step)
+            self._try(self._drop_events_after, last_step, path)
         self._lines = _Appender(lines)
-        self._events = _Appender(folder / next_name(event_files(folder)))
+        self._events = _Appender(folder / next_file_name(event_files(folder)))
         self._add_event(0, time.time(), file_version="brain.Event:2")
-        # Each start but the first has a TensorBoard that is already open forget what was removed.
+        # Each start but the first makes an open TensorBoard discard the events from this step on.
         start = SessionLog(status=SessionLog.START)
         self._add_event(last_step + 1, time.time(), session_log=start)
         self._drain()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Records the numbers of one step: {'train/loss': 3.1, ...}."""
+        """Log the numbers of one step, such as {'train/loss': 3.1}."""
         now = time.time()
         numbers = {tag: float(value) for tag, value in values.items()}
         finite = {tag: x if math.isfinite(x) else None for tag, x in numbers.items()}
         self._add_line(step, now, finite)
-        self._add_event(step, now, summary=merged(summary.scalar(*n) for n in numbers.items()))
+        parts = (summary.scalar(tag, x) for tag, x in numbers.items())
+        self._add_event(step, now, summary=merge_summaries(parts))
         self._drain()
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Shows a text, such as a generated sample, in TensorBoard only, unformatted."""
+        """Log a text, such as a generated sample, to TensorBoard only, as a code block."""
         now = time.time()
         code_block = textwrap.indent(_as_utf8(text), "    ")
         self._add_event(step, now, summary=summary.text(tag, code_block))
         self._drain()
 
     def hparams(self, values: Mapping[str, Any], metrics: tuple[str, ...] = ()) -> None:
-        """Records the configuration for TensorBoard's HPARAMS tab, once a run: later calls pass.
+        """Log the configuration for TensorBoard's HPARAMS tab; only the first call of a run does.
 
         Args:
-            values: the configuration; sections (dicts) become 'section.name'.
+            values: the configuration, by name.
             metrics: tags of the scalars to compare runs by, such as 'val/loss'.
         """
         if self._has_hparams:
             return
         self._has_hparams = True
-        # The library's add_hparams would put them into a run of their own, in a folder below.
-        parts = summary.hparams(_flatten(values), dict.fromkeys(metrics, 0.0))
-        self._add_event(0, time.time(), summary=merged(parts))
+        # The library's add_hparams would create another run in a subfolder.
+        plain = {name: _as_hparam(value) for name, value in values.items()}
+        parts = summary.hparams(plain, dict.fromkeys(metrics, 0.0))
+        self._add_event(0, time.time(), summary=merge_summaries(parts))
         self._drain()
 
     def flush(self) -> bool:
-        """Puts everything on disk for good; False (and no exception) if that failed."""
-        return all([self._softly(self._lines.sync), self._softly(self._events.sync)])
+        """Write everything to disk (fsync); returns False if that failed."""
+        return all([self._try(self._lines.sync), self._try(self._events.sync)])
 
     def close(self) -> None:
-        """Flushes and lets go of the files."""
+        """Flush and close the files."""
         self.flush()
         self._lines.close()
         self._events.close()
@@ -129,41 +135,37 @@ class MetricsLog:
         self._lines.pending += line.encode() + b"\n"
 
     def _add_event(self, step: int, now: float, **what: Any) -> None:
-        event = Event(step=int(step), wall_time=now, **what)
-        self._events.pending += as_record(event.SerializeToString())
+        self._events.pending += encode_event(Event(step=int(step), wall_time=now, **what))
 
     def _drain(self) -> None:
-        self._softly(self._lines.drain)
-        self._softly(self._events.drain)
+        self._try(self._lines.drain)
+        self._try(self._events.drain)
 
-    def _softly(self, write: Callable[..., None], *args: object) -> bool:
+    def _try(self, write: Callable[..., None], *args: object) -> bool:
         try:
             write(*args)
         except OSError as error:
-            if not self._told:
-                self._told = True
-                self._on_error(f"metrics cannot be written, training goes on: {error}")
+            if not self._reported:
+                self._reported = True
+                self._on_error(f"metrics cannot be written, training continues: {error}")
             return False
         return True
 
-    def _cut_events(self, path: Path, last_step: int) -> None:
-        """Keeps what lies not after `last_step`; headers and hparams are of step 0."""
-        data = path.read_bytes()
-        events = [(record, Event.FromString(record)) for record in whole_records(data)]
-        kept = [(record, event) for record, event in events if event.step <= last_step]
+    def _drop_events_after(self, last_step: int, path: Path) -> None:
+        data = path.read_bytes()  # its header and hparams are of step 0
+        kept = [(entry, event) for entry, event in decode_events(data) if event.step <= last_step]
         tags = [value.tag for _, event in kept for value in event.summary.value]
         self._has_hparams |= any(tag.startswith("_hparams_/") for tag in tags)
-        _replace(path, data, b"".join(as_record(record) for record, _ in kept))
+        _rewrite(path, data, b"".join(entry for entry, _ in kept))
 
 
 class NoLog(MetricsLog):
-    """For a process of several that logs nothing."""
+    """Discards everything, in all processes but the main one."""
 
     def __init__(self) -> None:
         pass
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing, as the methods below."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def text(self, step: int, tag: str, text: str) -> None: ...
 
@@ -176,7 +178,7 @@ class NoLog(MetricsLog):
 
 
 class _Appender:
-    """Appends what is `pending` to a file, all or nothing, or raises OSError and keeps it."""
+    """Appends `pending` to a file, all or nothing; on OSError it stays pending."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,9 +186,9 @@ class _Appender:
         self.file: int | None = None
 
     def drain(self) -> None:
-        """Hands what is pending to the operating system; a failure leaves no half of a record."""
+        """Pass `pending` to the operating system; a failure leaves no partial record."""
         if self.file is not None and not os.fstat(self.file).st_nlink:
-            self.close()  # somebody deleted it, and nobody could read what it is given
+            self.close()  # somebody deleted it
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -201,7 +203,7 @@ class _Appender:
         self.pending.clear()
 
     def sync(self) -> None:
-        """Drains, and returns once the disk has it."""
+        """Drain, and flush the file to disk."""
         self.drain()
         assert self.file is not None
         os.fsync(self.file)
@@ -212,62 +214,43 @@ class _Appender:
             self.file = None
 
 
-def _refuse_foreign(lines: Path, folder: Path) -> None:
+def _refuse_earlier_metrics(lines: Path, folder: Path) -> None:
     try:
         data = lines.read_bytes() if lines.exists() else b""
-        # The last line may be torn; any other that is no record of step 0 is somebody's work.
-        whole = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-        records = [parse_record(line) for line in whole]
         files = [path.read_bytes() for path in event_files(folder)]
-        events = [Event.FromString(record) for data in files for record in whole_records(data)]
     except OSError as error:
         raise UserError(f"{error}; move it away, or choose another --out-dir") from None
-    if any(
-        record is None or record["step"] > 0
-        for record in records + [{"step": e.step} for e in events]
-    ):
+    # The last line may be incomplete; any other that is not a record of step 0 is somebody's work.
+    complete = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    steps = [record["step"] if record else None for record in map(parse_record, complete)]
+    steps += [event.step for data in files for _, event in decode_events(data)]
+    if any(step is None or step > 0 for step in steps):
         raise UserError(
-            f"{lines.parent} has metrics of steps that were taken, and no checkpoint to go on "
-            f"from; move {METRICS_FILE} and {EVENTS_FOLDER}/ away, or choose another --out-dir"
+            f"{lines.parent} has metrics of earlier steps, and no checkpoint to resume from; move "
+            f"{METRICS_FILE} and {EVENTS_FOLDER}/ away, or choose another --out-dir"
         )
 
 
-def _cut_lines(path: Path, last_step: int) -> None:
+def _drop_lines_after(last_step: int, path: Path) -> None:
     data = path.read_bytes() if path.exists() else b""
     parsed = [(line, parse_record(line)) for line in data.splitlines()]
     kept = [line + b"\n" for line, record in parsed if record and record["step"] <= last_step]
-    _replace(path, data, b"".join(kept))
+    _rewrite(path, data, b"".join(kept))
 
 
-def _replace(path: Path, old: bytes, new: bytes) -> None:
-    """Rewrites a file in one motion: after a crash it is the old or the new, nothing between."""
-    if new == old:
-        return
-    # The name must be none that TensorBoard reads: it takes all with 'tfevents' in them.
-    temporary = path.parent / "rewriting.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _rewrite(path: Path, old: bytes, new: bytes) -> None:
     if not new:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    elif new != old:
+        # TensorBoard reads every file with 'tfevents' in its name, so this one has another.
+        with atomic_write(path, path.with_name("rewriting.tmp")) as file:
+            file.write(new)
 
 
 def _as_utf8(text: str) -> str:
-    """`text` with a question mark for what protocol buffers refuse, as in names of other bytes."""
+    """`text` with a question mark for lone surrogates, which protocol buffers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float]:
-    flat: dict[str, bool | str | float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            number = isinstance(value, bool | int | float)
-            flat[prefix + name] = value if number else _as_utf8(str(value))
-    return flat
+def _as_hparam(value: object) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float) else _as_utf8(str(value))

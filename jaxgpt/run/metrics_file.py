@@ -1,23 +1,29 @@
-"""What a run's folder calls its numbers, and reading them back.
+"""Names of a run's metrics files, and reading metrics.jsonl.
 
-Apart from `metrics`, which writes them: behind that lies tensorboardX, which takes a second to
-import, and three where PyTorch is installed.
+Separate from `metrics`, which writes them and imports tensorboardX: that takes a second, and three
+where PyTorch is installed.
 """
 
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+from jaxgpt.files import FormatError, decode_json
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 
+# No integer that is too large for a float.
+Value = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float | None
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in the order written, [] if there is no such file.
+    """The records of a metrics.jsonl in the order written; [] without the file.
 
-    Each is {'step': int, 'time': seconds since 1970, tag: value, ...}; a `null` comes back as NaN.
-    Lines that a crash left incomplete are passed over.
+    Each is {'step': int, 'time': seconds since 1970, tag: value, ...}, with NaN for `null`. Lines
+    that are not records, such as the last one before a crash, are skipped.
     """
     records = map(parse_record, path.read_bytes().splitlines() if path.exists() else [])
     return [
@@ -28,16 +34,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """A line as the record it is, None if it is none."""
+    """The record of a line, None if it is not a record."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not all(map(_is_number, record.values())):
+        record = decode_json(line, dict[str, Value])
+    except FormatError:
         return None
     return record if type(record.get("step")) is int else None
-
-
-def _is_number(value: object) -> bool:
-    """Or `null`, and no whole number that is too large for a float."""
-    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -1,7 +1,7 @@
-"""Reading checkpoints back, whole or the parameters alone, through Orbax.
+"""Reading checkpoints back, the whole state or the parameters only, through Orbax.
 
-Orbax casts from one dtype to another and loads flipped bits without a word, and raises a dozen
-kinds of error for what does not fit: everything is checked first, and errors become a sentence.
+Orbax casts from one dtype to another and loads flipped bits without an error, and raises a dozen
+kinds of exceptions for what does not fit: everything is checked first, and they become a sentence.
 """
 
 import re
@@ -14,54 +14,54 @@ from orbax.checkpoint import v1 as ocp
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model.gpt import Params
 from jaxgpt.run import retention
-from jaxgpt.run.checkpoint_state import abstract, describe, from_stored, misfits, to_store
-from jaxgpt.run.integrity import DamagedError, verify
+from jaxgpt.run.checkpoint_state import abstract, array_specs, differences, from_stored, to_stored
+from jaxgpt.run.integrity import DamagedError, Manifest, verify
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.training.step import TrainState
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written; the message names it and what can be done."""
+    """A checkpoint that cannot be read or written; the message names it and the remedy."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The content of a checkpoint."""
 
     state: TrainState
-    config: dict[str, Any]  # flat, as `config.flat_values` wrote it
-    data: dict[str, Any]  # what the run's data was
+    config: dict[str, Any]  # flat, as `config.flat_values` returns it
+    data: dict[str, Any]  # lengths and fingerprints that identify the run's data
 
 
-def load_state(folder: Path, manifest: dict[str, Any], like: TrainState) -> Restored:
-    """Read a checkpoint that was verified into the shapes, dtypes and shardings of `like`.
+def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
+    """Read a verified checkpoint into the shapes, dtypes and shardings of `like`.
 
     Raises:
         CheckpointError: if it does not fit `like`, or Orbax cannot read it.
     """
-    target = to_store(abstract(like))
-    if differing := misfits(manifest["arrays"], describe(target)):
+    target = to_stored(abstract(like))
+    if differing := differences(manifest.arrays, array_specs(target)):
         raise CheckpointError(
             f"checkpoint {folder} is of another model; if the run's config.json was edited, delete "
-            f"it: the one in the checkpoint counts then\n{differing}"
+            f"it: the run then takes its configuration from the checkpoint\n{differing}"
         )
     try:
         with OrbaxPath(folder.parent, jax.process_count()) as orbax:
             stored = ocp.load_checkpointables(orbax.path / folder.name, {"state": target})["state"]
     except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the checkpoint is as good as it was
-        made_with = ", ".join(f"{name} {v}" for name, v in manifest["made_with"].items())
+        if _is_out_of_memory(error):
+            raise
+        made_with = ", ".join(f"{name} {v}" for name, v in manifest.made_with.items())
         raise CheckpointError(
-            f"checkpoint {folder} is whole, and yet cannot be read ({reason_of(error)}); it was "
-            f"made with {made_with}: try these versions"
+            f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was "
+            f"written with {made_with}: install these versions"
         ) from error
-    return Restored(from_stored(stored, like), manifest["config"], manifest["data"])
+    return Restored(from_stored(stored, like), manifest.config, manifest.data)
 
 
 def load_params(out_dir: Path, step: int, like: Params) -> Params:
-    """The parameters of a checkpoint alone, in the shapes and shardings of `like`.
+    """The parameters of a checkpoint, in the shapes and shardings of `like`.
 
-    Reads and writes nothing else, so a run may be training in the same folder.
+    Reads only them and writes nothing, so a run may be training in the same folder.
 
     Raises:
         CheckpointError: if the checkpoint is damaged, cannot be read or does not fit `like`.
@@ -79,25 +79,37 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
         with context, OrbaxPath(folder.parent) as orbax:
             saved = orbax.path / folder.name
             params = ocp.load_checkpointables(saved, {"state": {"params": like}})
-        return jax.tree.map(_fitting, params["state"]["params"], like)
+        return jax.tree.map(_check_shape, params["state"]["params"], like)
     except Exception as error:  # Orbax raises a dozen kinds for what does not fit
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if _is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"checkpoint {folder} cannot be read ({reason_of(error)}); choose another with "
-            "--checkpoint, or see whether the config.json beside it is the run's own"
+            "--checkpoint, or check that the config.json beside it is the run's own"
         ) from error
 
 
-def _fitting(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    # Orbax hands back what it did not find as it was asked for.
+def check_readable(folder: Path, arrays: int) -> None:
+    """Raises OSError unless Orbax finds all `arrays` of a checkpoint that it has just written."""
+    found = ocp.checkpointables_metadata(folder).metadata.get("state")
+    if found is None or len(jax.tree.leaves(found)) != arrays:
+        raise OSError(f"Orbax wrote {folder}, but cannot read it back")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host is full, which does not make the checkpoint damaged."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _check_shape(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    # Orbax returns the target's leaf for an array that it did not find.
     if not isinstance(leaf, jax.Array) or leaf.shape != like.shape:
-        raise ValueError(f"it has no parameter of shape {like.shape} where there must be one")
+        raise ValueError(f"a parameter of shape {like.shape} is missing")
     return leaf
 
 
 def reason_of(error: BaseException) -> str:
-    """The end of the first line, where file systems say what is wrong, without their numbers."""
+    """The reason a file system gives in the first line of Orbax's error, without error codes."""
     line = first_line(error, 4000)
     by_the_system = re.search(r"([^:]+?) \[os_error_code", line)
     return by_the_system[1].strip() if by_the_system else line[:400]

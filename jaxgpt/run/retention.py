@@ -1,37 +1,37 @@
-"""Which checkpoints a run's folder holds, which of them go, and what a killed run left behind.
+"""Which checkpoints a run's folder has, which are deleted, and what a killed run left behind.
 
-Everything is read from the disk each time: what a program believes it has saved is another matter.
-Only finished checkpoints count, those with a manifest, so that the last good one is never deleted
-in favour of one that is not on disk yet.
+Everything is read from disk each time. Only finished checkpoints count, those with a manifest, so
+that the last good one is never deleted in favour of one that is not on disk yet.
 """
 
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from jaxgpt.errors import UserError
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 
 FOLDER = "checkpoints"
-# A folder goes in two motions, so that a kill between them leaves no half of a checkpoint.
+# A checkpoint is renamed before it is deleted, so that a kill leaves no partial one.
 DELETED = ".deleted"
 DAMAGED = ".damaged"
 
 
 def finished_steps(folder: Path) -> list[int]:
-    """The steps with a finished checkpoint in `folder`, ascending; [] if there is none."""
+    """The steps with a finished checkpoint in `folder`, ascending."""
     return sorted(int(path.name) for path in _committed(folder) if (path / MANIFEST).exists())
 
 
 def best_step(folder: Path) -> tuple[int, float] | None:
-    """(step, validation loss) of the best finished checkpoint, or None where none has a loss."""
+    """(step, validation loss) of the best finished checkpoint, or None if none has a loss."""
     scored = []
     for step in finished_steps(folder):
         try:
-            loss = read_manifest(folder / str(step))["val_loss"]
+            loss = read_manifest(folder / str(step)).val_loss
         except DamagedError:
-            continue  # whoever goes on from it is told; it cannot be the best
+            continue  # reported when a run resumes from it
         if loss is not None and math.isfinite(loss):
             scored.append((loss, step))
     if not scored:
@@ -41,10 +41,7 @@ def best_step(folder: Path) -> tuple[int, float] | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all finished checkpoints but the newest `keep` and the best: two rules, never one.
-
-    To be called between saves, as `clear`, which is done too.
-    """
+    """Delete all finished checkpoints but the newest `keep` and the best; calls `clear` first."""
     clear(folder)
     steps, best = finished_steps(folder), best_step(folder)
     for step in steps[:-keep]:
@@ -53,9 +50,10 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what failed saves left, between saves, unless a thread of Orbax's still writes to it.
+    """Delete the leftovers of failed saves; call it between saves.
 
-    Some do after their save has failed, and put back what was deleted: then it goes next time.
+    A thread of Orbax may still be writing after its save has failed, and put back what was
+    deleted. That is deleted next time.
     """
     for path in _leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
@@ -64,7 +62,7 @@ def clear(folder: Path) -> None:
 def check_room(folder: Path, needed: int) -> None:
     """Raises OSError if fewer than `needed` bytes are free.
 
-    Better than to find out by writing: a disk full to the last byte takes no metrics either.
+    A failed write would tell too, but a disk that is full to the last byte takes no metrics either.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -72,7 +70,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint's folder, of which nothing is taken for a checkpoint on the way."""
+    """Delete a checkpoint's folder; at no moment is a partial one taken for a checkpoint."""
     doomed = path.with_name(path.name.removesuffix(DELETED) + DELETED)
     if path != doomed:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -80,19 +78,29 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def remove_failed(folder: Path, step: int) -> None:
+    """Delete what a failed save of `step` wrote, which takes the room that is missing."""
+    with suppress(OSError):
+        for path in folder.glob(f"{step}*"):
+            if path.name.partition(".")[0] == str(step) and path.suffix != DAMAGED:
+                remove(path)
+
+
 def remove_unfinished(folder: Path) -> list[str]:
-    """Delete what killed saves and deletions left, and return the names; needs the run's lock.
+    """Delete the leftovers of killed saves and deletions; returns their names.
+
+    Needs the run's lock.
 
     Raises:
-        UserError: if the only checkpoints there are have no manifest. Every run finishes the one of
-            step 0 first, so these are no leftovers but somebody's copy of a run without its parts.
+        UserError: if there are checkpoints and none has a manifest. Every run finishes that of
+            step 0 first, so these are no leftovers but an incomplete copy of a run.
     """
     unfinished = [path for path in _committed(folder) if not (path / MANIFEST).exists()]
     if not finished_steps(folder) and any(int(path.name) for path in unfinished):
         missing = max(unfinished, key=lambda path: int(path.name)) / MANIFEST
         raise UserError(
-            f"{missing} is missing, so nobody can tell whether the checkpoint is whole; copy the "
-            "whole folder again, or start anew with another --out-dir"
+            f"{missing} is missing, so the checkpoint may be incomplete; copy the whole folder "
+            "again, or start a new run with another --out-dir"
         )
     leftovers = {*_leftovers(folder), *unfinished}
     for path in leftovers:
@@ -100,16 +108,16 @@ def remove_unfinished(folder: Path) -> list[str]:
     return sorted(path.name for path in leftovers)
 
 
-def newest_sound(
-    folder: Path, check: Callable[[Path], object], tell: Callable[[str], object], strict: bool
+def newest_intact(
+    folder: Path, check: Callable[[Path], object], warn: Callable[[str], object], strict: bool
 ) -> int | None:
     """The newest step whose checkpoint passes `check`; None if there is no checkpoint at all.
 
-    Damaged ones above it are named to `tell` and put aside as `<step>.damaged`, since the run will
-    come by these steps again. Nothing is changed unless a sound one is found.
+    Newer, damaged ones are renamed to `<step>.damaged`, since the run will reach these steps again,
+    and `warn` is called for each. Nothing is renamed unless an intact one is found.
 
     Raises:
-        UserError: if none is sound, or, if `strict`, if the newest is not.
+        UserError: if none is intact, or, with `strict`, if the newest is not.
     """
     damaged: list[tuple[int, DamagedError]] = []
     for step in reversed(finished_steps(folder)):
@@ -118,8 +126,8 @@ def newest_sound(
         except DamagedError as error:
             if strict:
                 raise UserError(
-                    f"checkpoint {step} is damaged: {error}; --resume must goes on from the newest "
-                    "or not at all; --resume auto falls back to the newest that is sound"
+                    f"checkpoint {step} is damaged: {error}; --resume must accepts only the "
+                    "newest; --resume auto falls back to the newest that is intact"
                 ) from None
             damaged.append((step, error))
             continue
@@ -127,19 +135,19 @@ def newest_sound(
             aside = folder / f"{bad}{DAMAGED}"
             shutil.rmtree(aside, ignore_errors=True)
             (folder / str(bad)).rename(aside)
-            tell(f"checkpoint {bad} is damaged and put aside as {aside.name}: {reason}")
+            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {reason}")
         return step
     if damaged:
         each = "\n".join(f"checkpoint {step}: {reason}" for step, reason in damaged)
         raise UserError(
-            f"no checkpoint in {folder} is sound, so the run cannot go on; bring one back from a "
-            f"copy, or start anew with another --out-dir\n{each}"
+            f"no checkpoint in {folder} is intact, so the run cannot resume; restore one from a "
+            f"backup, or start a new run with another --out-dir\n{each}"
         )
     return None
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Folders of saves and deletions that did not end."""
+    """Folders of saves and deletions that did not finish."""
     return [
         path
         for pattern in ("*.orbax-checkpoint-tmp*", f"*{DELETED}")
@@ -149,6 +157,6 @@ def _leftovers(folder: Path) -> list[Path]:
 
 
 def _committed(folder: Path) -> list[Path]:
-    """What Orbax has renamed from its temporary name to a step's, in no order."""
+    """Folders that Orbax has renamed from their temporary name to a step, in no order."""
     named = [p for p in folder.glob("*") if p.name.isdecimal() and p.name == str(int(p.name))]
-    return [path for path in named if path.is_dir()]  # a file of that name is somebody else's
+    return [path for path in named if path.is_dir()]  # not a file of the user's with such a name

@@ -1,10 +1,13 @@
-"""A tiny training and its saves."""
+"""A tiny training and its saves, and checkpoints without arrays."""
+
+from pathlib import Path
 
 import jax
 
 from helpers.trees import TINY
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.run.checkpoint import Checkpoints
+from jaxgpt.run.integrity import Manifest, checksum_files, write_manifest
 from jaxgpt.training.build import Training, build_training
 
 
@@ -24,3 +27,10 @@ def save(checkpoints: Checkpoints, state, val_loss: float | None = None, **notes
     """Begin and finish at once, as a run does between its evaluations."""
     checkpoints.begin(state, **{"config": {}, "data": {}, **notes})
     checkpoints.finish(val_loss)
+
+
+def sign(folder: Path, val_loss: float | None = None, **config) -> None:
+    """Make a finished checkpoint of the files in `folder`."""
+    notes = {"config": config, "data": {}, "arrays": {}, "made_with": {}}
+    files = checksum_files(folder)
+    write_manifest(folder, Manifest(**notes, val_loss=val_loss, files=files))

@@ -186,7 +186,7 @@ def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: by
     cfg = read_or_named(lambda: load_config(path), path)
     assert cfg is None or type(cfg) is Config
     (folder / MANIFEST).write_bytes(content)
-    with pytest.raises(DamagedError, match="is not what was written"):
+    with pytest.raises(DamagedError, match="is corrupt"):
         read_manifest(folder)
     (folder / "metrics.jsonl").write_bytes(content)
     for record in read_metrics(folder / "metrics.jsonl"):

@@ -127,7 +127,7 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_checkpoint_before_is_gone_on
         damage(newest / name)
         told: list[str] = []
         with Checkpoints(tmp_path, keep=2) as checkpoints:
-            with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+            with pytest.raises(CheckpointError, match=f"{name} is corrupt: "):
                 checkpoints.restore(2, training.state_like)
             assert checkpoints.recover(told.append) == 1
             assert len(told) == 1
@@ -166,7 +166,7 @@ def test_a_full_device_is_not_taken_for_a_damaged_checkpoint(
             checkpoints.restore(0, training.state_like)
         assert raised.value is fault
         monkeypatch.setattr(ocp, "load_checkpointables", raising(ValueError("no such handler")))
-        with pytest.raises(CheckpointError, match=r"whole, and yet.*no such handler.*jax \d"):
+        with pytest.raises(CheckpointError, match=r"is intact, but .*no such handler.*jax \d"):
             checkpoints.restore(0, training.state_like)
     assert steps_on_disk(tmp_path) == [0]
 
@@ -196,7 +196,7 @@ def test_a_state_that_is_not_finite_is_not_saved(training, tmp_path) -> None:
         state = take_steps(training, state, 1)
         bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
         with pytest.raises(
-            CheckpointError, match=r"step 1 are not finite.*checkpoint 0 in .* stays"
+            CheckpointError, match=r"step 1 are not finite.*checkpoint 0 in .* is kept"
         ):
             save(checkpoints, state._replace(params=bad))
     assert steps_on_disk(tmp_path) == [0]
@@ -240,14 +240,14 @@ def test_a_save_begins_early_by_as_long_as_the_last_one_took(
     training, tmp_path, monkeypatch
 ) -> None:
     """But not before half of its minutes are over."""
-    now, measure = [0.0], checkpoint.measure
+    now, checksum_files = [0.0], checkpoint.checksum_files
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
 
     def slowly(folder: Path) -> object:
         now[0] += 60
-        return measure(folder)
+        return checksum_files(folder)
 
-    monkeypatch.setattr(checkpoint, "measure", slowly)
+    monkeypatch.setattr(checkpoint, "checksum_files", slowly)
 
     def first_due(checkpoints: Checkpoints, minutes: float) -> float:
         begun, now[0] = now[0], now[0] - 60 * 60
@@ -267,7 +267,7 @@ def test_a_save_begins_early_by_as_long_as_the_last_one_took(
 
 def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be made .* choose another --out-dir"):
+    with pytest.raises(CheckpointError, match=r"cannot be created .* choose another --out-dir"):
         Checkpoints(tmp_path / "file" / "run", 1)
 
 
@@ -286,7 +286,7 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
             (line,) = told
             assert re.search(
                 r"step 1 could not be saved in .*MB are needed and 0.0 MB are free\); checkpoint 0 "
-                r"stays; make room there: training goes on",
+                r"is kept; check .*: training continues",
                 line,
             )
             with pytest.raises(CheckpointError, match="step 1 could not be saved"):
@@ -355,7 +355,7 @@ def test_a_commit_whose_manifest_cannot_be_written_is_taken_back(
 def test_a_run_that_cannot_save_at_all_is_stopped(training, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with (
-        pytest.raises(CheckpointError, match=r"there is none before it; make room there, or"),
+        pytest.raises(CheckpointError, match=r"there is no earlier one; check that .*, or"),
         Checkpoints(tmp_path, 1, print) as checkpoints,
     ):
         save(checkpoints, training.init())

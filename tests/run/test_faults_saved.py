@@ -32,7 +32,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     array.write_bytes(data)
     assert train(run, *STEPS) == 0
     out, err = capsys.readouterr()
-    assert f"checkpoint 8 is damaged and put aside as 8.damaged: {array} is not what was" in err
+    assert f"checkpoint 8 is damaged and was renamed to 8.damaged: {array} is corrupt" in err
     assert "from step 4 to step 8" in " ".join(out.split())  # a long path wraps its line
     assert_same_end(run, straight)
 
@@ -83,7 +83,7 @@ def test_a_run_without_its_configuration_is_still_not_taken_for_another(run, ref
 def test_metrics_without_their_checkpoints_are_not_thrown_away(run, refused) -> None:
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
-    assert "has metrics of steps that were taken" in refused(run, *STEPS)
+    assert "has metrics of earlier steps" in refused(run, *STEPS)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -123,8 +123,8 @@ def test_a_last_save_without_room_is_not_called_done(
     monkeypatch.setattr(checkpoint.Checkpoints, "begin", fill_the_disk_before_step_8)
     err = refused(tmp_path / "run", *STEPS)
     assert "step 8 could not be saved" in err
-    assert "checkpoint 4 stays; make room there" in err
-    assert "then give the same command again" in err
+    assert "checkpoint 4 is kept; check that the disk has space" in err
+    assert "then run the same command again to resume" in err
     monkeypatch.setattr(shutil, "disk_usage", usage)
     monkeypatch.setattr(checkpoint.Checkpoints, "begin", begin)
     assert train(tmp_path / "run", *STEPS) == 0
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_before_a_step_is_taken(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     err = refused(tmp_path / "run", *STEPS)
     assert re.search(r"step 0 could not be saved in .* MB are needed and 0.0 MB are free", err)
-    assert "there is none before it; make room there, or choose another --out-dir" in err
+    assert "there is no earlier one; check that the disk has space and is writable, or" in err
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
 
 
@@ -154,7 +154,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
         told = process.stderr.readline()
         assert re.fullmatch(
             rf"step [\d,]+ could not be saved in {tmp_path}/run/checkpoints \(File too large\); "
-            r"checkpoint 0 stays; make room there: training goes on, .*\n",
+            r"checkpoint 0 is kept; check .*: training continues, .*\n",
             told,
         )
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import sign
 
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
@@ -19,7 +20,7 @@ from jaxgpt.run.folder import (
     load_saved,
     save_config,
 )
-from jaxgpt.run.integrity import MANIFEST, write_manifest
+from jaxgpt.run.integrity import MANIFEST
 
 # A run's configuration as it was saved: what a preset says, and what was found out at its start.
 CREATED = with_fields(
@@ -77,7 +78,7 @@ def add_checkpoint(out_dir: Path, step: int, cfg: Config = CREATED) -> Path:
     """What a checkpoint is without its arrays."""
     folder = out_dir / "checkpoints" / str(step)
     folder.mkdir(parents=True)
-    write_manifest(folder, {"config": flat_values(cfg), "val_loss": None})
+    sign(folder, **flat_values(cfg))
     return folder
 
 

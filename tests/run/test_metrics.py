@@ -16,7 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run import metrics
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
-from jaxgpt.run.tensorboard_events import event_files
+from jaxgpt.run.tensorboard_events import _encode_record, event_files
 
 
 def lines_by_step(out_dir: Path) -> Counter[tuple[int, str]]:
@@ -118,6 +118,28 @@ def test_a_damaged_event_ends_its_file(tmp_path: Path) -> None:
     assert tags_by_step(tmp_path) == expected(range(1, 4), "sample/text_summary")
 
 
+def test_an_entry_that_is_no_event_ends_its_file(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log_steps(log, range(1, 4))
+    (path,) = event_files(tmp_path / "tensorboard")
+    with path.open("ab") as file:
+        file.write(_encode_record(b"\xff\xff"))
+    with pytest.raises(UserError, match="has metrics of earlier steps"):
+        MetricsLog(tmp_path)
+    MetricsLog(tmp_path, resume_step=4).close()
+    assert tags_by_step(tmp_path) == expected(range(1, 4), "sample/text_summary")
+
+
+def test_a_symlink_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run") as log:
+        log_steps(log, range(3))
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run" / "rewriting.tmp").symlink_to(tmp_path / "precious")
+    MetricsLog(tmp_path / "run", resume_step=1).close()
+    assert lines_by_step(tmp_path / "run") == expected(range(2))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_an_open_tensorboard_is_told_what_was_removed(tmp_path: Path) -> None:
     MetricsLog(tmp_path).close()
     MetricsLog(tmp_path, resume_step=7).close()
@@ -149,14 +171,14 @@ def test_a_new_run_leaves_the_metrics_of_steps_that_were_taken_alone(
     shutil.rmtree(tmp_path / gone) if gone == EVENTS_FOLDER else (tmp_path / gone).unlink()
     (left,) = (path for path in tmp_path.rglob("*") if path.is_file())
     before = left.read_bytes()
-    with pytest.raises(UserError, match=r"no checkpoint to go on from; move .* another --out-dir"):
+    with pytest.raises(UserError, match=r"no checkpoint to resume from; move .* another --out-dir"):
         MetricsLog(tmp_path)
     assert left.read_bytes() == before
 
 
 def test_a_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text("epoch,loss\n1,2.5\n")
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         MetricsLog(tmp_path)
     assert (tmp_path / METRICS_FILE).read_text() == "epoch,loss\n1,2.5\n"
 
@@ -177,7 +199,7 @@ HPARAMS_TAGS = [
 
 
 def test_hparams_are_written_once_a_run(tmp_path: Path) -> None:
-    config = {"model": {"n_layer": 12, "bias": False}, "out_dir": Path("runs"), "seed": None}
+    config = {"n_layer": 12, "bias": False, "out_dir": Path("runs"), "seed": None}
     for resume_step in (None, 3, 5):
         with MetricsLog(tmp_path, resume_step) as log:
             log.hparams(config, metrics=("val/loss",))
@@ -186,7 +208,7 @@ def test_hparams_are_written_once_a_run(tmp_path: Path) -> None:
     values = [v for e in read_events(tmp_path) for v in e.summary.value if "_hparams_" in v.tag]
     assert [v.tag for v in values] == HPARAMS_TAGS
     start_info = values[1].metadata.plugin_data.content
-    for name in (b"model.n_layer", b"model.bias", b"out_dir", b"seed"):
+    for name in (b"n_layer", b"bias", b"out_dir", b"seed"):
         assert name in start_info
     assert b"val/loss" in values[0].metadata.plugin_data.content
 
@@ -225,7 +247,7 @@ def test_a_full_disk_is_reported_once_and_made_up_for(
         log_steps(log, range(7, 9))
         assert log.flush()
     assert complaints == [
-        "metrics cannot be written, training goes on: [Errno 28] No space left on device"
+        "metrics cannot be written, training continues: [Errno 28] No space left on device"
     ]
     assert lines_by_step(tmp_path) == expected(range(9))
     assert tags_by_step(tmp_path) == expected(range(9), "sample/text_summary")
@@ -254,7 +276,7 @@ def test_a_file_that_may_not_grow_does_not_end_the_run(tmp_path: Path) -> None:
         check=True,
     )
     complaint, flushed = process.stdout.splitlines()
-    assert complaint.endswith("training goes on: [Errno 27] File too large")
+    assert complaint.endswith("training continues: [Errno 27] File too large")
     assert flushed == "False"
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 120

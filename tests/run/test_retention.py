@@ -2,13 +2,14 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import sign
 
 from jaxgpt.errors import UserError
-from jaxgpt.run.integrity import MANIFEST, verify, write_manifest
+from jaxgpt.run.integrity import MANIFEST, verify
 from jaxgpt.run.retention import (
     best_step,
     finished_steps,
-    newest_sound,
+    newest_intact,
     prune,
     remove,
     remove_unfinished,
@@ -17,7 +18,7 @@ from jaxgpt.run.retention import (
 
 def add(folder: Path, step: int, loss: float | None = None) -> Path:
     path = add_unfinished(folder, step)
-    write_manifest(path, {"val_loss": loss})
+    sign(path, loss)
     return path
 
 
@@ -42,7 +43,7 @@ def test_only_what_has_a_manifest_and_a_steps_name_is_finished(tmp_path: Path) -
         add(tmp_path, step)
     add_unfinished(tmp_path, 200)
     for name in ("5.damaged", "007", "٣", "-1", "notes"):
-        write_manifest(add_unfinished(tmp_path, name), {"val_loss": 0.0})
+        sign(add_unfinished(tmp_path, name), 0.0)
     assert finished_steps(tmp_path) == [3, 20, 100]
     assert best_step(tmp_path) is None
 
@@ -109,42 +110,44 @@ def test_a_deletion_that_is_killed_leaves_no_half_of_a_checkpoint(tmp_path, monk
     assert finished_steps(tmp_path) == []
 
 
-def test_the_newest_sound_checkpoint_is_taken_and_damaged_ones_are_put_aside(tmp_path) -> None:
+def test_the_newest_intact_checkpoint_is_taken_and_damaged_ones_are_put_aside(tmp_path) -> None:
     for step in (1, 2, 3, 4):
         add(tmp_path, step)
     damage(tmp_path / "3")
     (tmp_path / "4" / "state" / "array").unlink()
     told: list[str] = []
-    assert newest_sound(tmp_path, verify, told.append, strict=False) == 2
+    assert newest_intact(tmp_path, verify, told.append, strict=False) == 2
     assert names(tmp_path) == ["1", "2", "3.damaged", "4.damaged"]
     for step, line in zip((4, 3), told, strict=True):
         array = tmp_path / str(step) / "state" / "array"
-        assert re.match(rf"checkpoint {step} is damaged.* {step}\.damaged: {array} ", line)
+        assert re.match(rf"checkpoint {step} is damaged .* {step}\.damaged: {array} ", line)
     add(tmp_path, 3)
     damage(tmp_path / "3")
-    assert newest_sound(tmp_path, verify, told.append, strict=False) == 2
+    assert newest_intact(tmp_path, verify, told.append, strict=False) == 2
     assert "3.damaged" in names(tmp_path)
 
 
 def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:
-    assert newest_sound(tmp_path, verify, print, strict=True) is None
+    assert newest_intact(tmp_path, verify, print, strict=True) is None
 
 
 def test_where_none_is_sound_each_is_named_and_nothing_is_touched(tmp_path: Path) -> None:
     for step in (1, 2):
         damage(add(tmp_path, step))
     with pytest.raises(UserError) as refused:
-        newest_sound(tmp_path, verify, print, strict=False)
+        newest_intact(tmp_path, verify, print, strict=False)
     assert "another --out-dir" in str(refused.value)
-    assert all(f"{tmp_path / step / 'state/array'} is not" in str(refused.value) for step in "12")
+    assert all(
+        f"{tmp_path / step / 'state/array'} is corrupt" in str(refused.value) for step in "12"
+    )
     assert names(tmp_path) == ["1", "2"]
 
 
 def test_who_asks_for_the_newest_is_not_given_an_older_one(tmp_path: Path) -> None:
     add(tmp_path, 1)
     damage(add(tmp_path, 2))
-    with pytest.raises(UserError, match=r"checkpoint 2 is damaged.*--resume auto falls back"):
-        newest_sound(tmp_path, verify, print, strict=True)
+    with pytest.raises(UserError, match=r"checkpoint 2 is damaged: .*--resume auto falls back"):
+        newest_intact(tmp_path, verify, print, strict=True)
     assert names(tmp_path) == ["1", "2"]
 
 

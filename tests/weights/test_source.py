@@ -4,9 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers.checkpoints import sign
 
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.run.integrity import write_manifest
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.restore import CheckpointError
 from jaxgpt.weights.source import WeightsFlags, open_weights
@@ -31,7 +31,7 @@ def test_the_best_checkpoint_need_not_be_the_latest(tiny_run: Path, tmp_path: Pa
     for step in (4, 8):
         folder = tmp_path / "checkpoints" / str(step)
         folder.mkdir(parents=True)
-        write_manifest(folder, {"val_loss": None})
+        sign(folder)
     (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
     lines = [{"step": s, "val/loss": loss} for s, loss in ((0, 1.0), (4, 2.0), (8, None))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
