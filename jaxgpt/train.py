@@ -31,7 +31,7 @@ from jaxgpt.run import folder as resume
 from jaxgpt.run import report
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output, waiting
-from jaxgpt.run.processes import Address, Asked, Edge, join
+from jaxgpt.run.processes import Address, StepRequests, StepSync, connect
 from jaxgpt.run.signals import LEFT_AT_ONCE, StopRequest
 from jaxgpt.run.watchdog import StallWatch
 from jaxgpt.weights.init_from import load_start, start_from
@@ -93,7 +93,7 @@ def run(
     sources = {"hellaswag": cfg.hellaswag, "lambada": cfg.lambada}
     questions = load_benchmarks(sources, tokenizer, cfg.model.block_size)
     with ExitStack() as stack:
-        processes = stack.enter_context(join(address, hardware.import_jax, visible_cards))
+        processes = stack.enter_context(connect(address, hardware.import_jax, visible_cards))
         if processes.is_main:
             lock.take()  # before JAX takes the card's memory from the run that has the lock
         else:  # one process speaks
@@ -207,14 +207,14 @@ def run(
             finish_save(evaluated["val/loss"])
             checkpoints.wait()  # whoever cannot save is told before hours are spent
         unread: Metrics | None = None
-        edge, asked = Edge(processes, layout), Asked()
+        sync, requests = StepSync(processes, layout), StepRequests()
         watch.begin("step")
         for tokens_ABT1 in batches:
             if unread is None:  # nothing has been done since the last save
-                asked = edge.agree(stop.name, save=False, now=True)
-                if asked.stop:
+                requests = sync.exchange(stop.name, save=False, now=True)
+                if requests.stop:
                     checkpoints.wait()
-                    done = f"{asked.stop}: saved step {step:,}"
+                    done = f"{requests.stop}: saved step {step:,}"
                     console.say(f"{done}; the same command goes on from here")
                     return 0
             state, metrics = training.train_step(state, tokens_ABT1)
@@ -224,9 +224,9 @@ def run(
 
             evaluate_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
             save_due = checkpoints.due(cfg.checkpoint_minutes) or stop.save_now
-            asked = edge.agree(stop.name, save_due)
+            requests = sync.exchange(stop.name, save_due)
             checkpoints.poll()
-            if not (evaluate_due or asked.save or asked.stop):
+            if not (evaluate_due or requests.save or requests.stop):
                 watch.begin("step")
                 continue
             watch.begin("evaluation" if evaluate_due else "save")
@@ -244,7 +244,7 @@ def run(
             if evaluate_due and cfg.sample_tokens:  # after the save, which it must not take along
                 text = sample_now()
                 log.text(step, "sample", text)
-            if evaluate_due and step < cfg.max_iters and not asked.stop:
+            if evaluate_due and step < cfg.max_iters and not requests.stop:
                 watch.begin("save")
                 checkpoints.settle()  # before the next interval, or a kill would cost two
             reporter.leave_out_pause(evaluate_due)

@@ -4,16 +4,7 @@ import os
 from collections.abc import Mapping
 
 from jaxgpt.errors import UserError
-
-# The variables of each launcher for rank and world size. Slurm's of a step (srun) come first: an
-# array's tasks may each run one. SLURM_NTASKS is left alone: a batch script has it too, which is
-# one process and not the first of many.
-LAUNCHERS = {
-    "Slurm's step": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    "Slurm's array": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-    "torchrun": ("RANK", "WORLD_SIZE"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-}
+from jaxgpt.run.launchers import find_launched_rank
 
 
 def find_rank(
@@ -24,11 +15,8 @@ def find_rank(
         raise UserError("--rank and --world-size belong together; give both, or neither")
     if rank is not None and world_size is not None:
         return _checked(rank, world_size, "--rank and --world-size")
-    for launcher, (rank_name, size_name) in LAUNCHERS.items():
-        found = environ.get(rank_name, ""), environ.get(size_name, "")
-        if all(value.isdigit() for value in found) and int(found[1]) > 1:
-            first = int(environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "array" in launcher else 0
-            return _checked(int(found[0]) - first, int(found[1]), launcher)
+    if (launched := find_launched_rank(environ)) is not None:
+        return _checked(*launched)
     return 0, 1, ""
 
 

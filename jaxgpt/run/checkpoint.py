@@ -31,7 +31,7 @@ from jaxgpt.run.integrity import (
     write_manifest,
 )
 from jaxgpt.run.orbax_path import OrbaxPath
-from jaxgpt.run.processes import ALONE, Processes
+from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.run.restore import CheckpointError, Restored, check_readable, load_state, reason_of
 from jaxgpt.training.step import TrainState
 
@@ -65,7 +65,7 @@ class Checkpoints:
         out_dir: Path,
         keep: int,
         on_error: Callable[[str], object] = warnings.warn,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ):
         self.folder = (out_dir / retention.FOLDER).absolute()
         try:
@@ -120,7 +120,7 @@ class Checkpoints:
             if self._processes.is_main:
                 retention.remove_unfinished(self.folder)
                 step = retention.newest_intact(self.folder, self._verify, warn, strict)
-            return self._processes.from_main(step)
+            return self._processes.broadcast_from_main(step)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be cleaned up ({error}); check who owns the files in it"
@@ -139,7 +139,7 @@ class Checkpoints:
         """
         self.settle()
         step = int(state.step)
-        if step == self._processes.from_main(self.latest_step):
+        if step == self._processes.broadcast_from_main(self.latest_step):
             return
         stored = to_stored(state)
         if not all_finite(stored):
@@ -149,7 +149,7 @@ class Checkpoints:
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
-            with self._processes.together():
+            with self._processes.fail_together():
                 # Somebody may have deleted it.
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if self._processes.is_main:
@@ -177,7 +177,7 @@ class Checkpoints:
             return
         assert saving.val_loss.done(), "call finish first"
         error = saving.done.exception()
-        if self._processes.any(error is not None):
+        if self._processes.any_process(error is not None):
             error = error or OSError("another process of the run could not write its part")
         self._failure = None
         if error is not None:

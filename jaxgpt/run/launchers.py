@@ -1,86 +1,113 @@
-"""Who has started this process as one of several, and what it says of the others on this host.
+"""Launchers, which start a process as one of several, and what they tell it about the others.
 
-JAX reads the rest itself (`jax.distributed.initialize`), but for one thing: it gives each process
-one card, that of its number on the host, whether or not there are as many processes as cards.
+JAX finds the other processes of a training run itself (`jax.distributed.initialize`), but gives
+each process one card, that of its number on the host, even if there are more cards than processes.
 """
 
 import os
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """The variables by which a launcher is known."""
+    """The environment variables that a launcher sets."""
 
     name: str
-    mark: str  # which of the processes this is, or where they are: there under this launcher alone
-    size: str | None  # how many they are; None where only JAX finds out
-    remedy: str = ""  # what JAX needs besides, to be said where they cannot meet
+    mark: str  # the launcher is known by this variable
+    rank: str | None  # which process this is; None where only JAX finds out
+    size: str | None  # how many there are; None where only JAX finds out
+    first: str | None = None  # the lowest rank, 0 if not given
+    finds_processes: bool = True  # whether JAX finds the others
+    remedy: str = ""  # what else JAX needs to find them
 
 
-# In JAX's order. Of Slurm the step's number counts: a shell of salloc has the job's beside it.
+# In JAX's order. Slurm's are a step's (srun), which may belong to a task of an array; a batch
+# script and a shell of salloc have the job's, and are not one of several processes.
 LAUNCHERS = (
     Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "; from Open MPI 5 on JAX 0.12 finds the others, with pip install mpi4py",
+        name="Open MPI",
+        mark="OMPI_COMM_WORLD_RANK",
+        rank="OMPI_COMM_WORLD_RANK",
+        size="OMPI_COMM_WORLD_SIZE",
+        remedy="; from Open MPI 5 on JAX 0.12 finds the others, with pip install mpi4py",
     ),
-    Launcher("Slurm", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"),
+    Launcher("Slurm", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     Launcher(
-        "Kubernetes",
-        "JOB_COMPLETION_INDEX",
-        None,
-        "; in an indexed Job JAX finds the others, with pip install kubernetes",
+        name="Kubernetes",
+        mark="JOB_COMPLETION_INDEX",
+        rank=None,
+        size=None,
+        remedy="; in an indexed Job JAX finds the others, with pip install kubernetes",
     ),
     Launcher(
-        "JAX_COORDINATOR_ADDRESS",
-        "JAX_COORDINATOR_ADDRESS",
-        None,
-        "; --num-processes and --process-id go with it",
+        name="JAX_COORDINATOR_ADDRESS",
+        mark="JAX_COORDINATOR_ADDRESS",
+        rank=None,
+        size=None,
+        remedy="; --num-processes and --process-id go with it",
     ),
+    Launcher(
+        name="Slurm's array",
+        mark="SLURM_ARRAY_TASK_ID",
+        rank="SLURM_ARRAY_TASK_ID",
+        size="SLURM_ARRAY_TASK_COUNT",
+        first="SLURM_ARRAY_TASK_MIN",
+        finds_processes=False,
+    ),
+    Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", finds_processes=False),
 )
 
 
 def find_launcher() -> Launcher | None:
-    """What has started this process as one of several, by the environment."""
+    """The launcher that started this process as one of several that JAX can connect."""
     for launcher in LAUNCHERS:
         several = launcher.size is None or _number(launcher.size, 1) > 1
-        if launcher.mark in os.environ and several:
+        if launcher.finds_processes and launcher.mark in os.environ and several:
             return launcher
     return None
 
 
-class OnHost(NamedTuple):
-    """This process among those of its host."""
+def find_launched_rank(environ: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
+    """(rank, size, launcher) of a process that is one of several, from the environment."""
+    for launcher in LAUNCHERS:
+        rank, size = environ.get(launcher.rank or "", ""), environ.get(launcher.size or "", "")
+        if rank.isdecimal() and size.isdecimal() and int(size) > 1:
+            first = environ.get(launcher.first or "", "")
+            return int(rank) - int(first if first.isdecimal() else 0), int(size), launcher.name
+    return None
+
+
+class HostRank(NamedTuple):
+    """This process among those on its host."""
 
     number: int
     processes: int
-    cards: int  # that the launcher has given to all of them, 0 if it does not say
+    cards: int  # given to all of them together, 0 if the launcher does not say
 
 
-def on_this_host(launcher: Launcher | None) -> OnHost | None:
-    """Which of its host's processes this is, None where nobody says or JAX does not ask."""
+def find_host_rank(launcher: Launcher | None) -> HostRank | None:
+    """This process among those on its host; None if unknown or if JAX does not need it."""
     if launcher is None or launcher.name not in ("Open MPI", "Slurm"):
         return None
     if launcher.name == "Open MPI":
         size = _number("OMPI_COMM_WORLD_LOCAL_SIZE", 0)
-        return OnHost(_number("OMPI_COMM_WORLD_LOCAL_RANK", 0), size, 0) if size else None
+        return HostRank(_number("OMPI_COMM_WORLD_LOCAL_RANK", 0), size, 0) if size else None
     node = _number("SLURM_NODEID", 0)
     # 8(x2),4: eight tasks on each of the first two hosts, four on the third
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks = [int(tasks) for tasks, hosts in found for _ in range(int(hosts or 1))]
     if node >= len(tasks):
         return None
-    return OnHost(_number("SLURM_LOCALID", 0), tasks[node], _number("SLURM_GPUS_ON_NODE", 0))
+    return HostRank(_number("SLURM_LOCALID", 0), tasks[node], _number("SLURM_GPUS_ON_NODE", 0))
 
 
-def cards_of(here: OnHost, visible: int) -> tuple[int, ...]:
-    """The numbers of the cards that a process takes of those it sees; none for all of them.
+def local_cards(here: HostRank, visible: int) -> tuple[int, ...]:
+    """The indices of the cards that a process uses, of those it sees; () for all of them.
 
     Args:
-        here: where it stands among its host's processes.
-        visible: how many cards it sees. Fewer than the host has are its own.
+        here: the process among those on its host.
+        visible: how many cards it sees; if that is fewer than the host has, they are its own.
     """
     if here.processes == 1 or visible < max(here.processes, here.cards):
         return ()
@@ -88,6 +115,6 @@ def cards_of(here: OnHost, visible: int) -> tuple[int, ...]:
     return tuple(range(here.number * share, (here.number + 1) * share))
 
 
-def _number(name: str, otherwise: int) -> int:
+def _number(name: str, default: int) -> int:
     value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else otherwise
+    return int(value) if value.isdecimal() else default

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxgpt.config.fields import Config
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
-from jaxgpt.run.processes import ALONE, Processes
+from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
 from jaxgpt.training.layout import OneDevice
 
@@ -26,7 +26,7 @@ def prepare_to_run(
     cfg: Config,
     device: Any,
     layout: OneDevice | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Ready:
     """Choose what `cfg` leaves open, compile its steps for `device`, or all of `layout`'s, and
     check that they fit. Of several `processes` all choose the same.
@@ -34,7 +34,7 @@ def prepare_to_run(
     Raises:
         TooLargeError: with what is needed, what is there, and the flags that would fit.
     """
-    limit = processes.least(_limit(cfg, (layout or OneDevice(device)).local_devices))
+    limit = processes.min_over_processes(_limit(cfg, (layout or OneDevice(device)).local_devices))
     compiled: dict[Config, Ready] = {}
 
     def measure(cfg: Config) -> memory.Need:

@@ -1,10 +1,9 @@
-"""Several processes as one run, by `jax.distributed`: who they are, and what they agree on.
+"""Several processes as one run, through `jax.distributed`: connecting them, keeping them in step.
 
-Every process runs the same program. What one alone finds out (a signal, a clock, a full disk) has
-to be agreed upon before it may change what they do, or one waits for the others for ever.
+Every process runs the same program. What only one of them knows (a signal, a clock, a full disk)
+must be exchanged before it may change what they do, or they wait for each other forever.
 """
 
-import contextlib
 import os
 import re
 import signal
@@ -12,41 +11,45 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import UserError, first_line
-from jaxgpt.run.launchers import Launcher, cards_of, find_launcher, on_this_host
+from jaxgpt.errors import BUG, USER_ERROR, UserError, first_line
+from jaxgpt.run.launchers import Launcher, find_host_rank, find_launcher, local_cards
 
-# Seconds without a sign of life after which a process counts as dead, and the others leave.
+# Seconds without a heartbeat after which a process counts as dead, and the others exit.
 HEARTBEAT_SECONDS = 30
-# How long to wait for all processes to come, and at the end for all to go.
+# How long to wait for all processes to connect, and at the end for all to disconnect.
 START_SECONDS, END_SECONDS = 300, 30
 
 
 class Address(NamedTuple):
-    """Who is to meet where, as JAX calls it; all None is for JAX to find out."""
+    """JAX's names for where to connect, and as which process; None is for JAX to find out."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
 
 
-class Asked(NamedTuple):
-    """What all processes were asked for at the edge of a step."""
+class StepRequests(NamedTuple):
+    """What to do after a step, the same in all processes."""
 
     stop: str | None = None  # the name of a signal
     save: bool = False
 
 
 class Processes:
-    """The processes of a run, entered before JAX does anything else."""
+    """The processes of a run; a context manager, entered before JAX does anything else.
+
+    Its methods are collectives: every process must call them, in the same order.
+    """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
-        self.is_main = index == 0  # the one that logs, and owns the run's folder
+        self.is_main = index == 0  # this one logs, and writes to the run's folder
 
     def __enter__(self) -> "Processes":
         return self
@@ -54,66 +57,68 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Leave at once with an error: in good order a process would wait for all the others."""
+        """After an error exit at once: an ordinary exit would wait for all other processes."""
         if value is None or self.count == 1 or isinstance(value, SystemExit):
             return
-        said = _in_words(value)
-        if said is None:
+        message = _explain(value)
+        if message is None:
             traceback.print_exception(value)
-        print(f"process {self.index} of {self.count}: {said or value}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(value, UserError) else 1)
+            message = str(value)
+        print(f"process {self.index} of {self.count}: {message}", file=sys.stderr, flush=True)
+        os._exit(USER_ERROR if isinstance(value, UserError) else BUG)
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so on any process; each has to ask."""
+    def any_process(self, value: bool) -> bool:
+        """Whether `value` is true in any process."""
         if self.count == 1:
-            return mine
+            return value
         from jax.experimental.multihost_utils import process_allgather
 
-        return bool(process_allgather(np.asarray(mine)).any())
+        return bool(process_allgather(np.asarray(value)).any())
 
-    def from_main(self, value: int | None) -> int | None:
-        """The main process's number, not negative, or None; each has to ask."""
+    def broadcast_from_main(self, value: int | None) -> int | None:
+        """The main process's `value`, not negative or None."""
         if self.count == 1:
             return value
         from jax.experimental.multihost_utils import broadcast_one_to_all
 
-        told = int(broadcast_one_to_all(np.asarray(-1 if value is None else value, np.int64)))
-        return None if told < 0 else told
+        sent = np.asarray(-1 if value is None else value, np.int64)
+        received = int(broadcast_one_to_all(sent))
+        return None if received < 0 else received
 
-    def least(self, mine: int | None) -> int | None:
-        """The smallest of all processes' numbers, None if one has none; each has to ask."""
+    def min_over_processes(self, value: int | None) -> int | None:
+        """The smallest `value` of all processes, None if it is None in one of them."""
         if self.count == 1:
-            return mine
+            return value
         from jax.experimental.multihost_utils import process_allgather
 
-        # Bytes of memory do not fit the 32 bits that JAX makes of a number.
-        parts = divmod(-1 if mine is None else mine, 2**30)
-        told = [int(high) * 2**30 + int(low) for high, low in process_allgather(np.asarray(parts))]
-        return None if min(told) < 0 else min(told)
+        # JAX makes 32-bit integers of these, which are too short for bytes of memory.
+        parts = process_allgather(np.asarray(divmod(-1 if value is None else value, 2**30)))
+        smallest = min(int(high) * 2**30 + int(low) for high, low in parts)
+        return None if smallest < 0 else smallest
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What fails inside on one process fails on all."""
-        mine: Exception | None = None
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """An error inside, in one process, becomes an error in all of them."""
+        own: Exception | None = None
         try:
             yield
         except Exception as error:
-            mine = error
-        failed = self.any(mine is not None)
-        if mine is not None:
-            raise mine
+            own = error
+        failed = self.any_process(own is not None)
+        if own is not None:
+            raise own
         if failed:
-            raise OSError("another process of the run could not")
+            raise OSError("another process of the run failed")
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-class Edge:
-    """What the processes were asked for, agreed upon at the edge of each step.
+class StepSync:
+    """Exchanges the requests of all processes after each step.
 
-    Of several, each puts its wishes into one small collective, whose result is read a step later,
-    when the devices have long come by it. One process agrees with itself at once.
+    With several processes this is one small collective, whose result is read a step later, so that
+    no device waits for it. A single process gets its own requests back at once.
     """
 
     def __init__(self, processes: Processes, layout: Any):
@@ -122,47 +127,47 @@ class Edge:
         if self._count > 1:
             import jax
 
-            self._largest = jax.jit(lambda wishes: wishes.max(0), **layout.results(None))
+            self._max = jax.jit(lambda requests: requests.max(0), **layout.results(None))
 
-    def agree(self, stop: str | None, save: bool, now: bool = False) -> Asked:
-        """What was asked for at the edge before this one; at this one with `now`, which waits."""
+    def exchange(self, stop: str | None, save: bool, now: bool = False) -> StepRequests:
+        """The requests of all processes after the previous step, or with `now` after this one."""
         if self._count == 1:
-            return Asked(stop, save)
-        wishes = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
-        shape = (self._layout.count, len(wishes))
-        spread = self._layout.load(
-            shape, lambda rows: np.tile(wishes, (len(range(*rows.indices(shape[0]))), 1))
+            return StepRequests(stop, save)
+        requests = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
+        shape = (self._layout.count, len(requests))
+        sharded = self._layout.load(
+            shape, lambda rows: np.tile(requests, (len(range(*rows.indices(shape[0]))), 1))
         )
-        asked, self._pending = self._pending, self._largest(spread)
+        result, self._pending = self._pending, self._max(sharded)
         if now:
-            asked, self._pending = self._pending, None
-        number, saves = (0, 0) if asked is None else (int(x) for x in np.asarray(asked))
-        return Asked(signal.Signals(number).name if number else None, bool(saves))
+            result, self._pending = self._pending, None
+        number, save_now = (0, 0) if result is None else (int(x) for x in np.asarray(result))
+        return StepRequests(signal.Signals(number).name if number else None, bool(save_now))
 
 
-def join(
+def connect(
     address: Address, import_jax: Callable[[], Any], visible_cards: Callable[[], int]
 ) -> Processes:
-    """Meet the other processes of the run, if there are others; before JAX looks for devices.
+    """Connect to the other processes of the run, if there are any, before JAX looks for devices.
 
-    `visible_cards` counts those that this process sees. One process, by its flags or by what its
-    launcher says, is a run of its own on all of them.
+    `visible_cards` counts the cards that this process sees. A single process, by its flags or its
+    launcher, uses all of them.
 
     Raises:
-        UserError: if they do not all come, or it is not clear who they are.
+        UserError: if the address is wrong or incomplete, or not all processes connect.
     """
     launcher = find_launcher()
-    _check(address, launcher)
+    _check_address(address, launcher)
     if address.num_processes == 1 or (launcher is None and address == Address()):
-        return ALONE
-    here = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else on_this_host(launcher)
+        return SINGLE_PROCESS
+    here = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else find_host_rank(launcher)
     jax = import_jax()
-    # It would take SIGTERM away from `stopping.py`.
+    # JAX's own would take SIGTERM away from `signals.py`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **address._asdict(),
-            local_device_ids=here and cards_of(here, visible_cards()),
+            local_device_ids=here and local_cards(here, visible_cards()),
             cluster_detection_method=None if launcher else "deactivate",
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -170,27 +175,26 @@ def join(
         )
         return Processes(jax.process_index(), jax.process_count())
     except (ValueError, RuntimeError) as error:  # XLA's errors are of the second kind
-        raise UserError(_cannot_meet(error, launcher)) from None
+        raise UserError(_cannot_connect(error, launcher)) from None
 
 
-def _cannot_meet(error: Exception, launcher: Launcher | None) -> str:
-    line = first_line(error)
-    how = "see that all are started, with one --coordinator-address that all can reach and a "
-    how += "--process-id each"
+def _cannot_connect(error: Exception, launcher: Launcher | None) -> str:
+    remedy = "check that all are started, with one --coordinator-address that all can reach and a "
+    remedy += "--process-id each"
     if launcher is not None:
-        how = f"started by {launcher.name}: {how}{launcher.remedy}; or take --num-processes 1, for "
-        how += "a run of this process alone"
-    return f"the processes of the run cannot meet ({line[:300]}); {how}"
+        remedy = f"started by {launcher.name}: {remedy}{launcher.remedy}; or use --num-processes 1 "
+        remedy += "to run this process on its own"
+    return f"the processes of the run cannot connect ({first_line(error)}); {remedy}"
 
 
-def _check(address: Address, launcher: Launcher | None) -> None:
+def _check_address(address: Address, launcher: Launcher | None) -> None:
     where, count, index = address
     errors = []
     given = [value is not None for value in address]
     if any(given) and not all(given) and launcher is None and count != 1:
         errors.append(
             "--coordinator-address HOST:PORT (of process 0), --num-processes and --process-id "
-            "(0, 1, ...) come together, unless Slurm, Open MPI or Kubernetes has started the "
+            "(0, 1, ...) must be given together, unless Slurm, Open MPI or Kubernetes starts the "
             "processes"
         )
     if where is not None and not re.fullmatch(r".+:\d{1,9}", where, re.ASCII):
@@ -208,26 +212,26 @@ def _check(address: Address, launcher: Launcher | None) -> None:
 
 
 def _is_free(address: str) -> bool:
-    """Whether process 0 can listen there; JAX would join whoever does, and end both runs."""
+    """Whether process 0 can listen there; JAX would connect to another run and end both."""
     try:
-        # Not taken from one that has just ended.
+        # It sets SO_REUSEADDR: the port of a run that has just ended counts as free.
         with socket.create_server(("", int(address.rpartition(":")[2]))):
             return True
     except OSError:
         return False
 
 
-# How XLA's errors of a connection that is gone begin or end, over gloo and NCCL.
+# Parts of XLA's error messages about a lost connection, over Gloo and NCCL.
 LOST = ("Gloo", "gloo", "NCCL", "onnection", "oordination", "UNAVAILABLE", "DEADLINE", "eartbeat")
 
 
-def _in_words(error: BaseException) -> str | None:
+def _explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
         line = first_line(error)
         return (
-            f"another process of the run has died or cannot be reached ({line}); start all of them "
-            "again with the same command: the run goes on from its newest checkpoint"
+            f"another process of the run has died or cannot be reached ({line}); run the same "
+            "commands again to resume from the newest checkpoint"
         )
     return None

@@ -1,10 +1,10 @@
-"""What launchers say to the processes that they start."""
+"""What launchers tell the processes that they start."""
 
 import os
 
 import pytest
 
-from jaxgpt.run.launchers import OnHost, cards_of, find_launcher, on_this_host
+from jaxgpt.run.launchers import HostRank, find_host_rank, find_launcher, local_cards
 
 SRUN = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NTASKS": "20", "SLURM_STEP_NUM_TASKS": "20"}
 
@@ -53,31 +53,31 @@ def test_a_launcher_is_known_by_what_it_tells_each_process(variables, values, na
     ("values", "here"),
     [
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "2",
-          "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "4"}, OnHost(3, 4, 4)),
+          "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "4"}, HostRank(3, 4, 4)),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "1",
-          "SLURM_LOCALID": "7"}, OnHost(7, 8, 0)),
+          "SLURM_LOCALID": "7"}, HostRank(7, 8, 0)),
         (SRUN, None),  # nothing is said of hosts
         ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8",
-          "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, OnHost(1, 4, 0)),
+          "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, HostRank(1, 4, 0)),
         ({"JOB_COMPLETION_INDEX": "0"}, None),  # a pod has its own cards
     ],
 )  # fmt: skip
 def test_a_process_knows_its_place_on_its_host(variables, values, here) -> None:
     variables(values)
-    assert on_this_host(find_launcher()) == here
+    assert find_host_rank(find_launcher()) == here
 
 
 @pytest.mark.parametrize(
     ("here", "visible", "cards"),
     [
-        (OnHost(5, 8, 8), 8, (5,)),  # a process for each card
-        (OnHost(0, 1, 8), 8, ()),  # one for all of them
-        (OnHost(1, 2, 8), 8, (4, 5, 6, 7)),
-        (OnHost(1, 2, 8), 4, ()),  # --gpus-per-task 4: it sees its own alone
-        (OnHost(5, 8, 8), 1, ()),
-        (OnHost(5, 8, 0), 1, ()),
-        (OnHost(1, 2, 0), 0, ()),  # no card at all
+        (HostRank(5, 8, 8), 8, (5,)),  # a process for each card
+        (HostRank(0, 1, 8), 8, ()),  # one for all of them
+        (HostRank(1, 2, 8), 8, (4, 5, 6, 7)),
+        (HostRank(1, 2, 8), 4, ()),  # --gpus-per-task 4: it sees its own alone
+        (HostRank(5, 8, 8), 1, ()),
+        (HostRank(5, 8, 0), 1, ()),
+        (HostRank(1, 2, 0), 0, ()),  # no card at all
     ],
 )
 def test_processes_of_a_host_share_the_cards_that_all_of_them_see(here, visible, cards) -> None:
-    assert cards_of(here, visible) == cards
+    assert local_cards(here, visible) == cards

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helpers.runs import SMALL, last_params, losses, train
 from jaxgpt.errors import UserError
 from jaxgpt.run.integrity import verify
 from jaxgpt.run.metrics_file import read_metrics
-from jaxgpt.run.processes import ALONE, Address, Asked, Edge, _in_words, join
+from jaxgpt.run.processes import SINGLE_PROCESS, Address, StepRequests, StepSync, _explain, connect
 from jaxgpt.run.retention import finished_steps
 
 COUNT = 2
@@ -101,7 +102,7 @@ def test_two_processes_are_one_run_and_any_number_goes_on_with_it(tmp_path, alon
     assert "step" not in outputs[1]  # one process speaks
     checkpoints = out_dir / "checkpoints"
     assert finished_steps(checkpoints)[-1] == 8
-    files = verify(checkpoints / "8")["files"]
+    files = verify(checkpoints / "8").files
     assert {name.split("/")[1] for name in files if "ocdbt" in name} >= {
         "ocdbt.process_0",
         "ocdbt.process_1",
@@ -146,17 +147,18 @@ def test_when_one_process_is_killed_the_other_leaves_and_the_run_goes_on(tmp_pat
 AGREE = """
 import sys
 from jaxgpt.run.device import import_jax
-from jaxgpt.run.processes import Address, join
+from jaxgpt.run.processes import Address, connect
 
 me = int(sys.argv[2])
-with join(Address(sys.argv[1], 2, me), import_jax, int) as processes:
-    print(processes.least(70 * 2**30 + me), processes.least(None if me else 1), processes.any(me))
-    print(processes.from_main(7 if me == 0 else None))
+with connect(Address(sys.argv[1], 2, me), import_jax, int) as processes:
+    smallest = [processes.min_over_processes(x) for x in (70 * 2**30 + me, None if me else 1)]
+    print(*smallest, processes.any_process(me))
+    print(processes.broadcast_from_main(7 if me == 0 else None))
 """
 
 
 @pytest.mark.slow
-def test_processes_agree_on_what_each_of_them_has() -> None:
+def test_collectives_return_the_same_in_every_process() -> None:
     address = f"127.0.0.1:{free_port()}"
     started = [
         subprocess.Popen([sys.executable, "-c", AGREE, address, str(i)], stdout=subprocess.PIPE)
@@ -185,7 +187,7 @@ def no_import() -> None:
 @pytest.mark.parametrize(
     ("address", "answer"),
     [
-        (Address("host:1", None, 0), "come together"),
+        (Address("host:1", None, 0), "must be given together"),
         (Address("host", 2, 0), "--coordinator-address host must be HOST:PORT"),
         (Address("host:0", 2, 0), "host:0: a port is a number from 1 to 65535"),
         (Address("host:100000", 2, 0), "host:100000: a port is a number from 1 to 65535"),
@@ -195,7 +197,7 @@ def no_import() -> None:
 )
 def test_an_address_that_cannot_be_is_refused_before_jax_is_imported(address, answer) -> None:
     with pytest.raises(UserError, match=re.escape(answer)):
-        join(address, no_import, no_import)
+        connect(address, no_import, no_import)
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -203,42 +205,42 @@ def test_an_address_of_another_run_is_refused_by_the_process_that_would_listen_t
     with socket.create_server(("", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="its port is in use here"):
-            join(Address(address, 2, 0), no_import, no_import)
-        assert join(Address(address, 2, 1), fake_jax, no_import).count == 2
+            connect(Address(address, 2, 0), no_import, no_import)
+        assert connect(Address(address, 2, 1), fake_jax, no_import).count == 2
 
 
 @pytest.mark.usefixtures("no_launcher")
-def test_one_process_agrees_with_itself_at_once_and_imports_nothing() -> None:
-    assert join(Address(), no_import, no_import) is ALONE
-    edge = Edge(ALONE, layout=None)
-    assert edge.agree("SIGTERM", save=False) == Asked("SIGTERM", False)
-    assert edge.agree(None, save=True, now=True) == Asked(None, True)
-    assert ALONE.from_main(3) == 3
-    assert ALONE.least(None) is None
-    with pytest.raises(OSError, match="full"), ALONE.together():
+def test_a_single_process_needs_no_exchange_and_no_import() -> None:
+    assert connect(Address(), no_import, no_import) is SINGLE_PROCESS
+    sync = StepSync(SINGLE_PROCESS, layout=None)
+    assert sync.exchange("SIGTERM", save=False) == StepRequests("SIGTERM", False)
+    assert sync.exchange(None, save=True, now=True) == StepRequests(None, True)
+    assert SINGLE_PROCESS.broadcast_from_main(3) == 3
+    assert SINGLE_PROCESS.min_over_processes(None) is None
+    with pytest.raises(OSError, match="full"), SINGLE_PROCESS.fail_together():
         raise OSError("full")
 
 
 @pytest.mark.usefixtures("no_launcher")
 def test_one_of_many_that_a_launcher_started_may_be_a_run_of_its_own(monkeypatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
-    assert join(Address(num_processes=1), no_import, no_import) is ALONE
+    assert connect(Address(num_processes=1), no_import, no_import) is SINGLE_PROCESS
 
 
-def fake_jax(**asked: object) -> SimpleNamespace:
-    """A JAX that meets no one: `initialize` notes what it is told, or raises `fault`."""
+def fake_jax(**calls: Any) -> SimpleNamespace:
+    """A JAX that connects to no one: `initialize` records its arguments, or raises `error`."""
 
-    def initialize(**told: object) -> None:
-        asked["told"] = told
-        if "fault" in asked:
-            raise asked["fault"]
+    def initialize(**arguments: object) -> None:
+        calls["arguments"] = arguments
+        if "error" in calls:
+            raise calls["error"]
 
     return SimpleNamespace(
         config=SimpleNamespace(update=lambda *_: None),
         distributed=SimpleNamespace(initialize=initialize),
         process_index=lambda: 1,
         process_count=lambda: 2,
-        asked=asked,
+        calls=calls,
     )
 
 
@@ -253,43 +255,43 @@ SLURM_STEP = {
 
 
 @pytest.mark.usefixtures("no_launcher")
-def test_what_jax_is_told_of_cards_is_what_a_process_is_to_use(monkeypatch) -> None:
+def test_jax_gets_the_cards_that_a_process_uses(monkeypatch) -> None:
     jax = fake_jax()
-    join(Address("host:1", 2, 1), lambda: jax, no_import)
+    connect(Address("host:1", 2, 1), lambda: jax, no_import)
     # Or it would look at the variables of the shell in which the process was started by hand.
-    assert jax.asked["told"]["cluster_detection_method"] == "deactivate"
+    assert jax.calls["arguments"]["cluster_detection_method"] == "deactivate"
     for name, value in SLURM_STEP.items():
         monkeypatch.setenv(name, value)
-    joined = join(Address(), lambda: jax, lambda: 8)
+    joined = connect(Address(), lambda: jax, lambda: 8)
     assert (joined.index, joined.count) == (1, 2)
-    assert jax.asked["told"]["local_device_ids"] == ()  # all eight, where JAX would take one
-    assert jax.asked["told"]["cluster_detection_method"] is None
+    assert jax.calls["arguments"]["local_device_ids"] == ()  # all eight, where JAX would take one
+    assert jax.calls["arguments"]["cluster_detection_method"] is None
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "3")
-    join(Address(), lambda: jax, lambda: 8)
-    assert jax.asked["told"]["local_device_ids"] is None
+    connect(Address(), lambda: jax, lambda: 8)
+    assert jax.calls["arguments"]["local_device_ids"] is None
 
 
 @pytest.mark.usefixtures("no_launcher")
-def test_a_process_whose_fellow_has_left_at_once_is_told_in_a_sentence() -> None:
+def test_a_process_whose_peer_has_exited_gets_a_sentence() -> None:
     def lost() -> int:
         raise RuntimeError("UNAVAILABLE: Connection reset by peer")
 
     jax = fake_jax()
     jax.process_index = lost
-    with pytest.raises(UserError, match=r"cannot meet .*reset by peer"):
-        join(Address("host:1", 2, 1), lambda: jax, no_import)
+    with pytest.raises(UserError, match=r"cannot connect .*reset by peer"):
+        connect(Address("host:1", 2, 1), lambda: jax, no_import)
 
 
 @pytest.mark.usefixtures("no_launcher")
 def test_processes_that_cannot_meet_are_told_what_their_launcher_needs(monkeypatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    jax = fake_jax(fault=ValueError("coordinator_address should be defined."))
-    with pytest.raises(UserError, match="pip install kubernetes; or take --num-processes 1"):
-        join(Address(), lambda: jax, lambda: 0)
+    jax = fake_jax(error=ValueError("coordinator_address should be defined."))
+    with pytest.raises(UserError, match="pip install kubernetes; or use --num-processes 1"):
+        connect(Address(), lambda: jax, lambda: 0)
 
 
-def test_a_lost_connection_is_told_from_other_faults() -> None:
+def test_a_lost_connection_is_told_from_other_errors() -> None:
     gone = RuntimeError("FAILED_PRECONDITION: Gloo all-reduce: Connection closed by peer")
-    assert "another process of the run has died" in _in_words(gone)
-    assert _in_words(RuntimeError("INTERNAL: a bug")) is None
-    assert _in_words(UserError("say this")) == "say this"
+    assert "another process of the run has died" in _explain(gone)
+    assert _explain(RuntimeError("INTERNAL: a bug")) is None
+    assert _explain(UserError("say this")) == "say this"
