@@ -1,6 +1,8 @@
-"""What a run says while it goes: a live bar on a terminal, plain lines anywhere else."""
+"""Output of a running command: a live bar on a terminal, plain lines anywhere else.
 
-import os
+rich is never given text of the user's as markup: a path may well contain [/b] or :cat:.
+"""
+
 import sys
 import time
 from collections.abc import Iterator
@@ -17,30 +19,33 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
+
+from jaxgpt.errors import discard
 
 
 class Pace:
-    """Seconds per step and time to go, from the steps alone: evaluations and saves are left out."""
+    """Seconds per step and time left, from the steps only: evaluations and saves do not count."""
 
     def __init__(self, tokens_per_step: int):
         self._tokens_per_step = tokens_per_step
         self._since: float | None = None
         self._seconds_per_step = 0.0
-        self._pause = 0.0  # seconds of an evaluation with its save, as the last one took
+        self._pause = 0.0  # seconds that the last evaluation took, with its save
 
     def lap(self) -> None:
-        """Count one step since the last lap; the first, which waits for the compiler, is not."""
+        """Count one step since the last lap; the first lap only starts the clock."""
         since, self._since = self._since, time.monotonic()
         if since is None:
             return
         seconds = self._since - since
         if not self._seconds_per_step:
             self._seconds_per_step = seconds
-        # An average over some twenty steps: steady enough to read, quick enough to follow.
+        # An average over some twenty steps: steady enough to read, and soon up to date.
         self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
 
     def leave_out_pause(self, evaluated: bool = True) -> None:
-        """Leave out the time since the last lap, which went into an evaluation or a save alone."""
+        """Leave out the time since the last lap, which an evaluation or only a save took."""
         now = time.monotonic()
         if evaluated:
             self._pause = now - (self._since or now)
@@ -57,14 +62,14 @@ class Pace:
 
 
 def make_bar(console: Console, left: str) -> Progress:
-    """One bar as wide as the terminal between `left` and the task's `status`; none elsewhere."""
+    """A bar as wide as the terminal, between `left` and the task's `status`; none elsewhere."""
     return Progress(
         TextColumn(left),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
         expand=True,
-        refresh_per_second=2,  # rich's ten would take more than 1 % of a core for all of a run
+        refresh_per_second=2,  # rich's default of ten takes more than 1 % of a core
         disable=not console.is_terminal,
     )
 
@@ -73,7 +78,7 @@ class RunConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
     def __init__(self, start: int, total: int, eval_interval: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._total, self._eval_interval = total, eval_interval
         self._bar = make_bar(self.console, "step {task.completed:,}/{task.total:,}")
         self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
@@ -86,7 +91,7 @@ class RunConsole:
         self.stop()
 
     def stop(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar and leave it on the screen."""
         self._bar.stop()
 
     def step(self, step: int, loss: float, pace: Pace) -> None:
@@ -95,14 +100,14 @@ class RunConsole:
         self._bar.update(self._task, completed=step, status=status)
 
     def log_line(self, step: int, loss: float, pace: Pace) -> None:
-        """A line for `step` where no bar can be drawn."""
+        """Print a line for `step`, unless there is a bar."""
         if not self.console.is_terminal:
             where = f"step {step:,}/{self._total:,}"
             self.say("  ".join([where, *self._status(step, loss, pace)]))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
         if pace.tokens_per_second is None:
@@ -113,7 +118,7 @@ class RunConsole:
 
 
 class Unfailing:
-    """A stream that drops what it cannot write, and `?` for characters that it does not have."""
+    """A stream that discards what it cannot write, and writes `?` for what it cannot encode."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -132,32 +137,33 @@ class Unfailing:
         with suppress(OSError):
             self._stream.flush()
 
-    def let_go(self) -> None:
-        """Forget what could not be written: Python would make it the exit code of the process."""
+    def finish(self) -> None:
+        """Discard what could not be written: Python would make it the exit code of the process."""
         try:
             self._stream.flush()
         except OSError:
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            with suppress(OSError, ValueError):
+                discard(self._stream.fileno())
 
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """No print fails inside: a pipe without a reader, a terminal that was closed or a disk that is
-    full under a log is no reason for a run of days to end."""
+    """No print inside fails: a long run must not end because a pipe has no reader, a terminal was
+    closed, or the disk under its log is full.
+    """
     out, err = (Unfailing(stream) if stream else None for stream in (sys.stdout, sys.stderr))
     try:
         with redirect_stdout(out), redirect_stderr(err):
             yield
     finally:
         for stream in filter(None, (out, err)):
-            stream.let_go()
+            stream.finish()
 
 
 def waiting(text: str) -> AbstractContextManager[Any]:
-    """Shown while something takes long: a spinner, where standard error is a terminal."""
+    """Show a spinner with `text` until the context ends, if standard error is a terminal."""
     console = Console(stderr=True)
-    return console.status(text) if console.is_terminal else nullcontext()
+    return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:
@@ -167,7 +173,7 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 import re
 import shlex
+import time
 
 import pytest
 
@@ -124,11 +125,37 @@ def test_on_a_terminal_a_run_shows_a_bar_with_step_loss_speed_and_time_to_go(
         bar.log_line(100, 4.5, pace)  # the bar says it already
         bar.step(100, 4.5, pace)
         bar.say("step 100  validation loss 4.4")
-    out = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    out = plain(capsys.readouterr().out)
     assert "step 100  validation loss 4.4\n" in out
     last = out.strip().splitlines()[-1]
     for part in ("step 100/2,000", "loss 4.5000", "50 tokens/s", "1:03 h to go"):
         assert part in last
+
+
+NAME = "runs/[/x] [red]a[/] :cat:"
+
+
+def test_names_of_the_users_are_shown_as_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = console.make_bar(RunConsole(0, 1, 1).console, "left")
+    bar.add_task("", total=1, status=NAME)
+    bar.start()
+    bar.stop()
+    assert NAME in plain(capsys.readouterr().out)
+    print_table(NAME, {NAME: NAME})
+    assert plain(capsys.readouterr().out).count(NAME) == 3
+    with RunConsole(0, 1, 1) as run_console:
+        run_console.say(NAME)
+    assert NAME in plain(capsys.readouterr().out)
+    with console.waiting(NAME):
+        time.sleep(0.2)
+    assert NAME in plain(capsys.readouterr().err)
+
+
+def plain(output: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
 
 
 def test_a_table_keeps_names_and_values_whole(capsys, monkeypatch):
