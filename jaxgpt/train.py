@@ -23,7 +23,7 @@ from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tasks import load_benchmarks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError, explain_out_of_memory, fail, warn
+from jaxgpt.errors import INTERRUPTED, UserError, explain_out_of_memory, fail, warn
 from jaxgpt.files import FolderLock
 from jaxgpt.planning.gpus import visible_cards
 from jaxgpt.run import device as hardware
@@ -32,7 +32,7 @@ from jaxgpt.run import report
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output, waiting
 from jaxgpt.run.processes import Address, StepRequests, StepSync, connect
-from jaxgpt.run.signals import LEFT_AT_ONCE, StopRequest
+from jaxgpt.run.signals import StopRequest
 from jaxgpt.run.watchdog import StallWatch
 from jaxgpt.weights.init_from import load_start, start_from
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         fail(PROG, str(error))
     except KeyboardInterrupt:  # before anything was begun
-        fail(PROG, "interrupted", code=LEFT_AT_ONCE)
+        fail(PROG, "interrupted", code=INTERRUPTED)
 
 
 def run(

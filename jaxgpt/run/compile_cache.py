@@ -1,10 +1,10 @@
-"""XLA's compiled programs, kept from one start to the next, so that the second one is quick.
+"""A persistent cache of XLA's compiled programs, so that the second start is quick.
 
-JAX writes an entry by simply writing it. A process that is killed, or a disk that is full, leaves
-half of one under its final name, and JAX then warns of it at every start, compiles, and does not
-write again, because there is an entry. So those that are not whole are taken out before JAX looks.
+JAX does not write entries atomically. A killed process or a full disk leaves a truncated one under
+its final name; JAX then warns of it at every start, compiles, and never replaces it. So truncated
+entries are removed before JAX reads them.
 
-JAX runs what lies in the folder: it has to be the user's own, and nobody else's to write.
+JAX executes what is in the folder, so only the user may own it and write to it.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting; if the user has one, it stands
+FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting, kept if the user has set it
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
-LARGEST = 2 * 2**30  # bytes; beyond it JAX removes what was used longest ago
-ENTRY, USED = "-cache", "-atime"  # how JAX ends the names of an entry and of when it was used
-NAME = re.compile(r".+-[0-9a-f]{64}-cache")  # a folder that a user names may hold other things
-CHECKED = "checked"  # as old as the last look: what is older than this file was whole then
+LARGEST = 2 * 2**30  # bytes; above it JAX removes the least recently used entries
+ENTRY, USED = "-cache", "-atime"  # JAX's suffixes of an entry, and of the file with its last use
+NAME = re.compile(r".+-[0-9a-f]{64}-cache")  # the user's folder may contain other files
+CHECKED = "checked"  # a file; entries older than it were intact when last checked
 ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def prepare_compile_cache(warn: Callable[[str], object]) -> None:
-    """Have JAX keep its programs in a folder of the user's; call before JAX is imported.
+    """Enable JAX's compilation cache in a folder of the user's; call before JAX is imported.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` does
-    without. `warn` is told why there is none where that was not asked for.
+    `JAX_COMPILATION_CACHE_DIR` sets another folder, `JAX_ENABLE_COMPILATION_CACHE=false` disables
+    the cache. `warn` is called with the reason if there can be no cache.
     """
     if os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off", "n", "f"):
         return
@@ -40,11 +40,11 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not named and (reason := _not_private(folder)):
-            warn(f"{folder} {reason}: XLA's programs are compiled anew at each start")
+            warn(f"{folder} {reason}; without a cache every start compiles again")
             return
         remove_damaged(folder)
     except OSError as error:
-        warn(f"XLA's programs are compiled anew at each start, for their folder fails: {error}")
+        warn(f"no compilation cache, so every start compiles again: {error}")
         return
     if not named:
         os.environ[FOLDER] = str(folder)
@@ -52,9 +52,9 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
 
 
 def default_folder() -> Path:
-    """Where the programs lie unless the user says otherwise; another for each kind of CPU.
+    """The default folder of the cache, one for each kind of CPU.
 
-    XLA compiles for the instructions that a CPU has, and machines may share a home folder.
+    XLA compiles for the instruction set of the CPU, and machines may share a home folder.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
@@ -67,7 +67,7 @@ def default_folder() -> Path:
 
 
 def remove_damaged(folder: Path) -> list[str]:
-    """Remove the entries that are not whole, of those written since the last look; their names."""
+    """Remove truncated entries, of those written since the last check; returns their names."""
     marker = folder / CHECKED
     since = marker.stat().st_mtime_ns if marker.exists() else 0
     removed = []
@@ -77,12 +77,12 @@ def remove_damaged(folder: Path) -> list[str]:
             continue
         try:
             written = path.stat().st_mtime_ns
-            if written < since or is_whole(path.read_bytes()):
+            if written < since or is_intact(path.read_bytes()):
                 newest = max(newest, written)
                 continue
             path.unlink()
             path.with_name(path.name.removesuffix(ENTRY) + USED).unlink(missing_ok=True)
-        except FileNotFoundError:  # another process has taken it out
+        except FileNotFoundError:  # another process has removed it
             continue
         removed.append(path.name)
     marker.touch()
@@ -90,19 +90,24 @@ def remove_damaged(folder: Path) -> list[str]:
     return removed
 
 
-def is_whole(entry: bytes) -> bool:
-    """Whether a file is all of a compressed program: JAX uses zstandard, or zlib without it."""
+def is_intact(entry: bytes) -> bool:
+    """Whether an entry decompresses: JAX compresses with zstandard, or zlib without it.
+
+    Without the zstandard package its entries cannot be checked and count as intact.
+    """
     if not entry.startswith(ZSTD):
         try:
             zlib.decompress(entry)
         except zlib.error:
             return False
         return True
-    import zstandard  # which JAX must have had to write it
-
+    try:
+        import zstandard
+    except ImportError:
+        return True
     try:
         zstandard.ZstdDecompressor().decompress(entry)
-    except zstandard.ZstdError:
+    except (zstandard.ZstdError, MemoryError, OverflowError):  # a corrupt size is huge
         return False
     return True
 

@@ -1,8 +1,8 @@
-"""A path that Orbax takes literally, whatever the run's folder is called.
+"""A path that Orbax takes literally, whatever the name of the run's folder.
 
-Orbax finds the files of each process by a glob of its own path. In `runs/lr[1e-3]` it finds none,
-logs that, and leaves a checkpoint that nothing can read. TensorStore needs UTF-8, and reads
-`gs://` in a path as another file system.
+Orbax finds the files of each process with a glob of its own path. In `runs/lr[1e-3]` it finds none
+and writes a checkpoint that cannot be read. TensorStore needs UTF-8, and takes `gs://` in a path
+for another file system.
 """
 
 import os
@@ -19,7 +19,7 @@ SPECIAL = re.compile(r"[\[\]*?{}%#\\\x00-\x1f\x7f]|:/")
 
 
 def is_literal(folder: Path) -> bool:
-    """Whether Orbax and TensorStore read the path as it is written."""
+    """Whether Orbax and TensorStore take the path literally."""
     try:
         text = os.fsencode(folder).decode("utf-8")
     except UnicodeDecodeError:
@@ -28,10 +28,10 @@ def is_literal(folder: Path) -> bool:
 
 
 class OrbaxPath:
-    """`with OrbaxPath(folder) as path:` gives `folder`, or a link to it with a plain name.
+    """`with OrbaxPath(folder) as orbax:` has `orbax.path`, `folder` or a symlink to it.
 
-    The link lies in a private temporary folder. Several processes must all see the same path, so
-    there `folder` itself has to do.
+    The symlink is in a private temporary folder. Several processes must all see the same path, so
+    for them it is always `folder`.
     """
 
     def __init__(self, folder: Path, processes: int = 1):
@@ -50,17 +50,17 @@ class OrbaxPath:
         self.path = Path(self._temporary) / "checkpoints"
         try:
             if not is_literal(self.path):
-                raise OSError(f"the temporary folder {self._temporary} has such characters too")
+                raise OSError(f"the temporary folder {self._temporary} has them too")
             self.path.symlink_to(folder, target_is_directory=True)
         except OSError as error:
             self.close()
             raise UserError(
-                f"--out-dir {folder.parent}: its name has characters that checkpoints cannot be "
-                f"saved under ({error}); choose another --out-dir"
+                f"--out-dir {folder.parent}: checkpoints cannot be saved under a path with such "
+                f"characters ({error}); choose another --out-dir"
             ) from None
 
     def close(self) -> None:
-        """Remove the link."""
+        """Remove the symlink."""
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""What a run is asked to do from outside: stop, or save now, at the next step's edge.
+"""Signals that ask a run to stop, or to save now, after the current step.
 
-Python runs signal handlers between its own instructions, and a step or the compiler may keep it
-waiting for minutes. A thread that the operating system wakes answers at once instead.
+Python runs signal handlers between its own instructions, which a step or the compiler may delay by
+minutes. So a thread reads the signals' numbers from a wakeup socket and answers at once.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-LEFT_AT_ONCE = 130  # what shells report for a process that Ctrl-C ended
+from jaxgpt.errors import INTERRUPTED
 
 
 class StopRequest:
-    """While entered, signals become wishes that the loop reads between steps.
+    """A context in which signals set attributes that the training loop reads between steps.
 
-    `name` is None until SIGTERM, SIGHUP (the terminal is gone) or the first SIGINT (Ctrl-C), then
-    that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after any of those that stop
-    leaves at once, with exit code 130, and loses what has not been saved. What is ignored (by
-    nohup, for instance) stays so. Enter it on the main thread.
+    `name` is None until SIGTERM, SIGHUP (the terminal was closed) or the first SIGINT (Ctrl-C),
+    then that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after any of those exits
+    at once, with code 130, and loses what is not saved. Signals that are ignored (by nohup, for
+    instance) stay ignored. Enter it on the main thread.
     """
 
     # Windows has neither SIGHUP nor SIGUSR1.
@@ -44,7 +44,7 @@ class StopRequest:
         threading.Thread(target=self._listen, args=(ours,), name="signals", daemon=True).start()
         for number in self.STOPPING + self.SAVING:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                # It does nothing but keep the default from being taken.
+                # A handler that does nothing replaces the default action.
                 self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
@@ -61,22 +61,22 @@ class StopRequest:
     def _listen(self, numbers: socket.socket) -> None:
         while received := _receive(numbers):
             for number in received:
-                self._note(signal.Signals(number), leave=os._exit)
+                self._note(signal.Signals(number), exit_now=os._exit)
 
-    def _note(self, number: signal.Signals, leave: Callable[[int], object]) -> None:
+    def _note(self, number: signal.Signals, exit_now: Callable[[int], object]) -> None:
         if number in self.SAVING:
             self.save_now = True
         elif number not in self.STOPPING:
             return
         elif self.name is None:
             self.name = number.name
-            say_at_once(
-                f"{number.name}: stopping after this step; Ctrl-C again leaves at once, unsaved"
+            write_stderr(
+                f"{number.name}: stopping after this step; Ctrl-C again exits without saving"
             )
         elif number == signal.SIGINT:
-            say_at_once("left at once; the same command goes on from the newest checkpoint")
-            # XLA may be at work on another thread, and does not survive Python's own way out.
-            leave(LEFT_AT_ONCE)
+            write_stderr("exiting; run the same command again to resume from the newest checkpoint")
+            # Python's own exit crashes if XLA is at work on another thread.
+            exit_now(INTERRUPTED)
 
 
 def _receive(numbers: socket.socket) -> bytes:
@@ -86,11 +86,10 @@ def _receive(numbers: socket.socket) -> bytes:
         return b""
 
 
-def say_at_once(text: str) -> None:
-    """Write `text` to standard error, from any thread, whatever the main thread is about."""
-    if sys.__stderr__ is None:  # closed from the start, and its number may be another file's
+def write_stderr(text: str) -> None:
+    """Write `text` to standard error from any thread, whatever the main thread does."""
+    if sys.__stderr__ is None:  # closed before the start; its number may be another file's now
         return
-    # Not through `print`, whose lock the main thread may hold while it waits; after SIGHUP there is
-    # nobody to read it.
+    # Not with `print`, whose lock the main thread may hold. After SIGHUP there may be no reader.
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from jaxgpt.run import compile_cache
 from jaxgpt.run.compile_cache import prepare_compile_cache, remove_damaged
@@ -95,7 +96,7 @@ def test_a_folder_that_cannot_be_made_is_said_and_done_without(home: Path, monke
     said: list[str] = []
     prepare_compile_cache(said.append)
     assert compile_cache.FOLDER not in os.environ
-    assert "compiled anew at each start" in said[0]
+    assert "every start compiles again" in said[0]
 
 
 def test_the_users_settings_stand(home: Path, monkeypatch) -> None:
@@ -109,7 +110,27 @@ def test_the_users_settings_stand(home: Path, monkeypatch) -> None:
     assert compile_cache.MAX_SIZE not in os.environ
 
 
-def test_what_was_whole_is_not_read_again(home: Path, monkeypatch) -> None:
+def test_a_zstandard_entry_that_does_not_decompress_is_removed(home: Path) -> None:
+    entry = zstandard.ZstdCompressor().compress(os.urandom(1000))
+    frame = entry[:4] + b"\xe0"  # of a header whose size has eight bytes
+    sizes = [b"\xff" * 7 + b"\x7f", b"\xff" * 5 + b"\0\0\0"]  # 2**63 - 1, 2**40 - 1
+    contents = [entry, entry[:-3], *(frame + size for size in sizes)]
+    names = []
+    for digit, content in zip("abcd", contents, strict=True):
+        names.append(f"jit_f-{digit * 64}-cache")
+        (home / names[-1]).write_bytes(content)
+    assert sorted(remove_damaged(home)) == names[1:]
+
+
+def test_without_the_zstandard_package_its_entries_are_kept(home: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    truncated = zstandard.ZstdCompressor().compress(b"x" * 1000)[:-3]
+    (home / f"jit_f-{'a' * 64}-cache").write_bytes(truncated)
+    (home / f"jit_f-{'b' * 64}-cache").write_bytes(zlib.compress(b"x" * 1000)[:-3])
+    assert remove_damaged(home) == [f"jit_f-{'b' * 64}-cache"]
+
+
+def test_what_was_intact_is_not_read_again(home: Path, monkeypatch) -> None:
     good, bad = (home / f"jit_f-{digit * 64}-cache" for digit in "ab")
     (home / "another-cache").write_bytes(b"nobody's business")
     good.write_bytes(zlib.compress(b"x" * 1000))
@@ -120,7 +141,7 @@ def test_what_was_whole_is_not_read_again(home: Path, monkeypatch) -> None:
     assert not used.exists()
     assert (home / "another-cache").exists()
     looked = []
-    monkeypatch.setattr(compile_cache, "is_whole", lambda entry: looked.append(entry) or True)
+    monkeypatch.setattr(compile_cache, "is_intact", lambda entry: looked.append(entry) or True)
     os.utime(good, ns=(0, 0))
     assert remove_damaged(home) == []
     assert looked == []

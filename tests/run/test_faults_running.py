@@ -39,7 +39,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path, capsys) ->
         train(tmp_path / "run", *flags, "--max-iters", "100")
     out, err = capsys.readouterr()
     assert left.value.code == 2
-    first, last = map(int, re.search(r"steps in a row, (\d+) to (\d+), had", err).groups())
+    first, last = map(int, re.search(r"steps in a row, (\d+) to (\d+), were skipped", err).groups())
     assert (last - first, "smaller --learning-rate" in err) == (9, True)
     assert out.count(" skipped: loss ") == 9
     logged = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in r]
@@ -187,12 +187,12 @@ def test_a_run_whose_data_stops_coming_shows_where_every_thread_stands(
         return batch(self, step, *sizes)
 
     monkeypatch.setattr(WindowLoader, "batch", read_from_a_lost_disk)
-    monkeypatch.setattr(stalls, "LEAST_SECONDS", 1.0)
-    monkeypatch.setattr(stalls, "TIMES", 1)
-    monkeypatch.setattr(stalls, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(stalls, "MIN_STALL_SECONDS", 1.0)
+    monkeypatch.setattr(stalls, "STALL_FACTOR", 1)
+    monkeypatch.setattr(stalls, "CHECK_SECONDS", 0.2)
     assert train(tmp_path / "run", "--max-iters", "64", "--eval-interval", "100") == 0
     err = capfd.readouterr().err
-    assert re.search(r"no end of the step begun \d+ s ago, which usually takes", err)
+    assert re.search(r"the step has taken \d+ s so far, and usually takes", err)
     assert "in read_from_a_lost_disk" in err
 
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from jaxgpt.run.signals import LEFT_AT_ONCE, StopRequest
+from jaxgpt.errors import INTERRUPTED
+from jaxgpt.run.signals import StopRequest
 
 
 def wait_until(condition) -> None:
@@ -18,7 +19,7 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_a_wish_that_the_loop_reads(number) -> None:
+def test_a_signal_sets_what_the_loop_reads(number) -> None:
     with StopRequest() as stop:
         assert (stop.name, stop.save_now) == (None, False)
         os.kill(os.getpid(), number)
@@ -52,11 +53,11 @@ def test_a_second_sigterm_changes_nothing(monkeypatch) -> None:
     left: list[int] = []
     with StopRequest() as stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
-            stop._note(number, leave=left.append)
+            stop._note(number, exit_now=left.append)
         assert stop.name == "SIGINT"
         assert left == []
-        stop._note(signal.SIGINT, leave=left.append)
-    assert left == [LEFT_AT_ONCE]
+        stop._note(signal.SIGINT, exit_now=left.append)
+    assert left == [INTERRUPTED]
 
 
 def test_everything_is_as_before_afterwards() -> None:
@@ -73,6 +74,7 @@ def test_everything_is_as_before_afterwards() -> None:
 # The main thread is in C, as it is in XLA, and Python's own handlers have to wait.
 BUSY = """
 import hashlib, sys
+from jaxgpt.errors import INTERRUPTED
 from jaxgpt.run.signals import StopRequest
 with StopRequest() as stop:
     print("entered", flush=True)
@@ -93,7 +95,7 @@ def test_a_busy_process_answers_the_first_ctrl_c_at_once_and_leaves_at_the_secon
     assert process.stderr.readline().startswith("SIGINT: stopping after this step; Ctrl-C again")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=5)
-    assert process.returncode == LEFT_AT_ONCE == 130
-    assert "the same command goes on from the newest checkpoint" in err
+    assert process.returncode == INTERRUPTED == 130
+    assert "run the same command again to resume from the newest checkpoint" in err
     assert "computed" not in out
     assert "Traceback" not in err
