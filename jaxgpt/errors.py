@@ -39,35 +39,52 @@ class Stopped(KeyboardInterrupt):
 def run_command(prog: str, command: Callable[[], int]) -> int:
     """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
 
-    An error that a user can cause becomes a sentence on standard error, any other a traceback and
-    a request to report it. A reader of the output that left, as in `| head`, is no error.
+    A reader of the output that left, as in `| head`, is no error; others go to `report_error`.
 
     Raises:
         SystemExit: with code 2, for an error that a user can cause.
     """
     try:
         return command()
-    except UserError as error:
-        fail(prog, str(error))
-    except KeyboardInterrupt as stop:
-        # A line of its own: the terminal has just shown ^C, or text is being written.
-        print(f"\n{prog}: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    except MemoryError:
-        fail(prog, "out of memory; close other programs, or ask for less at a time")
-    except DECODE_ERRORS as error:
-        fail(prog, f"input cannot be decoded: {first_line(error)}; check the files that it reads")
-    except UnicodeEncodeError as error:
-        fail(prog, f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8")
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             return 0
-        if error.strerror is None:  # not the operating system's
-            return report_bug(prog, error)
+        code = report_error(prog, error)
+        if code == USER_ERROR:
+            sys.exit(code)
+        return code
+
+
+def report_error(prog: str, error: BaseException) -> int:
+    """Print a sentence, or the traceback of a bug, to standard error; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        # A line of its own: the terminal has just shown ^C, or text is being written.
+        print(f"\n{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    message = _explain(error)
+    if message is None:
+        traceback.print_exception(error)
+        message = "this is a bug in jaxgpt; please report it with the lines above"
+        print(f"{prog}: {message}", file=sys.stderr)
+        return BUG
+    _print_message(prog, message)
+    return USER_ERROR
+
+
+def _explain(error: BaseException) -> str | None:
+    """Thing, reason and remedy of an error that a user can cause; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs, or ask for less at a time"
+    if isinstance(error, DECODE_ERRORS):
+        return f"input cannot be decoded: {first_line(error)}; check the files that it reads"
+    if isinstance(error, UnicodeEncodeError):
+        return f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8"
+    if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename else ""
-        fail(prog, f"{where}{error.strerror}; fix that and run the same command again")
-    except Exception as error:
-        return report_bug(prog, error)
+        return f"{where}{error.strerror}; fix that and run the same command again"
+    return None
 
 
 def _reader_has_left() -> bool:
@@ -90,19 +107,14 @@ def discard(descriptor: int) -> None:
         os.dup2(nowhere.fileno(), descriptor)
 
 
-def report_bug(prog: str, error: BaseException) -> int:
-    """Print the traceback of an error that is ours, and ask for a report; returns the exit code."""
-    traceback.print_exception(error)
-    print(
-        f"{prog}: this is a bug in jaxgpt; please report it with the lines above", file=sys.stderr
-    )
-    return BUG
-
-
 def fail(prog: str, message: str, code: int = USER_ERROR) -> NoReturn:
     """Print a message to standard error and exit with `code`."""
-    print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
+    _print_message(prog, message)
     sys.exit(code)
+
+
+def _print_message(prog: str, message: str) -> None:
+    print(f"{prog}: {message}".replace("\n", "\n  "), file=sys.stderr)
 
 
 def warn(message: str) -> None:

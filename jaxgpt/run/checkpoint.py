@@ -273,7 +273,7 @@ class Checkpoints:
         if latest is None:  # a run that cannot save is not worth its time
             raise CheckpointError(f"{self._failure}, or choose another --out-dir")
         if report:
-            self._on_error(f"{self._failure}: training continues, and the next save is tried")
+            self._on_error(f"{self._failure}; training continues, and saves again when it is due")
 
 
 def _notes(

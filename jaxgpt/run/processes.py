@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import BUG, USER_ERROR, UserError, first_line
+from jaxgpt.errors import UserError, first_line, report_error
 from jaxgpt.run.launchers import Launcher, find_host_rank, find_launcher, local_cards
 
 # Seconds without a heartbeat after which a process counts as dead, and the others exit.
@@ -60,12 +59,14 @@ class Processes:
         """After an error exit at once: an ordinary exit would wait for all other processes."""
         if value is None or self.count == 1 or isinstance(value, SystemExit):
             return
-        message = _explain(value)
-        if message is None:
-            traceback.print_exception(value)
-            message = str(value)
-        print(f"process {self.index} of {self.count}: {message}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR if isinstance(value, UserError) else BUG)
+        if is_lost_connection(value):
+            value = UserError(
+                f"another process of the run has died or cannot be reached ({first_line(value)}); "
+                "run the same commands again to resume from the newest checkpoint"
+            )
+        code = report_error(f"process {self.index} of {self.count}", value)
+        sys.stderr.flush()
+        os._exit(code)
 
     def any_process(self, value: bool) -> bool:
         """Whether `value` is true in any process."""
@@ -76,7 +77,7 @@ class Processes:
         return bool(process_allgather(np.asarray(value)).any())
 
     def broadcast_from_main(self, value: int | None) -> int | None:
-        """The main process's `value`, not negative or None."""
+        """The `value` of the main process, in all of them; at least 0, or None."""
         if self.count == 1:
             return value
         from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -225,13 +226,6 @@ def _is_free(address: str) -> bool:
 LOST = ("Gloo", "gloo", "NCCL", "onnection", "oordination", "UNAVAILABLE", "DEADLINE", "eartbeat")
 
 
-def _explain(error: BaseException) -> str | None:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
-        line = first_line(error)
-        return (
-            f"another process of the run has died or cannot be reached ({line}); run the same "
-            "commands again to resume from the newest checkpoint"
-        )
-    return None
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether XLA's error says that another process is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)

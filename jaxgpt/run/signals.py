@@ -11,14 +11,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from jaxgpt.errors import INTERRUPTED
 
 
 class StopRequest:
-    """A context in which signals set attributes that the training loop reads between steps.
+    """While entered, signals set attributes that the training loop reads between steps.
 
     `name` is None until SIGTERM, SIGHUP (the terminal was closed) or the first SIGINT (Ctrl-C),
     then that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after any of those exits
@@ -48,9 +47,7 @@ class StopRequest:
                 self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from jaxgpt.run.signals import write_stderr
@@ -22,9 +21,9 @@ CHECK_SECONDS = 1.0  # between two checks of the clock
 
 
 class StallWatch:
-    """A context; `begin('step')` starts an activity, and one that takes too long is reported.
+    """Reports an activity that takes too long: `with StallWatch() as watch: watch.begin("step")`.
 
-    The first of a kind has no usual duration, and may have to be compiled: it is not watched. The
+    The first of a kind has no usual duration and may have to be compiled, so it is not watched. The
     report, on standard error, is repeated each time that the limit passes again. Nothing is printed
     while a call keeps the GIL.
     """
@@ -39,9 +38,7 @@ class StallWatch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(1.0)  # no longer: it may be blocked by a pipe that nobody reads
 

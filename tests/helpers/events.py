@@ -1,4 +1,4 @@
-"""What a run's event files hold."""
+"""Reads a run's event files."""
 
 import struct
 from collections import Counter

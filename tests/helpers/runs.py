@@ -1,4 +1,4 @@
-"""Small runs of the command line for the tests of faults, and what is looked at after them."""
+"""Small training runs for the tests, and checks of what they leave."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def assert_same_end(out_dir: Path, straight: Path) -> None:
 def started(
     out_dir: Path, *flags: str, out: int = subprocess.PIPE, **env: str
 ) -> subprocess.Popen[str]:
-    """A run in a process of its own; `out` takes what it says, of pipes there are two."""
+    """A run in a process of its own; `out` is its standard output and standard error."""
     command = [sys.executable, "-m", "jaxgpt.train", *SMALL, "--out-dir", str(out_dir), *flags]
     return subprocess.Popen(
         command,

@@ -286,7 +286,7 @@ def test_a_save_without_room_is_told_at_once_and_the_next_one_is_made(
             (line,) = told
             assert re.search(
                 r"step 1 could not be saved in .*MB are needed and 0.0 MB are free\); checkpoint 0 "
-                r"is kept; check .*: training continues",
+                r"is kept; check .*; training continues",
                 line,
             )
             with pytest.raises(CheckpointError, match="step 1 could not be saved"):

@@ -154,7 +154,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) ->
         told = process.stderr.readline()
         assert re.fullmatch(
             rf"step [\d,]+ could not be saved in {tmp_path}/run/checkpoints \(File too large\); "
-            r"checkpoint 0 is kept; check .*: training continues, .*\n",
+            r"checkpoint 0 is kept; check .*; training continues, .*\n",
             told,
         )
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)

@@ -18,7 +18,15 @@ from helpers.runs import SMALL, last_params, losses, train
 from jaxgpt.errors import UserError
 from jaxgpt.run.integrity import verify
 from jaxgpt.run.metrics_file import read_metrics
-from jaxgpt.run.processes import SINGLE_PROCESS, Address, StepRequests, StepSync, _explain, connect
+from jaxgpt.run.processes import (
+    SINGLE_PROCESS,
+    Address,
+    Processes,
+    StepRequests,
+    StepSync,
+    connect,
+    is_lost_connection,
+)
 from jaxgpt.run.retention import finished_steps
 
 COUNT = 2
@@ -292,6 +300,25 @@ def test_processes_that_cannot_meet_are_told_what_their_launcher_needs(monkeypat
 
 def test_a_lost_connection_is_told_from_other_errors() -> None:
     gone = RuntimeError("FAILED_PRECONDITION: Gloo all-reduce: Connection closed by peer")
-    assert "another process of the run has died" in _explain(gone)
-    assert _explain(RuntimeError("INTERNAL: a bug")) is None
-    assert _explain(UserError("say this")) == "say this"
+    assert is_lost_connection(gone)
+    assert not is_lost_connection(RuntimeError("INTERNAL: a bug"))
+    assert not is_lost_connection(UserError("Connection refused"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("Gloo: Connection closed"), 2, "another process of the run has died or"),
+        (UserError("no such mesh"), 2, "no such mesh\n"),
+        (OSError(28, "No space left on device"), 2, "No space left on device; fix that"),
+        (KeyError("k"), 1, "this is a bug in jaxgpt"),
+    ],
+)
+def test_a_process_of_several_exits_at_once_after_an_error(
+    monkeypatch, capsys, error, code, message
+) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left, Processes(1, 2):
+        raise error
+    assert left.value.code == code
+    assert f"process 1 of 2: {message}" in capsys.readouterr().err
