@@ -84,9 +84,11 @@ def test_a_reader_that_leaves_is_no_error(print_it: str) -> None:
 import sys
 from jaxgpt.errors import run_command
 def command():
-    for _ in range(10_000):
-        {print_it}
-    return 5
+    try:
+        for _ in range(10_000):
+            {print_it}
+    finally:
+        print("the end")  # which Python would fail to write at exit
 sys.exit(run_command("prog", command))
 """
     command = [sys.executable, "-c", code]

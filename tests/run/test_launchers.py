@@ -41,6 +41,9 @@ def variables(monkeypatch):
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
         ({"KUBERNETES_SERVICE_HOST": "h"}, None),  # a pod of its own
         ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_COORDINATOR_ADDRESS"),
+        # JAX connects neither the tasks of an array nor what torchrun starts
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, None),
     ],
 )
 def test_a_launcher_is_known_by_what_it_tells_each_process(variables, values, name) -> None:

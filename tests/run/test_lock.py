@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -153,7 +154,7 @@ def test_a_lock_file_of_another_owner_is_not_removed(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).read_text() == "another's"
 
 
-@pytest.mark.parametrize("number", files.NO_LOCKS)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_warned_of_and_used(
     tmp_path: Path, monkeypatch, capsys, number: int
 ) -> None:
