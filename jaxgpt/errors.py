@@ -45,7 +45,10 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         SystemExit: with code 2, for an error that a user can cause.
     """
     try:
-        return command()
+        code = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # or Python would at exit, where nothing catches its error
+        return code
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             return 0
