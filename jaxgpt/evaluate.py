@@ -137,7 +137,7 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
     available = (len(tokens) - 1) // block_size
     if flags.as_in_training:
         assert run is not None
-        windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows or 1, n_vocab)
+        windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
         own = [windows_WT1[first : first + flags.batch_size] for first in starts]
         name = f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations"
@@ -152,11 +152,11 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.
 def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
     """The validation split that the flags name, or else the run's own."""
     run = weights.run
-    dataset = flags.dataset or (run.dataset if run and flags.data_dir is None else None)
+    dataset = flags.dataset or (run.asked.dataset if run and flags.data_dir is None else None)
     data_dir = flags.data_dir
     if data_dir is None and dataset not in (None, "embedded"):
-        of_run = run is not None and flags.dataset in (None, run.dataset)
-        data_dir = run.data_dir if run and of_run else Path("data") / str(dataset)
+        of_run = run is not None and flags.dataset in (None, run.asked.dataset)
+        data_dir = run.asked.data_dir if run and of_run else Path("data") / str(dataset)
     if dataset == "embedded":
         return open_split(None, "val", weights.tokenizer)
     if data_dir is None:

@@ -14,8 +14,10 @@ from typing import Any
 
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, flat_values
+from jaxgpt.config.fields import names_with
 from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.roles import Role
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import UserError, fail
 from jaxgpt.run.integrity import read_manifest
@@ -23,11 +25,6 @@ from jaxgpt.run.retention import FOLDER
 from jaxgpt.weights.source import Weights, WeightsFlags, huggingface, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.export"
-# Of this machine and not of the model: no reader of a model card needs them.
-NOT_ON_THE_CARD = {
-    *("out_dir", "data_dir", "device", "keep_checkpoints", "checkpoint_minutes", "resume"),
-    *("hellaswag", "lambada", "auto_batch_size"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,16 +114,16 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None
         shutil.rmtree(part, ignore_errors=True)
 
 
-def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
+def model_card(weights: Weights, run: Resolved, data: dict[str, Any]) -> str:
     """README.md: what the model is, what it was trained on, how well it does, and all settings."""
     m, step = weights.model, weights.step or 0
     loss = "not evaluated at this step"
     if weights.val_loss is not None:
-        windows = min(run.eval_windows or 1, (data["val_tokens"] - 1) // m.block_size)
+        windows = min(run.eval_windows, (data["val_tokens"] - 1) // m.block_size)
         loss = f"{weights.val_loss:.4f} nats per token on {windows:,} windows"
-    source, dataset = "the four Jane Austen novels that come with jaxgpt", run.dataset
-    if run.data_dir is not None:  # the folder that was read, whatever --dataset was left at
-        dataset = run.data_dir.absolute().name
+    source, dataset = "the four Jane Austen novels that come with jaxgpt", run.asked.dataset
+    if run.asked.data_dir is not None:  # the folder that was read, whatever --dataset was left at
+        dataset = run.asked.data_dir.absolute().name
         source = f"{dataset} (token files)"
     rows = {
         "parameters": f"{m.parameter_count(padding=False):,}",
@@ -140,7 +137,7 @@ def model_card(weights: Weights, run: Config, data: dict[str, Any]) -> str:
     }
     if weights.tokenizer.bpe is not None and has_files(weights.tokenizer):
         rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
-    settings = {k: v for k, v in flat_values(run).items() if k not in NOT_ON_THE_CARD}
+    settings = {k: v for k, v in run.flat().items() if k not in names_with(Role.LOCAL)}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
     settings["dataset"] = dataset
     lines = [

@@ -75,7 +75,7 @@ class Checkpoints:
                 f"{self.folder} cannot be made ({error.strerror}); choose another --out-dir"
             ) from None
         self._orbax = OrbaxPath(self.folder, processes.count)
-        self._keep, self._on_error, self._processes = keep, on_error, processes
+        self._keep, self._on_error, self.processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
@@ -92,7 +92,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        if self._processes.count > 1:  # the others wait elsewhere, and the path is the folder's own
+        if self.processes.count > 1:  # the others wait elsewhere, and the path is the folder's own
             return
         # The error on its way out says more than one about the save it interrupted.
         with contextlib.suppress(Exception):
@@ -120,10 +120,10 @@ class Checkpoints:
         """
         step = None
         try:
-            if self._processes.is_main:
+            if self.processes.is_main:
                 retention.remove_unfinished(self.folder)
                 step = retention.newest_sound(self.folder, self._verified, tell, strict)
-            return self._processes.from_main(step)
+            return self.processes.from_main(step)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be cleaned up ({error}); see who else owns what is in it"
@@ -142,7 +142,7 @@ class Checkpoints:
         """
         self.settle()
         step = int(state.step)
-        if step == self._processes.from_main(self.latest_step):
+        if step == self.processes.from_main(self.latest_step):
             return
         stored = to_store(state)
         if not all_finite(stored):
@@ -152,10 +152,10 @@ class Checkpoints:
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
-            with self._processes.together():
+            with self.processes.together():
                 # Whoever has deleted it has not deleted what is in memory.
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if self._processes.is_main:
+                if self.processes.is_main:
                     retention.clear(self.folder)
                 retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(
@@ -180,7 +180,7 @@ class Checkpoints:
             return
         assert saving.val_loss.done(), "finish what has begun"
         error = saving.done.exception()
-        if self._processes.any(error is not None):
+        if self.processes.any(error is not None):
             error = error or OSError("another process of the run could not write its part")
         self._failure = None
         if error is not None:
@@ -189,7 +189,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Tell of a save that has failed since it was started; costs next to nothing."""
         # Several processes cannot know that it is done on all without asking.
-        if self._processes.count > 1 or self._saving is None:
+        if self.processes.count > 1 or self._saving is None:
             return
         if self._saving.done.done():
             self.settle()
@@ -237,7 +237,7 @@ class Checkpoints:
     def _verified(self, folder: Path) -> dict[str, Any]:
         if folder not in self._sound:
             # Once is enough, and takes long.
-            self._sound[folder] = (verify if self._processes.is_main else read_manifest)(folder)
+            self._sound[folder] = (verify if self.processes.is_main else read_manifest)(folder)
         return self._sound[folder]
 
     def _write(
@@ -247,7 +247,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             written.result()  # of several processes when all have written
-            if not self._processes.is_main:
+            if not self.processes.is_main:
                 return
             check_readable(self._orbax.path / str(step), len(notes["arrays"]))
             files = measure(folder)
@@ -263,7 +263,7 @@ class Checkpoints:
 
     def _give_room_back(self, step: int) -> None:
         """Delete what was written of a save that failed: it holds the room that is missing."""
-        if not self._processes.is_main:
+        if not self.processes.is_main:
             return
         with contextlib.suppress(OSError):
             for path in self.folder.glob(f"{step}*"):

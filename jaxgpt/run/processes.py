@@ -34,7 +34,7 @@ class Address(NamedTuple):
     process_id: int | None = None
 
 
-class Asked(NamedTuple):
+class StepRequests(NamedTuple):
     """What all processes were asked for at the edge of a step."""
 
     stop: str | None = None  # the name of a signal
@@ -109,7 +109,7 @@ class Processes:
 ALONE = Processes()
 
 
-class Edge:
+class StepSync:
     """What the processes were asked for, agreed upon at the edge of each step.
 
     Of several, each puts its wishes into one small collective, whose result is read a step later,
@@ -124,10 +124,10 @@ class Edge:
 
             self._largest = jax.jit(lambda wishes: wishes.max(0), **layout.results(None))
 
-    def agree(self, stop: str | None, save: bool, now: bool = False) -> Asked:
+    def exchange(self, stop: str | None, save: bool, now: bool = False) -> StepRequests:
         """What was asked for at the edge before this one; at this one with `now`, which waits."""
         if self._count == 1:
-            return Asked(stop, save)
+            return StepRequests(stop, save)
         wishes = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
         shape = (self._layout.count, len(wishes))
         spread = self._layout.load(
@@ -137,7 +137,7 @@ class Edge:
         if now:
             asked, self._pending = self._pending, None
         number, saves = (0, 0) if asked is None else (int(x) for x in np.asarray(asked))
-        return Asked(signal.Signals(number).name if number else None, bool(saves))
+        return StepRequests(signal.Signals(number).name if number else None, bool(saves))
 
 
 def join(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from jaxgpt.config.resolved import padded_vocab_size
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import RECOGNIZED, recognize_tokenizer
 from jaxgpt.errors import first_line
 from jaxgpt.weights import huggingface

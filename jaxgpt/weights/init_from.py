@@ -1,34 +1,49 @@
 """The start of a fine-tuning: --init-from's architecture for the run, and its weights."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, flat_values, with_fields
+from jaxgpt.config.fields import Config
+from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
+
+# Of the architecture, what the weights decide; block_size may be shorter than theirs.
+FROM_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
 
 
 def start_from(
-    cfg: Config, saved: Config | None, given: Collection[str]
-) -> tuple[Config, Weights | None]:
-    """`cfg` with the architecture of the weights it starts from, and these weights.
+    asked: Config, saved: Resolved | None, given: Collection[str]
+) -> tuple[Origin, Weights | None]:
+    """Where a run's model comes from, and the weights of --init-from if the run is new.
 
-    Without --init-from `cfg` is as it was. A run that goes on, `saved`, has its weights in its
-    checkpoints and its architecture in its configuration; then there are no others. `given` are
-    the names of the flags that were typed.
+    A resumed run, `saved`, has its weights in its checkpoints and its architecture in its
+    configuration. `given` are the names of the flags in argv.
 
     Raises:
         UserError: if there are no such weights, or a flag asks for another architecture.
     """
-    init_from = cfg.init_from or (saved.init_from if saved else None)
+    init_from = asked.init_from or (saved.init_from if saved else None)
     if init_from is None:
-        return cfg, None
-    cfg = with_fields(cfg, init_from=init_from)
+        return dataclasses.replace(Origin.of(asked), saved=saved), None
+    weights = None
     if saved is not None and saved.init_from == init_from:
-        return _with_architecture(cfg, saved.model, saved.tokenizer, given), None
-    weights = open_weights(WeightsFlags(init_from=init_from))
-    return _with_architecture(cfg, weights.model, weights.tokenizer.name, given), weights
+        model, tokenizer = saved.model, saved.tokenizer
+    else:
+        weights = open_weights(WeightsFlags(init_from=init_from))
+        model, tokenizer = weights.model, weights.tokenizer.name
+    _refuse_other_architecture(asked, init_from, model, tokenizer, given)
+    adopted = {name: getattr(model, name) for name in (*FROM_WEIGHTS, "n_vocab")}
+    block_size = min(asked.model.block_size, model.block_size)
+    origin = Origin(
+        model=dataclasses.replace(asked.model, **adopted, block_size=block_size),
+        tokenizer=tokenizer,
+        init_from=init_from,
+        saved=saved,
+    )
+    return origin, weights
 
 
 def load_start(weights: Weights, device: Any, like: Any) -> Any:
@@ -43,24 +58,23 @@ def load_start(weights: Weights, device: Any, like: Any) -> Any:
     )
 
 
-def _with_architecture(
-    cfg: Config, model: ModelConfig, tokenizer: str, given: Collection[str]
-) -> Config:
-    asked = flat_values(cfg)
-    names = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
-    found = {**{name: getattr(model, name) for name in names}, "tokenizer": tokenizer}
+def _refuse_other_architecture(
+    asked: Config, init_from: str, model: ModelConfig, tokenizer: str, given: Collection[str]
+) -> None:
+    """Raises ConfigError for flags at odds with the weights."""
+    wanted = {**{name: getattr(asked.model, name) for name in FROM_WEIGHTS}}
+    wanted["tokenizer"] = asked.tokenizer
+    found = {**{name: getattr(model, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
     errors = [
-        f"--{name.replace('_', '-')} {asked[name]}: the weights of {cfg.init_from} have "
+        f"--{name.replace('_', '-')} {wanted[name]}: the weights of {init_from} have "
         f"{found[name]}; leave it out"
         for name in found
-        if name in given and asked[name] not in (found[name], None)
+        if name in given and wanted[name] not in (found[name], None)
     ]
-    if "block_size" in given and asked["block_size"] > model.block_size:
+    if "block_size" in given and asked.model.block_size > model.block_size:
         errors.append(
-            f"--block-size {asked['block_size']}: the weights of {cfg.init_from} have positions "
+            f"--block-size {asked.model.block_size}: the weights of {init_from} have positions "
             f"for {model.block_size} tokens; it may be shorter, not longer"
         )
     if errors:
         raise ConfigError("\n".join(errors))
-    block_size = min(cfg.model.block_size, model.block_size)
-    return with_fields(cfg, **found, n_vocab=model.n_vocab, block_size=block_size)

@@ -15,7 +15,7 @@ from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, Device, Dtype
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet
-from jaxgpt.config.presets import load_config
+from jaxgpt.config.resolved import Resolved, choose_dtype, load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import warn
 from jaxgpt.run import device as hardware
@@ -59,7 +59,7 @@ class Weights:
     model: ModelConfig
     tokenizer: Tokenizer
     load: Callable[[Any], Any]  # a jax.Device -> Params on it; imports JAX
-    run: Config | None = None  # the run's configuration, if it is a run's
+    run: Resolved | None = None  # the run's configuration, if it is a run's
     step: int | None = None
     val_loss: float | None = None  # what the run logged at that step
 
@@ -101,11 +101,11 @@ def prepare_device(flags: WeightsFlags) -> tuple[Any, str]:
     cfg = Config(device=flags.device)
     hardware.prepare_environment(cfg)
     prepare_compile_cache(warn)
-    device = hardware.choose_device(cfg)
+    device = hardware.choose_devices(cfg)[0]
     from jaxgpt.model.attention import compute_capability
 
     capability = compute_capability(device)
-    return device, hardware.compute_dtype(flags.dtype, device.platform, capability)
+    return device, choose_dtype(flags.dtype, device.platform, capability)
 
 
 def build_network(weights: Weights, device: Any, dtype: str) -> Any:
