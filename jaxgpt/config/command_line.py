@@ -81,7 +81,7 @@ def parse_run(
         description=f"{description}\n\nDefaults are those of preset {base.preset}. The presets:\n"
         + describe_presets(),
         default=flags_type(**fields),
-        args=list(argv),
+        args=_apart(argv),
         config=STYLE,
     )
     return _asked(draft, base, flags), draft, frozenset(flags)
@@ -104,10 +104,20 @@ def parse_command(
     errors = [f"--{n} is nanoGPT's; {text}" for n, text in (instead or {}).items() if n in flags]
     if errors := errors or _empty_values(flags):
         fail(prog, "\n".join(errors))
-    parsed = tyro.cli(kind, prog=prog, description=description, args=list(argv), config=STYLE)
+    parsed = tyro.cli(kind, prog=prog, description=description, args=_apart(argv), config=STYLE)
     if errors := parsed.errors():
         fail(prog, "\n".join(errors))
     return parsed
+
+
+def _apart(argv: Sequence[str]) -> list[str]:
+    """argv with `--flag=value` as two words: tyro would look for flags similar to the whole."""
+    words: list[str] = []
+    for arg in argv:
+        flag, equals, value = arg.partition("=")
+        apart = arg.startswith("--") and equals and not value.startswith("-")
+        words += [flag, value] if apart else [arg]
+    return words
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
@@ -137,6 +147,8 @@ def _refuse_habits(argv: Sequence[str], flags: Mapping[str, str | None]) -> None
 def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
     # As a path '' would be the current folder. A prompt may be empty.
     empty = [name for name, value in flags.items() if value == "" and name != "prompt"]
+    if flags.get("preset", "given") is None:
+        empty.append("preset")  # or a machine's own tier would be taken
     return [f"--{name.replace('_', '-')} needs a value" for name in empty]
 
 

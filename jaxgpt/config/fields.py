@@ -204,14 +204,14 @@ class Config:
         if self.gradient_accumulation_steps is not None:
             counts.append("gradient_accumulation_steps")
         try:
-            devices = parse_mesh(self.mesh).devices if self.mesh else 1
+            devices = parse_mesh(self.mesh).devices
             if errors := bad_counts(self, *reversed(counts)):
                 return errors
-            divide_batch(self.effective_batch_size, self.batch_size_or(1), devices)
             if self.gradient_accumulation_steps is not None and self.batch_size != "auto":
                 effective_of_accumulation(
                     self.gradient_accumulation_steps, self.batch_size, self.effective_batch_size
                 )
+            divide_batch(self.effective_batch_size, self.batch_size_or(1), devices)
         except ValueError as error:
             return [str(error)]
         return []

@@ -22,10 +22,13 @@ class MeshShape(NamedTuple):
         return f"data={self.data},fsdp={self.fsdp}"
 
 
+ONE_DEVICE = MeshShape()
+
+
 def parse_mesh(text: str | None) -> MeshShape:
     """The shape that `text` names, one device if it is None; ValueError if it names none."""
     if text is None:
-        return MeshShape()
+        return ONE_DEVICE
     parts = [FORM.fullmatch(part.strip()) for part in text.split(",")]
     sizes = {part[1]: int(part[2]) for part in parts if part}
     if not all(parts) or len(sizes) < len(parts):

@@ -120,6 +120,8 @@ def _decode(value: object, annotation: Any) -> Any:
     """A TOML or JSON value as a field's type; ValueError with what was expected."""
     if value == "":
         raise ValueError("expected a value, got an empty text")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("expected a smaller number")
     try:
         return msgspec.convert(value, annotation, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
@@ -135,17 +137,17 @@ def _decode_path(kind: type, value: object) -> Path:
 def _plain(error: str, annotation: Any) -> str:
     """msgspec's message without its quotes; choices are listed, and the nearest is named."""
     if error.startswith("Invalid enum value"):
-        choices = _choices(annotation)
+        choices = [word for word in _members(annotation) if isinstance(word, str)]
         word = error.partition("'")[2].rpartition("'")[0]
-        return f"expected one of {', '.join(choices)}{did_you_mean(word, choices)}"
+        number = "a whole number or " if int in _members(annotation) else ""
+        return f"expected {number}one of {', '.join(choices)}{did_you_mean(word, choices)}"
     return error[0].lower() + error[1:].replace("`", "")
 
 
-def _choices(annotation: Any) -> list[str]:
-    """The words of every Literal in an annotation."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return list(typing.get_args(annotation))
-    return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
+def _members(annotation: Any) -> list[Any]:
+    """The types and the words of Literals that an annotation is made of."""
+    parts = typing.get_args(annotation)
+    return [member for part in parts for member in _members(part)] if parts else [annotation]
 
 
 def _unknown(key: str, value: object, known: Collection[str]) -> str:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset, preset_for_memory, preset_names
-from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
+from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.config.roles import Role
-from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
 from jaxgpt.planning.gpus import GIB, Gpu
+from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.training.sharding import make_layout
 
 TRAIN = "python -m jaxgpt.train"
@@ -50,10 +50,8 @@ class Planner:
 
     def resolve(self, asked: Config) -> Resolved:
         """`asked` on this card. Raises ConfigError if the card cannot compute in its dtype."""
-        tokenizer = load_tokenizer(asked.tokenizer)
         dtype = choose_dtype(asked.dtype, "gpu", self.gpu.compute_capability)
-        origin = Origin.of(asked)
-        return resolve(asked, origin, n_vocab=tokenizer.n_vocab, mesh=self.mesh, dtype=dtype)
+        return resolve_new(asked, dtype, self.mesh)
 
     def need(self, cfg: Resolved) -> memory.Need:
         """What a step of `cfg` needs, compiled if possible."""
@@ -232,8 +230,7 @@ class _Choice(NamedTuple):
 def train_command(cfg: Resolved) -> str:
     """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
     preset = load_preset(cfg.asked.preset)
-    n_vocab = load_tokenizer(cfg.tokenizer).n_vocab
-    base = resolve(preset, Origin.of(preset), n_vocab=n_vocab, mesh=MeshShape(), dtype=cfg.dtype)
+    base = resolve_new(preset, cfg.dtype)
     # The card's dtype is not said, and the decay ends with the run.
     old = {**base.flat(), "dtype": preset.dtype, "lr_decay_iters": cfg.asked.max_iters}
     new = {**cfg.flat(), "dtype": cfg.asked.dtype}

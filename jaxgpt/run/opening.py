@@ -3,11 +3,13 @@
 Shared by `train` and `bench`. Everything but `find_devices` happens before JAX is imported.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
 from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
@@ -57,11 +59,14 @@ def open_data(asked: Config, origin: Origin) -> Data:
         UserError: if something of it is missing, damaged, or made with another tokenizer.
     """
     tokenizer = load_tokenizer(origin.tokenizer)
+    model = dataclasses.replace(origin.model, n_vocab=tokenizer.n_vocab)
+    if errors := model.errors():  # a vocab_size too small for the tokenizer
+        raise ConfigError("\n".join(errors))
     identity: dict[str, int | str] = {}
     data_dir = None if asked.dataset == "embedded" else asked.data_dir
     if data_dir is not None and (fingerprint := check_manifest(data_dir, tokenizer)):
         identity["manifest_fingerprint"] = fingerprint
-    block_size = origin.model.block_size
+    block_size = model.block_size
     tokens_wanted = asked.effective_batch_size * block_size * asked.max_iters
     train = open_split(data_dir, "train", tokenizer, tokens_wanted)
     val = open_split(data_dir, "val", tokenizer, tokens_wanted)

@@ -7,7 +7,8 @@ from helpers.runs import last_params
 
 from jaxgpt import train
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.presets import load_config, load_preset
+from jaxgpt.config.presets import load_preset
+from jaxgpt.config.resolved import load_config
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.weights.init_from import start_from
 
@@ -63,8 +64,8 @@ def test_the_same_command_goes_on_too_though_its_source_is_gone(tuned: Path) -> 
     saved = load_config(tuned / "config.json")
     assert saved.model.block_size == 12
     asked = dataclasses.replace(load_preset("demo"), init_from=saved.init_from)
-    cfg, weights = start_from(asked, saved, given=["init_from"])
-    assert (cfg.model, cfg.tokenizer, weights) == (saved.model, "byte", None)
+    origin, weights = start_from(asked, saved, given=["init_from"])
+    assert (origin.model, origin.tokenizer, weights) == (saved.model, "byte", None)
     elsewhere = dataclasses.replace(asked, init_from="no/such/folder")
     with pytest.raises(ConfigError, match="no such folder"):
         start_from(elsewhere, saved, given=["init_from"])
