@@ -14,7 +14,8 @@ from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.sources import open_split
-from jaxgpt.data.tasks import Question, load_benchmarks
+from jaxgpt.data.task import Question
+from jaxgpt.data.tasks import load_tasks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.run import device as hardware
 from jaxgpt.run.folder import check_same_run, load_saved
@@ -71,12 +72,11 @@ def open_data(asked: Config, origin: Origin) -> Data:
     saved = origin.saved
     windows = asked.eval_windows if saved is None else saved.eval_windows
     assert windows is not None, "set by the command line"
-    sources = {"hellaswag": asked.hellaswag, "lambada": asked.lambada}
     return Data(
         tokenizer=tokenizer,
         loader=WindowLoader(train, block_size, tokenizer.n_vocab, asked.seed),
         windows_WT1=evaluation_windows(val, block_size, windows, tokenizer.n_vocab),
-        tasks=load_benchmarks(sources, tokenizer, block_size),
+        tasks=load_tasks(vars(asked.tasks), tokenizer, block_size),
         identity=identity,
     )
 
