@@ -19,7 +19,7 @@ from jaxgpt.data.tasks import load_tasks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.run import device as hardware
 from jaxgpt.run.folder import check_same_run, load_saved
-from jaxgpt.weights.init_from import start_from
+from jaxgpt.weights.init_from import find_origin
 from jaxgpt.weights.source import Weights
 
 
@@ -45,7 +45,7 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
     """
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
-    origin, weights = start_from(asked, saved, given)
+    origin, weights = find_origin(asked, saved, given)
     if saved is not None:
         check_same_run(asked, origin)
     return origin, weights
