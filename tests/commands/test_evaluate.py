@@ -189,7 +189,7 @@ def test_training_scores_tasks_at_each_evaluation(tmp_path, hellaswag_file, caps
         (["--dataset=embedded", "--data-dir=x"], ["--data-dir is not read"]),
         (["--data-dir=no/such"], ["no/such: no such folder", "val.bin"]),
         (["--hellaswag=no.jsonl"], ["--hellaswag no.jsonl cannot be read"]),
-        (["--hellaswaq=no.jsonl"], ["did you mean '--hellaswag'?"]),
+        (["--hellaswaq", "no.jsonl"], ["Perhaps you meant", "--hellaswag FILE"]),
     ],
 )
 def test_a_user_error_is_one_message(mistake, tiny_run, flags, answers) -> None:

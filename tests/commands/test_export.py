@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
     assert weights.run is not None
     # As `--preset 24gb --data-dir .../my-tokens` leaves it: the preset's dataset, another folder.
-    run = with_fields(weights.run, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    asked = with_fields(weights.run.asked, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    run = dataclasses.replace(weights.run, asked=asked)
     card = model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
     assert "| data | my-tokens (token files), 9 byte tokens |" in card
     assert "fineweb" not in card
@@ -114,7 +116,7 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
             ["--out-dir=RUN", "--to=x", "--checkpoint=5"],
             ["--checkpoint 5: ", "has no such checkpoint"],
         ),
-        (["--out-dir=RUN", "--too=x"], ["did you mean '--to'?"]),
+        (["--out-dir=RUN", "--too", "x"], ["Perhaps you meant", "--to PATH"]),
     ],
 )
 def test_a_user_error_is_one_message(tiny_run, exported, tmp_path, capsys, flags, answers) -> None:

@@ -149,10 +149,10 @@ def test_an_incomplete_character_waits_and_the_text_ends_at_the_stop() -> None:
     [
         ([], ["specify --out-dir RUN or --init-from NAME"]),
         (["--out-dir", "x", "--init-from", "gpt2"], ["specify --out-dir RUN or --init-from NAME"]),
-        (["--out-dir", "x", "--num-sampels", "3"], ["did you mean '--num-samples'?"]),
+        (["--out-dir", "x", "--num-sampels", "3"], ["Perhaps you meant", "--num-samples INT"]),
         (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
-        (["--out-dir", "x", "--seed"], ["--seed needs a value"]),
-        (["--out-dir", "x", "--prompt", "--- a"], ["one that begins with -- goes as --prompt="]),
+        (["--out-dir", "x", "--seed"], ["Missing value for argument '--seed'"]),
+        (["--out-dir", "x", "--prompt", "--- a"], ["--out-dir x: no such folder"]),
         (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
         (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be at least 0"]),
         (["--out-dir", "x", "--temperature", "1e39"], ["--temperature 1e+39 must", "float32"]),

@@ -74,14 +74,14 @@ TASK = Task(
 """)
     code = """
 from jaxgpt import evaluate
-from jaxgpt.config import command_line
+from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import flat_values
 from jaxgpt.data.tasks import load_tasks
 from jaxgpt.data.tokenizer import load_tokenizer
 argv = ["--preset", "demo", "--arc-easy", "arc.jsonl"]
-cfg = command_line.parse(argv, prog="train", description="", default_preset=lambda: None)
-assert flat_values(cfg)["arc_easy"] == "arc.jsonl"
-(question,) = load_tasks(vars(cfg.tasks), load_tokenizer("byte"), 64)["arc_easy"]
+asked, *_ = parse_run(RunFlags, argv, prog="train", description="", default_preset=str)
+assert flat_values(asked)["arc_easy"] == "arc.jsonl"
+(question,) = load_tasks(vars(asked.tasks), load_tokenizer("byte"), 64)["arc_easy"]
 assert bytes(question.rows[question.label].tokens.tolist()).decode().endswith("Answer: B")
 evaluate.main(["--help"])
 """
