@@ -128,14 +128,18 @@ def test_every_id_has_its_length_in_bytes() -> None:
 
 
 def test_token_files_are_measured_and_named_in_the_table(
-    evaluated, tiny_run, tmp_path, capsys
+    evaluated, tiny_run, tmp_path, monkeypatch, capsys
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_dir = Path("[b]:smile:")  # neither markup nor an emoji
+    data_dir.mkdir()
     tokens = np.random.default_rng(0).integers(0, 257, 500).astype(np.uint16)
-    write_shard(tmp_path / "x_val_000000.bin", tokens)  # and no training split
-    found = evaluated("--out-dir", tiny_run, "--data-dir", tmp_path, "--val-tokens", 0)
+    write_shard(data_dir / "x_val_000000.bin", tokens)  # and no training split
+    found = evaluated("--out-dir", tiny_run, "--data-dir", data_dir, "--val-tokens", 0)
     assert found["validation"]["tokens"] == 499 // 16 * 16
-    assert main(["--out-dir", str(tiny_run), "--data-dir", str(tmp_path)]) == 0
+    assert main(["--out-dir", str(tiny_run), "--data-dir", str(data_dir)]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert str(data_dir) in out
     for part in ("step 8, 10,592 parameters", "all 31 windows", "nats per token", "bits per byte"):
         assert part in out
 
