@@ -55,7 +55,7 @@ def load_initial_params(weights: Weights, device: Any, like: Any) -> Any:
 
     params = weights.load(device)
     params["wpe"]["embedding"] = params["wpe"]["embedding"][: like["wpe"]["embedding"].shape[0]]
-    # Never aliases: a training step donates its parameters.
+    # Copies, never aliases: a training step donates its parameters.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like
     )

@@ -42,10 +42,10 @@ class WeightsFlags:
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""
         errors = []
-        if (self.out_dir is None) == (self.init_from is None):
-            errors.append(
-                "specify --out-dir RUN or --init-from NAME: a run, or gpt2 or a model folder"
-            )
+        if self.out_dir is None and self.init_from is None:
+            errors.append("specify --out-dir RUN or --init-from MODEL, for example gpt2")
+        if self.out_dir is not None and self.init_from is not None:
+            errors.append("specify --out-dir or --init-from, not both")
         if self.checkpoint not in ("latest", "best") and not self.checkpoint.isdecimal():
             errors.append(f"--checkpoint {self.checkpoint} must be latest, best or a step")
         return errors
@@ -166,25 +166,26 @@ def _open_run(out_dir: Path, which: str) -> Weights:
 def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
     if not steps:
         raise ConfigError(
-            f"{out_dir} has no checkpoint yet; run the same python -m jaxgpt.train command again"
+            f"{out_dir} has no checkpoint yet; run its python -m jaxgpt.train command again"
         )
     if which == "latest":
         return steps[-1]
-    saved = f"its checkpoints are of steps {', '.join(map(str, steps))}"
+    saved = {str(step): step for step in steps}
+    listed = f"it has checkpoints of steps {', '.join(saved)}"
     if which == "best":
         scored = [(losses[step], step) for step in steps if step in losses]
         if not scored:
             raise ConfigError(
-                f"--checkpoint best: {out_dir} logged no validation loss at a checkpoint; {saved}"
+                f"--checkpoint best: {out_dir} logged no validation loss at a checkpoint; {listed}"
             )
         return min(scored)[1]
-    if int(which) not in steps:
-        raise ConfigError(f"--checkpoint {which}: {out_dir} has no such checkpoint; {saved}")
-    return int(which)
+    if which not in saved:
+        raise ConfigError(f"--checkpoint {which}: {out_dir} has no such checkpoint; {listed}")
+    return saved[which]
 
 
 def _copy_to(device: Any, params: Any) -> Any:
     import jax
 
-    # Never an alias of the file's memory: a training step donates its parameters.
+    # Copies, never aliases of host memory: a training step donates its parameters.
     return jax.device_put(params, device, may_alias=False)

@@ -147,8 +147,8 @@ def test_an_incomplete_character_waits_and_the_text_ends_at_the_stop() -> None:
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
-        ([], ["specify --out-dir RUN or --init-from NAME"]),
-        (["--out-dir", "x", "--init-from", "gpt2"], ["specify --out-dir RUN or --init-from NAME"]),
+        ([], ["specify --out-dir RUN or --init-from MODEL"]),
+        (["--out-dir", "x", "--init-from", "gpt2"], ["--out-dir or --init-from, not both"]),
         (["--out-dir", "x", "--num-sampels", "3"], ["Perhaps you meant", "--num-samples INT"]),
         (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
         (["--out-dir", "x", "--seed"], ["Missing value for argument '--seed'"]),

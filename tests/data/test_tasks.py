@@ -126,7 +126,7 @@ def test_a_long_context_loses_its_beginning(tokenizer, tmp_path) -> None:
         ),
         ("hellaswag", '{"ctx": "a", "endings": "bcde", "label": 1}', "endings: Expected `array`"),
         ("hellaswag", "[1, 2]", "line 1 is not a hellaswag record"),
-        ("hellaswag", "{", "line 1 is not a hellaswag record: is no JSON"),
+        ("hellaswag", "{", "line 1 is not a hellaswag record: .*JSON"),
         ("hellaswag", "", "x.jsonl is empty"),
         ("lambada", '{"text": "word"}', "line 1 is not a lambada record"),
         ("lambada", '{"text": 3}', "line 1 is not a lambada record"),
