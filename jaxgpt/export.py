@@ -91,7 +91,7 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None
         huggingface.save_model(part, weights.model, params, weights.tokenizer.eot)
         if has_files(weights.tokenizer):
             write_tokenizer(part, weights.tokenizer, weights.model.block_size)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        (part / "README.md").write_text(card, encoding="utf-8", errors="replace")
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
