@@ -29,7 +29,7 @@ from jaxgpt.run.opening import Data, find_devices, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, join
 from jaxgpt.run.signals import StopRequest
 from jaxgpt.run.watchdog import StallWatch
-from jaxgpt.weights.init_from import load_start
+from jaxgpt.weights.init_from import load_initial_params
 from jaxgpt.weights.source import Weights
 
 if TYPE_CHECKING:  # they import JAX
@@ -138,7 +138,7 @@ def start_or_restore(
     if weights is None:
         return state
     jax.tree.map(lambda x: x.delete(), state.params)  # room for the others
-    params = load_start(weights, compiled.layout.device, training.state_like.params)
+    params = load_initial_params(weights, compiled.layout.device, training.state_like.params)
     return state._replace(params=params)
 
 

@@ -19,6 +19,7 @@ from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.roles import Role, with_role
+from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -27,7 +28,7 @@ StateDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
 Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
-SECTIONS = ("model", "optimizer")
+SECTIONS = ("model", "optimizer", "tasks")
 DEFAULT_BATCH_SIZE = 32
 
 
@@ -88,6 +89,7 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
     # Hub, or a folder, a run's too (its newest checkpoint); they bring their architecture and
@@ -134,10 +136,6 @@ class Config:
     checkpoint_minutes: Annotated[float, Role.TUNABLE, Role.LOCAL] = 15.0
     # newest checkpoints kept, besides the best
     keep_checkpoints: Annotated[int, Role.TUNABLE, Role.LOCAL] = 2
-    # hellaswag_val.jsonl, or 'datasets' to fetch it: scored at each evaluation
-    hellaswag: Annotated[TextIfSet, Role.TUNABLE, Role.LOCAL] = None
-    # lambada_test.jsonl, or 'datasets' to fetch it: scored at each evaluation
-    lambada: Annotated[TextIfSet, Role.TUNABLE, Role.LOCAL] = None
     # length of the text sampled for TensorBoard at each evaluation; 0: none
     sample_tokens: Annotated[int, Role.TUNABLE] = 200
 
@@ -237,7 +235,7 @@ class Config:
 def flat_fields() -> dict[str, dataclasses.Field]:
     """Every field by the flat name that TOML keys and flags use."""
     fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in SECTIONS}
-    for section in (ModelConfig, OptimizerConfig):
+    for section in (ModelConfig, OptimizerConfig, TaskSources):
         fields |= {f.name: f for f in dataclasses.fields(section)}
     return fields
 

@@ -7,7 +7,7 @@ import jax
 from jaxgpt.model.generate import Generator, Sampling
 from jaxgpt.run.report import task_scalars
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.scoring import score_benchmarks
+from jaxgpt.training.scoring import score_tasks
 
 if TYPE_CHECKING:
     from jaxgpt.run.opening import Data
@@ -37,7 +37,7 @@ class Evaluator:
         """The validation loss, as 'val/loss', and the tasks' figures."""
         data, params = self._data, state.params
         loss = evaluate(self._eval_step, params, data.windows_WT1, self._micro_batch)
-        scores = score_benchmarks(
+        scores = score_tasks(
             data.tasks, self._score_step, params, self._block_size, self._micro_batch
         )
         return {"val/loss": loss, **task_scalars(scores)}

@@ -16,11 +16,12 @@ from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.sources import open_split
-from jaxgpt.data.tasks import Question, load_benchmarks
+from jaxgpt.data.task import Question
+from jaxgpt.data.tasks import load_tasks
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.run import device as hardware
 from jaxgpt.run.folder import check_same_run, load_saved
-from jaxgpt.weights.init_from import start_from
+from jaxgpt.weights.init_from import find_origin
 from jaxgpt.weights.source import Weights
 
 
@@ -46,7 +47,7 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
     """
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
-    origin, weights = start_from(asked, saved, given)
+    origin, weights = find_origin(asked, saved, given)
     if saved is not None:
         check_same_run(asked, origin)
     return origin, weights
@@ -76,12 +77,11 @@ def open_data(asked: Config, origin: Origin) -> Data:
     saved = origin.saved
     windows = asked.eval_windows if saved is None else saved.eval_windows
     assert windows is not None, "set by the command line"
-    sources = {"hellaswag": asked.hellaswag, "lambada": asked.lambada}
     return Data(
         tokenizer=tokenizer,
         loader=WindowLoader(train, block_size, tokenizer.n_vocab, asked.seed),
         windows_WT1=evaluation_windows(val, block_size, windows, tokenizer.n_vocab),
-        tasks=load_benchmarks(sources, tokenizer, block_size),
+        tasks=load_tasks(vars(asked.tasks), tokenizer, block_size),
         identity=identity,
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxgpt.config.fields import Config
 from jaxgpt.config.resolved import Resolved
+from jaxgpt.data.task import Figure
 from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
@@ -116,13 +117,12 @@ class Result(NamedTuple):
     sample: str = ""
 
 
-def task_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The figures of evaluation tasks that are logged, under their names in the log."""
+def task_scalars(scores: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
+    """The figures of evaluation tasks, under their names in the log."""
     return {
-        f"{task}/{name}": figures[name]
+        f"{task}/{name}": figure.value
         for task, figures in scores.items()
-        for name in ("acc", "acc_norm", "perplexity")
-        if name in figures
+        for name, figure in figures.items()
     }
 
 

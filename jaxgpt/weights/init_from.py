@@ -1,4 +1,4 @@
-"""The start of a fine-tuning: --init-from's architecture for the run, and its weights."""
+"""Fine-tuning: the architecture and the initial parameters that `--init-from` gives a run."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,20 +10,20 @@ from jaxgpt.config.fields import Config
 from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
-# Of the architecture, what the weights decide; block_size may be shorter than theirs.
+# Fields of ModelConfig that the weights determine; block_size may be shorter than theirs.
 FROM_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
 
 
-def start_from(
+def find_origin(
     asked: Config, saved: Resolved | None, given: Collection[str]
 ) -> tuple[Origin, Weights | None]:
-    """Where a run's model comes from, and the weights of --init-from if the run is new.
+    """Where a run's model comes from, and the weights to start from if the run is fine-tuned.
 
-    A resumed run, `saved`, has its weights in its checkpoints and its architecture in its
-    configuration. `given` are the names of the flags in argv.
+    A resumed run, `saved`, needs no weights: its parameters are in its checkpoints, and its
+    architecture is in its configuration. `given` are the names of the flags on the command line.
 
     Raises:
-        UserError: if there are no such weights, or a flag asks for another architecture.
+        UserError: if the weights do not exist, or a flag contradicts their architecture.
     """
     init_from = asked.init_from or (saved.init_from if saved else None)
     if init_from is None:
@@ -34,7 +34,7 @@ def start_from(
     else:
         weights = open_weights(WeightsFlags(init_from=init_from))
         model, tokenizer = weights.model, weights.tokenizer.name
-    _refuse_other_architecture(asked, init_from, model, tokenizer, given)
+    _check_architecture(asked, init_from, model, tokenizer, given)
     adopted = {name: getattr(model, name) for name in (*FROM_WEIGHTS, "n_vocab")}
     block_size = min(asked.model.block_size, model.block_size)
     origin = Origin(
@@ -46,35 +46,38 @@ def start_from(
     return origin, weights
 
 
-def load_start(weights: Weights, device: Any, like: Any) -> Any:
-    """The weights, read onto `device`, placed as parameters `like`, with as many positions."""
+def load_initial_params(weights: Weights, device: Any, like: Any) -> Any:
+    """The parameters of `weights`, read onto `device` and then sharded like `like`.
+
+    Position embeddings beyond the run's block_size are dropped.
+    """
     import jax
 
     params = weights.load(device)
     params["wpe"]["embedding"] = params["wpe"]["embedding"][: like["wpe"]["embedding"].shape[0]]
-    # Copies, because a training step donates them.
+    # Copies, never aliases: a training step donates its parameters.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like
     )
 
 
-def _refuse_other_architecture(
+def _check_architecture(
     asked: Config, init_from: str, model: ModelConfig, tokenizer: str, given: Collection[str]
 ) -> None:
-    """Raises ConfigError for flags at odds with the weights."""
-    wanted = {**{name: getattr(asked.model, name) for name in FROM_WEIGHTS}}
+    """Raises ConfigError for flags that contradict the weights."""
+    wanted = {name: getattr(asked.model, name) for name in FROM_WEIGHTS}
     wanted["tokenizer"] = asked.tokenizer
     found = {**{name: getattr(model, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
     errors = [
         f"--{name.replace('_', '-')} {wanted[name]}: the weights of {init_from} have "
-        f"{found[name]}; leave it out"
+        f"{found[name]}; drop the flag"
         for name in found
         if name in given and wanted[name] not in (found[name], None)
     ]
     if "block_size" in given and asked.model.block_size > model.block_size:
         errors.append(
-            f"--block-size {asked.model.block_size}: the weights of {init_from} have positions "
-            f"for {model.block_size} tokens; it may be shorter, not longer"
+            f"--block-size {asked.model.block_size}: the weights of {init_from} have "
+            f"{model.block_size} positions; it must be at most {model.block_size}"
         )
     if errors:
         raise ConfigError("\n".join(errors))

@@ -38,7 +38,7 @@ def test_a_configuration_cannot_be_changed_after_it_is_made():
 def test_sections_share_no_field_name():
     """The name of a section, `optimizer`, may be a field's: the section itself is never named."""
     own = [field.name for field in dataclasses.fields(Config) if field.name not in SECTIONS]
-    sections = (ModelConfig, OptimizerConfig)
+    sections = [field.type for field in dataclasses.fields(Config) if field.name in SECTIONS]
     names = own + [field.name for section in sections for field in dataclasses.fields(section)]
     assert len(names) == len(set(names)) == len(flat_fields())
 
