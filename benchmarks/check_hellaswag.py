@@ -25,11 +25,12 @@ import transformers
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.sources import load_embedded_documents
-from jaxgpt.data.tasks import load_benchmark
+from jaxgpt.data.task import pick_choices
+from jaxgpt.data.tasks import load_task
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import write_tokenizer
 from jaxgpt.model.gpt import init_params
-from jaxgpt.training.scoring import hellaswag_answers, score_rows
+from jaxgpt.training.scoring import score_rows
 from jaxgpt.training.step import make_score_step
 from jaxgpt.weights.huggingface import save_model
 from jaxgpt.weights.source import WeightsFlags, build_network, open_weights
@@ -151,10 +152,10 @@ def ours(folder: Path, file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weights = open_weights(WeightsFlags(init_from=str(folder)))
     device = jax.devices("cpu")[0]
     score_step = jax.jit(make_score_step(build_network(weights, device, "float32")))
-    questions = load_benchmark("hellaswag", str(file), weights.tokenizer, weights.model.block_size)
+    questions = load_task("hellaswag", str(file), weights.tokenizer, weights.model.block_size)
     rows = [row for question in questions for row in question.rows]
     scores = score_rows(score_step, weights.load(device), rows, weights.model.block_size, 8)
-    picked_Q2 = np.stack(hellaswag_answers(questions, scores), axis=1)
+    picked_Q2 = np.stack(pick_choices(questions, scores), axis=1)
     return scores.nats_R.reshape(-1, 4), scores.means_R.reshape(-1, 4), picked_Q2
 
 

@@ -25,50 +25,53 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.command_line import RunFlags, parse_run
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.sources import open_split
-from jaxgpt.data.tokenizer import load_tokenizer, padded_vocab_size
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.training.build import build_training
 from jaxgpt.training.evaluation import evaluate
 
 EVALUATIONS = 10  # points of each curve of the validation loss
 
 
-def config_of(variant: str, common: Sequence[str], seed: int) -> Config:
+def config_of(variant: str, common: Sequence[str], seed: int) -> Resolved:
     """The configuration of a run: `common` flags, then those of the variant."""
     flags = [*common, *(f"--{pair}" for pair in variant.split(",") if pair), f"--seed={seed}"]
-    return cli.parse(
-        flags, prog="compare_optimizers", description=__doc__, default_preset=lambda: "demo"
+    asked, _, _ = parse_run(
+        RunFlags,
+        flags,
+        prog="compare_optimizers",
+        description=__doc__ or "",
+        default_preset=lambda: "demo",
     )
+    return resolve_new(asked, "float32")
 
 
-def train(cfg: Config, data_dir: Path | None, windows: int) -> dict[str, list[float]]:
+def train(cfg: Resolved, data_dir: Path | None, windows: int) -> dict[str, list[float]]:
     """One run's curve: steps, and the validation loss at each of them in nats a token."""
     tokenizer = load_tokenizer(cfg.tokenizer)
-    vocab_size = padded_vocab_size(tokenizer.n_vocab)
-    cfg = with_fields(cfg, n_vocab=tokenizer.n_vocab, vocab_size=vocab_size)
     splits = (open_split(data_dir, split, tokenizer) for split in ("train", "val"))
     train, val = splits
-    loader = WindowLoader(train, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
-    accumulation = cfg.gradient_accumulation_steps
-    assert accumulation is not None
+    loader = WindowLoader(train, cfg.model.block_size, tokenizer.n_vocab, cfg.asked.seed)
+    accumulation, max_iters = cfg.batch.accumulation, cfg.asked.max_iters
     training = build_training(
         cfg.model,
         cfg.optimizer,
-        max_iters=cfg.max_iters,
+        max_iters=max_iters,
         accumulation=accumulation,
         dtype="float32",
-        seed=cfg.seed,
+        seed=cfg.asked.seed,
         device=jax.devices("cpu")[0],
     )
     held_out = evaluation_windows(val, cfg.model.block_size, windows, tokenizer.n_vocab)
     state, steps, losses = training.init(), [], []
-    for step in range(1, cfg.max_iters + 1):
-        batch = loader.batch(step - 1, accumulation, cfg.batch_size)
+    for step in range(1, max_iters + 1):
+        batch = loader.batch(step - 1, accumulation, cfg.batch.batch_size)
         state, _ = training.train_step(state, batch)
-        if step % max(1, cfg.max_iters // EVALUATIONS) == 0 or step == cfg.max_iters:
+        if step % max(1, max_iters // EVALUATIONS) == 0 or step == max_iters:
             steps.append(step)
             losses.append(evaluate(training.eval_step, state.params, held_out, 50))
     return {"steps": steps, "val_loss": losses}

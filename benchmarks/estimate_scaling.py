@@ -10,14 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxgpt.config.fields import Config, with_fields
-from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.fields import with_fields
+from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset
-from jaxgpt.config.resolve import resolve
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning.gpus import find_gpu
+from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import tokens_per_second
-from jaxgpt.training.sharding import for_shape
 
 A_HOST = 8
 # Bytes a second at which every card of a ring passes on what it has: two thirds of an NVLink
@@ -34,10 +33,10 @@ class Seconds(NamedTuple):
     between: float  # and between them
 
 
-def seconds(cfg: Config, hosts: int, between: float) -> Seconds:
+def seconds(cfg: Resolved, hosts: int, between: float) -> Seconds:
     """A step of `cfg`, whose fsdp stays inside a host."""
-    shape, m = parse_mesh(cfg.mesh), cfg.model
-    N, A = m.parameter_count(), cfg.gradient_accumulation_steps or 1
+    shape, m = cfg.mesh, cfg.model
+    N, A = m.parameter_count(), cfg.batch.accumulation
     ends = ((m.vocab_size or 0) + m.block_size) * m.n_embd
     rate = tokens_per_second(cfg, find_gpu("h100"))
     assert rate is not None
@@ -54,24 +53,20 @@ def seconds(cfg: Config, hosts: int, between: float) -> Seconds:
     return Seconds(cfg.tokens_per_step / rate, inside, groups / between)
 
 
-def cases() -> Iterator[tuple[Config, int]]:
+def cases() -> Iterator[tuple[Resolved, int]]:
     """(configuration, hosts)."""
     for preset, most in (("80gb-350m", 64), ("24gb-1558m", 16)):
         for hosts in (1, 8, 64):
             devices = A_HOST * hosts
             for shape in (MeshShape(data=devices), MeshShape(data=hosts, fsdp=A_HOST)):
-                cfg = resolve(load_preset(preset), load_tokenizer("gpt2"))
-                B = min(most, cfg.effective_batch_size // devices)
-                remat = "full" if preset == "24gb-1558m" else "none"
-                cfg = with_fields(
-                    cfg,
-                    dtype="bfloat16",
+                asked = load_preset(preset)
+                asked = with_fields(
+                    asked,
                     state_dtype="float32",
-                    batch_size=B,
-                    remat=remat,
-                    gradient_accumulation_steps=None,
+                    batch_size=min(most, asked.effective_batch_size // devices),
+                    remat="full" if preset == "24gb-1558m" else "none",
                 )
-                yield for_shape(cfg, shape), hosts
+                yield resolve_new(asked, "bfloat16", shape), hosts
 
 
 def main() -> int:
@@ -87,7 +82,7 @@ def main() -> int:
             f"{cfg.model.parameter_count() / 1e6:.0f}M",
             f"{A_HOST * hosts}",
             f"{cfg.mesh}",
-            f"{cfg.batch_size} x {cfg.gradient_accumulation_steps}",
+            f"{cfg.batch.batch_size} x {cfg.batch.accumulation}",
             f"{1e3 * computing:.0f} ms",
             f"{1e3 * inside:.1f} ms",
         ]

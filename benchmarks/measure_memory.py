@@ -20,13 +20,12 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
-from jaxgpt.config.resolve import resolve
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, find_gpu
+from jaxgpt.planning.new_run import resolve_new
 
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
@@ -80,67 +79,58 @@ SHAPES = (
 )
 
 
-def runs() -> Iterator[tuple[str, str, Config]]:
+def runs() -> Iterator[tuple[str, str, Resolved]]:
     """(list, card, configuration) of everything that is measured."""
-    tokenizer = load_tokenizer("gpt2")
     for name in preset_names():
         cfg = load_preset(name)
         for gpu in CARDS.get(cfg.vram_gb or 0, ()):
-            yield "presets", gpu, with_fields(resolve(cfg, tokenizer), dtype="bfloat16")
+            yield "presets", gpu, resolve_new(cfg, "bfloat16")
     for name, gpu in TIERS.items():
         for remat in REMATS:
-            cfg = resolve(load_preset(name), tokenizer)
-            yield "tiers", gpu, with_fields(cfg, dtype="bfloat16", remat=remat)
+            cfg = with_fields(load_preset(name), remat=remat)
+            yield "tiers", gpu, resolve_new(cfg, "bfloat16")
     for shape in SHAPES:
         for remat in REMATS:
             yield "shapes", shape.gpu, config_of(shape, remat)
 
 
-def config_of(shape: Shape, remat: str) -> Config:
+def config_of(shape: Shape, remat: str) -> Resolved:
     """The configuration of a free shape."""
     values = dataclasses.asdict(shape)
     del values["gpu"]
-    return with_fields(
-        Config(model=ModelConfig(vocab_size=50304, n_vocab=50257)),
-        **values,
-        remat=remat,
-        effective_batch_size=ACCUMULATION * shape.batch_size,
-        gradient_accumulation_steps=ACCUMULATION,
-    )
+    return _resolved(values | {"remat": remat}, ACCUMULATION)
 
 
-def record(kind: str, gpu: str, cfg: Config, peak_bytes: int) -> dict[str, Any]:
+def _resolved(values: dict[str, Any], accumulation: int) -> Resolved:
+    """A run of GPT-2's vocabulary with these fields, dtype among them."""
+    dtype = values.pop("dtype")
+    values |= {"vocab_size": 50304, "effective_batch_size": accumulation * values["batch_size"]}
+    return resolve_new(with_fields(Config(), **values), dtype)
+
+
+def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any]:
     """One measurement, with all that it depends on."""
     m = cfg.model
     return {
         "list": kind,
         "gpu": gpu,
-        "preset": cfg.preset if kind != "shapes" else None,
+        "preset": cfg.asked.preset if kind != "shapes" else None,
         "parameters": m.parameter_count(),
         **{name: getattr(m, name) for name in MODEL_FIELDS},
-        "batch_size": cfg.batch_size,
-        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "batch_size": cfg.batch.batch_size,
+        "gradient_accumulation_steps": cfg.batch.accumulation,
         "remat": cfg.remat,
-        "scan_layers": cfg.scan_layers,
+        "scan_layers": cfg.asked.scan_layers,
         "dtype": cfg.dtype,
         "state_dtype": cfg.optimizer.state_dtype,
         "peak_bytes": peak_bytes,
     }
 
 
-def config_from(row: dict[str, Any]) -> Config:
+def config_from(row: dict[str, Any]) -> Resolved:
     """The configuration that a record was made from."""
-    names = [
-        *MODEL_FIELDS,
-        "batch_size",
-        "gradient_accumulation_steps",
-        "remat",
-        "scan_layers",
-        "dtype",
-    ]
-    values = {name: row[name] for name in [*names, "state_dtype"]}
-    effective = row["batch_size"] * row["gradient_accumulation_steps"]
-    return with_fields(Config(), **values, effective_batch_size=effective, n_vocab=50257)
+    names = (*MODEL_FIELDS, "batch_size", "remat", "scan_layers", "dtype", "state_dtype")
+    return _resolved({name: row[name] for name in names}, row["gradient_accumulation_steps"])
 
 
 def measure_all(path: Path, only: str | None) -> None:
@@ -153,9 +143,10 @@ def measure_all(path: Path, only: str | None) -> None:
     for kind, gpu, cfg in runs():
         if only not in (None, kind) or json.dumps(record(kind, gpu, cfg, 0)) in known:
             continue
-        need = memory.measure(cfg, target.card_device(find_gpu(gpu)))
+        need = memory.compiled_need(cfg, target.card_device(find_gpu(gpu)))
         rows.append(record(kind, gpu, cfg, need.peak_bytes))
-        print(f"{kind:8} {gpu:10} {cfg.preset:11} {cfg.remat:5} {need.peak_bytes / GIB:6.2f} GiB")
+        what = f"{kind:8} {gpu:10} {cfg.asked.preset:11} {cfg.remat:5}"
+        print(f"{what} {need.peak_bytes / GIB:6.2f} GiB")
         sys.stdout.flush()
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
         command = "python benchmarks/measure_memory.py --json benchmarks/results/memory.json"
@@ -175,19 +166,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in preset_names():
-        cfg = resolve(load_preset(name), load_tokenizer("gpt2"))
+        cfg = resolve_new(load_preset(name), "bfloat16")
         here = {r["gpu"]: r for r in rows if r["list"] == "presets" and r["preset"] == name}
         if not here:
             continue
-        gpu = find_gpu(CARDS[cfg.vram_gb or 0][-1])
+        gpu = find_gpu(CARDS[cfg.asked.vram_gb or 0][-1])
         peak, m = here[gpu.key]["peak_bytes"], cfg.model
-        tokens = cfg.tokens_per_step * cfg.max_iters
-        rate = tokens_per_second(with_fields(cfg, dtype="bfloat16"), gpu)
+        tokens = cfg.total_tokens
+        rate = tokens_per_second(cfg, gpu)
         cells = (
             f"`{name}`",
             f"{m.parameter_count() / 1e6:.1f}M",
             f"{m.n_layer} / {m.n_head} / {m.n_embd}",
-            f"{cfg.batch_size} x {cfg.gradient_accumulation_steps}",
+            f"{cfg.batch.batch_size} x {cfg.batch.accumulation}",
             cfg.remat,
             f"{peak / GIB:.1f} GiB",
             f"{gpu.name}: {(capacity_of(gpu) - peak) / GIB:.1f} GiB",

@@ -25,13 +25,13 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import with_fields
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.presets import load_preset
-from jaxgpt.config.resolve import resolve
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, find_gpu
+from jaxgpt.planning.new_run import resolve_new
 
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mesh.json"
@@ -61,29 +61,27 @@ CASES = (
 )
 
 
-def config_of(case: Case) -> Config:
+def config_of(case: Case) -> Resolved:
     """The configuration that `train` would have with the flags of the case."""
-    cfg = load_preset(case.preset)
-    cfg = with_fields(
-        cfg,
-        dtype="bfloat16",
+    asked = with_fields(
+        load_preset(case.preset),
         mesh=case.mesh,
         remat=case.remat,
         state_dtype="float32",
         scan_layers=case.scan_layers,
         batch_size=case.batch_size,
-        gradient_accumulation_steps=None,
     )
-    return resolve(cfg, load_tokenizer("gpt2"))
+    return resolve_new(asked, "bfloat16", parse_mesh(case.mesh))
 
 
 def measure(case: Case) -> dict[str, Any]:
     """What the compiler says of one case."""
     from jaxgpt.planning import memory
-    from jaxgpt.training.sharding import choose_layout
+    from jaxgpt.training.sharding import make_layout
 
-    cfg, devices = config_of(case), parse_mesh(case.mesh).devices
-    cfg, layout = choose_layout(cfg, target.card_devices(find_gpu(GPU), devices))
+    cfg = config_of(case)
+    devices = cfg.mesh.devices
+    layout = make_layout(target.card_devices(find_gpu(GPU), devices), cfg.mesh)
     compiled = memory.compile_ahead(cfg, layout.device, layout, {SCHEDULER: case.scheduler})
     need = memory.need_of(cfg, compiled)
     return {
@@ -91,7 +89,7 @@ def measure(case: Case) -> dict[str, Any]:
         "gpu": GPU,
         "devices": devices,
         "parameters": cfg.model.parameter_count(),
-        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "gradient_accumulation_steps": cfg.batch.accumulation,
         "peak_bytes": need.peak_bytes,
         "state_bytes": sum(memory.state_bytes(cfg).values()),
         "collectives": collectives(compiled.as_text()),

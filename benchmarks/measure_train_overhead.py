@@ -17,6 +17,7 @@ published MFU, as if nothing of it ran beside the device, which the loader and t
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -32,14 +33,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.config.fields import Config, flat_values, with_fields
 from jaxgpt.config.presets import load_preset
-from jaxgpt.config.resolve import resolve
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
-from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.planning.gpus import find_gpu
+from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import mfu_of, tokens_per_second
 from jaxgpt.run.console import RunConsole
 from jaxgpt.run.device import versions
@@ -60,18 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.tokens < 1e6 or args.steps < 1:
         parser.error("--tokens must be at least 1e6 and --steps at least 1")
-    cfg = resolve(load_preset("24gb"), load_tokenizer("gpt2"))
-    cfg = with_fields(cfg, dtype="bfloat16")
+    cfg = resolve_new(load_preset("24gb"), "bfloat16")
     step_seconds = cfg.tokens_per_step / tokens_per_second(cfg, find_gpu(CARD))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         loader = measure_loader(cfg, Path(folder), int(args.tokens), args.steps)
         host, bar = measure_host(cfg, Path(folder))
-        checkpoint = measure_checkpoint(with_fields(cfg, dtype="float32"), Path(folder))
+        checkpoint = measure_checkpoint(dataclasses.replace(cfg, dtype="float32"), Path(folder))
     shares = {
         "loader": loader["seconds_per_batch"] / step_seconds,
         "metrics and log": host / step_seconds,
         "drawing the bar": bar,
-        "checkpoint": checkpoint["seconds"] / (60 * cfg.checkpoint_minutes),
+        "checkpoint": checkpoint["seconds"] / (60 * cfg.asked.checkpoint_minutes),
     }
     mfu = mfu_of(find_gpu(CARD))
     assert mfu is not None
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_loader(cfg: Config, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
+def measure_loader(cfg: Resolved, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
     """Batches from files that were put out of memory, through the thread that `train` reads by."""
     rng = np.random.default_rng(0)
     paths = []
@@ -104,11 +103,11 @@ def measure_loader(cfg: Config, folder: Path, tokens: int, steps: int) -> dict[s
         paths.append(path)
     forgotten = [forget(path) for path in paths]
     loader = WindowLoader(
-        load_split(folder, "train", 50_257), cfg.model.block_size, 50_257, cfg.seed
+        load_split(folder, "train", 50_257), cfg.model.block_size, 50_257, cfg.asked.seed
     )
-    A = cfg.gradient_accumulation_steps or 1
+    A = cfg.batch.accumulation
     begin = time.perf_counter()
-    with prefetch(lambda i: loader.batch(i, A, cfg.batch_size), 0, steps) as batches:
+    with prefetch(lambda i: loader.batch(i, A, cfg.batch.batch_size), 0, steps) as batches:
         for _ in batches:
             pass
     seconds = (time.perf_counter() - begin) / steps
@@ -133,7 +132,7 @@ def forget(path: Path) -> bool:
     return True
 
 
-def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> tuple[float, float]:
+def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float, float]:
     """(seconds a step of metrics, log and bar, share of a core that drawing the bar takes)."""
     device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
     metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
@@ -142,23 +141,23 @@ def measure_host(cfg: Config, folder: Path, steps: int = 2000) -> tuple[float, f
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         MetricsLog(folder / "run") as log,
-        RunConsole(0, steps, cfg.eval_interval) as console,
+        RunConsole(0, steps, cfg.asked.eval_interval) as console,
     ):
         assert console.console.is_terminal
         reporter = Reporter(cfg, device, log, console, 0)
         seconds = []
-        for first in range(0, steps, cfg.log_interval):
+        for first in range(0, steps, cfg.asked.log_interval):
             begin = time.perf_counter()
-            for step in range(first + 1, first + cfg.log_interval + 1):
+            for step in range(first + 1, first + cfg.asked.log_interval + 1):
                 reporter.log_if_due(step, reporter.read(step, metrics))
-            seconds.append((time.perf_counter() - begin) / cfg.log_interval)
+            seconds.append((time.perf_counter() - begin) / cfg.asked.log_interval)
         begin, used = time.perf_counter(), time.process_time()
         time.sleep(BAR_SECONDS)
         share = (time.process_time() - used) / (time.perf_counter() - begin)
     return statistics.median(seconds), share
 
 
-def measure_checkpoint(cfg: Config, folder: Path) -> dict[str, float]:
+def measure_checkpoint(cfg: Resolved, folder: Path) -> dict[str, float]:
     """Seconds that saving the state of `cfg` holds the loop up, and until it is on the disk."""
     import jax
 
@@ -166,9 +165,9 @@ def measure_checkpoint(cfg: Config, folder: Path) -> dict[str, float]:
     from jaxgpt.run.checkpoint import Checkpoints
 
     state = jax.block_until_ready(build_for(cfg, jax.devices("cpu")[0]).init())
-    with Checkpoints(folder / "saved", cfg.keep_checkpoints) as checkpoints:
+    with Checkpoints(folder / "saved", cfg.asked.keep_checkpoints) as checkpoints:
         begin = time.perf_counter()
-        checkpoints.begin(state, config=flat_values(cfg), data={})
+        checkpoints.begin(state, config=cfg.flat(), data={})
         still = time.perf_counter() - begin
         checkpoints.finish()
         checkpoints.wait()

@@ -12,25 +12,27 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxgpt.config import command_line as cli
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.command_line import RunFlags, parse_run
+from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
-from jaxgpt.config.resolve import resolve
+from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError, explain_out_of_memory, fail, warn
+from jaxgpt.errors import UserError, run_command, warn
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
+from jaxgpt.planning.gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
+from jaxgpt.run.opening import find_devices
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.training.layout import OneDevice
@@ -42,7 +44,7 @@ LONGEST = 2**31 - 1  # steps; a time limit ends a run, not this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchFlags(cli.TrainFlags):
+class BenchFlags(RunFlags):
     """How long to measure, and how to say it; the rest is `train`'s and describes the run."""
 
     synthetic: bool = False  # random tokens, even where the preset's data is
@@ -56,13 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     started = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        cfg, flags, given = parse(argv)
-        result = run(cfg, flags, given, started)
-    except UserError as error:
-        fail(PROG, str(error))
-    except KeyboardInterrupt:
-        return 130
+    return run_command(PROG, lambda: run(argv, started))
+
+
+def run(argv: Sequence[str], started: float) -> int:
+    """Measure what argv says, and print it. Raises UserError.
+
+    `started` is when the command was started, by perf_counter.
+    """
+    asked, flags, given = parse_run(
+        BenchFlags,
+        argv,
+        prog=PROG,
+        description="Measure the training step: speed, memory, and how long it takes to start.",
+        default_preset=tier_of_this_machine,
+    )
+    if errors := errors_of(asked, flags):
+        raise UserError("\n".join(errors))
+    result = measure(asked, flags, given, started)
     result["command"] = shlex.join([*PROG.split(), *argv])
     if flags.json:
         print(json.dumps(result, indent=2))
@@ -71,30 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, BenchFlags, set[str]]:
-    """(the run, the command's own flags, names of the flags given); a mistake ends the process."""
-    cfg, flags, given = cli.parse_with(
-        BenchFlags,
-        argv,
-        prog=PROG,
-        description="Measure the training step: speed, memory, and how long it takes to start.",
-        default_preset=cli.preset_of_this_machine,
-    )
-    if errors := errors_of(cfg, flags):
-        fail(PROG, "\n".join(errors))
-    return cfg, flags, given
-
-
-def errors_of(cfg: Config, flags: BenchFlags) -> list[str]:
+def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
     """What is wrong with the command's own flags, a sentence for each error."""
     errors = []
     if flags.windows < 1:
         errors.append(f"windows {flags.windows} must be at least 1")
     if not 0 < flags.window_seconds < math.inf:
         errors.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
-    if cfg.init_from is not None:
+    if asked.init_from is not None:
         errors.append(
-            f"init_from {cfg.init_from}: speed does not depend on the weights; give their "
+            f"init_from {asked.init_from}: speed does not depend on the weights; give their "
             "architecture instead (--n-layer, --n-head, --n-embd, --block-size)"
         )
     if flags.profile is not None and flags.profile.exists() and not flags.profile.is_dir():
@@ -102,32 +101,29 @@ def errors_of(cfg: Config, flags: BenchFlags) -> list[str]:
     return errors
 
 
-def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict[str, Any]:
-    """Compile, warm up, time, and describe; `started` is when the command was, by perf_counter."""
-    hardware.prepare_environment(cfg)
+def measure(
+    asked: Config, flags: BenchFlags, given: Collection[str], started: float
+) -> dict[str, Any]:
+    """Compile, warm up and time the step of a run; returns JSON values."""
+    hardware.prepare_environment(asked)
     prepare_compile_cache(warn)
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    cfg = resolve(cfg, tokenizer)
-    tokens = open_tokens(cfg, tokenizer, flags, given)
+    tokenizer = load_tokenizer(asked.tokenizer)
+    tokens = open_tokens(asked, tokenizer, flags, given)
     jax = hardware.import_jax()
 
-    from jaxgpt.model.attention import compute_capability
-    from jaxgpt.planning.fit import smaller
-    from jaxgpt.run.preflight import prepare_to_run
-    from jaxgpt.training.sharding import choose_layout
+    from jaxgpt.run.preflight import compile_to_fit
 
-    cfg, layout = choose_layout(cfg, hardware.choose_devices(cfg))
+    cfg, layout = find_devices(asked, Origin.of(asked), tokenizer.n_vocab)
     device = layout.device
-    dtype = hardware.compute_dtype(cfg.dtype, device.platform, compute_capability(device))
-    cfg = with_fields(cfg, dtype=dtype)
-    found: list[str] = []
-    jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
-    with jax.default_device(device), explain_out_of_memory(lambda: smaller(cfg)):
-        before = time.perf_counter()
-        with waiting("compiling the training step"):
-            cfg, training, need = prepare_to_run(cfg, device, layout)
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    before = time.perf_counter()
+    with (
+        jax.default_device(device),
+        compile_to_fit(cfg, asked.open_choices, layout) as (cfg, training, need, _),
+    ):
         compile_seconds = time.perf_counter() - before
-        make_batch, source = make_batches(cfg, layout, tokens, tokenizer.n_vocab)
+        make_batch, source = make_batches(cfg, layout, tokens)
         state = training.init()
         with prefetch(make_batch, 0, LONGEST) as batches:
             state, _ = jax.block_until_ready(training.train_step(state, next(batches)))
@@ -146,7 +142,7 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
         "steps_per_window": steps,
         "compile_seconds": compile_seconds,
         "first_step_seconds": first_step_seconds,
-        "programs_from_cache": found.count("/jax/compilation_cache/cache_hits"),
+        "programs_from_cache": events.count("/jax/compilation_cache/cache_hits"),
         **memory(device, need.peak_bytes),
     }
 
@@ -155,35 +151,35 @@ def run(cfg: Config, flags: BenchFlags, given: set[str], started: float) -> dict
 
 
 def open_tokens(
-    cfg: Config, tokenizer: Tokenizer, flags: BenchFlags, given: set[str]
+    asked: Config, tokenizer: Tokenizer, flags: BenchFlags, given: Collection[str]
 ) -> WindowLoader | None:
     """The loader of a run, None where there is nothing to load and nothing was named.
 
     Raises:
         DataError: if the data that the flags name is not there or damaged.
     """
-    embedded = cfg.dataset == "embedded"
-    named = bool({"data_dir", "dataset"} & given)
-    absent = not embedded and (cfg.data_dir is None or not cfg.data_dir.is_dir())
+    embedded = asked.dataset == "embedded"
+    named = bool({"data_dir", "dataset"} & set(given))
+    absent = not embedded and (asked.data_dir is None or not asked.data_dir.is_dir())
     if flags.synthetic or (absent and not named):
         return None
-    train = open_split(None if embedded else cfg.data_dir, "train", tokenizer)
-    return WindowLoader(train, cfg.model.block_size, tokenizer.n_vocab, cfg.seed)
+    train = open_split(None if embedded else asked.data_dir, "train", tokenizer)
+    return WindowLoader(train, asked.model.block_size, tokenizer.n_vocab, asked.seed)
 
 
 def make_batches(
-    cfg: Config, layout: "OneDevice", loader: WindowLoader | None, n_vocab: int
+    cfg: Resolved, layout: "OneDevice", loader: WindowLoader | None
 ) -> tuple[Callable[[int], Any], str]:
     """(step -> tokens_ABT1 uint16, as `layout` has them, what they are in words)."""
-    A, B = cfg.gradient_accumulation_steps or 1, cfg.held_at_once
+    A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape = (A, B, cfg.model.block_size + 1)
     if loader is not None:
         return lambda step: layout.load(
             shape, partial(loader.batch, step, A, B)
         ), loader.tokens.name
-    rng = np.random.default_rng(cfg.seed)
+    rng = np.random.default_rng(cfg.asked.seed)
     # Never zeros: a gather from one row, and a softmax that learns one answer, are other work.
-    drawn = [rng.integers(0, n_vocab, shape, np.uint16) for _ in range(4)]
+    drawn = [rng.integers(0, cfg.model.n_vocab or 1, shape, np.uint16) for _ in range(4)]
     return (
         lambda step: layout.load(shape, lambda rows: drawn[step % len(drawn)][:, rows]),
         "random tokens",

@@ -1,17 +1,18 @@
-"""How good a model is: `python -m jaxgpt.evaluate --out-dir runs/24gb`.
+"""Measure a model: `python -m jaxgpt.evaluate --out-dir runs/24gb`.
 
-By default the loss is that of the first 10,485,760 tokens of the validation split, end to end, as
-llm.c and modded-nanogpt take it, so that their 3.28 on FineWeb compares.
+By default the loss is over the first 10,485,760 tokens of the validation split, in consecutive
+windows, as llm.c and modded-nanogpt measure it, so that their 3.28 on FineWeb is comparable.
 """
 
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -20,12 +21,14 @@ from rich.progress import track
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
+from jaxgpt.config.task_sources import TaskSources
 from jaxgpt.data.loader import evaluation_windows, first_windows
 from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
-from jaxgpt.data.tasks import load_benchmarks
-from jaxgpt.errors import UserError, explain_out_of_memory, fail
+from jaxgpt.data.task import Figure, Question
+from jaxgpt.data.tasks import TASKS, load_tasks
+from jaxgpt.errors import explain_out_of_memory, run_command
 from jaxgpt.run.console import print_table, waiting
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -39,130 +42,147 @@ class EvaluateFlags(WeightsFlags):
 
     dataset: TextIfSet = None  # a folder under data/, or 'embedded'; if unset, the run's own
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
-    # from the start of the validation split; 0: the whole of it; if unset, 10,485,760
+    # how many tokens of the validation split, from its start; 0: all of it; if unset, 10,485,760
     val_tokens: IntIfSet = None
-    as_in_training: bool = False  # the windows that the run itself evaluates on, and no others
-    skip_loss: bool = False  # the benchmarks alone
-    hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets' to have it fetched
-    lambada: TextIfSet = None  # lambada_test.jsonl, or 'datasets' to have it fetched
+    as_in_training: bool = False  # use the windows of the run's own evaluations instead
+    skip_loss: bool = False  # score the tasks only
     batch_size: int = 8  # sequences the device holds at a time
-    json: bool = False  # one JSON object instead of a table
+    json: bool = False  # print JSON instead of a table
+    tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     def errors(self) -> list[str]:
-        """What is wrong with them, a sentence for each error."""
+        """Every error in the flags, one sentence each."""
         errors = super().errors()
         if self.val_tokens is not None and self.val_tokens < 0:
             errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
         if self.batch_size < 1:
             errors.append(f"--batch-size {self.batch_size} must be at least 1")
         if self.as_in_training and self.val_tokens is not None:
-            errors.append("--as-in-training measures the run's own windows; drop --val-tokens")
+            errors.append("--as-in-training uses the run's own windows; drop --val-tokens")
         if self.as_in_training and self.skip_loss:
-            errors.append("--as-in-training is about the loss, which --skip-loss leaves out")
-        if self.skip_loss and not (self.hellaswag or self.lambada):
-            errors.append("--skip-loss leaves nothing to do without --hellaswag or --lambada")
+            errors.append("--as-in-training measures the loss, which --skip-loss leaves out")
+        if self.skip_loss and not any(vars(self.tasks).values()):
+            names = " or ".join(f"--{name.replace('_', '-')}" for name in TASKS)
+            errors.append(f"--skip-loss leaves nothing to measure; add {names}")
         if self.dataset == "embedded" and self.data_dir is not None:
-            errors.append("--data-dir is not read with --dataset embedded")
+            errors.append("--data-dir is not read with --dataset embedded; drop one of the two")
         return errors
+
+
+class ValidationText(NamedTuple):
+    """The windows that the loss is measured on."""
+
+    name: str  # which windows of which file
+    batches: Iterable[np.ndarray]  # (W, T+1) uint16 each
+    windows: int  # in all batches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the flags; open the weights, the text and the tasks; measure; print."""
     flags = cli.parse_command(
-        sys.argv[1:] if argv is None else argv,
+        argv,
         EvaluateFlags,
         prog=PROG,
-        description="Measure a model: validation loss, perplexity, bits per byte, benchmarks.",
+        description="Measure a model: validation loss, perplexity, bits per byte, tasks.",
     )
-    smaller = f"hold less at a time with --batch-size {max(1, flags.batch_size // 2)}"
-    try:
-        with explain_out_of_memory(lambda: smaller):
-            run(flags)
-    except UserError as error:
-        fail(PROG, str(error))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    weights = open_weights(flags)
+    text = None if flags.skip_loss else open_text(flags, weights)
+    tasks = load_tasks(vars(flags.tasks), weights.tokenizer, weights.model.block_size)
+    wanted_dtype = flags.dtype
+    if flags.as_in_training and wanted_dtype == "auto" and weights.run is not None:
+        wanted_dtype = weights.run.dtype  # a run on a GPU may have used --dtype float32
+    device, dtype = prepare_device(flags.device, wanted_dtype)
+    smaller = f"use smaller batches: --batch-size {max(1, flags.batch_size // 2)}"
+    with explain_out_of_memory(lambda: smaller):
+        result, figures = measure(weights, text, tasks, flags.batch_size, device, dtype)
+    if flags.json:
+        result |= {name: flat_figures(figures[name], len(tasks[name])) for name in tasks}
+        print(json.dumps(without_nan(result), indent=2))
+    else:
+        rows = {name: figures_text(figures[name], len(tasks[name])) for name in tasks}
+        print_table("jaxgpt evaluation", result_rows(result) | rows)
     return 0
 
 
-def run(flags: EvaluateFlags) -> None:
-    """Read everything, measure, and print."""
-    weights = open_weights(flags)
-    m, tokenizer = weights.model, weights.tokenizer
-    text = None if flags.skip_loss else open_text(flags, weights)
-    sources = {"hellaswag": flags.hellaswag, "lambada": flags.lambada}
-    benchmarks = load_benchmarks(sources, tokenizer, m.block_size)
-    if flags.as_in_training and flags.dtype == "auto" and weights.run is not None:
-        # A run on a card may have been told float32, and its losses are logged in that.
-        flags = dataclasses.replace(flags, dtype=weights.run.dtype)
-    device, dtype = prepare_device(flags)
-
+def measure(
+    weights: Weights,
+    text: ValidationText | None,
+    tasks: Mapping[str, Sequence[Question]],
+    batch_size: int,
+    device: Any,
+    dtype: str,
+) -> tuple[dict[str, Any], dict[str, dict[str, Figure]]]:
+    """(the model and its validation loss as JSON values, the figures of each task)."""
     import jax
 
     from jaxgpt.training.evaluation import measure_text
-    from jaxgpt.training.scoring import score_benchmarks
+    from jaxgpt.training.scoring import score_tasks
     from jaxgpt.training.step import make_score_step
 
+    m = weights.model
     result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count(padding=False)}
     result |= {"step": weights.step, "dtype": dtype, "device": device.device_kind}
     with jax.default_device(device):
         params = weights.load(device)
         score_step = jax.jit(make_score_step(build_network(weights, device, dtype)))
         if text is not None:
-            name, batches, count = text
-            shown = with_progress(batches, -(-count // flags.batch_size), "validation loss")
-            loss = measure_text(score_step, params, shown, tokenizer.byte_lengths())
-            result["validation"] = {"text": name, **loss._asdict()}
-        with waiting(f"scoring {' and '.join(benchmarks)}") if benchmarks else nullcontext():
-            size = flags.batch_size
-            result |= score_benchmarks(benchmarks, score_step, params, m.block_size, size)
-    if flags.json:
-        print(json.dumps(without_nan(result), indent=2))
-    else:
-        print_result(result)
+            batches = with_progress(text.batches, -(-text.windows // batch_size), "validation loss")
+            loss = measure_text(score_step, params, batches, weights.tokenizer.byte_lengths())
+            result["validation"] = {"text": text.name, **loss._asdict()}
+        with waiting(f"scoring {' and '.join(tasks)}") if tasks else nullcontext():
+            return result, score_tasks(tasks, score_step, params, m.block_size, batch_size)
 
 
-def open_text(flags: EvaluateFlags, weights: Weights) -> tuple[str, Iterable[np.ndarray], int]:
-    """What is measured, in words; its windows in batches; how many windows there are.
+def open_text(flags: EvaluateFlags, weights: Weights) -> ValidationText:
+    """The windows that the flags ask for.
 
     Raises:
-        UserError: if there is no text, or it is not made of this tokenizer's tokens.
+        UserError: if there is no text, or it was tokenized with another tokenizer.
     """
     block_size, n_vocab = weights.model.block_size, weights.tokenizer.n_vocab
     run = weights.run
     if flags.as_in_training and run is None:
-        raise ConfigError(f"--as-in-training is for runs: {weights.name} is none")
+        raise ConfigError(f"--as-in-training needs a run, and {weights.name} is not one; drop it")
     tokens = open_val_split(flags, weights)
-    available = (len(tokens) - 1) // block_size
     if flags.as_in_training:
         assert run is not None
-        windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows or 1, n_vocab)
+        windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
-        own = [windows_WT1[first : first + flags.batch_size] for first in starts]
-        name = f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations"
-        return name, own, len(windows_WT1)
+        return ValidationText(
+            f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations",
+            [windows_WT1[start : start + flags.batch_size] for start in starts],
+            len(windows_WT1),
+        )
+    available = (len(tokens) - 1) // block_size
     wanted = VAL_TOKENS if flags.val_tokens is None else flags.val_tokens
     count = min(max(1, wanted // block_size), available) if wanted else available
-    batches = first_windows(tokens, block_size, count, n_vocab, flags.batch_size)
-    what = "all" if count == available else "the first"
-    return f"{tokens.name}: {what} {count:,} windows of {block_size:,}", batches, count
+    which = "all" if count == available else "the first"
+    return ValidationText(
+        f"{tokens.name}: {which} {count:,} windows of {block_size:,}",
+        first_windows(tokens, block_size, count, n_vocab, flags.batch_size),
+        count,
+    )
 
 
 def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
-    """The validation split that the flags name, or else the run's own."""
+    """The validation split that the flags name, by default the run's own."""
     run = weights.run
-    dataset = flags.dataset or (run.dataset if run and flags.data_dir is None else None)
+    dataset = flags.dataset or (run.asked.dataset if run and flags.data_dir is None else None)
     data_dir = flags.data_dir
     if data_dir is None and dataset not in (None, "embedded"):
-        of_run = run is not None and flags.dataset in (None, run.dataset)
-        data_dir = run.data_dir if run and of_run else Path("data") / str(dataset)
+        of_run = run is not None and flags.dataset in (None, run.asked.dataset)
+        data_dir = run.asked.data_dir if run and of_run else Path("data") / str(dataset)
     if dataset == "embedded":
         return open_split(None, "val", weights.tokenizer)
     if data_dir is None:
         raise ConfigError(
-            f"{weights.name} has no text of its own; say which with --data-dir FOLDER or --dataset "
-            "embedded, or measure benchmarks alone with --skip-loss"
+            f"{weights.name} is not a run and has no dataset; add --data-dir FOLDER or --dataset "
+            "embedded, or score tasks only with --skip-loss"
         )
     data_dir = data_dir.expanduser()
     check_manifest(data_dir, weights.tokenizer)
@@ -170,14 +190,14 @@ def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
 
 
 def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Iterable[np.ndarray]:
-    """The batches, with a bar on the terminal while they last."""
+    """The batches, with a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return track(batches, what, total, console=console, disable=hidden, transient=True)
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """A table of what was measured."""
+def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """The table's rows for the model and its validation loss."""
     rows = {"model": f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}"}
     if "validation" in result:
         v = result["validation"]
@@ -186,25 +206,30 @@ def print_result(result: dict[str, Any]) -> None:
         rows["perplexity"] = f"{v['perplexity']:.2f}"
         rows["bits per byte"] = f"{v['bits_per_byte']:.4f}"
         rows["tokens"] = f"{v['tokens']:,} ({v['bytes']:,} bytes)"
-    for name in ("hellaswag", "lambada"):
-        if name in result:
-            rows[name] = _in_words(result[name])
-    print_table("jaxgpt evaluation", rows)
+    return rows
 
 
-def _in_words(scores: dict[str, float]) -> str:
+def figures_text(figures: Mapping[str, Figure], examples: int) -> str:
+    """The table's row for a task."""
     parts = [
-        f"{name} {scores[name]:.4f} +- {scores[f'{name}_standard_error']:.4f}"
-        for name in ("acc", "acc_norm")
-        if name in scores
+        f"{name} {value:.2f}" if error is None else f"{name} {value:.4f} +- {error:.4f}"
+        for name, (value, error) in figures.items()
     ]
-    if "perplexity" in scores:
-        parts.append(f"perplexity {scores['perplexity']:.2f}")
-    return ", ".join([*parts, f"{scores['examples']:,} examples"])
+    return ", ".join([*parts, f"{examples:,} examples"])
+
+
+def flat_figures(figures: Mapping[str, Figure], examples: int) -> dict[str, float]:
+    """A task's figures as JSON values."""
+    values: dict[str, float] = {}
+    for name, (value, error) in figures.items():
+        values[name] = value
+        if error is not None:
+            values[f"{name}_standard_error"] = error
+    return {**values, "examples": examples}
 
 
 def without_nan(value: Any) -> Any:
-    """A JSON value whose numbers are all finite: strict JSON knows no NaN."""
+    """A JSON value with null for numbers that are not finite, which strict JSON cannot hold."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

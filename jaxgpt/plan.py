@@ -8,28 +8,29 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
-from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config
+from jaxgpt.config.command_line import RunFlags, given_flags, parse_run
+from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.presets import preset_for_memory
-from jaxgpt.config.resolve import resolve
-from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.errors import UserError, fail
-from jaxgpt.planning import tables as plan_report
-from jaxgpt.planning import target
-from jaxgpt.planning.gpus import GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
+from jaxgpt.config.roles import Role
+from jaxgpt.errors import UserError, run_command
+from jaxgpt.planning import tables, target
+from jaxgpt.planning.gpus import GIB, GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
 from jaxgpt.run.console import waiting
+
+if TYPE_CHECKING:  # it imports JAX, which comes after the command line
+    from jaxgpt.planning.planner import Planner
 
 PROG = "python -m jaxgpt.plan"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanFlags(cli.TrainFlags):
+class PlanFlags(RunFlags):
     """What to plan for, and how to say it; the rest is `train`'s and describes the run."""
 
     gpu: TextIfSet = None  # the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine
@@ -44,78 +45,81 @@ class PlanFlags(cli.TrainFlags):
     estimate: bool = False
 
 
-OWN = {f.name for f in dataclasses.fields(PlanFlags)} - {
-    f.name for f in dataclasses.fields(cli.TrainFlags)
-}
-
 MOST_DEVICES = 65536  # more than anybody has
-# What `--hours` answers with, so that it cannot be given.
-CHOSEN_BY_HOURS = {
-    *("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps", "remat", "fit"),
-    *("max_iters", "lr_decay_iters", "learning_rate", "min_lr"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        cfg, flags, given = cli.parse_with(
-            PlanFlags,
-            argv,
-            prog=PROG,
-            description="What fits a card, what it needs, and how long it takes.",
-            default_preset=lambda: _tier(cli.flags_of(argv)),
-        )
-        plan(cfg, flags, given)
-    except UserError as error:
-        fail(PROG, str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(PROG, lambda: run(argv))
 
 
-def plan(cfg: Config, flags: PlanFlags, given: set[str]) -> None:
-    """Answer the question that the flags ask, as tables or as JSON."""
+def run(argv: Sequence[str]) -> int:
+    """Answer the question that the flags ask, as tables or as JSON. Raises UserError."""
+    asked, flags, given = parse_run(
+        PlanFlags,
+        argv,
+        prog=PROG,
+        description="What fits a card, what it needs, and how long it takes.",
+        default_preset=lambda: _tier(given_flags(argv)),
+    )
     gpu = _card(flags.gpu, flags.vram)
-    if cfg.init_from is not None:
+    mesh = _mesh(asked, flags.devices)
+    _check_hours(flags, given, mesh)
+    if asked.init_from is not None:
         raise ConfigError(
-            f"--init-from {cfg.init_from}: plan reads no weights; describe their shape instead: "
+            f"--init-from {asked.init_from}: plan reads no weights; describe their shape instead: "
             "--n-layer, --n-head, --n-embd, --block-size, --bias"
         )
-    if flags.hours is not None and not 0 < flags.hours < math.inf:
-        raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
-    if flags.hours is not None and (idle := sorted(given & CHOSEN_BY_HOURS)):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")
-    shape = _mesh_shape(cfg, flags.devices)
-    if flags.hours is not None and shape.devices > 1:
-        raise ConfigError("--hours plans for one card; leave out --devices and --mesh")
     target.prepare_environment()
-    from jaxgpt.planning.planner import Planner
-    from jaxgpt.training.sharding import for_shape
-
-    why_estimated = "as asked for" if flags.estimate else target.obstacle(gpu)
-    try:
-        planner = Planner(gpu, why_estimated, waiting, cfg.dtype, shape.devices)
-    except target.NoCompilerError as error:
-        planner = Planner(gpu, str(error), waiting, cfg.dtype, shape.devices)
-    cfg = for_shape(planner.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer))), shape)
-    show: Callable[[dict[str, Any]], None]
-    if flags.hours is not None:
-        answer, show = planner.best_for_hours(cfg, flags.hours), plan_report.print_hours
-    elif given - OWN or flags.fit or shape.devices > 1:
-        free = {"batch_size", "remat"} - given if flags.fit else set()
-        answer, show = planner.one(cfg, free), plan_report.print_one
-    else:
-        answer, show = planner.overview(cfg), plan_report.print_overview
+    answer, show = _answer(asked, flags, given, _planner(gpu, flags.estimate, mesh))
     if flags.json:
         print(json.dumps(answer, indent=2))
     else:
         show(answer)
+    return 0
 
 
-def _mesh_shape(cfg: Config, devices: int | None) -> MeshShape:
+def _planner(gpu: Gpu, estimate: bool, mesh: MeshShape) -> "Planner":
+    from jaxgpt.planning.planner import Planner
+
+    why_estimated = "as asked for" if estimate else target.obstacle(gpu)
+    try:
+        return Planner(gpu, why_estimated, waiting, mesh)
+    except target.NoCompilerError as error:
+        return Planner(gpu, str(error), waiting, mesh)
+
+
+def _answer(
+    asked: Config, flags: "PlanFlags", given: Collection[str], planner: "Planner"
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
+    """The answer, and the function that prints it."""
+    cfg = planner.resolve(asked)
+    if flags.hours is not None:
+        return planner.best_for_hours(cfg, flags.hours), tables.print_hours
+    own = {f.name for f in dataclasses.fields(PlanFlags)} - flat_fields().keys()
+    if set(given) - own or flags.fit or planner.mesh.devices > 1:
+        free = asked.open_choices
+        if flags.fit:
+            free |= {"batch_size", "remat"} - set(given)
+        return planner.one(cfg, free), tables.print_one
+    return planner.overview(cfg), tables.print_overview
+
+
+def _check_hours(flags: "PlanFlags", given: Collection[str], mesh: MeshShape) -> None:
+    """Raises ConfigError for flags that --hours does not go with."""
+    if flags.hours is None:
+        return
+    if not 0 < flags.hours < math.inf:
+        raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
+    if chosen := sorted({*names_with(Role.PLANNED), "fit"} & set(given)):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")
+    if mesh.devices > 1:
+        raise ConfigError("--hours plans for one card; leave out --devices and --mesh")
+
+
+def _mesh(asked: Config, devices: int | None) -> MeshShape:
     """The mesh that is asked about.
 
     Raises:
@@ -123,10 +127,10 @@ def _mesh_shape(cfg: Config, devices: int | None) -> MeshShape:
     """
     if devices is not None and not 1 <= devices <= MOST_DEVICES:
         raise ConfigError(f"--devices {devices} must be between 1 and {MOST_DEVICES}")
-    shape = parse_mesh(cfg.mesh) if cfg.mesh else MeshShape(data=devices or 1)
+    shape = parse_mesh(asked.mesh) if asked.mesh else MeshShape(data=devices or 1)
     if devices not in (None, shape.devices):
         raise ConfigError(
-            f"--mesh {shape} has {shape.devices} devices, and --devices says {devices}; leave out "
+            f"--mesh {shape} has {shape.devices} devices, and --devices is {devices}; leave out "
             "one of the two"
         )
     return shape
@@ -139,7 +143,7 @@ def _tier(values: dict[str, str | None]) -> str:
         gpu = _card(values.get("gpu"), None if vram is None else float(vram))
     except (UserError, ValueError):
         return Config.preset
-    return preset_for_memory(gpu.memory_bytes / 2**30)
+    return preset_for_memory(gpu.memory_bytes / GIB)
 
 
 def _card(name: str | None, vram: float | None) -> Gpu:
@@ -163,7 +167,7 @@ def _card(name: str | None, vram: float | None) -> Gpu:
             "nvidia-smi lists no card in this machine; say which one to plan for with --gpu NAME "
             f"or --vram GB. Known: {known}"
         )
-    unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / 2**30), name=card.name)
+    unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)
     return lookup_gpu(card.name, card.memory_bytes) or unnamed
 
 

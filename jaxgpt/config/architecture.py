@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from jaxgpt.config.checks import bad_counts, nearest_multiple
+from jaxgpt.config.batch import nearest_multiple
+from jaxgpt.config.checks import bad_counts
 from jaxgpt.config.flag_types import IntIfSet, TrueOrFalse
+from jaxgpt.config.roles import Role
 
 Gelu = Literal["tanh", "erf"]
 
@@ -15,16 +17,22 @@ Gelu = Literal["tanh", "erf"]
 class ModelConfig:
     """The shape of the network: all that the model has to know."""
 
-    n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads in each block
-    n_embd: int = 768  # model width, a multiple of n_head
-    block_size: int = 1024  # context length in tokens
-    vocab_size: IntIfSet = None  # rows of the embedding; if unset, the tokenizer's, padded to 64
-    dropout: float = 0.0  # on embeddings and on each block's two outputs; not on attention weights
-    bias: TrueOrFalse = False  # biases in linear layers and layer norms (GPT-2: True)
-    gelu: Gelu = "tanh"  # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
-    # Ids the tokenizer can produce. Rows beyond them are padding and stay out of every softmax.
-    n_vocab: Annotated[int | None, Suppress] = None
+    n_layer: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # transformer blocks
+    n_head: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # attention heads in each block
+    n_embd: Annotated[int, Role.FIXED, Role.PLANNED] = 768  # model width, a multiple of n_head
+    block_size: Annotated[int, Role.FIXED] = 1024  # context length in tokens
+    # rows of the embedding; if unset, the tokenizer's ids, padded to a multiple of 64
+    vocab_size: Annotated[IntIfSet, Role.FIXED, Role.INHERITED] = None
+    # on embeddings and on each block's two outputs; not on attention weights
+    dropout: Annotated[float, Role.TUNABLE] = 0.0
+    # biases in linear layers and layer norms (GPT-2: True)
+    bias: Annotated[TrueOrFalse, Role.FIXED] = False
+    # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
+    gelu: Annotated[Gelu, Role.FIXED] = "tanh"
+    # Ids the tokenizer can produce. Rows beyond them are padding, masked out of every softmax.
+    n_vocab: Annotated[
+        int | None, Role.FIXED, Role.INHERITED, Role.DERIVED, Role.IMPLIED, Suppress
+    ] = None
 
     def errors(self) -> list[str]:
         """What is wrong with it, a sentence for each error."""

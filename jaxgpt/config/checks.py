@@ -1,6 +1,8 @@
 """Checks of fields that several sections share, and the error that they end in."""
 
+import difflib
 import math
+from collections.abc import Collection
 from typing import Any
 
 from jaxgpt.errors import UserError
@@ -33,5 +35,7 @@ def bad_amounts(section: Any, *names: str) -> list[str]:
     ]
 
 
-def nearest_multiple(value: int, of: int) -> int:
-    return max(1, round(value / of)) * of
+def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:
+    """The end of a message about an unknown word: the nearest known one, if one is near."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""

@@ -1,11 +1,12 @@
-"""What a run is: frozen dataclasses and their checks.
+"""What a run is asked to be: frozen dataclasses, each field with its roles, and their checks.
 
 A value comes from a default here, is overridden by `configs/<preset>.toml` (`presets.py`) and then
-by the command line (`cli.py`), and is never changed after that. Field names are nanoGPT's.
-`batch_size` is what one device holds at a time; `effective_batch_size` is what one step sees.
+by the command line (`command_line.py`), and never changes after that: what the tokenizer, the
+machine and an earlier run make of it is another object (`resolved.py`). Field names are nanoGPT's.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +14,12 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress, arg
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts, nearest_multiple
+from jaxgpt.config.batch import divide_batch, effective_of_accumulation
+from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.roles import Role, with_role
+from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -23,8 +27,9 @@ Remat = Literal["auto", "none", "light", "full"]
 StateDtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
 Resume = Literal["auto", "must", "never"]
-# Fields of `Config` that hold a section of their own; TOML keys and flags are flat all the same.
-SECTIONS = ("model", "optimizer")
+# Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
+SECTIONS = ("model", "optimizer", "tasks")
+DEFAULT_BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,18 +37,24 @@ class OptimizerConfig:
     """AdamW or Muon, the schedule and the clipping."""
 
     # muon: the blocks' matrices by orthogonalized momentum, the rest by AdamW, at one learning rate
-    optimizer: Optimizer = "adamw"
-    learning_rate: float = 6e-4  # peak, reached after the warm-up
-    min_lr: float = 6e-5  # where the cosine ends
-    decay_lr: TrueOrFalse = True  # False keeps the peak after the warm-up
-    warmup_iters: int = 2000  # steps of linear warm-up; a run may be shorter
-    lr_decay_iters: IntIfSet = None  # step at which min_lr is reached; if unset, max_iters
-    weight_decay: float = 0.1  # on matrices and embeddings, never on biases and norms
-    beta1: float = 0.9  # decay of AdamW's first moment
-    beta2: float = 0.99  # decay of AdamW's second moment
-    grad_clip: float = 1.0  # largest global norm of the averaged gradient; 0 switches it off
-    # the optimizer's moments and the accumulator: bfloat16 makes 10 bytes of a parameter's 16
-    state_dtype: StateDtype = "float32"
+    optimizer: Annotated[Optimizer, Role.FIXED] = "adamw"
+    learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4  # peak, after the warm-up
+    min_lr: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-5  # where the cosine ends
+    # False keeps the peak after the warm-up
+    decay_lr: Annotated[TrueOrFalse, Role.TUNABLE] = True
+    # steps of linear warm-up; a run may be shorter
+    warmup_iters: Annotated[int, Role.TUNABLE] = 2000
+    # step at which min_lr is reached; if unset, max_iters
+    lr_decay_iters: Annotated[IntIfSet, Role.TUNABLE, Role.INHERITED, Role.PLANNED] = None
+    # on matrices and embeddings, never on biases and norms
+    weight_decay: Annotated[float, Role.TUNABLE] = 0.1
+    beta1: Annotated[float, Role.TUNABLE] = 0.9  # decay of AdamW's first moment
+    beta2: Annotated[float, Role.TUNABLE] = 0.99  # decay of AdamW's second moment
+    # largest global norm of the averaged gradient; 0 switches clipping off
+    grad_clip: Annotated[float, Role.TUNABLE] = 1.0
+    # of the optimizer's moments and the gradient accumulator; bfloat16 needs 10 bytes per parameter
+    # instead of 16
+    state_dtype: Annotated[StateDtype, Role.FIXED] = "float32"
 
     def errors(self) -> list[str]:
         """What is wrong with it, a sentence for each error."""
@@ -69,66 +80,90 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run. The sections go to the parts that need them; nobody is handed the whole."""
+    """One run as it was asked for."""
 
     # a name from configs/, or a TOML file of your own; if unset, the tier of the card found
-    preset: Annotated[str, arg(help_behavior_hint="")] = "24gb"
+    preset: Annotated[
+        str, Role.TUNABLE, Role.DERIVED, Role.SILENT, Role.IMPLIED, arg(help_behavior_hint="")
+    ] = "24gb"
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
     # Hub, or a folder, a run's too (its newest checkpoint); they bring their architecture and
     # tokenizer, block_size may be shorter
-    init_from: TextIfSet = None
+    init_from: Annotated[TextIfSet, Role.FIXED, Role.INHERITED] = None
 
-    dataset: str = "fineweb"  # a folder under data/, or 'embedded' for the text in the package
-    data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
-    tokenizer: str = "gpt2"  # what made the tokens: gpt2, byte, or a tiktoken name
+    # a folder under data/, or 'embedded' for the text in the package
+    dataset: Annotated[str, Role.FIXED] = "fineweb"
+    # folder with the token shards; if unset, data/<dataset>
+    data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
+    # what made the tokens: gpt2, byte, or a tiktoken name
+    tokenizer: Annotated[str, Role.FIXED] = "gpt2"
 
-    batch_size: int = 32  # sequences one device holds at a time; halve it when memory runs out
-    effective_batch_size: int = 512  # sequences in one optimizer step
+    batch_size: Annotated[
+        int | Literal["auto"],
+        Role.TUNABLE,
+        Role.PLANNED,
+        arg(
+            help="sequences one device processes at a time; halve it when memory runs out; auto: "
+            "as many as fit, with the cheapest remat that fits unless --remat is given",
+            metavar="INT|auto",
+        ),
+    ] = DEFAULT_BATCH_SIZE
+    # sequences in one optimizer step
+    effective_batch_size: Annotated[int, Role.FIXED] = 512
     # micro-batches in one step, those of all devices together as in nanoGPT; sets
     # effective_batch_size when given in its place
-    gradient_accumulation_steps: IntIfSet = None
-    max_iters: int = 50000  # optimizer steps in all
-    seed: int = 1337  # of the initialization, the data's order and dropout
+    gradient_accumulation_steps: Annotated[
+        IntIfSet, Role.TUNABLE, Role.SILENT, Role.IMPLIED, Role.PLANNED
+    ] = None
+    max_iters: Annotated[int, Role.TUNABLE, Role.PLANNED] = 50000  # optimizer steps in all
+    # of the initialization, the data's order and dropout
+    seed: Annotated[int, Role.FIXED] = 1337
     # skip a step whose loss or gradient norm lies this many standard deviations above those of the
     # 128 steps before it, 6 for instance; 0 skips only what is not finite
-    skip_spikes: float = 0.0
+    skip_spikes: Annotated[float, Role.TUNABLE] = 0.0
 
-    eval_interval: int = 1000  # steps between evaluations; each one also saves a checkpoint
-    eval_iters: int = 200  # batches in one evaluation, of the preset's batch_size
-    log_interval: int = 100  # steps between lines in the log
-    checkpoint_minutes: float = 15.0  # the longest time between two checkpoints
-    keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
-    hellaswag: TextIfSet = None  # hellaswag_val.jsonl, or 'datasets': scored at each evaluation
-    lambada: TextIfSet = None  # lambada_test.jsonl, or 'datasets': scored at each evaluation
-    sample_tokens: int = 200  # length of the text that an evaluation gives to TensorBoard; 0: none
+    # steps between evaluations; each one also saves a checkpoint
+    eval_interval: Annotated[int, Role.TUNABLE] = 1000
+    # batches in one evaluation, of the preset's batch_size
+    eval_iters: Annotated[int, Role.FIXED] = 200
+    log_interval: Annotated[int, Role.TUNABLE] = 100  # steps between lines in the log
+    # the longest time between two checkpoints
+    checkpoint_minutes: Annotated[float, Role.TUNABLE, Role.LOCAL] = 15.0
+    # newest checkpoints kept, besides the best
+    keep_checkpoints: Annotated[int, Role.TUNABLE, Role.LOCAL] = 2
+    # length of the text sampled for TensorBoard at each evaluation; 0: none
+    sample_tokens: Annotated[int, Role.TUNABLE] = 200
 
-    out_dir: PathIfSet = None  # everything of the run is written here; if unset, runs/<preset>
-    # auto: go on from the newest checkpoint in out_dir, or start where there is none; must: go on
-    # from the newest or not at all; never: start, and refuse a folder that has a run
-    resume: Resume = "auto"
+    # folder for everything the run writes; if unset, runs/<preset>
+    out_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
+    # auto: resume from the newest checkpoint in out_dir, or start if there is none; must: resume
+    # from the newest or fail; never: start, and refuse a folder that has a run
+    resume: Annotated[Resume, Role.TUNABLE, Role.LOCAL, Role.SILENT] = "auto"
     # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
-    deterministic: TrueOrFalse = False
-    # several GPUs: data=2,fsdp=4 has two groups of four that divide parameters, moments and
-    # accumulator among them (docs/scaling.md); if unset, data-parallel on all there are
-    mesh: TextIfSet = None
-    device: Device = "auto"  # a preset made for a card's memory needs a GPU unless this says cpu
-    dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
-    # What the backward pass computes again to save memory: none; light: norms and GELU (some 5 %
-    # more work, a third less memory); full: whole blocks (a fifth more work, the least memory);
-    # auto: the first of these that fits.
-    remat: Remat = "none"
+    deterministic: Annotated[TrueOrFalse, Role.TUNABLE] = False
+    # several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four devices
+    # (docs/scaling.md); if unset, data-parallel on all there are
+    mesh: Annotated[TextIfSet, Role.TUNABLE] = None
+    # a preset made for a card's memory needs a GPU unless this is cpu
+    device: Annotated[Device, Role.TUNABLE, Role.LOCAL, Role.IMPLIED] = "auto"
+    # of the matrix products: bfloat16 on a GPU that has it, else float32
+    dtype: Annotated[Dtype, Role.TUNABLE] = "auto"
+    # what the backward pass recomputes to save memory: none; light: norms and GELU (some 5 % more
+    # work, a third less memory); full: whole blocks (a fifth more work, the least memory); auto:
+    # the first of these that fits
+    remat: Annotated[Remat, Role.TUNABLE, Role.PLANNED] = "none"
     # one compiled block for all layers: many times quicker to compile, a little more memory
-    scan_layers: TrueOrFalse = False
-    # --batch-size auto: becomes a number when the run starts.
-    auto_batch_size: Annotated[bool, Suppress] = False
-    # Windows of the validation split in one evaluation: fixed when the run is created.
-    eval_windows: Annotated[int | None, Suppress] = None
+    scan_layers: Annotated[TrueOrFalse, Role.TUNABLE] = False
+    # Windows of the validation split in one evaluation: eval_iters of the preset's batch_size, so
+    # that a smaller --batch-size evaluates the same windows.
+    eval_windows: Annotated[int | None, Role.PINNED, Role.DERIVED, Role.IMPLIED, Suppress] = None
     # Memory in GB of the smallest card that the preset is made for; None runs anywhere.
-    vram_gb: Annotated[int | None, Suppress] = None
+    vram_gb: Annotated[int | None, Role.TUNABLE, Role.SILENT, Role.IMPLIED, Suppress] = None
 
     def __post_init__(self) -> None:
         """Check everything; raises ConfigError with every error at once."""
@@ -161,94 +196,53 @@ class Config:
             raise ConfigError("\n".join(errors))
 
     def _batch_errors(self) -> list[str]:
+        counts = ["effective_batch_size"]
+        if self.batch_size != "auto":
+            counts.append("batch_size")
+        if self.gradient_accumulation_steps is not None:
+            counts.append("gradient_accumulation_steps")
         try:
-            devices = self.device_count
+            devices = parse_mesh(self.mesh).devices
+            if errors := bad_counts(self, *reversed(counts)):
+                return errors
+            if self.gradient_accumulation_steps is not None and self.batch_size != "auto":
+                effective_of_accumulation(
+                    self.gradient_accumulation_steps, self.batch_size, self.effective_batch_size
+                )
+            divide_batch(self.effective_batch_size, self.batch_size_or(1), devices)
         except ValueError as error:
             return [str(error)]
-        B, effective = self.batch_size, self.effective_batch_size
-        accumulation = self.gradient_accumulation_steps
-        each = f"batch_size {B}" if devices == 1 else f"batch_size {B} x {devices} devices"
-        errors = bad_counts(self, "batch_size")
-        if accumulation is not None:
-            errors += bad_counts(self, "gradient_accumulation_steps")
-        errors = errors or bad_counts(self, "effective_batch_size")
-        if errors:
-            return errors
-        held = self.held_at_once
-        if accumulation is not None and accumulation * held != effective:
-            return [
-                f"gradient_accumulation_steps {accumulation} x {each} = "
-                f"{accumulation * held} is not effective_batch_size {effective}; give one of the "
-                "two"
-            ]
-        if effective % held:
-            return [f"effective_batch_size {effective} is not a multiple of {each}; {self._near()}"]
         return []
 
-    def _near(self) -> str:
-        """What would do in place of batches that do not divide."""
-        B, devices, effective = self.batch_size, self.device_count, self.effective_batch_size
-        near = f"the nearest that is: {nearest_multiple(effective, self.held_at_once)}"
-        if effective % devices == 0:
-            return f"{near}, or take batch_size {largest_share(effective, devices, B)}"
-        divided, fewer = nearest_multiple(effective, devices), _largest_divisor(effective, devices)
-        share = largest_share(divided, devices, B)
-        if share < B:
-            near += f", {divided} with batch_size {share}"
-        of_fewer = largest_share(effective, fewer, B)
-        return f"{near}, or take {fewer} devices with --mesh and batch_size {of_fewer}"
+    def batch_size_or(self, otherwise: int) -> int:
+        """batch_size, or `otherwise` where it is 'auto'."""
+        return otherwise if self.batch_size == "auto" else self.batch_size
 
     @property
-    def device_count(self) -> int:
-        """Devices of the mesh; 1 while that is left to the machine."""
-        return parse_mesh(self.mesh).devices
-
-    @property
-    def held_at_once(self) -> int:
-        """Sequences that all devices together hold at a time."""
-        return self.batch_size * self.device_count
-
-    @property
-    def batch_in_words(self) -> str:
-        """How the effective batch comes about."""
-        over = "" if self.device_count == 1 else f"{self.device_count} devices x "
-        return (
-            f"batch_size {self.batch_size} x {over}{self.gradient_accumulation_steps} accumulated"
-        )
+    def open_choices(self) -> frozenset[str]:
+        """Which of batch_size and remat are left to the memory there is."""
+        return frozenset(name for name in ("batch_size", "remat") if getattr(self, name) == "auto")
 
     @property
     def tokens_per_step(self) -> int:
         return self.effective_batch_size * self.model.block_size
 
 
-def _largest_divisor(value: int, limit: int) -> int:
-    return max(d for d in divisors(value) if d <= limit)
-
-
-def largest_share(effective: int, devices: int, limit: int) -> int:
-    """The largest batch_size up to `limit` that makes up an effective batch on so many devices.
-
-    1 if they do not divide it: what is said of it is then the least that is wrong.
-    """
-    share, rest = divmod(effective, devices)
-    return 1 if rest else _largest_divisor(share, limit)
-
-
-def divisors(value: int) -> list[int]:
-    """Every divisor of a number, smallest first."""
-    small = [k for k in range(1, math.isqrt(value) + 1) if value % k == 0]
-    return sorted({d for k in small for d in (k, value // k)})
-
-
 # ---------------------------------------------------------------- flat names <-> sections
 
 
+@functools.cache
 def flat_fields() -> dict[str, dataclasses.Field]:
-    """Every field by the flat name that TOML keys and flags use, sections opened up."""
+    """Every field by the flat name that TOML keys and flags use."""
     fields = {f.name: f for f in dataclasses.fields(Config) if f.name not in SECTIONS}
-    for section in (ModelConfig, OptimizerConfig):
+    for section in (ModelConfig, OptimizerConfig, TaskSources):
         fields |= {f.name: f for f in dataclasses.fields(section)}
     return fields
+
+
+def names_with(*roles: Role) -> frozenset[str]:
+    """The flat names of the fields that have all of `roles`."""
+    return with_role({name: field.type for name, field in flat_fields().items()}, *roles)
 
 
 def with_fields(cfg: Config, **changes: Any) -> Config:

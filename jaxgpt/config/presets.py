@@ -1,41 +1,27 @@
-"""Presets and saved configurations: flat TOML or JSON keys in, a checked `Config` out.
+"""Presets: flat TOML keys in, a checked `Config` out.
 
-tyro does not look at the defaults it is given, so keys, types and choices are checked here, and
-every error of a file is reported at once with the file, the key, the value and the remedy.
+Each value is decoded strictly as its field's type, and every error of a file is reported at once,
+with file, key, value and remedy.
 """
 
-import difflib
 import json
 import tomllib
-import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, flat_fields, with_fields
+import msgspec
 
-# What a run finds out and keeps in its config.json; a preset has no say in it.
-FOUND_OUT = {"preset", "n_vocab", "eval_windows", "auto_batch_size"}
-
-# Settings of nanoGPT that mean nothing here, and what serves instead.
-NANOGPT_SETTINGS = {
-    "compile": "drop it: every step is compiled by XLA",
-    "wandb_log": "drop it: curves go to TensorBoard files and metrics.jsonl in the run's folder",
-    "wandb_project": "drop it: curves go to TensorBoard files in the run's folder",
-    "wandb_run_name": "use --out-dir: a run is named by its folder",
-    "always_save_checkpoint": (
-        "drop it: every evaluation saves a checkpoint; --keep-checkpoints N says how many of the "
-        "newest are kept besides the best"
-    ),
-    "eval_only": "drop it: every run evaluates at step 0, at each --eval-interval and at its end",
-    "backend": "drop it: XLA chooses its own collectives",
-}
+from jaxgpt.config.batch import effective_of_accumulation
+from jaxgpt.config.checks import ConfigError, did_you_mean
+from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config, flat_fields, names_with, with_fields
+from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
+from jaxgpt.config.roles import Role
 
 
 def presets_dir() -> Path:
-    """Where the presets lie: beside the package in a checkout, inside it in a wheel."""
+    """The folder of the presets: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -53,6 +39,8 @@ def load_preset(name: str) -> Config:
     Raises:
         ConfigError: if there is no such preset or file, or a key, type or value in it is wrong.
     """
+    if answer := config_file_answer(name):
+        raise ConfigError(answer)
     is_path = name.endswith(".toml")
     if not is_path and name not in _packaged():
         raise ConfigError(_no_such_preset(name))
@@ -64,8 +52,9 @@ def load_preset(name: str) -> Config:
         raise ConfigError(_no_such_preset(name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
-    cfg = _from_flat(values, source, known=flat_fields().keys() - FOUND_OUT)
-    return with_fields(cfg, preset=name)
+    cfg = config_from(values, source, flat_fields().keys() - names_with(Role.DERIVED))
+    windows = cfg.eval_iters * cfg.batch_size_or(DEFAULT_BATCH_SIZE)
+    return with_fields(cfg, preset=name, eval_windows=windows)
 
 
 def preset_for_memory(gigabytes: float) -> str:
@@ -89,56 +78,92 @@ def describe_presets() -> str:
     return "\n".join(lines)
 
 
-def load_config(path: Path) -> Config:
-    """Read back the `config.json` of a run.
+def config_from(values: Mapping[str, Any], source: str, known: Collection[str]) -> Config:
+    """The configuration of flat values.
 
     Raises:
-        ConfigError: if the file is unreadable or holds what this version does not know.
+        ConfigError: with every error, each naming `source`, the key, the value and the remedy.
     """
+    decoded: dict[str, Any] = {}
+    errors = []
+    for key, value in values.items():
+        if answer := nanogpt_answer(key, value):
+            errors.append(f"{key} = {_shown(value)} {answer}")
+        elif key not in known:
+            errors.append(_unknown(key, value, known))
+        else:
+            try:
+                decoded[key] = _decode(value, flat_fields()[key].type)
+            except ValueError as error:
+                errors.append(f"{key} = {_shown(value)}: {error}")
+    if not errors:
+        try:
+            return with_fields(Config(), **_with_effective_batch(decoded))
+        except ValueError as error:
+            errors = str(error).splitlines()
+    raise ConfigError("\n".join(f"{source}: {error}" for error in errors))
+
+
+def _with_effective_batch(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with gradient_accumulation_steps, given alone, as effective_batch_size."""
+    accumulation = values.get("gradient_accumulation_steps")
+    batch_size = values.get("batch_size", DEFAULT_BATCH_SIZE)
+    if not accumulation or accumulation < 0 or batch_size == "auto":
+        return values  # whose errors `Config` reports
+    effective = effective_of_accumulation(
+        accumulation, batch_size, values.get("effective_batch_size")
+    )
+    return {**values, "effective_batch_size": effective, "gradient_accumulation_steps": None}
+
+
+def _decode(value: object, annotation: Any) -> Any:
+    """A TOML or JSON value as a field's type; ValueError with what was expected."""
+    if value == "":
+        raise ValueError("expected a value, got an empty text")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("expected a smaller number")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no table of settings")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as a run's configuration: {error}") from None
-    return config_from(values, str(path))
+        return msgspec.convert(value, annotation, dec_hook=_decode_path)
+    except msgspec.ValidationError as error:
+        raise ValueError(_plain(str(error), annotation)) from None
 
 
-def config_from(values: Mapping[str, Any], source: str) -> Config:
-    """The configuration of a run from its flat values, as `config.flat_values` made them.
-
-    Raises:
-        ConfigError: if there are values that this version does not know, naming `source`.
-    """
-    return _from_flat(values, source, known=flat_fields().keys())
+def _decode_path(kind: type, value: object) -> Path:
+    if kind is not Path or not isinstance(value, str):
+        raise ValueError("expected a path in quotes")
+    return Path(value)
 
 
-def nanogpt_answer(setting: str, value: object) -> str | None:
-    """What serves instead of a setting that only nanoGPT has; None for one that is known here."""
-    if setting in NANOGPT_SETTINGS:
-        return f"is nanoGPT's and has no meaning here; {NANOGPT_SETTINGS[setting]}"
-    if setting == "init_from" and value in ("resume", "scratch"):
-        return (
-            "is nanoGPT's; drop it: the same command resumes a run from its --out-dir, and a new "
-            "--out-dir starts from scratch"
-        )
-    if setting == "device" and isinstance(value, str) and value.startswith(("cuda", "mps")):
-        return (
-            "is nanoGPT's; here it is gpu (CUDA_VISIBLE_DEVICES=N chooses among several), cpu or "
-            "auto"
-        )
-    if setting == "dtype" and value == "float16":
-        return "is nanoGPT's and needs loss scaling; here it is bfloat16, float32 or auto"
-    return None
+def _plain(error: str, annotation: Any) -> str:
+    """msgspec's message without its quotes; choices are listed, and the nearest is named."""
+    if error.startswith("Invalid enum value"):
+        choices = [word for word in _members(annotation) if isinstance(word, str)]
+        word = error.partition("'")[2].rpartition("'")[0]
+        number = "a whole number or " if int in _members(annotation) else ""
+        return f"expected {number}one of {', '.join(choices)}{did_you_mean(word, choices)}"
+    return error[0].lower() + error[1:].replace("`", "")
 
 
-def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:
-    """The end of a message about a word that is not known: the nearest that is, if one is near."""
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+def _members(annotation: Any) -> list[Any]:
+    """The types and the words of Literals that an annotation is made of."""
+    parts = typing.get_args(annotation)
+    return [member for part in parts for member in _members(part)] if parts else [annotation]
 
 
-# ---------------------------------------------------------------- what a mistake is answered with
+def _unknown(key: str, value: object, known: Collection[str]) -> str:
+    if key == "preset":
+        return "unknown key 'preset'; a preset cannot build on another, copy what it should share"
+    if isinstance(value, dict):
+        return f"unknown table [{key}]; keys stand at the top, under no table"
+    return f"unknown key '{key}'{did_you_mean(key, known)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | dict):
+        return "[...]" if isinstance(value, list) else "{...}"
+    if isinstance(value, int) and abs(value) >= 2**63:  # Python may refuse to print it
+        return "a number of more than 64 bits"
+    return json.dumps(value, default=str, ensure_ascii=False)[:60]
 
 
 def _packaged() -> list[str]:
@@ -151,89 +176,3 @@ def _no_such_preset(name: str) -> str:
         return f"--preset {name}: no such file{near}"
     others = f"There are these, and files ending in .toml:\n{describe_presets()}"
     return f"--preset {name}: no such preset{near}\n{others}"
-
-
-def _from_flat(values: Mapping[str, Any], source: str, known: Collection[str]) -> Config:
-    """Build a Config from flat keys, every error reported at once with file, key and remedy."""
-    annotations = {name: field.type for name, field in flat_fields().items() if name in known}
-    errors = [_error_of(key, value, annotations) for key, value in values.items()]
-    picked = {} if any(errors) else {k: _converted(v, annotations[k]) for k, v in values.items()}
-    accumulation = picked.get("gradient_accumulation_steps")
-    if accumulation is not None and "effective_batch_size" not in picked:
-        picked["effective_batch_size"] = accumulation * picked.get("batch_size", Config.batch_size)
-        if accumulation > 0:
-            del picked["gradient_accumulation_steps"]  # of all devices; those of one follow
-    try:
-        cfg = with_fields(Config(), **picked)
-    except ConfigError as error:
-        errors += str(error).splitlines()
-    if any(errors):
-        raise ConfigError("\n".join(f"{source}: {error}" for error in errors if error))
-    return cfg
-
-
-def _error_of(key: str, value: object, annotations: Mapping[str, Any]) -> str | None:
-    # Python reads any hexadecimal number, and then refuses to print it.
-    if type(value) is int and abs(value) >= 2**63:
-        return f"{key} is a number of more than 64 bits"
-    if answer := nanogpt_answer(key, value):
-        return f"{key} = {_as_toml(value)} {answer}"
-    if key in annotations:
-        return _type_error(key, value, union_members(annotations[key]))
-    if key == "preset":
-        return "unknown key 'preset'; a preset cannot build on another, copy what it should share"
-    if isinstance(value, dict):
-        return f"unknown table [{key}]; keys stand at the top, under no table"
-    return f"unknown key '{key}'{did_you_mean(key, annotations)}"
-
-
-def _type_error(key: str, value: object, members: Sequence[Any]) -> str | None:
-    choices = [choice for member in members for choice in choices_of(member)]
-    if choices:
-        if value in choices:
-            return None
-        near = did_you_mean(value, choices) if isinstance(value, str) else ""
-        return f"{key} = {_as_toml(value)} is not one of {', '.join(choices)}{near}"
-    if value == "":
-        return f"{key} is empty"
-    # bool is a subclass of int, and `batch_size = true` is a slip.
-    if type(value) in members or any(type(value) is _ALSO.get(member) for member in members):
-        return None
-    wanted = " or ".join(SPOKEN[member] for member in members if member in SPOKEN)
-    return f"{key} = {_as_toml(value)} must be {wanted}"
-
-
-_ALSO: dict[type, type] = {float: int, Path: str}  # how files write what TOML has no type for
-SPOKEN = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text in quotes",
-    Path: "a path in quotes",
-}
-
-
-def _converted(value: Any, annotation: Any) -> Any:
-    for member in union_members(annotation):
-        if type(value) is _ALSO.get(member):
-            return member(value)
-    return value
-
-
-def _as_toml(value: object) -> str:
-    if isinstance(value, list | dict):
-        return "[...]" if isinstance(value, list) else "{...}"
-    return json.dumps(value, default=str, ensure_ascii=False)[:60]
-
-
-def union_members(annotation: Any) -> tuple[Any, ...]:
-    """The types that a field may have, out of its annotation."""
-    if typing.get_origin(annotation) is Annotated:
-        return union_members(typing.get_args(annotation)[0])
-    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The words that a Literal allows."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()

@@ -117,11 +117,6 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
 
 
-def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
-    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
-    return -(-n_vocab // multiple) * multiple
-
-
 def byte_characters() -> dict[int, str]:
     """GPT-2's printable character for each byte, in the order of their ranks.
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.config.fields import Config
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import model_flops_per_token, peak_of, reached_mfu
 from jaxgpt.run import device as hardware
@@ -15,7 +15,7 @@ from jaxgpt.run.console import print_table
 MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16 peak"
 
 
-def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
+def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
     """What was run, where and when."""
     m = cfg.model
     shape = {name: getattr(m, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
@@ -24,31 +24,31 @@ def describe_run(cfg: Config, device: Any) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "versions": hardware.versions(),
-        "preset": cfg.preset,
+        "preset": cfg.asked.preset,
         "parameters": m.parameter_count(),
         **shape,
         "vocab_size": m.vocab_size,
         "bias": m.bias,
         "dropout": m.dropout,
-        "mesh": cfg.mesh,
-        "batch_size": cfg.batch_size,
-        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
-        "batch": cfg.batch_in_words,
+        "mesh": str(cfg.mesh) if cfg.mesh.devices > 1 else None,
+        "batch_size": cfg.batch.batch_size,
+        "gradient_accumulation_steps": cfg.batch.accumulation,
+        "batch": str(cfg.batch),
         "tokens_per_step": cfg.tokens_per_step,
         "dtype": cfg.dtype,
         "optimizer": cfg.optimizer.optimizer,
         "state_dtype": cfg.optimizer.state_dtype,
         "remat": cfg.remat,
-        "scan_layers": cfg.scan_layers,
-        "deterministic": cfg.deterministic,
+        "scan_layers": cfg.asked.scan_layers,
+        "deterministic": cfg.asked.deterministic,
     }
 
 
-def speeds(cfg: Config, device: Any, step_seconds: Sequence[float]) -> dict[str, Any]:
+def speeds(cfg: Resolved, device: Any, step_seconds: Sequence[float]) -> dict[str, Any]:
     """The median over windows, their spread, and what follows."""
     seconds = statistics.median(step_seconds)
     tokens_per_second = cfg.tokens_per_step / seconds
-    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype, cfg.device_count)
+    peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype, cfg.batch.devices)
     mfu = None if peak_flops is None else reached_mfu(tokens_per_second, cfg.model, peak_flops)
     return {
         "step_ms": 1e3 * seconds,

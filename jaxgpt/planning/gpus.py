@@ -19,10 +19,14 @@ import os
 import re
 import subprocess
 
+from jaxgpt.config.presets import preset_for_memory
 from jaxgpt.errors import UserError
 
 MIB = 2**20
 GIB = 2**30
+# Share of a card's memory that `train` gives to JAX's pool. JAX's own default is 75 %, which leaves
+# 6 of 24 GB unused. The rest is for the CUDA context, cuBLAS workspaces and the desktop.
+POOL_SHARE = 0.92
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +239,12 @@ def visible_card() -> LocalCard | None:
     # Anything but a number names a card by its UUID, or none; the first one stands for it.
     index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
     return cards[index] if cards else None
+
+
+def tier_of_this_machine() -> str | None:
+    """The preset for the card that a run would get, None without one."""
+    card = visible_card()
+    return preset_for_memory(card.memory_bytes / GIB) if card else None
 
 
 def visible_cards() -> int:

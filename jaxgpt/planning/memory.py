@@ -1,8 +1,8 @@
 """What one training step needs of a card's memory, and a run of the host's.
 
-`measure` compiles the very step that `train` runs and reads XLA's figure. `estimate` is arithmetic,
-for where there is no compiler or a hundred shapes to try; `benchmarks/measure_memory.py` holds it
-against the compiler, and a test holds it to ESTIMATE_ERROR.
+`compiled_need` compiles the very step that `train` runs and reads XLA's figure. `estimate` is
+arithmetic, for where there is no compiler or a hundred shapes to try; it is compared with the
+compiler by `benchmarks/measure_memory.py`, and a test keeps it within ESTIMATE_ERROR.
 
 Neither counts what lies outside JAX's pool: the CUDA context and the desktop, for which `capacity`
 leaves a share of the card.
@@ -15,14 +15,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxgpt.config.fields import Config
-from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.planning import target
-from jaxgpt.planning.gpus import GIB, Gpu
-from jaxgpt.run.device import MEMORY_SHARE
+from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
 from jaxgpt.training.layout import OneDevice
 
@@ -54,21 +52,21 @@ class Need:
 
 def capacity_of(gpu: Gpu) -> int:
     """Bytes of JAX's pool on a card: the share that `train` takes of what the driver reports."""
-    return int(gpu.memory_bytes * float(MEMORY_SHARE))
+    return int(gpu.memory_bytes * POOL_SHARE)
 
 
-def state_bytes(cfg: Config) -> dict[str, int]:
+def state_bytes(cfg: Resolved) -> dict[str, int]:
     """Bytes of what each device keeps: parameters, the optimizer's moments, the accumulator."""
-    return _state_bytes(cfg, parse_mesh(cfg.mesh).fsdp)
+    return _state_bytes(cfg, cfg.mesh.fsdp)
 
 
-def host_bytes(cfg: Config) -> int:
+def host_bytes(cfg: Resolved) -> int:
     """Bytes of a checkpoint's copy on the host: all of the state but the empty accumulator."""
     kept = _state_bytes(cfg, shares=1)
     return kept["parameters"] + kept["optimizer"]
 
 
-def _state_bytes(cfg: Config, shares: int) -> dict[str, int]:
+def _state_bytes(cfg: Resolved, shares: int) -> dict[str, int]:
     """Of one of the shares that matrices and embeddings are cut into; norms and biases are not."""
     m, width = cfg.model, jnp.dtype(cfg.optimizer.state_dtype).itemsize
     assert m.vocab_size is not None
@@ -83,7 +81,7 @@ def _state_bytes(cfg: Config, shares: int) -> dict[str, int]:
 # ---------------------------------------------------------------- estimated
 
 
-def estimate(cfg: Config) -> Need:
+def estimate(cfg: Resolved) -> Need:
     """A step's memory by arithmetic; `cfg` must have its vocabulary and dtype resolved."""
     parts = {**state_bytes(cfg), **_transient_bytes(cfg)}
     return Need(
@@ -118,11 +116,11 @@ STACKED = 0.85  # share of the weights that a scan over layers has a second copy
 DROPOUT_KEPT = {"none": 4.0, "light": 0.6, "full": 0.0}  # the masks, likewise
 
 
-def _transient_bytes(cfg: Config) -> dict[str, int]:
+def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     m, kept = cfg.model, KEPT[cfg.remat]
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
-    rows = cfg.batch_size * m.block_size
+    rows = cfg.batch.batch_size * m.block_size
     attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.n_embd // m.n_head)
     flash = attend is cudnn_attention
     scores = 0 if flash else 4 * rows * m.n_head * m.block_size
@@ -130,9 +128,9 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
     logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size
     copy = width if cfg.dtype != "float32" else 0  # of a weight, for the products
     head = m.vocab_size * m.n_embd * (4 + copy)  # the embedding's gradient in float32, its copy
-    N, fsdp = m.parameter_count(), parse_mesh(cfg.mesh).fsdp
+    N, fsdp = m.parameter_count(), cfg.mesh.fsdp
     copies = kept.copies * copy * N
-    if cfg.scan_layers:  # shards are stacked as they are, in float32
+    if cfg.asked.scan_layers:  # shards are stacked as they are, in float32
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
     per_layer += kept.scores_per_layer * scores
@@ -150,7 +148,7 @@ def _transient_bytes(cfg: Config) -> dict[str, int]:
 
 
 def build_for(
-    cfg: Config,
+    cfg: Resolved,
     device: Any,
     compiler_options: Mapping[str, Any] | None = None,
     layout: OneDevice | None = None,
@@ -160,20 +158,20 @@ def build_for(
     return build_training(
         cfg.model,
         cfg.optimizer,
-        max_iters=cfg.max_iters,
-        accumulation=cfg.gradient_accumulation_steps or 1,
+        max_iters=cfg.asked.max_iters,
+        accumulation=cfg.batch.accumulation,
         dtype=cfg.dtype,
-        seed=cfg.seed,
+        seed=cfg.asked.seed,
         device=device,
         layout=layout,
         remat=cfg.remat,
-        scan_layers=cfg.scan_layers,
-        skip_spikes=cfg.skip_spikes,
+        scan_layers=cfg.asked.scan_layers,
+        skip_spikes=cfg.asked.skip_spikes,
         compiler_options=compiler_options,
     )
 
 
-def need_of(cfg: Config, train_step: Any, eval_step: Any = None) -> Need:
+def need_of(cfg: Resolved, train_step: Any, eval_step: Any = None) -> Need:
     """What compiled steps need; an evaluation runs with the whole state in memory beside it."""
     kept = state_bytes(cfg)
     peak = _bytes_of(train_step)
@@ -206,13 +204,13 @@ def _bytes_of(compiled: Any) -> int:
     )
 
 
-def measure(cfg: Config, device: Any, layout: OneDevice | None = None) -> Need:
+def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -> Need:
     """Compile the step of `cfg` for cards that need not be here, and read what each needs."""
     return need_of(cfg, compile_ahead(cfg, device, layout))
 
 
 def compile_ahead(
-    cfg: Config,
+    cfg: Resolved,
     device: Any,
     layout: OneDevice | None = None,
     compiler_options: Mapping[str, Any] | None = None,
@@ -220,8 +218,7 @@ def compile_ahead(
     """The step of `cfg`, compiled for cards that need not be here."""
     options = {**target.AHEAD_OF_TIME_OPTIONS, **(compiler_options or {})}
     training = build_for(cfg, device, options, layout)
-    accumulation = cfg.gradient_accumulation_steps or 1
-    return compile_train_step(training, accumulation, cfg.held_at_once)
+    return compile_train_step(training, cfg.batch.accumulation, cfg.batch.global_micro_batch)
 
 
 # ---------------------------------------------------------------- this machine

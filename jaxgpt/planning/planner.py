@@ -1,32 +1,29 @@
 """Answers about one card: what a run needs there, what fits it, and what is best in given hours.
 
-Each answer is a dict of JSON values. Where XLA's compiler for the card can be had, what an answer
-rests on is compiled; long lists are estimated first, and say so.
+Each answer is a dict of JSON values. Where XLA's compiler for the card is installed, answers are
+compiled; long lists are estimated first, and say so.
 """
 
+import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.config.fields import Config, flat_fields, flat_values, with_fields
+from jaxgpt.config.fields import Config, flat_fields, names_with
+from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset, preset_for_memory, preset_names
-from jaxgpt.config.resolve import resolve
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.config.resolved import Resolved, choose_dtype
+from jaxgpt.config.roles import Role
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
 from jaxgpt.planning.gpus import GIB, Gpu
-from jaxgpt.run.device import compute_dtype
-from jaxgpt.training.sharding import choose_layout
+from jaxgpt.planning.new_run import resolve_new
+from jaxgpt.training.sharding import make_layout
 
 TRAIN = "python -m jaxgpt.train"
-# What a command line need not say: it follows from other flags, or belongs to a machine or run.
-NOT_SAID = {
-    *("preset", "n_vocab", "eval_windows", "vram_gb", "auto_batch_size"),
-    *("gradient_accumulation_steps", "out_dir", "data_dir", "device"),
-}
 
 
 class Planner:
@@ -37,69 +34,62 @@ class Planner:
         gpu: Gpu,
         why_estimated: str | None,
         on_compile: Callable[[str], AbstractContextManager[Any]],
-        dtype: str = "auto",
-        devices: int = 1,
+        mesh: MeshShape,
     ):
         """Args:
         gpu: the card.
         why_estimated: why nothing is compiled for it, None to compile.
         on_compile: entered with a line of text while something compiles.
-        dtype: what was asked for, to be said again in commands.
-        devices: how many such cards.
+        mesh: how many such cards, and how the state is sharded over them.
         """
-        self.gpu = gpu
+        self.gpu, self.mesh = gpu, mesh
         self.capacity = memory.capacity_of(gpu)
         self.why_estimated = why_estimated
-        self._devices = None if why_estimated else target.card_devices(gpu, devices)
-        self._on_compile, self.dtype = on_compile, dtype
+        self._devices = None if why_estimated else target.card_devices(gpu, mesh.devices)
+        self._on_compile = on_compile
 
-    def for_card(self, cfg: Config) -> Config:
-        """`cfg` with the dtype that the card computes in."""
-        dtype = compute_dtype(cfg.dtype, "gpu", self.gpu.compute_capability)
-        return with_fields(cfg, dtype=dtype)
+    def resolve(self, asked: Config) -> Resolved:
+        """`asked` on this card. Raises ConfigError if the card cannot compute in its dtype."""
+        dtype = choose_dtype(asked.dtype, "gpu", self.gpu.compute_capability)
+        return resolve_new(asked, dtype, self.mesh)
 
-    def need(self, cfg: Config) -> memory.Need:
+    def need(self, cfg: Resolved) -> memory.Need:
         """What a step of `cfg` needs, compiled if possible."""
         if self._devices is None:
             return memory.estimate(cfg)
-        cfg, layout = choose_layout(cfg, self._devices)
-        what = f"{cfg.preset}, batch_size {cfg.batch_size}, remat {cfg.remat}"
+        layout = make_layout(self._devices, cfg.mesh)
+        what = f"{cfg.asked.preset}, batch_size {cfg.batch.batch_size}, remat {cfg.remat}"
         with self._on_compile(f"compiling {what} for {self.gpu.name}"):
-            return memory.measure(cfg, layout.device, layout)
+            return memory.compiled_need(cfg, layout.device, layout)
 
-    def one(self, cfg: Config, free: set[str]) -> dict[str, Any]:
+    def one(self, cfg: Resolved, free: Collection[str]) -> dict[str, Any]:
         """One run, itemized. Of batch_size and remat, those in `free` are chosen."""
-        cfg = with_fields(
-            cfg,
-            auto_batch_size=cfg.auto_batch_size or "batch_size" in free,
-            remat="auto" if "remat" in free else cfg.remat,
-        )
-        if not fit.is_open(cfg):
+        if not free:
             return self.record(cfg, self.need(cfg))
-        found = fit.best_fit(cfg, self.capacity, self.need)
+        found = fit.best_fit(cfg, self.capacity, self.need, free)
         if found is None:
             raise UserError(fit.too_small(cfg, self.gpu.name, self.capacity))
         return self.record(found.cfg, found.need)
 
-    def overview(self, cfg: Config) -> dict[str, Any]:
+    def overview(self, cfg: Resolved) -> dict[str, Any]:
         """Which presets fit, the one for this card, and the largest model that trains on it.
 
-        `cfg` gives what a shape leaves open: context, effective batch, steps.
+        `cfg` gives the context, effective batch and steps of the largest model.
         """
-        presets = [self._preset(name) for name in preset_names()]
-        tier = self._preset(preset_for_memory(self.gpu.memory_bytes / GIB))
-        recommended = self.one(tier, set())
+        presets = [self.resolve(load_preset(name)) for name in preset_names()]
+        tier = self.resolve(load_preset(preset_for_memory(self.gpu.memory_bytes / GIB)))
+        recommended = self.one(tier, ())
         largest = fit.largest_model(cfg, self.capacity, self.need)
         return {
             "gpu": self.gpu.key,
             "capacity_bytes": self.capacity,
-            "presets": [self.record(p, memory.estimate(p)) for p in presets if p.vram_gb],
+            "presets": [self.record(p, memory.estimate(p)) for p in presets if p.asked.vram_gb],
             "recommended": recommended,
             "largest_model": self.record(largest.cfg, largest.need) if largest else None,
             "command": recommended["command_that_fits"],
         }
 
-    def best_for_hours(self, cfg: Config, hours: float) -> dict[str, Any]:
+    def best_for_hours(self, cfg: Resolved, hours: float) -> dict[str, Any]:
         """The shape and token count with the least predicted loss after `hours` on the card.
 
         Raises:
@@ -121,8 +111,8 @@ class Planner:
                 else fit.too_small(cfg, self.gpu.name, self.capacity)
             )
         for choice in sorted(choices, key=lambda choice: choice.loss):
-            found = fit.best_fit(fit.left_open(choice.fitting.cfg), self.capacity, self.need)
-            # The compiler may think otherwise of batch_size and remat, and so of the speed.
+            found = fit.best_fit(choice.fitting.cfg, self.capacity, self.need)
+            # The compiler may find another batch_size and remat, and so another speed.
             best = self._trained_for(hours, found) if found else None
             if best:
                 break
@@ -135,16 +125,16 @@ class Planner:
             "choices": [self._choice_record(choice) for choice in reversed(choices)],
         }
 
-    def record(self, cfg: Config, need: memory.Need) -> dict[str, Any]:
+    def record(self, cfg: Resolved, need: memory.Need) -> dict[str, Any]:
         """All that is known of one run on this card."""
         m = cfg.model
         rate = speed.tokens_per_second(cfg, self.gpu)
         mfu = speed.mfu_of(self.gpu)
-        total = cfg.tokens_per_step * cfg.max_iters
+        total = cfg.total_tokens
         parameters = m.parameter_count()
-        fits, command = need.fits(self.capacity), train_command(cfg, self.dtype)
+        fits, command = need.fits(self.capacity), train_command(cfg)
         return {
-            "preset": cfg.preset,
+            "preset": cfg.asked.preset,
             "gpu": self.gpu.key,
             "gpu_name": self.gpu.name,
             "capacity_bytes": self.capacity,
@@ -160,10 +150,12 @@ class Planner:
             "fits": fits,
             "method": need.method,
             "why_estimated": self.why_estimated,
-            "devices": cfg.device_count,
-            "mesh": cfg.mesh,
-            "batch_size": cfg.batch_size,
-            "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+            "devices": cfg.batch.devices,
+            "mesh": str(cfg.mesh) if cfg.mesh.devices > 1 else None,
+            "batch": str(cfg.batch),
+            "batch_size": cfg.batch.batch_size,
+            "effective_batch_size": cfg.batch.effective,
+            "gradient_accumulation_steps": cfg.batch.accumulation,
             "remat": cfg.remat,
             "dtype": cfg.dtype,
             "optimizer": cfg.optimizer.optimizer,
@@ -185,10 +177,6 @@ class Planner:
             "command_that_fits": command if fits else self._command_that_fits(cfg),
         }
 
-    def _preset(self, name: str) -> Config:
-        cfg = load_preset(name)
-        return self.for_card(resolve(cfg, load_tokenizer(cfg.tokenizer)))
-
     def _trained_for(self, hours: float, found: fit.Fitting) -> "_Choice | None":
         """What fits, with the steps and the learning rate of so many hours."""
         cfg = found.cfg
@@ -199,20 +187,25 @@ class Planner:
             return None
         parameters = cfg.model.parameter_count()
         peak = speed.suggested_learning_rate(parameters)
-        cfg = with_fields(
-            cfg,
-            max_iters=max_iters,
-            lr_decay_iters=max_iters,
+        warmup = min(cfg.optimizer.warmup_iters, max(1, max_iters // 20))
+        optimizer = dataclasses.replace(
+            cfg.optimizer,
             learning_rate=peak,
             min_lr=peak / 10,
-            warmup_iters=min(cfg.optimizer.warmup_iters, max(1, max_iters // 20)),
+            warmup_iters=warmup,
+            lr_decay_iters=max_iters,
         )
-        loss = speed.predicted_loss(parameters, max_iters * cfg.tokens_per_step)
+        cfg = dataclasses.replace(
+            cfg,
+            asked=dataclasses.replace(cfg.asked, max_iters=max_iters),
+            optimizer=optimizer,
+        )
+        loss = speed.predicted_loss(parameters, cfg.total_tokens)
         return _Choice(fit.Fitting(cfg, found.need), loss)
 
     def _choice_record(self, choice: "_Choice") -> dict[str, Any]:
         cfg = choice.fitting.cfg
-        m, tokens = cfg.model, cfg.max_iters * cfg.tokens_per_step
+        m, tokens = cfg.model, cfg.total_tokens
         return {
             "parameters": m.parameter_count(),
             "n_layer": m.n_layer,
@@ -224,9 +217,9 @@ class Planner:
             "predicted_loss": choice.loss,
         }
 
-    def _command_that_fits(self, cfg: Config) -> str | None:
-        found = fit.best_fit(fit.left_open(cfg), self.capacity)
-        return train_command(found.cfg, self.dtype) if found else None
+    def _command_that_fits(self, cfg: Resolved) -> str | None:
+        found = fit.best_fit(cfg, self.capacity)
+        return train_command(found.cfg) if found else None
 
 
 class _Choice(NamedTuple):
@@ -234,20 +227,19 @@ class _Choice(NamedTuple):
     loss: float
 
 
-def train_command(cfg: Config, dtype: str = "auto") -> str:
-    """The command line that trains `cfg`: its preset, and a flag for each field that differs.
-
-    `dtype` is what was asked for; the one in `cfg` may be the card's.
-    """
-    preset = resolve(load_preset(cfg.preset), load_tokenizer(cfg.tokenizer))
-    # Unless it is said, the decay ends with the run.
-    old = {**flat_values(preset), "lr_decay_iters": cfg.max_iters}
-    new = {**flat_values(cfg), "dtype": dtype}
-    differing = [name for name in flat_fields() if name not in NOT_SAID and new[name] != old[name]]
-    words = ["--preset", cfg.preset]
+def train_command(cfg: Resolved) -> str:
+    """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
+    preset = load_preset(cfg.asked.preset)
+    base = resolve_new(preset, cfg.dtype)
+    # The card's dtype is not said, and the decay ends with the run.
+    old = {**base.flat(), "dtype": preset.dtype, "lr_decay_iters": cfg.asked.max_iters}
+    new = {**cfg.flat(), "dtype": cfg.asked.dtype}
+    names = [name for name in flat_fields() if name not in names_with(Role.IMPLIED)]
+    differing = [name for name in names if new[name] != old[name]]
+    words = ["--preset", cfg.asked.preset]
     for name in differing:
         words += [f"--{name.replace('_', '-')}", str(new[name])]
-    if {"n_layer", "n_head", "n_embd"} & set(differing):  # not a run of the preset any more
+    if {"n_layer", "n_head", "n_embd"} & set(differing):  # no longer a run of the preset
         size = f"{cfg.model.parameter_count() / 1e6:.0f}m"
-        words += ["--out-dir", f"runs/{Path(cfg.preset).stem}-{size}"]
+        words += ["--out-dir", f"runs/{Path(cfg.asked.preset).stem}-{size}"]
     return f"{TRAIN} {shlex.join(words)}"

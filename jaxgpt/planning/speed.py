@@ -8,7 +8,8 @@ import math
 from typing import NamedTuple
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import Config, Remat
+from jaxgpt.config.fields import Remat
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning.gpus import Gpu
 
 
@@ -75,7 +76,7 @@ def mfu_of(gpu: Gpu) -> Mfu | None:
     return None if gpu.bf16_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
 
 
-def tokens_per_second(cfg: Config, gpu: Gpu) -> float | None:
+def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
     """Predicted training speed of `cfg` on such cards; None where no MFU is known for them.
 
     Of several, what they say to each other is not counted: docs/scaling.md has its bytes.
@@ -84,8 +85,8 @@ def tokens_per_second(cfg: Config, gpu: Gpu) -> float | None:
     if mfu is None or cfg.dtype != "bfloat16" or gpu.bf16_flops is None:
         return None
     at_best = gpu.bf16_flops * mfu.value / model_flops_per_token(cfg.model)
-    each = at_best / relative_step_time(cfg.remat, cfg.batch_size * cfg.model.block_size)
-    return each * cfg.device_count
+    each = at_best / relative_step_time(cfg.remat, cfg.batch.batch_size * cfg.model.block_size)
+    return each * cfg.batch.devices
 
 
 def predicted_loss(parameters: int, tokens: float) -> float:

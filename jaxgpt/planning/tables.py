@@ -133,13 +133,10 @@ def _facts(record: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    micro_batches = record["gradient_accumulation_steps"]
-    sequences = record["batch_size"] * record["devices"] * micro_batches
-    over = f"{record['devices']} devices x " if record["mesh"] else ""
     table.add_row(
         "step",
-        f"{sequences} sequences = batch_size {record['batch_size']} x {over}{micro_batches} "
-        f"accumulated; {record['tokens_per_step']:,} tokens",
+        f"{record['effective_batch_size']} sequences = {record['batch']}; "
+        f"{record['tokens_per_step']:,} tokens",
     )
     table.add_row(
         "in total",

@@ -75,7 +75,7 @@ class Checkpoints:
                 f"{self.folder} cannot be created ({error.strerror}); choose another --out-dir"
             ) from None
         self._orbax = OrbaxPath(self.folder, processes.count)
-        self._keep, self._on_error, self._processes = keep, on_error, processes
+        self._keep, self._on_error, self.processes = keep, on_error, processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
@@ -90,7 +90,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        if self._processes.count > 1:  # `close` would wait for the others, which are elsewhere
+        if self.processes.count > 1:  # `close` would wait for the others, which are elsewhere
             return
         with suppress(Exception):  # the error that ended the run matters more
             self.close()
@@ -117,10 +117,10 @@ class Checkpoints:
         """
         step = None
         try:
-            if self._processes.is_main:
+            if self.processes.is_main:
                 retention.remove_unfinished(self.folder)
                 step = retention.newest_intact(self.folder, self._verify, warn, strict)
-            return self._processes.broadcast_from_main(step)
+            return self.processes.broadcast_from_main(step)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be cleaned up ({error}); check who owns the files in it"
@@ -139,7 +139,7 @@ class Checkpoints:
         """
         self.settle()
         step = int(state.step)
-        if step == self._processes.broadcast_from_main(self.latest_step):
+        if step == self.processes.broadcast_from_main(self.latest_step):
             return
         stored = to_stored(state)
         if not all_finite(stored):
@@ -149,10 +149,10 @@ class Checkpoints:
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
-            with self._processes.fail_together():
+            with self.processes.fail_together():
                 # Somebody may have deleted it.
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if self._processes.is_main:
+                if self.processes.is_main:
                     retention.clear(self.folder)
                 retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
             written = ocp.save_checkpointables_async(
@@ -177,7 +177,7 @@ class Checkpoints:
             return
         assert saving.val_loss.done(), "call finish first"
         error = saving.done.exception()
-        if self._processes.any_process(error is not None):
+        if self.processes.any_process(error is not None):
             error = error or OSError("another process of the run could not write its part")
         self._failure = None
         if error is not None:
@@ -186,7 +186,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Report a save that has failed by now; costs next to nothing."""
         # Several processes would need a collective to know that it is done on all of them.
-        if self._processes.count > 1 or self._saving is None:
+        if self.processes.count > 1 or self._saving is None:
             return
         if self._saving.done.done():
             self.settle()
@@ -233,7 +233,7 @@ class Checkpoints:
 
     def _verify(self, folder: Path) -> Manifest:
         if folder not in self._verified:  # it takes long
-            check = verify if self._processes.is_main else read_manifest
+            check = verify if self.processes.is_main else read_manifest
             self._verified[folder] = check(folder)
         return self._verified[folder]
 
@@ -244,7 +244,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             written.result()  # after all processes have written
-            if not self._processes.is_main:
+            if not self.processes.is_main:
                 return
             check_readable(self._orbax.path / str(step), len(notes["arrays"]))
             files = checksum_files(folder)
@@ -260,7 +260,7 @@ class Checkpoints:
             self._on_error(f"an old checkpoint cannot be deleted: {error}")
 
     def _remove_failed(self, step: int) -> None:
-        if self._processes.is_main:
+        if self.processes.is_main:
             retention.remove_failed(self.folder, step)
 
     def _note_failure(self, step: int, error: BaseException, report: bool) -> None:

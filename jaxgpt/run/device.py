@@ -1,4 +1,4 @@
-"""Which device a run uses: settings that JAX reads when it starts, then the device itself."""
+"""Which devices a run uses: settings that JAX reads when it starts, then the devices themselves."""
 
 import importlib.metadata
 import importlib.util
@@ -9,10 +9,8 @@ from typing import Any
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.planning.gpus import POOL_SHARE
 
-# JAX's own default is 75 %, which leaves 6 of a 24 GB card's gigabytes to nobody. The rest is for
-# the CUDA context, cuBLAS workspaces and the desktop.
-MEMORY_SHARE = "0.92"
 MEMORY_SETTINGS = (
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",  # the older name; JAX refuses both at once
@@ -43,7 +41,7 @@ def prepare_environment(cfg: Config) -> None:
     # XLA warns of every step that fills four fifths of the card, which is what they are made for.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(name in os.environ for name in MEMORY_SETTINGS):
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL_SHARE)
 
 
 def import_jax() -> Any:
@@ -65,13 +63,8 @@ def import_jax() -> Any:
     return jax
 
 
-def choose_device(cfg: Config) -> Any:
-    """The first of `choose_devices`."""
-    return choose_devices(cfg)[0]
-
-
 def choose_devices(cfg: Config) -> Any:
-    """The `jax.Device`s that there are to train on, those of all processes.
+    """The `jax.Device`s to train on, those of all processes.
 
     Raises:
         ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
@@ -92,24 +85,6 @@ def choose_devices(cfg: Config) -> Any:
             f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
             f"({first_line(error)}); unset it, or use --device cpu"
         ) from None
-
-
-def compute_dtype(asked: str, platform: str, compute_capability: tuple[int, int]) -> str:
-    """'bfloat16' or 'float32' for the matrix products on a device.
-
-    Raises:
-        ConfigError: if bfloat16 is asked of a GPU that has no instructions for it; XLA would accept
-            it and compute by slow detours.
-    """
-    has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
-    if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
-        raise ConfigError(
-            "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
-            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float32"
-        )
-    if asked != "auto":
-        return asked
-    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def memory_in_use(device: Any) -> dict[str, float]:

@@ -1,78 +1,55 @@
-"""Starting or going on: what a run's folder says about the run that is asked for.
+"""Start or resume: what a run's folder says about the run that is asked for.
 
 `config.json` holds the configuration the run was last started with, and so does every checkpoint.
-Some fields may change when a run goes on (how long, how often, where, how much a device holds at a
-time); the rest make it another run.
+A field's role (`config/roles.py`) says whether it may change when the run resumes.
 """
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, Resume, flat_values, with_fields
-from jaxgpt.config.presets import config_from, load_config
-from jaxgpt.files import atomic_write
+from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names_with
+from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
+from jaxgpt.config.roles import Role
+from jaxgpt.files import write_json
 from jaxgpt.run.integrity import DamagedError, read_manifest
 from jaxgpt.run.retention import FOLDER, finished_steps
 
 CONFIG_FILE = "config.json"
-# A run keeps these from its creation unless a flag says otherwise.
-KEPT = ("lr_decay_iters", "vocab_size", "n_vocab")
-# A run keeps these whatever a flag says: two evaluations of the same weights must agree.
-FIXED = ("eval_windows",)
-MAY_CHANGE = {
-    *("preset", "max_iters", "lr_decay_iters", "decay_lr", "learning_rate", "min_lr"),
-    *("warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout"),
-    *("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "skip_spikes"),
-    *("checkpoint_minutes", "keep_checkpoints", "sample_tokens", "out_dir", "data_dir", "device"),
-    *(
-        "auto_batch_size",
-        "scan_layers",
-        "mesh",
-        "dtype",
-        "remat",
-        "vram_gb",
-        "hellaswag",
-        "lambada",
-        "resume",
-        "deterministic",
-    ),
-}
-# Of these, what nobody needs to be told when it has changed.
-UNTOLD = {"preset", "out_dir", "data_dir", "vram_gb", "resume", "gradient_accumulation_steps"}
 
 
-def continue_from(cfg: Config, saved: Config) -> Config:
-    """The configuration of a run that goes on: `cfg`, with what the run keeps from `saved`.
+def check_same_run(asked: Config, origin: Origin) -> None:
+    """Check that `asked` is the run that `origin` has saved, as far as argv and TOML say.
 
     Raises:
-        ConfigError: if `cfg` is another run than `saved`, with a table of the differences.
+        ConfigError: if it is another run, with a table of the differences.
     """
-    new, old = flat_values(cfg), flat_values(saved)
-    kept = {name: old[name] for name in KEPT if new[name] is None}
-    kept |= {name: old[name] for name in FIXED}
-    new |= kept
-    differing = [name for name in old if name not in MAY_CHANGE and old[name] != new[name]]
-    if differing:
-        raise ConfigError(_difference_table(cfg, differing, old, new))
-    return with_fields(cfg, **kept)
+    saved = origin.saved
+    assert saved is not None
+    model = {name: getattr(origin.model, name) for name in vars(origin.model)}
+    new = flat_values(asked) | model
+    new |= {"init_from": origin.init_from, "tokenizer": origin.tokenizer}
+    inherited = {name for name in names_with(Role.INHERITED) if new[name] is None}
+    _refuse_differences(asked.out_dir, new, saved.flat(), names_with(Role.FIXED) - inherited)
 
 
-def changes(cfg: Config, saved: Config) -> list[str]:
-    """'name old -> new' for each setting that the run goes on with another value of."""
-    new, old = flat_values(cfg), flat_values(saved)
-    names = [name for name in old if name in MAY_CHANGE - UNTOLD and old[name] != new[name]]
+def check_checkpoint(resolved: Resolved, restored: dict[str, Any], source: str) -> None:
+    """Raises ConfigError if a checkpoint is of another run than the config.json beside it."""
+    saved = resolved_from(restored, source).flat()
+    _refuse_differences(resolved.asked.out_dir, resolved.flat(), saved, names_with(Role.FIXED))
+
+
+def changes(resolved: Resolved, saved: Resolved) -> list[str]:
+    """'name old -> new' for each setting that a resumed run has been given anew."""
+    new, old = resolved.flat(), saved.flat()
+    shown = names_with(Role.TUNABLE) - names_with(Role.SILENT)
+    names = [name for name in flat_fields() if name in shown and old[name] != new[name]]
     return [f"{name} {old[name]} -> {new[name]}" for name in names]
 
 
-def check_config(cfg: Config, restored: dict[str, Any], source: str) -> None:
-    """Raises ConfigError if a checkpoint is another run's than the config.json beside it."""
-    continue_from(cfg, config_from(restored, source))
-
-
-def load_saved(out_dir: Path, mode: Resume = "auto") -> Config | None:
+def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
     """The configuration of the run in `out_dir`, None where no run has got to a checkpoint yet.
 
     A run whose config.json is gone is known by its newest checkpoint.
@@ -115,13 +92,13 @@ def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
         )
 
 
-def _config_of_newest(folder: Path, steps: list[int]) -> Config | None:
+def _config_of_newest(folder: Path, steps: list[int]) -> Resolved | None:
     for step in reversed(steps):
         try:
             values = read_manifest(folder / str(step)).config
         except DamagedError:
             continue  # whoever goes on from it is told
-        return config_from(values, str(folder / str(step)))
+        return resolved_from(values, str(folder / str(step)))
     return None
 
 
@@ -133,17 +110,16 @@ def _check_writable(out_dir: Path) -> None:
         raise PermissionError(f"{nearest} cannot be written to; choose another folder")
 
 
-def save_config(cfg: Config, out_dir: Path) -> None:
-    """Write `config.json`, whole or not at all.
+def save_config(resolved: Resolved) -> None:
+    """Write `config.json`, atomically.
 
     Raises:
         ConfigError: if it cannot be written.
     """
-    path = out_dir / CONFIG_FILE
+    path = resolved.out_dir / CONFIG_FILE
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(json.dumps(flat_values(cfg), indent=2).encode() + b"\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, resolved.flat())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from None
 
@@ -160,16 +136,25 @@ def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> N
         )
 
 
-def _difference_table(
-    cfg: Config, names: list[str], old: dict[str, Any], new: dict[str, Any]
-) -> str:
-    rows = [f"  {name:<22} {old[name]!s:>12} {new[name]!s:>12}" for name in names]
-    return "\n".join(
-        [
-            f"{cfg.out_dir} holds another run; go on with its own settings, or start this one "
-            "elsewhere with --out-dir. Architecture, tokenizer, data, seed, effective batch and "
-            "evaluation stay; --batch-size, --max-iters and the intervals may change:",
-            f"  {'':<22} {'the run':>12} {'asked for':>12}",
-            *rows,
-        ]
+def _refuse_differences(
+    out_dir: Path | None,
+    new: Mapping[str, Any],
+    old: Mapping[str, Any],
+    names: frozenset[str],
+) -> None:
+    """Raises ConfigError with a table of the fields among `names` that differ."""
+    differing = [name for name in flat_fields() if name in names and old[name] != new[name]]
+    if not differing:
+        return
+    rows = [f"  {name:<22} {old[name]!s:>12} {new[name]!s:>12}" for name in differing]
+    raise ConfigError(
+        "\n".join(
+            [
+                f"{out_dir} holds another run; resume it with its own settings, or start this one "
+                "elsewhere with --out-dir. Architecture, tokenizer, data, seed, effective batch "
+                "and evaluation cannot change; --batch-size, --max-iters and the intervals can:",
+                f"  {'':<22} {'the run':>12} {'asked for':>12}",
+                *rows,
+            ]
+        )
     )

@@ -1,95 +1,118 @@
-"""Before the first step: everything compiled, and held against the memory that is there.
+"""Before the first step: everything compiled, and compared with the memory there is.
 
-What does not fit is said with its figures and with flags that would fit, before hours are spent.
+A run that does not fit ends here, with its figures and with flags that would fit, before hours are
+spent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxgpt.config.fields import Config
+from jaxgpt.config.resolved import Resolved
+from jaxgpt.errors import explain_out_of_memory
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
+from jaxgpt.run.console import waiting
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
 from jaxgpt.training.layout import OneDevice
 
 
-class Ready(NamedTuple):
-    """A run that fits its device."""
+class Compiled(NamedTuple):
+    """A run that fits its devices."""
 
-    cfg: Config  # with nothing left to the machine
+    cfg: Resolved  # with the batch_size and remat that fit
     training: Training  # its steps compiled for the run's shapes
     need: memory.Need
+    layout: OneDevice
 
 
-def prepare_to_run(
-    cfg: Config,
-    device: Any,
-    layout: OneDevice | None = None,
+@contextmanager
+def compile_to_fit(
+    cfg: Resolved,
+    free: Collection[str],
+    layout: OneDevice,
     processes: Processes = SINGLE_PROCESS,
-) -> Ready:
-    """Choose what `cfg` leaves open, compile its steps for `device`, or all of `layout`'s, and
-    check that they fit. Of several `processes` all choose the same.
+) -> Iterator[Compiled]:
+    """Compile the steps of `cfg`, check that they fit, and explain running out of memory inside.
+
+    Args:
+        cfg: the run.
+        free: which of batch_size and remat are chosen by what fits.
+        layout: its devices.
+        processes: of several all choose the same.
 
     Raises:
-        TooLargeError: with what is needed, what is there, and the flags that would fit.
+        UserError: with what is needed, what there is, and the flags that would fit.
     """
-    limit = processes.min_over_processes(_limit(cfg, (layout or OneDevice(device)).local_devices))
-    compiled: dict[Config, Ready] = {}
+    running = cfg
+    with explain_out_of_memory(lambda: fit.smaller(running)):
+        with waiting("compiling the training step"):
+            compiled = _compile_to_fit(cfg, free, layout, processes)
+        running = compiled.cfg
+        yield compiled
 
-    def measure(cfg: Config) -> memory.Need:
-        compiled[cfg] = _compile(cfg, device, layout)
-        return compiled[cfg].need
 
-    if not fit.is_open(cfg):
-        ready = _compile(cfg, device, layout)
-        _check_device(ready, limit)
+def _compile_to_fit(
+    cfg: Resolved, free: Collection[str], layout: OneDevice, processes: Processes
+) -> Compiled:
+    device = layout.device
+    limit = processes.min_over_processes(_limit(cfg, layout.local_devices))
+    tried: dict[Resolved, Compiled] = {}
+
+    def need(candidate: Resolved) -> memory.Need:
+        tried[candidate] = _compile(candidate, layout)
+        return tried[candidate].need
+
+    if not free:
+        compiled = _compile(cfg, layout)
+        _check_device(compiled, limit)
     elif limit is None:
         raise memory.TooLargeError(
-            f"{device.device_kind} does not tell its memory, so nothing can be chosen by it; give "
-            "--batch-size and --remat"
+            f"{device.device_kind} does not report its memory, so nothing can be chosen by it; "
+            "give --batch-size and --remat"
         )
     else:
-        found = fit.best_fit(cfg, limit, measure)
+        found = fit.best_fit(cfg, limit, need, free)
         if found is None:
             raise memory.TooLargeError(fit.too_small(cfg, device.device_kind, limit))
-        ready = compiled[found.cfg]
+        compiled = tried[found.cfg]
     if device.platform != "cpu":
-        _check_host(ready.need)
-    return ready
+        _check_host(compiled.need)
+    return compiled
 
 
-def _limit(cfg: Config, devices: Sequence[Any]) -> int | None:
-    """Bytes that each device has for a step, by the one with the least; None if nobody tells."""
+def _limit(cfg: Resolved, devices: Sequence[Any]) -> int | None:
+    """Bytes that each device has for a step: the smallest; None if one does not report it."""
     known = [limit for d in devices if (limit := memory.device_limit(d)) is not None]
     if len(known) < len(devices):
         return None
-    least = min(known)
-    if devices[0].platform == "cpu":  # the memory of all, where a checkpoint's copy lies as well
-        least = max(0, least - memory.host_bytes(cfg)) // len(devices)
-    return least
+    smallest = min(known)
+    if devices[0].platform == "cpu":  # one memory for all, and for a checkpoint's copy
+        smallest = max(0, smallest - memory.host_bytes(cfg)) // len(devices)
+    return smallest
 
 
-def _compile(cfg: Config, device: Any, layout: OneDevice | None) -> Ready:
-    training = memory.build_for(cfg, device, layout=layout)
-    train_step = compile_train_step(
-        training, cfg.gradient_accumulation_steps or 1, cfg.held_at_once
-    )
-    eval_step = compile_eval_step(training, cfg.held_at_once)
-    return Ready(
+def _compile(cfg: Resolved, layout: OneDevice) -> Compiled:
+    training = memory.build_for(cfg, layout.device, layout=layout)
+    micro_batch = cfg.batch.global_micro_batch
+    train_step = compile_train_step(training, cfg.batch.accumulation, micro_batch)
+    eval_step = compile_eval_step(training, micro_batch)
+    return Compiled(
         cfg,
         training._replace(train_step=train_step, eval_step=eval_step),
         memory.need_of(cfg, train_step, eval_step),
+        layout,
     )
 
 
-def _check_device(ready: Ready, limit: int | None) -> None:
-    cfg, need = ready.cfg, ready.need
+def _check_device(compiled: Compiled, limit: int | None) -> None:
+    cfg, need = compiled.cfg, compiled.need
     if limit is None or need.peak_bytes <= limit:
         return
     raise memory.TooLargeError(
-        f"a step needs {need.peak_bytes / GIB:.2f} GiB (batch_size {cfg.batch_size}, remat "
-        f"{cfg.remat}, compiled for this device), and {limit / GIB:.2f} GiB are there.\n"
+        f"a step needs {need.peak_bytes / GIB:.2f} GiB (batch_size {cfg.batch.batch_size}, remat "
+        f"{cfg.remat}, compiled for this device), and there are {limit / GIB:.2f} GiB.\n"
         f"{fit.advice(cfg, limit)}"
     )
 
@@ -98,7 +121,7 @@ def _check_host(need: memory.Need) -> None:
     available = memory.host_available()
     if available is not None and need.host_bytes > available:
         raise memory.TooLargeError(
-            f"a checkpoint is copied to the host's memory while it is written, which takes "
+            f"a checkpoint is copied to the host's memory while it is written, which needs "
             f"{need.host_bytes / GIB:.2f} GiB, and {available / GIB:.2f} GiB are free there; "
-            "close other programs, take a smaller model, or --state-dtype bfloat16"
+            "close other programs, use a smaller model, or --state-dtype bfloat16"
         )

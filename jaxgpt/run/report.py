@@ -1,12 +1,14 @@
 """What a run says of itself: at its start, at each step, and at its end."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxgpt.config.fields import Config
-from jaxgpt.data.loader import WindowLoader
+from jaxgpt.config.resolved import Resolved
+from jaxgpt.data.task import Figure
 from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
@@ -15,8 +17,9 @@ from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
 from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
 
 if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
-    from jaxgpt.planning.memory import Need
     from jaxgpt.run.metrics import MetricsLog
+    from jaxgpt.run.opening import Data
+    from jaxgpt.run.preflight import Compiled
 
 # Names of the step's metrics in the log.
 LOGGED_AS = {
@@ -31,15 +34,15 @@ class Reporter:
     """Takes each step's metrics to the bar and to the log."""
 
     def __init__(
-        self, cfg: Config, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
+        self, cfg: Resolved, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
     ):
         """`skipped`: how many steps the run has skipped so far."""
         self._log, self._console, self._device = log, console, device
         self._skips = SkipCounter(skipped)
-        self._log_interval = cfg.log_interval
+        self._log_interval = cfg.asked.log_interval
         self._pace = Pace(cfg.tokens_per_step)
         gpu = lookup_gpu(device.device_kind)
-        self._peak_flops = peak_of(gpu, cfg.dtype, cfg.device_count)
+        self._peak_flops = peak_of(gpu, cfg.dtype, cfg.batch.devices)
         self._model = cfg.model
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -79,68 +82,94 @@ class Reporter:
         """Do not count the time since the last `read`, an evaluation's or a save's, as a step's."""
         self._pace.leave_out_pause(evaluated)
 
+    def evaluated(
+        self, step: int, scores: Mapping[str, float], scalars: Mapping[str, float] | None = None
+    ) -> float:
+        """Print and log an evaluation, with the step's own `scalars`; returns the loss."""
+        others = [f"  {name} {value:.4f}" for name, value in scores.items() if name != "val/loss"]
+        self.say(f"step {step:,}  validation loss {scores['val/loss']:.4f}{''.join(others)}")
+        self._log.scalars(step, {**(scalars or {}), **scores})
+        return scores["val/loss"]
 
-def benchmark_scalars(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The figures of benchmarks that belong into the log, under the names they have there."""
+    def sampled(self, step: int, text: str) -> str:
+        """Log a sampled text, unless it is empty; returns it."""
+        if text:
+            self._log.text(step, "sample", text)
+        return text
+
+    def stopped(self, step: int, signal: str) -> None:
+        """Say that a signal has stopped the run."""
+        self.say(f"{signal}: saved step {step:,}; run the same command again to resume")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.say(text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._console.stop()
+
+
+class Result(NamedTuple):
+    """What came of a run."""
+
+    val_loss: float = math.nan
+    sample: str = ""
+
+
+def task_scalars(scores: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
+    """The figures of evaluation tasks, under their names in the log."""
     return {
-        f"{benchmark}/{name}": figures[name]
-        for benchmark, figures in scores.items()
-        for name in ("acc", "acc_norm", "perplexity")
-        if name in figures
+        f"{task}/{name}": figure.value
+        for task, figures in scores.items()
+        for name, figure in figures.items()
     }
 
 
-def print_run(
-    cfg: Config,
-    loader: WindowLoader,
-    eval_windows: int,
-    device: Any,
-    attention: str,
-    need: "Need",
-    resumed_step: int | None,
-) -> None:
+def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> None:
     """Print the resolved configuration and what follows from it."""
-    m, o = cfg.model, cfg.optimizer
+    cfg, need, device = compiled.cfg, compiled.need, compiled.layout.device
+    m, o, asked = cfg.model, cfg.optimizer, cfg.asked
     tokens = cfg.tokens_per_step
-    epochs = loader.epoch(cfg.max_iters, cfg.effective_batch_size)
-    decay_end = o.lr_decay_iters or cfg.max_iters
-    source = "embedded text" if cfg.dataset == "embedded" else str(cfg.data_dir)
+    epochs = data.loader.epoch(asked.max_iters, cfg.batch.effective)
+    source = "embedded text" if asked.dataset == "embedded" else str(asked.data_dir)
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
     rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
-    if cfg.max_iters <= o.warmup_iters:
+    if asked.max_iters <= o.warmup_iters:
         rate += ", which is longer than the run"
     elif o.decay_lr:
-        rate += f", cosine to {o.min_lr:g} at step {decay_end:,}"
+        rate += f", cosine to {o.min_lr:g} at step {o.lr_decay_iters:,}"
     else:
         rate += ", constant"
     rows = {
-        "run": f"{cfg.out_dir}, {where} to step {cfg.max_iters:,}",
+        "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
         "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
-        "weights": f"random, seed {cfg.seed}" if cfg.init_from is None else cfg.init_from,
-        "data": f"{source}: {len(loader.tokens):,} {cfg.tokenizer} tokens, seed {cfg.seed}",
-        "step": f"{cfg.effective_batch_size} sequences = {cfg.batch_in_words}; {tokens:,} tokens",
-        "in total": f"{tokens * cfg.max_iters:,} tokens, {epochs:.2f} epochs",
+        "weights": f"random, seed {asked.seed}" if cfg.init_from is None else cfg.init_from,
+        "data": f"{source}: {len(data.loader.tokens):,} {cfg.tokenizer} tokens, seed {asked.seed}",
+        "step": f"{cfg.batch.effective} sequences = {cfg.batch}; {tokens:,} tokens",
+        "in total": f"{cfg.total_tokens:,} tokens, {epochs:.2f} epochs",
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
         "learning rate": rate,
-        "evaluation": f"every {cfg.eval_interval:,} steps, {eval_windows:,} windows of the "
-        "validation split",
-        "checkpoints": f"at every evaluation and every {cfg.checkpoint_minutes:g} minutes; the "
-        f"newest {cfg.keep_checkpoints} and the best are kept",
-        "device": f"{_devices_in_words(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
+        "evaluation": f"every {asked.eval_interval:,} steps, {len(data.windows_WT1):,} windows of "
+        "the validation split",
+        "checkpoints": f"at every evaluation and every {asked.checkpoint_minutes:g} minutes; the "
+        f"newest {asked.keep_checkpoints} and the best are kept",
+        "device": f"{_mesh_prefix(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
         f"remat {cfg.remat}",
-        "attention": attention,
+        "attention": compiled.training.attention,
         "memory": f"{need.peak_bytes / GIB:.2f} GiB at the step's peak, compiled; "
         f"{need.host_bytes / GIB:.2f} GiB on the host for a checkpoint",
-        "written to": f"{cfg.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, config.json",
+        "written to": f"{asked.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, "
+        "config.json",
     }
-    print_table(f"jaxgpt {cfg.preset}", rows)
+    print_table(f"jaxgpt {asked.preset}", rows)
 
 
-def _devices_in_words(cfg: Config) -> str:
-    return f"{cfg.device_count} x ({cfg.mesh}) " if cfg.mesh else ""
+def _mesh_prefix(cfg: Resolved) -> str:
+    return f"{cfg.mesh.devices} x ({cfg.mesh}) " if cfg.mesh.devices > 1 else ""
 
 
 def print_changes(changes: Sequence[str]) -> None:
@@ -150,19 +179,14 @@ def print_changes(changes: Sequence[str]) -> None:
 
 
 def print_finished(
-    cfg: Config,
-    prog: str,
-    argv: Sequence[str],
-    val_loss: float,
-    best: tuple[int, float] | None,
-    text: str,
+    asked: Config, prog: str, argv: Sequence[str], best: tuple[int, float] | None, result: Result
 ) -> None:
     """Print the result, a sample, and what to do next."""
     best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
-    print(f"\nDone: {cfg.max_iters:,} steps, validation loss {val_loss:.4f}{best_is}")
-    if text:
-        print(f"\nA sample of what it writes:\n\n{text.strip()}")
-    print(f"\nNext:\n{_next_commands(cfg, prog, argv, cfg.max_iters)}")
+    print(f"\nDone: {asked.max_iters:,} steps, validation loss {result.val_loss:.4f}{best_is}")
+    if result.sample:
+        print(f"\nA sample of what it writes:\n\n{result.sample.strip()}")
+    print(f"\nNext:\n{_next_commands(asked, prog, argv, asked.max_iters)}")
 
 
 def print_finished_before(

@@ -1,12 +1,12 @@
 """Validation loss on a fixed set of windows: the same weights always get the same number."""
 
 import math
-import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxgpt.data.task import perplexity
 from jaxgpt.model.gpt import Params
 from jaxgpt.training.step import EvalStep, ScoreStep
 
@@ -35,11 +35,6 @@ class TextLoss(NamedTuple):
     bits_per_byte: float
     tokens: int  # predicted
     bytes: int  # what they stand for; end-of-text tokens stand for none
-
-
-def perplexity(nats: float) -> float:
-    """e to the power of a loss, infinite where that is too large for a number."""
-    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def measure_text(

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, divisors, largest_share, with_fields
-from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.training.layout import OneDevice
 from jaxgpt.training.step import Accumulate, Spread
 
@@ -29,51 +27,11 @@ SHARDED = ("kernel", "embedding")
 JOINED_BYTES = 64 * 2**20
 
 
-def choose_layout(cfg: Config, devices: Sequence[Any]) -> tuple[Config, OneDevice]:
-    """`cfg` with what follows from the devices there are, and the layout that it asks for.
-
-    Raises:
-        ConfigError: if they are too few for --mesh, or it divides what cannot be divided.
-    """
-    shape = parse_mesh(cfg.mesh) if cfg.mesh else MeshShape(data=len(devices))
-    several = len({device.process_index for device in devices}) > 1
-    if shape.devices > len(devices) or (several and shape.devices < len(devices)):
-        raise ConfigError(
-            f"--mesh {shape} has {shape.devices} devices, and {len(devices)} are there; leave it "
-            "out to have all of them hold the same, or give sizes whose product is "
-            f"{len(devices)}"
-        )
-    cfg = for_shape(cfg, shape)
+def make_layout(devices: Sequence[Any], shape: MeshShape) -> OneDevice:
+    """The layout of a run on the first of `devices`, as many as `shape` has."""
     if shape.devices == 1:
-        return cfg, OneDevice(devices[0])
-    return cfg, OverMesh(devices[: shape.devices], shape)
-
-
-def for_shape(cfg: Config, shape: MeshShape) -> Config:
-    """`cfg` on a mesh of `shape`: each device's micro-batches follow.
-
-    Raises:
-        ConfigError: if the devices do not divide the effective batch, or fsdp the model.
-    """
-    m, batch_size = cfg.model, cfg.batch_size
-    sizes = {"n_embd": m.n_embd, "vocab_size": m.vocab_size or 0, "block_size": m.block_size}
-    errors = [
-        f"--mesh fsdp={shape.fsdp} does not divide {name} {size}; the nearest that do: "
-        + ", ".join(str(d) for d in divisors(size) if shape.fsdp / 3 < d < shape.fsdp * 3)
-        for name, size in sizes.items()
-        if size % shape.fsdp
-    ]
-    if errors:
-        raise ConfigError("\n".join(errors))
-    if cfg.auto_batch_size:  # a number that will do until it is chosen
-        batch_size = largest_share(cfg.effective_batch_size, shape.devices, batch_size)
-    accumulation, rest = divmod(cfg.effective_batch_size, batch_size * shape.devices)
-    return with_fields(
-        cfg,
-        mesh=str(shape) if shape.devices > 1 else None,
-        batch_size=batch_size,
-        gradient_accumulation_steps=None if rest else accumulation,  # Config says what would do
-    )
+        return OneDevice(devices[0])
+    return OverMesh(devices[: shape.devices], shape)
 
 
 class OverMesh(OneDevice):

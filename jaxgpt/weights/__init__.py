@@ -1,1 +1,1 @@
-"""Models in other formats, in and out, and which weights a command means."""
+"""Loads models from runs and Hugging Face folders, and exports runs."""

@@ -1,66 +1,83 @@
-"""The start of a fine-tuning: --init-from's architecture for the run, and its weights."""
+"""Fine-tuning: the architecture and the initial parameters that `--init-from` gives a run."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, flat_values, with_fields
+from jaxgpt.config.fields import Config
+from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
+# Fields of ModelConfig that the weights determine; block_size may be shorter than theirs.
+FROM_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
 
-def start_from(
-    cfg: Config, saved: Config | None, given: Collection[str]
-) -> tuple[Config, Weights | None]:
-    """`cfg` with the architecture of the weights it starts from, and these weights.
 
-    Without --init-from `cfg` is as it was. A run that goes on, `saved`, has its weights in its
-    checkpoints and its architecture in its configuration; then there are no others. `given` are
-    the names of the flags that were typed.
+def find_origin(
+    asked: Config, saved: Resolved | None, given: Collection[str]
+) -> tuple[Origin, Weights | None]:
+    """Where a run's model comes from, and the weights to start from if the run is fine-tuned.
+
+    A resumed run, `saved`, needs no weights: its parameters are in its checkpoints, and its
+    architecture is in its configuration. `given` are the names of the flags on the command line.
 
     Raises:
-        UserError: if there are no such weights, or a flag asks for another architecture.
+        UserError: if the weights do not exist, or a flag contradicts their architecture.
     """
-    init_from = cfg.init_from or (saved.init_from if saved else None)
+    init_from = asked.init_from or (saved.init_from if saved else None)
     if init_from is None:
-        return cfg, None
-    cfg = with_fields(cfg, init_from=init_from)
+        return dataclasses.replace(Origin.of(asked), saved=saved), None
+    weights = None
     if saved is not None and saved.init_from == init_from:
-        return _with_architecture(cfg, saved.model, saved.tokenizer, given), None
-    weights = open_weights(WeightsFlags(init_from=init_from))
-    return _with_architecture(cfg, weights.model, weights.tokenizer.name, given), weights
+        model, tokenizer = saved.model, saved.tokenizer
+    else:
+        weights = open_weights(WeightsFlags(init_from=init_from))
+        model, tokenizer = weights.model, weights.tokenizer.name
+    _check_architecture(asked, init_from, model, tokenizer, given)
+    adopted = {name: getattr(model, name) for name in (*FROM_WEIGHTS, "n_vocab")}
+    block_size = min(asked.model.block_size, model.block_size)
+    origin = Origin(
+        model=dataclasses.replace(asked.model, **adopted, block_size=block_size),
+        tokenizer=tokenizer,
+        init_from=init_from,
+        saved=saved,
+    )
+    return origin, weights
 
 
-def load_start(weights: Weights, device: Any, like: Any) -> Any:
-    """The weights, read onto `device`, placed as parameters `like`, with as many positions."""
+def load_initial_params(weights: Weights, device: Any, like: Any) -> Any:
+    """The parameters of `weights`, read onto `device` and then sharded like `like`.
+
+    Position embeddings beyond the run's block_size are dropped.
+    """
     import jax
 
     params = weights.load(device)
     params["wpe"]["embedding"] = params["wpe"]["embedding"][: like["wpe"]["embedding"].shape[0]]
-    # Copies, because a training step donates them.
+    # Copies, never aliases: a training step donates its parameters.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like
     )
 
 
-def _with_architecture(
-    cfg: Config, model: ModelConfig, tokenizer: str, given: Collection[str]
-) -> Config:
-    asked = flat_values(cfg)
-    names = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
-    found = {**{name: getattr(model, name) for name in names}, "tokenizer": tokenizer}
+def _check_architecture(
+    asked: Config, init_from: str, model: ModelConfig, tokenizer: str, given: Collection[str]
+) -> None:
+    """Raises ConfigError for flags that contradict the weights."""
+    wanted = {name: getattr(asked.model, name) for name in FROM_WEIGHTS}
+    wanted["tokenizer"] = asked.tokenizer
+    found = {**{name: getattr(model, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
     errors = [
-        f"--{name.replace('_', '-')} {asked[name]}: the weights of {cfg.init_from} have "
-        f"{found[name]}; leave it out"
+        f"--{name.replace('_', '-')} {wanted[name]}: the weights of {init_from} have "
+        f"{found[name]}; drop the flag"
         for name in found
-        if name in given and asked[name] not in (found[name], None)
+        if name in given and wanted[name] not in (found[name], None)
     ]
-    if "block_size" in given and asked["block_size"] > model.block_size:
+    if "block_size" in given and asked.model.block_size > model.block_size:
         errors.append(
-            f"--block-size {asked['block_size']}: the weights of {cfg.init_from} have positions "
-            f"for {model.block_size} tokens; it may be shorter, not longer"
+            f"--block-size {asked.model.block_size}: the weights of {init_from} have "
+            f"{model.block_size} positions; it must be at most {model.block_size}"
         )
     if errors:
         raise ConfigError("\n".join(errors))
-    block_size = min(cfg.model.block_size, model.block_size)
-    return with_fields(cfg, **found, n_vocab=model.n_vocab, block_size=block_size)

@@ -1,7 +1,7 @@
-"""Whose weights a command works with: a run's checkpoint, a Hugging Face folder, or GPT-2 itself.
+"""Which weights a command uses: a run's checkpoint, a Hugging Face folder, or GPT-2 from the Hub.
 
-Everything up to `Weights.load` happens before JAX is imported, so that a wrong folder is answered
-at once.
+`open_weights` checks everything it can without JAX, so that a wrong folder is reported at once;
+`Weights.load` imports JAX and reads the parameters.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, Device, Dtype
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet
-from jaxgpt.config.presets import load_config
+from jaxgpt.config.resolved import Resolved, choose_dtype, load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import warn
 from jaxgpt.run import device as hardware
@@ -29,10 +29,10 @@ from jaxgpt.weights.hub_folder import find_folder, read_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsFlags:
-    """Flags of every command that reads weights."""
+    """Flags of every command that loads weights."""
 
-    out_dir: PathIfSet = None  # the run whose weights are used
-    # or weights from elsewhere: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
+    out_dir: PathIfSet = None  # the run to load the weights from
+    # or other weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
     # Hugging Face Hub, or a folder: a run's, or one with config.json and model.safetensors
     init_from: TextIfSet = None
     checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
@@ -40,35 +40,35 @@ class WeightsFlags:
     dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
 
     def errors(self) -> list[str]:
-        """What is wrong with them, a sentence for each error."""
+        """Every error in the flags, one sentence each."""
         errors = []
-        if (self.out_dir is None) == (self.init_from is None):
-            errors.append(
-                "whose weights? give one of --out-dir RUN and --init-from gpt2 (or a folder)"
-            )
+        if self.out_dir is None and self.init_from is None:
+            errors.append("specify --out-dir RUN or --init-from MODEL, for example gpt2")
+        if self.out_dir is not None and self.init_from is not None:
+            errors.append("specify --out-dir or --init-from, not both")
         if self.checkpoint not in ("latest", "best") and not self.checkpoint.isdecimal():
-            errors.append(f"--checkpoint {self.checkpoint} is not latest, best or a step")
+            errors.append(f"--checkpoint {self.checkpoint} must be latest, best or a step")
         return errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A model that can be loaded, and what is known of it."""
+    """A model whose parameters can be loaded, and what is known about it."""
 
-    name: str  # what messages call it
+    name: str  # for messages
     model: ModelConfig
     tokenizer: Tokenizer
-    load: Callable[[Any], Any]  # a jax.Device -> Params on it; imports JAX
-    run: Config | None = None  # the run's configuration, if it is a run's
-    step: int | None = None
-    val_loss: float | None = None  # what the run logged at that step
+    load: Callable[[Any], Any]  # jax.Device -> Params on that device; imports JAX
+    run: Resolved | None = None  # the configuration, if the model is a run's
+    step: int | None = None  # of the checkpoint, if the model is a run's
+    val_loss: float | None = None  # logged by the run at that step
 
 
 def open_weights(flags: WeightsFlags) -> Weights:
-    """What the flags name, with everything checked that can be without reading the weights.
+    """The weights that the flags name; their parameters are not read yet.
 
     Raises:
-        UserError: if it is not there, cannot be read, or is another kind of model.
+        UserError: if they do not exist, cannot be read, or are of another kind of model.
     """
     if flags.out_dir is not None:
         return _open_run(Path(os.path.expanduser(flags.out_dir)), flags.checkpoint)
@@ -78,7 +78,8 @@ def open_weights(flags: WeightsFlags) -> Weights:
         return _open_run(path, flags.checkpoint)
     if flags.checkpoint != "latest":
         raise ConfigError(
-            f"--checkpoint {flags.checkpoint}: {flags.init_from} is no run, and has no checkpoints"
+            f"--checkpoint {flags.checkpoint}: {flags.init_from} is not a run and has no "
+            "checkpoints; drop --checkpoint"
         )
     folder = find_folder(flags.init_from)
     model, tokenizer = read_folder(folder)
@@ -86,30 +87,29 @@ def open_weights(flags: WeightsFlags) -> Weights:
         name=flags.init_from,
         model=model,
         tokenizer=tokenizer,
-        load=lambda device: _on_device(huggingface.load_params(folder, model), device),
+        load=lambda device: _copy_to(device, huggingface.load_params(folder, model)),
     )
 
 
-def prepare_device(flags: WeightsFlags) -> tuple[Any, str]:
-    """The device and the dtype to compute with; imports JAX.
+def prepare_device(device: Device, dtype: Dtype) -> tuple[Any, Dtype]:
+    """(jax.Device, dtype of the matrix products), 'auto' resolved; imports JAX.
 
     Raises:
-        ConfigError: if there is no such device.
+        ConfigError: if there is no such device, or it cannot compute in that dtype.
     """
-    # A run may be training on the same card: take what is needed, not all there is.
+    # Allocate as needed, not most of the card up front: a run may be training on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    cfg = Config(device=flags.device)
+    cfg = Config(device=device)
     hardware.prepare_environment(cfg)
     prepare_compile_cache(warn)
-    device = hardware.choose_device(cfg)
+    chosen = hardware.choose_devices(cfg)[0]
     from jaxgpt.model.attention import compute_capability
 
-    capability = compute_capability(device)
-    return device, hardware.compute_dtype(flags.dtype, device.platform, capability)
+    return chosen, choose_dtype(dtype, chosen.platform, compute_capability(chosen))
 
 
 def build_network(weights: Weights, device: Any, dtype: str) -> Any:
-    """The network as an `nnx.GraphDef`, with the attention for `device`; imports JAX."""
+    """The network as an `nnx.GraphDef`, with the fastest attention on `device`; imports JAX."""
     from jaxgpt.model.attention import compute_capability, pick_attention
     from jaxgpt.model.gpt import build_gpt
 
@@ -121,14 +121,14 @@ def build_network(weights: Weights, device: Any, dtype: str) -> Any:
 
 def _open_run(out_dir: Path, which: str) -> Weights:
     if not (out_dir / CONFIG_FILE).is_file():
-        what = "holds no run" if out_dir.is_dir() else "no such folder"
+        what = "not a run" if out_dir.is_dir() else "no such folder"
         near = sorted(str(path.parent) for path in out_dir.parent.glob(f"*/{CONFIG_FILE}"))
-        there = f"; there is: {', '.join(near[:8])}" if near else ""
-        raise ConfigError(f"--out-dir {out_dir}: {what}{there}; train one: python -m jaxgpt.train")
+        runs = f"; runs beside it: {', '.join(near[:8])}" if near else ""
+        raise ConfigError(f"--out-dir {out_dir}: {what}{runs}; train one: python -m jaxgpt.train")
     if not (out_dir / FOLDER).exists() and huggingface.has_weights(out_dir):
         raise ConfigError(
-            f"--out-dir {out_dir} holds no run but a Hugging Face model; train, sample and "
-            f"evaluate take it as --init-from {out_dir}"
+            f"--out-dir {out_dir} is a Hugging Face model, not a run; load it in train, sample "
+            f"and evaluate with --init-from {out_dir}"
         )
     cfg = load_config(out_dir / CONFIG_FILE)
     steps = finished_steps(out_dir / FOLDER)
@@ -165,22 +165,27 @@ def _open_run(out_dir: Path, which: str) -> Weights:
 
 def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
     if not steps:
-        raise ConfigError(f"{out_dir} has no checkpoint yet; train it on: python -m jaxgpt.train")
+        raise ConfigError(
+            f"{out_dir} has no checkpoint yet; run its python -m jaxgpt.train command again"
+        )
     if which == "latest":
         return steps[-1]
-    listed = f"there are checkpoints of steps {', '.join(map(str, steps))}"
+    saved = {str(step): step for step in steps}
+    listed = f"it has checkpoints of steps {', '.join(saved)}"
     if which == "best":
         scored = [(losses[step], step) for step in steps if step in losses]
         if not scored:
-            raise ConfigError(f"{out_dir} has logged no validation loss of a checkpoint; {listed}")
+            raise ConfigError(
+                f"--checkpoint best: {out_dir} logged no validation loss at a checkpoint; {listed}"
+            )
         return min(scored)[1]
-    if int(which) not in steps:
-        raise ConfigError(f"--checkpoint {which}: {out_dir} has none of that step; {listed}")
-    return int(which)
+    if which not in saved:
+        raise ConfigError(f"--checkpoint {which}: {out_dir} has no such checkpoint; {listed}")
+    return saved[which]
 
 
-def _on_device(params: Any, device: Any) -> Any:
+def _copy_to(device: Any, params: Any) -> Any:
     import jax
 
-    # Copies, because a training step donates them.
+    # Copies, never aliases of host memory: a training step donates its parameters.
     return jax.device_put(params, device, may_alias=False)

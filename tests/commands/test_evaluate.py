@@ -12,19 +12,20 @@ from helpers.trees import TINY
 from jaxgpt import prepare, train
 from jaxgpt.data.loader import first_windows
 from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.task import perplexity
 from jaxgpt.data.token_file import DataError, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.evaluate import main
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.gpt import build_gpt, init_params
 from jaxgpt.run.metrics_file import read_metrics
-from jaxgpt.training.evaluation import measure_text, perplexity
+from jaxgpt.training.evaluation import measure_text
 from jaxgpt.training.step import make_score_step
 
 
 @pytest.fixture
 def evaluated(capsys):
-    """What `evaluate --json` finds."""
+    """The output of `evaluate --json`."""
 
     def run(*flags: object) -> dict:
         capsys.readouterr()
@@ -36,7 +37,7 @@ def evaluated(capsys):
 
 @pytest.fixture
 def mistake(capsys):
-    """The answer to a command that is refused."""
+    """The error message of a command."""
 
     def answer(*flags: object) -> str:
         capsys.readouterr()
@@ -51,7 +52,7 @@ def mistake(capsys):
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_the_loss_is_what_training_logged_for_the_same_windows(
+def test_the_loss_equals_the_logged_one_for_the_same_windows(
     evaluated, tiny_run: Path, step: int
 ) -> None:
     found = evaluated("--out-dir", tiny_run, "--as-in-training", "--checkpoint", step)
@@ -60,7 +61,7 @@ def test_the_loss_is_what_training_logged_for_the_same_windows(
     assert (found["step"], found["validation"]["tokens"]) == (step, 5 * 12 * 16)
 
 
-def test_the_loss_is_computed_in_the_dtype_that_it_was_logged_in(evaluated, tmp_path: Path) -> None:
+def test_the_loss_is_computed_in_the_run_s_dtype(evaluated, tmp_path: Path) -> None:
     flags = [
         *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),
         *("--block-size", "16", "--batch-size", "4", "--effective-batch-size", "4"),
@@ -84,7 +85,7 @@ def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, expo
 
 
 @pytest.mark.filterwarnings("error")  # of a division by no bytes
-def test_text_is_measured_as_its_definition_says() -> None:
+def test_the_loss_of_a_text_follows_its_definition() -> None:
     graphdef = build_gpt(TINY, "float32", plain_attention)
     params = init_params(TINY, jax.random.key(0))
     windows_WT1 = np.random.default_rng(0).integers(0, 50, (7, 9)).astype(np.uint16)
@@ -109,7 +110,7 @@ def test_text_is_measured_as_its_definition_says() -> None:
 
 
 @pytest.mark.parametrize(("count", "windows"), [(3, 3), (4, 4), (99, 6)])
-def test_the_first_windows_lie_end_to_end(count: int, windows: int) -> None:
+def test_the_first_windows_are_consecutive(count: int, windows: int) -> None:
     tokens = TokenStream.from_arrays([np.arange(20), np.arange(20, 32)])
     batches = list(first_windows(tokens, 5, count, n_vocab=50, batch_size=4))
     assert [len(batch) for batch in batches] == ([windows] if windows <= 4 else [4, 2])
@@ -119,22 +120,26 @@ def test_the_first_windows_lie_end_to_end(count: int, windows: int) -> None:
         list(first_windows(tokens, 5, 9, n_vocab=30, batch_size=4))
 
 
-def test_bytes_of_text_are_counted_for_every_id() -> None:
+def test_every_id_has_its_length_in_bytes() -> None:
     tokenizer = load_tokenizer("gpt2")
     text = "It is a truth — universally acknowledged"
     assert tokenizer.byte_lengths()[tokenizer.encode(text)].sum() == len(text.encode())
     assert tokenizer.byte_lengths()[tokenizer.eot] == 0
 
 
-def test_token_files_are_read_and_the_table_says_what_they_are(
-    evaluated, tiny_run, tmp_path, capsys
+def test_token_files_are_measured_and_named_in_the_table(
+    evaluated, tiny_run, tmp_path, monkeypatch, capsys
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_dir = Path("[b]:smile:")  # neither markup nor an emoji
+    data_dir.mkdir()
     tokens = np.random.default_rng(0).integers(0, 257, 500).astype(np.uint16)
-    write_shard(tmp_path / "x_val_000000.bin", tokens)  # and no training split
-    found = evaluated("--out-dir", tiny_run, "--data-dir", tmp_path, "--val-tokens", 0)
+    write_shard(data_dir / "x_val_000000.bin", tokens)  # and no training split
+    found = evaluated("--out-dir", tiny_run, "--data-dir", data_dir, "--val-tokens", 0)
     assert found["validation"]["tokens"] == 499 // 16 * 16
-    assert main(["--out-dir", str(tiny_run), "--data-dir", str(tmp_path)]) == 0
+    assert main(["--out-dir", str(tiny_run), "--data-dir", str(data_dir)]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert str(data_dir) in out
     for part in ("step 8, 10,592 parameters", "all 31 windows", "nats per token", "bits per byte"):
         assert part in out
 
@@ -150,7 +155,7 @@ def hellaswag_file(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_benchmarks_alone_need_no_text(evaluated, tiny_run, hellaswag_file, tmp_path) -> None:
+def test_tasks_need_no_text(evaluated, tiny_run, hellaswag_file, tmp_path) -> None:
     (tmp_path / "lambada.jsonl").write_text('{"text": "and so it was"}\n')
     flags = ("--hellaswag", hellaswag_file, "--lambada", tmp_path / "lambada.jsonl")
     found = evaluated("--out-dir", tiny_run, "--skip-loss", *flags)
@@ -161,7 +166,7 @@ def test_benchmarks_alone_need_no_text(evaluated, tiny_run, hellaswag_file, tmp_
     assert found["lambada"]["perplexity"] > 1
 
 
-def test_training_scores_benchmarks_at_each_evaluation(tmp_path, hellaswag_file, capsys) -> None:
+def test_training_scores_tasks_at_each_evaluation(tmp_path, hellaswag_file, capsys) -> None:
     flags = [
         *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),
         *("--block-size", "16", "--batch-size", "4", "--effective-batch-size", "4"),
@@ -182,26 +187,26 @@ def test_training_scores_benchmarks_at_each_evaluation(tmp_path, hellaswag_file,
     ("flags", "answers"),
     [
         (["--val-tokens=-1", "--batch-size=0"], ["--val-tokens -1 must", "--batch-size 0 must"]),
-        (["--skip-loss"], ["--skip-loss leaves nothing to do"]),
-        (["--as-in-training", "--val-tokens=9"], ["the run's own windows; drop --val-tokens"]),
+        (["--skip-loss"], ["nothing to measure; add --hellaswag or --lambada"]),
+        (["--as-in-training", "--val-tokens=9"], ["uses the run's own windows; drop --val-tokens"]),
         (["--as-in-training", "--skip-loss", "--lambada=x"], ["which --skip-loss leaves out"]),
         (["--dataset=embedded", "--data-dir=x"], ["--data-dir is not read"]),
         (["--data-dir=no/such"], ["no/such: no such folder", "val.bin"]),
         (["--hellaswag=no.jsonl"], ["--hellaswag no.jsonl cannot be read"]),
-        (["--hellaswaq=no.jsonl"], ["did you mean '--hellaswag'?"]),
+        (["--hellaswaq", "no.jsonl"], ["Perhaps you meant", "--hellaswag FILE"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence(mistake, tiny_run, flags, answers) -> None:
+def test_a_user_error_is_one_message(mistake, tiny_run, flags, answers) -> None:
     answer = mistake("--out-dir", tiny_run, *flags)
     assert [part for part in answers if part not in answer] == []
 
 
-def test_a_full_device_is_answered_with_what_would_fit(mistake, tiny_run, monkeypatch) -> None:
+def test_out_of_memory_is_answered_with_a_smaller_setting(mistake, tiny_run, monkeypatch) -> None:
     def run_out(*_: object) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.\nBufferAssignment:\n")
 
     for command, remedy in (("evaluate", "--batch-size 4"), ("sample", "--num-samples")):
-        monkeypatch.setattr(f"jaxgpt.{command}.run", run_out)
+        monkeypatch.setattr(f"jaxgpt.{command}.build_network", run_out)
         monkeypatch.setattr("test_evaluate.main", importlib.import_module(f"jaxgpt.{command}").main)
         answer = mistake("--out-dir", tiny_run)
         assert "memory is full: RESOURCE_EXHAUSTED: Out of memory, 9 bytes." in answer
@@ -209,14 +214,16 @@ def test_a_full_device_is_answered_with_what_would_fit(mistake, tiny_run, monkey
         assert "BufferAssignment" not in answer
 
 
-def test_a_folder_has_no_text_of_its_own(mistake, exported) -> None:
+def test_a_model_folder_needs_a_dataset(mistake, exported) -> None:
     answer = mistake("--init-from", exported)
-    assert "has no text of its own; say which with --data-dir" in answer
-    assert "is for runs" in mistake("--init-from", exported, "--as-in-training")
-    assert "is no run, and has no" in mistake("--init-from", exported, "--checkpoint", "best")
+    assert "is not a run and has no dataset; add --data-dir" in answer
+    assert "--as-in-training needs a run" in mistake("--init-from", exported, "--as-in-training")
+    assert "is not a run and has no checkpoints" in mistake(
+        "--init-from", exported, "--checkpoint", "best"
+    )
 
 
-def test_text_of_another_tokenizer_is_not_measured(mistake, tiny_run, tmp_path) -> None:
+def test_text_of_another_tokenizer_is_refused(mistake, tiny_run, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("".join(f"It is truth {i}\n" for i in range(99)))
     flags = ["--out", str(tmp_path / "data"), "--val-fraction", "0.5", "--tokenizer", "gpt2"]
     assert prepare.main([str(tmp_path / "text.txt"), "--sample-by", "line", *flags]) == 0
@@ -224,6 +231,6 @@ def test_text_of_another_tokenizer_is_not_measured(mistake, tiny_run, tmp_path) 
     assert "was made with tokenizer 'gpt2', and the model's is 'byte'" in answer
 
 
-def test_a_loss_beyond_all_numbers_has_no_perplexity() -> None:
+def test_perplexity_overflows_to_infinity() -> None:
     assert perplexity(1.0) == pytest.approx(math.e)
     assert perplexity(1e4) == math.inf

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 from flax import nnx
 
 from jaxgpt.config.fields import with_fields
-from jaxgpt.export import main, model_card
+from jaxgpt.export import main
 from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.weights.model_card import model_card
 from jaxgpt.weights.source import WeightsFlags, build_network, open_weights
 
 
-def test_the_folder_has_all_that_transformers_looks_for_and_nothing_else(exported: Path) -> None:
+def test_the_folder_has_every_file_of_transformers_and_no_other(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
@@ -21,7 +23,7 @@ def test_the_folder_has_all_that_transformers_looks_for_and_nothing_else(exporte
     assert [path.name for path in exported.parent.iterdir()] == ["tiny-austen"]
 
 
-def test_transformers_gives_the_runs_logits_and_text(tiny_run: Path, exported: Path) -> None:
+def test_transformers_computes_the_run_s_logits_and_text(tiny_run: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch", reason="the weights are compared with golden numbers")
     transformers = pytest.importorskip("transformers", reason="test_huggingface has golden numbers")
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
@@ -39,7 +41,7 @@ def test_transformers_gives_the_runs_logits_and_text(tiny_run: Path, exported: P
     assert tokenizer.decode(greedy[0]).startswith("It i")
 
 
-def test_the_card_tells_the_truth(tiny_run: Path, exported: Path) -> None:
+def test_the_card_describes_the_run(tiny_run: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     loss = read_metrics(tiny_run / "metrics.jsonl")[-1]["val/loss"]
     for row in (
@@ -63,7 +65,7 @@ def test_another_checkpoint_is_exported_on_request(tiny_run: Path, tmp_path: Pat
     assert "step 4: 10,592 parameters written to" in capsys.readouterr().out
 
 
-def test_the_folder_one_stands_in_is_written_and_a_failure_leaves_nothing(
+def test_the_current_folder_can_be_written_and_a_failed_export_leaves_nothing(
     tiny_run: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     def fail(*_: object) -> None:
@@ -84,7 +86,7 @@ def test_the_folder_one_stands_in_is_written_and_a_failure_leaves_nothing(
     assert (here / "model.safetensors").exists()
 
 
-def test_the_card_counts_the_windows_there_were(tiny_run: Path) -> None:
+def test_the_card_counts_the_windows_that_were_evaluated(tiny_run: Path) -> None:
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
     assert weights.run is not None
     card = model_card(weights, weights.run, {"train_tokens": 9, "val_tokens": 16 * 7 + 1})
@@ -95,7 +97,8 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
     assert weights.run is not None
     # As `--preset 24gb --data-dir .../my-tokens` leaves it: the preset's dataset, another folder.
-    run = with_fields(weights.run, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    asked = with_fields(weights.run.asked, dataset="fineweb", data_dir=tmp_path / "my-tokens")
+    run = dataclasses.replace(weights.run, asked=asked)
     card = model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
     assert "| data | my-tokens (token files), 9 byte tokens |" in card
     assert "fineweb" not in card
@@ -104,18 +107,19 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
-        ([], ["--out-dir RUN says what to export", "--to FOLDER says where to"]),
-        (["--out-dir=RUN", "--to=FULL"], ["is there already; name another folder, or delete it"]),
+        ([], ["specify the run: --out-dir RUN", "specify the folder to write: --to"]),
+        (["--out-dir=RUN", "--to=FULL"], ["already exists; name another folder, or delete it"]),
         (["--out-dir=nowhere", "--to=x"], ["--out-dir nowhere: no such folder"]),
-        (["--out-dir=HF", "--to=x"], ["no run but a Hugging Face model", "take it as --init-from"]),
+        (["--out-dir=HF", "--to=x"], ["is a Hugging Face model, not a run", "with --init-from"]),
         (["--out-dir=RUN", "--to=FULL/f/x"], ["cannot be written", "Not a directory"]),
-        (["--out-dir=RUN", "--to=x", "--checkpoint=5"], ["none of that step"]),
-        (["--out-dir=RUN", "--too=x"], ["did you mean '--to'?"]),
+        (
+            ["--out-dir=RUN", "--to=x", "--checkpoint=5"],
+            ["--checkpoint 5: ", "has no such checkpoint"],
+        ),
+        (["--out-dir=RUN", "--too", "x"], ["Perhaps you meant", "--to PATH"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence(
-    tiny_run, exported, tmp_path, capsys, flags, answers
-) -> None:
+def test_a_user_error_is_one_message(tiny_run, exported, tmp_path, capsys, flags, answers) -> None:
     (tmp_path / "f").write_text("in the way")
     real = {"RUN": str(tiny_run), "FULL": str(tmp_path), "HF": str(exported)}
     argv = [re.sub("RUN|FULL|HF", lambda match: real[match[0]], flag) for flag in flags]

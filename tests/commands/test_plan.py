@@ -2,9 +2,9 @@ import json
 import shlex
 
 import pytest
+from helpers.configs import parse
 
 from jaxgpt import plan
-from jaxgpt.config import command_line as cli
 from jaxgpt.config.presets import preset_names
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GPUS, LocalCard
@@ -65,7 +65,7 @@ def refused(capsys):
 def parsed(command: str):
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "jaxgpt.train"]
-    return cli.parse(words[3:], prog="train", description="", default_preset=lambda: None)
+    return parse(words[3:])
 
 
 def test_one_run_has_all_that_is_promised(answer) -> None:
@@ -127,7 +127,7 @@ def test_auto_is_the_same_as_fit(answer) -> None:
 def test_nothing_fits_is_said_with_the_least_it_needs(refused) -> None:
     text = refused("--preset", "24gb-1558m", "--vram", "12", "--fit")
     assert "24gb-1558m does not fit" in text
-    assert "take a smaller model" in text
+    assert "use a smaller model" in text
 
 
 def test_the_overview_lists_every_preset_for_a_card_and_what_to_run(answer, shown) -> None:
@@ -210,8 +210,8 @@ def test_the_card_in_this_machine_is_the_default(answer, monkeypatch) -> None:
         (["--gpu", "4090", "--vram", "24"], "give one"),
         (["--vram", "0"], "--vram 0 must be between 1 and 1024"),
         (["--preset", "24bg", "--gpu", "4090"], "did you mean '24gb'"),
-        (["--gpu"], "--gpu needs a value"),
-        (["--gpu", "4090", "--gpus", "2"], "did you mean '--gpu'"),
+        (["--gpu"], "Missing value for argument '--gpu'"),
+        (["--gpu", "4090", "--gpus", "2"], "--gpu TEXT"),
         (["--gpu", "t4", "--dtype", "bfloat16"], "compute capability 8.0"),
     ],
 )
@@ -247,7 +247,7 @@ def test_several_cards_are_planned_for_each(answer) -> None:
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
-        (("--devices", "4", "--mesh", "data=8"), "has 8 devices, and --devices says 4"),
+        (("--devices", "4", "--mesh", "data=8"), "has 8 devices, and --devices is 4"),
         (("--devices", "0"), "--devices 0 must be between 1 and"),
         (("--devices", "2", "--hours", "3"), "--hours plans for one card"),
         (("--devices", "6"), "is not a multiple of batch_size 64 x 6 devices"),

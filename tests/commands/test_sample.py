@@ -1,3 +1,4 @@
+import codecs
 import io
 import os
 import re
@@ -8,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.sample import SEPARATOR, TextStream, main, prompt_ids
+from jaxgpt.sample import SEPARATOR, main, prompt_tokens
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
 
 @pytest.fixture
 def sample(tiny_run: Path, capsys):
-    """What the command writes for the tiny run: standard output, standard error."""
+    """Runs the command on the tiny run: (standard output, standard error)."""
 
     def run(*flags: str, tokens: int = 12) -> tuple[str, str]:
         capsys.readouterr()
@@ -27,7 +29,7 @@ def sample(tiny_run: Path, capsys):
 
 @pytest.fixture
 def mistake(capsys):
-    """The answer to a command that is refused."""
+    """The error message of a command."""
 
     def answer(*flags: str) -> str:
         capsys.readouterr()
@@ -41,7 +43,7 @@ def mistake(capsys):
     return answer
 
 
-def test_texts_go_to_standard_output_and_what_is_said_to_standard_error(sample) -> None:
+def test_texts_go_to_standard_output_and_messages_to_standard_error(sample) -> None:
     out, err = sample("--prompt", "It is a truth", "--num-samples", "3")
     texts = out.removesuffix("\n").split(f"\n{SEPARATOR}\n")
     assert len(texts) == 3
@@ -60,14 +62,14 @@ def test_a_seed_gives_the_same_texts(sample) -> None:
 def test_a_prompt_comes_from_the_flag_a_file_or_standard_input(
     sample, tmp_path, monkeypatch
 ) -> None:
-    (tmp_path / "prompt.txt").write_text("Dear\n", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF8 + b"Dear\n")  # as Notepad writes it
     expected, _ = sample("--prompt", "Dear\n")
     assert sample("--prompt", f"FILE:{tmp_path}/prompt.txt")[0] == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("Dear\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffDear\n"))
     assert sample("--prompt", "-")[0] == expected
 
 
-def test_a_prompt_longer_than_the_context_is_cropped_and_said_so(sample) -> None:
+def test_a_prompt_longer_than_the_context_is_cropped_with_a_message(sample) -> None:
     long = "abc" + "0123456789abcdef"
     out, err = sample("--prompt", long)
     assert "the prompt has 19 tokens; the model sees the last 16" in err
@@ -75,16 +77,16 @@ def test_a_prompt_longer_than_the_context_is_cropped_and_said_so(sample) -> None
     assert out.removeprefix(long) == short.removeprefix(long[3:])
 
 
-def test_the_name_of_end_of_text_in_a_prompt_is_that_token(tiny_run) -> None:
+def test_endoftext_in_a_prompt_is_the_end_of_text_token(tiny_run) -> None:
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
     eot = weights.tokenizer.eot
-    assert prompt_ids("", weights) == [eot]
-    assert prompt_ids("<|endoftext|>", weights) == [eot]
-    assert prompt_ids("a<|endoftext|>b", weights) == [97, eot, 98]
-    assert prompt_ids("a<|endoftext|>", weights) == [97, eot]
+    assert prompt_tokens("", weights) == [eot]
+    assert prompt_tokens("<|endoftext|>", weights) == [eot]
+    assert prompt_tokens("a<|endoftext|>b", weights) == [97, eot, 98]
+    assert prompt_tokens("a<|endoftext|>", weights) == [97, eot]
 
 
-def test_a_terminal_without_a_letter_gets_another_and_odd_bytes_a_sentence(
+def test_a_character_that_the_terminal_lacks_is_replaced_and_bad_input_is_refused(
     tiny_run, tmp_path
 ) -> None:
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
@@ -126,11 +128,11 @@ def test_ctrl_c_ends_a_text_or_a_line_and_not_the_conversation(sample, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("jaxgpt.sample.TextStream", Interrupted)
         out, err = sample("--interactive")
-    assert out == "\nOne\nTwo\n"  # and neither is gone on with
+    assert out == "\nOne\nTwo\n"  # the prompts, and nothing after them
     assert "tokens in" not in err
 
 
-def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> None:
+def test_an_incomplete_character_waits_and_the_text_ends_at_the_stop() -> None:
     tokenizer = load_tokenizer("byte")
     ids = tokenizer.encode("é!")
     text = TextStream(tokenizer, tokenizer.eot)
@@ -145,35 +147,37 @@ def test_half_a_letter_waits_for_its_rest_and_the_text_ends_at_the_stop() -> Non
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
-        ([], ["whose weights? give one of --out-dir RUN and --init-from gpt2"]),
-        (["--out-dir", "x", "--init-from", "gpt2"], ["give one of"]),
-        (["--out-dir", "x", "--num-sampels", "3"], ["did you mean '--num-samples'?"]),
+        ([], ["specify --out-dir RUN or --init-from MODEL"]),
+        (["--out-dir", "x", "--init-from", "gpt2"], ["--out-dir or --init-from, not both"]),
+        (["--out-dir", "x", "--num-sampels", "3"], ["Perhaps you meant", "--num-samples INT"]),
         (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
-        (["--out-dir", "x", "--seed"], ["--seed needs a value"]),
-        (["--out-dir", "x", "--prompt", "--- a"], ["one that begins with -- goes as --prompt="]),
+        (["--out-dir", "x", "--seed"], ["Missing value for argument '--seed'"]),
+        (["--out-dir", "x", "--prompt", "--- a"], ["--out-dir x: no such folder"]),
         (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
-        (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be finite and at"]),
+        (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be at least 0"]),
+        (["--out-dir", "x", "--temperature", "1e39"], ["--temperature 1e+39 must", "float32"]),
+        (["--out-dir", "x", "--temperature", "nan"], ["--temperature nan must be at least 0"]),
         (["--out-dir", "x", "--top-k=-1", "--top-p=0"], ["--top-k -1 must", "--top-p 0 must"]),
         (["--out-dir", "x", "--num-samples=0"], ["--num-samples 0 must be at least 1"]),
         (["--out-dir", "x", "--max-new-tokens=0"], ["--max-new-tokens 0 must be at least 1"]),
-        (["--out-dir", "x", "--checkpoint=newest"], ["--checkpoint newest is not latest, best"]),
-        (["--out-dir", "x", "--interactive", "--prompt=a"], ["leave --prompt out"]),
+        (["--out-dir", "x", "--checkpoint=newest"], ["--checkpoint newest must be latest, best"]),
+        (["--out-dir", "x", "--interactive", "--prompt=a"], ["drop --prompt"]),
         (["--out-dir", "x", "--prompt=FILE:no"], ["--prompt FILE:no cannot be read", "No such"]),
         (["--out-dir", "x"], ["--out-dir x: no such folder", "python -m jaxgpt.train"]),
         (["--init-from", "gtp2"], ["--init-from gtp2: no such folder", "gpt2-medium"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence(mistake, flags, answers) -> None:
+def test_a_user_error_is_one_message(mistake, flags, answers) -> None:
     answer = mistake(*flags)
     assert [part for part in answers if part not in answer] == []
 
 
-def test_a_folder_is_not_overlooked_for_a_misspelt_one(mistake, tiny_run) -> None:
+def test_a_misspelt_folder_is_answered_with_the_runs_beside_it(mistake, tiny_run) -> None:
     answer = mistake("--out-dir", str(tiny_run.parent / "tini"))
-    assert f"there is: {tiny_run}" in answer
+    assert f"runs beside it: {tiny_run}" in answer
 
 
-def test_mistakes_and_help_are_answered_before_jax_is_imported() -> None:
+def test_errors_and_help_are_printed_before_jax_is_imported() -> None:
     code = """
 import sys
 from jaxgpt import evaluate, export, sample

@@ -2,24 +2,36 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import jaxgpt
-from jaxgpt.config import command_line as cli
+from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config, OptimizerConfig, flat_fields, flat_values
-from jaxgpt.config.presets import NANOGPT_SETTINGS, describe_presets
+from jaxgpt.config.nanogpt import NANOGPT_SETTINGS
+from jaxgpt.config.presets import describe_presets
+from jaxgpt.errors import run_command
 from jaxgpt.planning import gpus
 from jaxgpt.planning.gpus import GIB, LocalCard
 
-HIDDEN = {"n_vocab", "eval_windows", "vram_gb", "auto_batch_size"}
+HIDDEN = {"n_vocab", "eval_windows", "vram_gb"}
 PUBLIC = sorted(flat_fields().keys() - HIDDEN)
 ROOT = Path(jaxgpt.__file__).parents[1]
 
 
-def parse(*argv: str, default: str | None = None) -> Config:
-    return cli.parse(argv, prog="train", description="Train.", default_preset=lambda: default)
+def parse(*argv: str, default: Callable[[], str | None] | str | None = None) -> Config:
+    asked: list[Config] = []
+
+    def command() -> int:
+        choose = default if callable(default) else lambda: default
+        flags = {"prog": "train", "description": "Train.", "default_preset": choose}
+        asked.append(parse_run(RunFlags, argv, **flags)[0])
+        return 0
+
+    run_command("train", command)
+    return asked[0]
 
 
 @pytest.fixture
@@ -138,26 +150,15 @@ def test_without_flags_a_run_is_its_preset():
 # ---------------------------------------------------------------- what follows from other fields
 
 
-@pytest.mark.parametrize(
-    ("preset", "accumulation"),
-    [("80gb", 8), ("48gb", 16), ("24gb", 16), ("16gb", 12), ("12gb", 16), ("demo", 1)],
-)
-def test_accumulation_follows_from_the_two_batches(preset, accumulation):
-    assert parse("--preset", preset).gradient_accumulation_steps == accumulation
-
-
 def test_half_the_batch_size_doubles_accumulation_and_nothing_else():
     full, half = parse("--preset=24gb"), parse("--preset=24gb", "--batch-size=16")
     a, b = flat_values(full), flat_values(half)
-    assert {name for name in a if a[name] != b[name]} == {
-        *("batch_size", "gradient_accumulation_steps")
-    }
-    assert half.gradient_accumulation_steps == 32
+    assert {name for name in a if a[name] != b[name]} == {"batch_size"}
 
 
 def test_given_accumulation_sets_the_effective_batch():
     cfg = parse("--preset=24gb", "--gradient_accumulation_steps=8")
-    assert (cfg.effective_batch_size, cfg.gradient_accumulation_steps) == (256, 8)
+    assert (cfg.effective_batch_size, cfg.gradient_accumulation_steps) == (256, None)
     cfg = parse("--preset=24gb", "--gradient-accumulation-steps", "5", "--batch-size", "12")
     assert cfg.effective_batch_size == 60
     cfg = parse("--preset=24gb", "--gradient_accumulation_steps=8", "--effective-batch-size=256")
@@ -168,8 +169,7 @@ def test_accumulation_from_a_file_gives_way_to_flags(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text("batch_size = 12\ngradient_accumulation_steps = 40")
     assert parse("--preset", str(path)).effective_batch_size == 480
-    cfg = parse("--preset", str(path), "--batch-size=6")
-    assert (cfg.effective_batch_size, cfg.gradient_accumulation_steps) == (480, 80)
+    assert parse("--preset", str(path), "--batch-size=6").effective_batch_size == 480
 
 
 def test_evaluations_see_the_same_windows_whatever_batch_size_becomes():
@@ -209,15 +209,13 @@ def test_a_tilde_means_the_home_folder_wherever_the_shell_left_it(monkeypatch):
 def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes, preset):
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
     monkeypatch.setattr(gpus, "local_cards", lambda: cards)
-    cfg = cli.parse(
-        ["--n-layer=2"], prog="", description="", default_preset=cli.preset_of_this_machine
-    )
+    cfg = parse("--n-layer=2", default=gpus.tier_of_this_machine)
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
     monkeypatch.setattr(gpus, "local_cards", list)
-    assert cli.preset_of_this_machine() is None
+    assert gpus.tier_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer
@@ -227,7 +225,7 @@ def test_a_given_preset_asks_no_driver():
     def driver():
         raise AssertionError("asked")
 
-    cli.parse(["--preset=demo"], prog="", description="", default_preset=driver)
+    parse("--preset=demo", default=driver)
 
 
 @pytest.mark.parametrize("argv", [["--preset"], ["--preset="], ["--preset", "--n-layer=3"]])
@@ -241,20 +239,22 @@ def test_a_preset_without_a_name_is_not_taken_for_no_preset(mistake, argv):
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        *(("--batch-sise", "--batch-size"), ("--batchsize", "--batch-size")),
-        *(("--n-layers", "--n-layer"), ("--N-LAYER", "--n-layer"), ("--no-bias", "--bias")),
+        ("--batch-sise", "--batch-size"),
+        ("--batchsize", "--batch-size"),
+        ("--n-layers", "--n-layer"),
         ("--batch-siz", "--batch-size"),  # abbreviations are no flags either
     ],
 )
-def test_a_misspelt_flag_is_answered_with_the_nearest(mistake, typed, meant):
-    for argv in ([typed], [f"{typed}=3"], [typed.replace("-", "_").replace("__", "--"), "3"]):
+def test_a_misspelt_flag_is_answered_with_similar_ones(mistake, typed, meant):
+    for argv in ([f"{typed}=3"], [typed, "3"]):
         answer = mistake("--preset=24gb", *argv)
-        assert f"{typed} is no flag; did you mean '{meant}'?" in answer
+        assert f"Unrecognized options: {typed}" in answer
+        assert f"{meant} " in answer
 
 
 @pytest.mark.parametrize("name", sorted(HIDDEN))
 def test_what_a_run_finds_out_is_no_flag(mistake, name):
-    assert "is no flag" in mistake("--preset=24gb", f"--{name}=3")
+    assert "Unrecognized options" in mistake("--preset=24gb", f"--{name}=3")
 
 
 @pytest.mark.parametrize("typed", ["3", "-n", "-batch_size=3"])
@@ -262,34 +262,15 @@ def test_what_belongs_to_no_flag_is_refused(mistake, typed):
     assert f"Unrecognized options: {typed}" in mistake("--preset=24gb", typed)
 
 
-def test_a_flag_like_no_other_is_answered_without_a_guess(mistake):
-    assert mistake("--preset=24gb", "--nope") == "train: --nope is no flag"
-
-
-def test_every_misspelt_flag_is_reported_at_once(mistake):
-    answer = mistake("--preset=24gb", "--batch-sise=3", "--zzz", "--compile", "--out-dir=")
-    for part in (
-        "--batch-sise is",
-        "--zzz is no flag",
-        "--compile is nanoGPT's",
-        "--out-dir needs",
-    ):
-        assert part in answer
-
-
 @pytest.mark.parametrize(
     ("argv", "answers"),
     [
-        (["--batch-size=x"], ["--batch-size x is not a whole number or auto"]),
-        (["--batch-size", "aut"], ["is not a whole number or auto; did you mean 'auto'?"]),
-        (["--max-iters=1e5"], ["--max-iters 1e5 is not a whole number"]),
-        (["--dropout=much"], ["--dropout much is not a number"]),
-        (["--vocab-size=None", "--lr-decay-iters=x"], ["train: --lr-decay-iters x is not a whole"]),
-        (["--device=tpu"], ["--device tpu is not one of auto, gpu, cpu"]),
-        (["--dtype=half"], ["--dtype half is not one of auto, bfloat16, float32"]),
-        (["--bias=true"], ["--bias true is not one of True, False; did you mean 'True'?"]),
-        (["--n_layer=x", "--beta1=y"], ["--n-layer x is", "--beta1 y is"]),
-        (["--n-layer"], ["--n-layer needs a value"]),
+        (["--batch-size=x"], ["--batch-size"]),
+        (["--max-iters=1e5"], ["--max-iters", "'1e5'"]),
+        (["--dropout=much"], ["--dropout", "'much'"]),
+        (["--device=tpu"], ["'tpu' for argument '--device'", "'auto', 'gpu', 'cpu'"]),
+        (["--bias=true"], ["--bias", "True", "False"]),
+        (["--n-layer"], ["--n-layer"]),
         (["--out-dir="], ["--out-dir needs a value"]),
         (["--out-dir", ""], ["--out-dir needs a value"]),
         (["--dataset="], ["--dataset needs a value"]),
@@ -297,7 +278,7 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
         (["--grad-clip=1e400"], ["grad_clip inf must be finite and at least 0"]),
         (["--n-layer", "-3"], ["n_layer -3 must be at least 1"]),
         (["--batch-size=" + "9" * 4000], ["must be at most 2147483647"]),
-        (["--batch-size=" + "9" * 5000], ["--batch-size 9999", "is not a whole number"]),
+        (["--batch-size=" + "9" * 5000], ["--batch-size"]),
         (["--batch-size=0"], ["batch_size 0 must be at least 1"]),
         (["--effective-batch-size=0"], ["effective_batch_size 0 must be at least 1"]),
         (["--gradient-accumulation-steps=0"], ["gradient_accumulation_steps 0 must be at least"]),
@@ -307,10 +288,6 @@ def test_every_misspelt_flag_is_reported_at_once(mistake):
 def test_a_wrong_value_is_answered_with_flag_and_value(mistake, argv, answers):
     answer = mistake("--preset=24gb", *argv)
     assert [part for part in answers if part not in answer] == []
-
-
-def test_a_wrong_value_is_answered_before_a_card_is_looked_for(mistake):
-    assert mistake("--max-iters", "many") == "train: --max-iters many is not a whole number"
 
 
 def test_every_impossible_combination_is_reported_at_once(mistake):
@@ -372,13 +349,6 @@ def test_a_whole_command_line_of_nanogpt_is_answered_at_once(mistake):
     )
     for part in ("train_gpt2.py", "cuda", "--compile", "--wandb_log", "--init_from", "float16"):
         assert part in answer
-
-
-def test_failing_prints_the_program_and_the_message_to_standard_error(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.fail("train", "first\nsecond", code=3)
-    assert stop.value.code == 3
-    assert capsys.readouterr() == ("", "train: first\n  second\n")
 
 
 # ---------------------------------------------------------------- before JAX
@@ -458,18 +428,11 @@ def test_the_command_itself_explains_its_flags():
 def test_hidden_fields_travel_through_the_command_line():
     cfg = parse("--preset=24gb", "--max-iters=5")
     assert (cfg.vram_gb, cfg.eval_windows, cfg.model.n_vocab) == (24, 6400, None)
-    assert not cfg.auto_batch_size
 
 
 def test_batch_size_auto_leaves_the_remat_open_unless_it_is_given():
     cfg = parse("--preset=24gb", "--batch-size=auto")
-    assert (cfg.auto_batch_size, cfg.remat) == (True, "auto")
-    assert cfg.effective_batch_size == 512
+    assert cfg.open_choices == {"batch_size", "remat"}
+    assert (cfg.effective_batch_size, cfg.eval_windows) == (512, 6400)
     cfg = parse("--preset=24gb", "--batch-size", "auto", "--remat", "full")
-    assert (cfg.auto_batch_size, cfg.remat) == (True, "full")
-
-
-def test_batch_size_auto_begins_with_a_number_that_the_mesh_divides():
-    cfg = parse("--preset=24gb", "--batch-size=auto", "--mesh=data=2,fsdp=24", "--n-embd=768",
-                "--n-head=12", "--effective-batch-size=480")  # fmt: skip
-    assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.auto_batch_size) == (10, 1, True)
+    assert (cfg.open_choices, cfg.remat) == ({"batch_size"}, "full")

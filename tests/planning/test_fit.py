@@ -1,37 +1,35 @@
-import pytest
+import dataclasses
 
-from jaxgpt.config.fields import with_fields
+import pytest
+from helpers.configs import resolved
+
 from jaxgpt.config.presets import load_preset
 from jaxgpt.planning import fit
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import estimate
 
-CFG = with_fields(load_preset("24gb"), dtype="bfloat16", n_vocab=50257)
-OPEN = fit.left_open(CFG)
+CFG = resolved(load_preset("24gb"), "bfloat16")
 
 
 def test_what_fits_easily_is_not_recomputed_and_keeps_its_effective_batch() -> None:
-    found = fit.best_fit(OPEN, 80 * GIB)
+    found = fit.best_fit(CFG, 80 * GIB)
     assert found.cfg.remat == "none"
-    assert found.cfg.effective_batch_size == CFG.effective_batch_size
-    assert found.cfg.batch_size * found.cfg.gradient_accumulation_steps == 512
-    assert not fit.is_open(found.cfg)
+    assert found.cfg.batch.effective == CFG.batch.effective == 512
 
 
 def test_less_memory_means_a_smaller_micro_batch_or_more_recomputed() -> None:
-    needs = [fit.best_fit(OPEN, capacity * GIB).need.peak_bytes for capacity in (20, 8, 4, 3)]
+    needs = [fit.best_fit(CFG, capacity * GIB).need.peak_bytes for capacity in (20, 8, 4, 3)]
     assert needs == sorted(needs, reverse=True)
     for capacity, peak in zip((20, 8, 4, 3), needs, strict=True):
         assert peak < capacity * GIB
-    assert fit.best_fit(OPEN, GIB) is None
+    assert fit.best_fit(CFG, GIB) is None
 
 
-def test_only_what_is_open_is_chosen() -> None:
-    fixed_remat = with_fields(CFG, auto_batch_size=True, remat="full")
-    assert fit.best_fit(fixed_remat, 80 * GIB).cfg.remat == "full"
-    fixed_batch = with_fields(CFG, remat="auto")
-    found = fit.best_fit(fixed_batch, 8 * GIB).cfg
-    assert (found.batch_size, found.remat) == (32, "light")
+def test_only_what_is_free_is_chosen() -> None:
+    fixed_remat = dataclasses.replace(CFG, remat="full")
+    assert fit.best_fit(fixed_remat, 80 * GIB, free={"batch_size"}).cfg.remat == "full"
+    found = fit.best_fit(CFG, 8 * GIB, free={"remat"}).cfg
+    assert (found.batch.batch_size, found.remat) == (32, "light")
 
 
 def test_the_compiler_has_the_last_word() -> None:
@@ -42,7 +40,7 @@ def test_the_compiler_has_the_last_word() -> None:
         need = estimate(cfg)
         return type(need)(**{**vars(need), "peak_bytes": 2 * need.peak_bytes, "method": "compiled"})
 
-    found = fit.best_fit(OPEN, 20 * GIB, twice_as_much)
+    found = fit.best_fit(CFG, 20 * GIB, twice_as_much)
     assert 2 * estimate(found.cfg).peak_bytes < 20 * GIB
     assert len(asked) > 1
     assert asked[-1] == found.cfg
@@ -74,8 +72,6 @@ def test_after_running_out_of_memory_less_is_tried() -> None:
     words = text.split()
     B, remat = int(words[words.index("--batch-size") + 1]), words[words.index("--remat") + 1]
     assert 512 % B == 0
-    tried = with_fields(
-        CFG, batch_size=B, remat=remat.rstrip(","), gradient_accumulation_steps=512 // B
-    )
+    tried = CFG.with_choice(B, remat)
     assert estimate(tried).peak_bytes < 0.85 * estimate(CFG).peak_bytes
-    assert "smaller model" in fit.smaller(fit.smallest_micro_batch(CFG))
+    assert "smaller model" in fit.smaller(CFG.with_choice(1, "full"))

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers.configs import resolved
 from helpers.trees import TINY
 
 import jaxgpt
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import Config
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import GIB, find_gpu
 from jaxgpt.planning.memory import ESTIMATE_ERROR, Need, estimate
@@ -19,9 +20,7 @@ SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_memory.py"))
 ROWS = json.loads(SCRIPT["RESULTS"].read_text())["rows"]
 # Of each preset, the row of the last card in its tier's list.
 BEST_KNOWN = {row["preset"]: row for row in ROWS if row["list"] == "presets"}
-CFG = with_fields(
-    Config(model=TINY), dtype="float32", batch_size=2, effective_batch_size=4, max_iters=10
-)
+CFG = resolved(Config(model=TINY), batch_size=2, effective_batch_size=4, max_iters=10)
 
 
 def name(row: dict) -> str:
@@ -70,7 +69,7 @@ def test_every_preset_leaves_head_room_on_the_smallest_card_of_its_tier() -> Non
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_the_state_is_counted_to_the_byte(state_dtype, optimizer) -> None:
-    cfg = with_fields(CFG, state_dtype=state_dtype, optimizer=optimizer)
+    cfg = resolved(CFG.asked, state_dtype=state_dtype, optimizer=optimizer)
     like = memory.build_for(cfg, jax.devices("cpu")[0]).state_like
     kept = {
         "parameters": like.params,
@@ -89,8 +88,8 @@ def test_the_state_is_counted_to_the_byte(state_dtype, optimizer) -> None:
 
 def test_compiled_steps_tell_what_they_need_and_the_items_add_up() -> None:
     training = memory.build_for(CFG, jax.devices("cpu")[0])
-    step = compile_train_step(training, 2, CFG.batch_size)
-    need = memory.need_of(CFG, step, compile_eval_step(training, CFG.batch_size))
+    step = compile_train_step(training, 2, CFG.batch.batch_size)
+    need = memory.need_of(CFG, step, compile_eval_step(training, CFG.batch.batch_size))
     assert need.method == "compiled"
     assert sum(need.breakdown_bytes.values()) == need.peak_bytes
     assert need.peak_bytes > sum(memory.state_bytes(CFG).values())
@@ -139,6 +138,6 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("row", BEST_KNOWN.values(), ids=name)
 def test_presets_still_need_what_was_written_down(row) -> None:
     device = target.card_device(find_gpu(row["gpu"]))
-    need = memory.measure(SCRIPT["config_from"](row), device)
+    need = memory.compiled_need(SCRIPT["config_from"](row), device)
     assert need.method == "compiled"
     assert abs(need.peak_bytes / row["peak_bytes"] - 1) < 0.05

@@ -1,9 +1,9 @@
 import math
 
 import pytest
+from helpers.configs import resolved
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import with_fields
 from jaxgpt.config.presets import load_preset
 from jaxgpt.planning import speed
 from jaxgpt.planning.gpus import GPUS, find_gpu
@@ -12,7 +12,7 @@ GPT2 = ModelConfig(vocab_size=50304, n_vocab=50257)
 
 
 def on(gpu: str, **fields) -> float | None:
-    cfg = with_fields(load_preset("24gb-plus"), dtype="bfloat16", **fields)
+    cfg = resolved(load_preset("24gb-plus"), "bfloat16", **fields)
     return speed.tokens_per_second(cfg, find_gpu(gpu))
 
 
@@ -43,7 +43,7 @@ def test_a_card_has_a_speed_if_and_only_if_it_has_a_peak(gpu) -> None:
 
 
 def test_no_speed_is_made_up_for_float32() -> None:
-    cfg = with_fields(load_preset("12gb"), dtype="float32")
+    cfg = resolved(load_preset("12gb"), "float32")
     assert speed.tokens_per_second(cfg, find_gpu("rtx4090")) is None
 
 

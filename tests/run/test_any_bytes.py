@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config.fields import Config, flat_fields
-from jaxgpt.config.presets import load_config, load_preset
+from jaxgpt.config.presets import load_preset
+from jaxgpt.config.resolved import load_config
 from jaxgpt.data import manifest
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.data.shards import load_split

@@ -3,8 +3,8 @@ import shlex
 import time
 
 import pytest
+from helpers.configs import parse
 
-from jaxgpt.config import command_line as cli
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset
 from jaxgpt.run import console, report
@@ -170,8 +170,8 @@ def test_a_table_keeps_names_and_values_whole(capsys, monkeypatch):
 
 def finished(argv: list[str], capsys) -> tuple[Config, str, dict[str, list[str]]]:
     """What a finished run of `argv` says, and the commands in it, by what they are for."""
-    cfg = cli.parse(argv, prog="train", description="", default_preset=lambda: None)
-    report.print_finished(cfg, "train", argv, 1.25, (100, 1.2), "Once upon\na time")
+    cfg = parse(argv)
+    report.print_finished(cfg, "train", argv, (100, 1.2), report.Result(1.25, "Once upon\na time"))
     out = capsys.readouterr().out
     pairs = re.findall(r"^  (\S.*)\n      (\S.*)$", out, re.MULTILINE)
     return cfg, out, {what: shlex.split(command) for command, what in pairs}
@@ -179,7 +179,7 @@ def finished(argv: list[str], capsys) -> tuple[Config, str, dict[str, list[str]]
 
 def parsed(command: list[str]) -> Config:
     assert command[0] == "train"
-    return cli.parse(command[1:], prog="train", description="", default_preset=lambda: None)
+    return parse(command[1:])
 
 
 @pytest.mark.parametrize(("step", "told"), [(600, "2.5000"), (700, "2.5000 at step 600")])

@@ -7,14 +7,14 @@ import pytest
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.resolved import choose_dtype
 from jaxgpt.model.attention import compute_capability
+from jaxgpt.planning.gpus import POOL_SHARE
 from jaxgpt.run import device as hardware
 from jaxgpt.run.device import (
     DETERMINISTIC,
     MEMORY_SETTINGS,
-    MEMORY_SHARE,
-    choose_device,
-    compute_dtype,
+    choose_devices,
     memory_in_use,
     prepare_environment,
 )
@@ -80,7 +80,7 @@ def test_a_preset_for_any_machine_leaves_the_choice_to_jax():
 @pytest.mark.usefixtures("plugin")
 def test_most_of_the_cards_memory_is_taken():
     prepare_environment(TIER)
-    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == MEMORY_SHARE
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == str(POOL_SHARE)
 
 
 @pytest.mark.parametrize("name", MEMORY_SETTINGS)
@@ -123,7 +123,7 @@ def no_gpu(monkeypatch):
 @pytest.mark.usefixtures("no_gpu")
 def test_a_run_that_needs_a_gpu_never_falls_back_to_the_cpu(cfg):
     with pytest.raises(ConfigError) as refused:
-        choose_device(cfg)
+        choose_devices(cfg)
     message = str(refused.value)
     assert "JAX finds none (Unknown backend: 'gpu' requested)" in message
     assert "--device cpu" in message
@@ -131,16 +131,16 @@ def test_a_run_that_needs_a_gpu_never_falls_back_to_the_cpu(cfg):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_other_runs_take_what_there_is():
-    assert choose_device(DEMO).platform == "cpu"
-    assert choose_device(on("cpu", TIER)).platform == "cpu"
+    assert choose_devices(DEMO)[0].platform == "cpu"
+    assert choose_devices(on("cpu", TIER))[0].platform == "cpu"
 
 
 def test_a_gpu_that_is_there_is_taken(monkeypatch):
     found = {"gpu": [SimpleNamespace(platform="gpu")], "cpu": [SimpleNamespace(platform="cpu")]}
     monkeypatch.setattr(jax, "devices", lambda platform="gpu": found[platform])
-    assert choose_device(TIER).platform == "gpu"
-    assert choose_device(DEMO).platform == "gpu"
-    assert choose_device(on("cpu", TIER)).platform == "cpu"
+    assert choose_devices(TIER)[0].platform == "gpu"
+    assert choose_devices(DEMO)[0].platform == "gpu"
+    assert choose_devices(on("cpu", TIER))[0].platform == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -148,18 +148,18 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
     [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32"), ((0, 0), "float32")],
 )
 def test_bfloat16_is_used_where_the_card_has_it(capability, dtype):
-    assert compute_dtype("auto", "gpu", capability) == dtype
+    assert choose_dtype("auto", "gpu", capability) == dtype
 
 
 def test_bfloat16_is_refused_on_a_card_without_it():
     with pytest.raises(ConfigError, match=r"needs a GPU of compute capability 8.0.*has 7.5"):
-        compute_dtype("bfloat16", "gpu", (7, 5))
-    assert compute_dtype("float32", "gpu", (7, 5)) == "float32"
+        choose_dtype("bfloat16", "gpu", (7, 5))
+    assert choose_dtype("float32", "gpu", (7, 5)) == "float32"
 
 
 def test_a_cpu_computes_in_float32_unless_told_otherwise():
-    assert compute_dtype("auto", "cpu", (0, 0)) == "float32"
-    assert compute_dtype("bfloat16", "cpu", (0, 0)) == "bfloat16"
+    assert choose_dtype("auto", "cpu", (0, 0)) == "float32"
+    assert choose_dtype("bfloat16", "cpu", (0, 0)) == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -1,67 +1,68 @@
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 from helpers.checkpoints import sign
+from helpers.configs import parse, resolved
 
-from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config, flat_fields, flat_values, with_fields
+from jaxgpt.config.fields import Config, flat_fields, names_with, with_fields
+from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.resolved import Origin, Resolved, resolve
+from jaxgpt.config.roles import Role
 from jaxgpt.run.folder import (
     CONFIG_FILE,
-    FIXED,
-    KEPT,
-    MAY_CHANGE,
     changes,
-    check_config,
+    check_checkpoint,
     check_data,
-    continue_from,
+    check_same_run,
     load_saved,
     save_config,
 )
 from jaxgpt.run.integrity import MANIFEST
 
-# A run's configuration as it was saved: what a preset says, and what was found out at its start.
-CREATED = with_fields(
-    Config(preset="mine", max_iters=100, batch_size=12, effective_batch_size=12, seed=7),
-    **dict(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=64, n_vocab=50),
-    **dict(tokenizer="byte", lr_decay_iters=100, eval_windows=600, dtype="float32"),
+# What was asked of a run, and what became of it.
+ASKED = with_fields(
+    Config(preset="mine", max_iters=100, batch_size=6, effective_batch_size=12, seed=7),
+    **dict(n_layer=2, n_head=4, n_embd=16, block_size=8),
+    **dict(tokenizer="byte", eval_windows=600),
     **dict(out_dir=Path("runs/mine"), data_dir=Path("data/fineweb")),
 )
-# Each with another value than it has above.
-OTHER_RUN = dict(
-    n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=128, n_vocab=60
-) | dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24, eval_iters=3)
+SAVED = resolved(ASKED, n_vocab=50, vocab_size=64)
+# Another value than above for each field that is part of a run's identity.
+OTHER_RUN = dict(n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=128)
+OTHER_RUN |= dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24, eval_iters=3)
 OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16", optimizer="muon")
+# And for each that may change.
 SAME_RUN = (
     dict(preset="my.toml", max_iters=200, lr_decay_iters=150, decay_lr=False, learning_rate=2e-3)
     | dict(min_lr=1e-5, warmup_iters=5, weight_decay=0.2, beta1=0.8, beta2=0.95, grad_clip=0.5)
-    | dict(dropout=0.1, batch_size=4, gradient_accumulation_steps=1, eval_interval=7)
-    | dict(
-        log_interval=2,
-        scan_layers=True,
-        mesh="data=1",
-        auto_batch_size=True,
-        skip_spikes=6.0,
-        resume="must",
-        deterministic=True,
-        checkpoint_minutes=1.0,
-        keep_checkpoints=5,
-    )
-    | dict(sample_tokens=0, out_dir=Path("moved"), data_dir=Path("there"), device="cpu")
-    | dict(dtype="bfloat16", remat="full", vram_gb=24)
+    | dict(dropout=0.1, batch_size=4, eval_interval=7, log_interval=2, scan_layers=True)
+    | dict(mesh="data=2", skip_spikes=6.0, resume="must", deterministic=True)
+    | dict(checkpoint_minutes=1.0, keep_checkpoints=5, sample_tokens=0, out_dir=Path("moved"))
+    | dict(data_dir=Path("there"), device="cpu", dtype="bfloat16", remat="full", vram_gb=24)
     | dict(hellaswag="val.jsonl", lambada="datasets")
 )
 
 
-def parse(*argv: str) -> Config:
-    return cli.parse(argv, prog="train", description="Train.", default_preset=lambda: None)
+def origin_of(asked: Config, saved: Resolved = SAVED) -> Origin:
+    return dataclasses.replace(Origin.of(asked), init_from=asked.init_from, saved=saved)
 
 
-def refusal(cfg: Config, saved: Config = CREATED) -> list[str]:
+def resume(asked: Config, saved: Resolved = SAVED) -> Resolved:
+    """The run that is resumed, after the check."""
+    origin = origin_of(asked, saved)
+    check_same_run(asked, origin)
+    n_vocab = saved.model.n_vocab or 0
+    mesh = parse_mesh(asked.mesh)
+    return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype="float32")
+
+
+def refusal(asked: Config, saved: Resolved = SAVED) -> list[str]:
     with pytest.raises(ConfigError) as refused:
-        continue_from(cfg, saved)
+        resume(asked, saved)
     return str(refused.value).splitlines()
 
 
@@ -69,16 +70,21 @@ def refusal(cfg: Config, saved: Config = CREATED) -> list[str]:
 def run(tmp_path):
     """The folder of a run that has got to a checkpoint."""
     out_dir = tmp_path / "run"
-    save_config(CREATED, out_dir)
-    add_checkpoint(out_dir, 10)
+    save_config(moved_to(out_dir))
+    add_checkpoint(out_dir, 10, moved_to(out_dir))
     return out_dir
 
 
-def add_checkpoint(out_dir: Path, step: int, cfg: Config = CREATED) -> Path:
+def moved_to(out_dir: Path, **fields) -> Resolved:
+    """SAVED in another folder."""
+    return dataclasses.replace(SAVED, asked=with_fields(SAVED.asked, out_dir=out_dir, **fields))
+
+
+def add_checkpoint(out_dir: Path, step: int, cfg: Resolved = SAVED) -> Path:
     """What a checkpoint is without its arrays."""
     folder = out_dir / "checkpoints" / str(step)
     folder.mkdir(parents=True)
-    sign(folder, **flat_values(cfg))
+    sign(folder, **cfg.flat())
     return folder
 
 
@@ -86,120 +92,108 @@ def add_checkpoint(out_dir: Path, step: int, cfg: Config = CREATED) -> Path:
 
 
 def test_every_field_either_may_change_or_makes_another_run():
-    assert OTHER_RUN.keys() | SAME_RUN.keys() | set(FIXED) == flat_fields().keys()
-    assert SAME_RUN.keys() == MAY_CHANGE
-    assert MAY_CHANGE.isdisjoint(FIXED)
+    found = {"n_vocab", "eval_windows", "gradient_accumulation_steps"}
+    assert OTHER_RUN.keys() | SAME_RUN.keys() | found == flat_fields().keys()
+    assert OTHER_RUN.keys() == names_with(Role.FIXED) - {"n_vocab"}
+    assert SAME_RUN.keys() == names_with(Role.TUNABLE) - {"gradient_accumulation_steps"}
 
 
-def test_a_run_goes_on_with_the_same_configuration():
-    assert continue_from(CREATED, CREATED) == CREATED
+def test_a_run_resumes_with_the_same_configuration():
+    assert resume(ASKED).flat() == SAVED.flat()
 
 
-@pytest.mark.parametrize("name", sorted(SAME_RUN))
+@pytest.mark.parametrize("name", sorted(SAME_RUN.keys() - {"dtype"}))
 def test_what_may_change_is_taken_from_the_command_line(name):
-    cfg = with_fields(CREATED, **{name: SAME_RUN[name]})
-    assert cfg != CREATED
-    assert continue_from(cfg, CREATED) == cfg
+    changed = resume(with_fields(ASKED, **{name: SAME_RUN[name]})).flat()
+    value = SAME_RUN[name] if name != "mesh" else "data=2,fsdp=1"
+    assert changed[name] == (str(value) if isinstance(value, Path) else value)
+    assert changed[name] != SAVED.flat()[name]
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_RUN))
 def test_what_makes_another_run_is_refused_with_both_values(name):
-    changes = {name: OTHER_RUN[name]}
-    first, columns, *rows = refusal(with_fields(CREATED, **changes))
+    first, columns, *rows = refusal(with_fields(ASKED, **{name: OTHER_RUN[name]}))
     assert first.startswith("runs/mine holds ")
     assert "--out-dir" in first
     assert columns.split() == ["the", "run", "asked", "for"]
-    assert [row.split() for row in rows] == [
-        [name, str(flat_values(CREATED)[name]), str(OTHER_RUN[name])]
-    ]
+    assert [row.split() for row in rows] == [[name, str(SAVED.flat()[name]), str(OTHER_RUN[name])]]
 
 
 def test_every_difference_is_in_the_table():
-    names = sorted(OTHER_RUN.keys() - {"n_vocab"})
-    cfg = with_fields(CREATED, **{name: OTHER_RUN[name] for name in names}, n_vocab=None)
-    assert sorted(row.split()[0] for row in refusal(cfg)[2:]) == names
-
-
-def test_a_vocabulary_too_small_for_the_runs_tokenizer_is_told_as_a_difference():
-    # Not as 64 rows for 50,257 ids, which nobody asked for.
-    saved = with_fields(CREATED, tokenizer="gpt2", vocab_size=50304, n_vocab=50257)
-    rows = refusal(with_fields(CREATED, n_vocab=None), saved)[2:]
-    assert [row.split() for row in rows] == [
-        *(["tokenizer", "gpt2", "byte"], ["vocab_size", "50304", "64"])
-    ]
+    rows = refusal(with_fields(ASKED, **OTHER_RUN))[2:]
+    assert sorted(row.split()[0] for row in rows) == sorted(OTHER_RUN)
 
 
 # ---------------------------------------------------------------- what a run keeps
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_what_was_found_out_is_kept_unless_it_is_given(name):
-    cfg = with_fields(CREATED, **{name: None})
-    assert flat_values(continue_from(cfg, CREATED))[name] == flat_values(CREATED)[name]
-
-
 def test_training_longer_keeps_the_end_of_the_decay_unless_the_flag_moves_it():
     argv = ["--preset=demo", "--max-iters=4000"]
-    saved = with_fields(parse("--preset=demo"), lr_decay_iters=2000, vocab_size=320, n_vocab=257)
-    assert continue_from(parse(*argv), saved).optimizer.lr_decay_iters == 2000
-    moved = continue_from(parse(*argv, "--lr-decay-iters=4000"), saved)
-    assert (moved.optimizer.lr_decay_iters, moved.max_iters) == (4000, 4000)
+    saved = resolved(parse(["--preset=demo"]), n_vocab=257, lr_decay_iters=2000)
+    assert resume(parse(argv), saved).optimizer.lr_decay_iters == 2000
+    moved = resume(parse([*argv, "--lr-decay-iters=4000"]), saved)
+    assert (moved.optimizer.lr_decay_iters, moved.asked.max_iters) == (4000, 4000)
+
+
+def test_a_run_keeps_its_vocabulary_unless_it_is_given():
+    saved = resolved(parse(["--preset=demo", "--vocab-size=512"]), n_vocab=257)
+    assert resume(parse(["--preset=demo"]), saved).model.vocab_size == 512
+    (row,) = refusal(parse(["--preset=demo", "--vocab-size=320"]), saved)[2:]
+    assert row.split() == ["vocab_size", "512", "320"]
 
 
 def test_a_run_keeps_its_evaluation_windows_whatever_is_given():
-    saved = with_fields(parse("--preset=demo"), vocab_size=320, n_vocab=257)
+    saved = resolved(parse(["--preset=demo"]), n_vocab=257)
     assert saved.eval_windows == 50 * 12
-    cfg = continue_from(parse("--preset=demo", "--batch-size=6"), saved)
-    assert (cfg.eval_windows, cfg.batch_size) == (600, 6)
-    (row,) = refusal(parse("--preset=demo", "--eval-iters=2"), saved)[2:]
+    cfg = resume(parse(["--preset=demo", "--batch-size=6"]), saved)
+    assert (cfg.eval_windows, cfg.batch.batch_size) == (600, 6)
+    (row,) = refusal(parse(["--preset=demo", "--eval-iters=2"]), saved)[2:]
     assert row.split() == ["eval_iters", "50", "2"]
 
 
-def test_a_smaller_batch_size_goes_on_with_the_same_effective_batch():
-    saved = parse("--preset=24gb")
-    cfg = continue_from(parse("--preset=24gb", "--batch-size=8"), saved)
-    assert (cfg.effective_batch_size, cfg.gradient_accumulation_steps) == (512, 64)
+def test_a_smaller_batch_size_resumes_with_the_same_effective_batch():
+    cfg = resume(parse(["--preset=24gb", "--batch-size=8"]), resolved(parse(["--preset=24gb"])))
+    assert (cfg.batch.effective, cfg.batch.accumulation) == (512, 64)
 
 
 def test_other_accumulation_alone_is_another_effective_batch_and_refused():
-    (row,) = refusal(
-        parse("--preset=24gb", "--gradient-accumulation-steps=8"), parse("--preset=24gb")
-    )[2:]
+    asked = parse(["--preset=24gb", "--gradient-accumulation-steps=8"])
+    (row,) = refusal(asked, resolved(parse(["--preset=24gb"])))[2:]
     assert row.split() == ["effective_batch_size", "512", "256"]
 
 
-def test_a_run_goes_on_under_another_preset_of_the_same_shape(tmp_path):
+def test_a_run_resumes_under_another_preset_of_the_same_shape(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text("vocab_size = 50304\nmax_iters = 60000\nbatch_size = 64\nbeta1 = 0.9")
-    cfg = continue_from(parse("--preset", str(path), "--out-dir=x"), parse("--preset=80gb"))
-    assert cfg.preset == str(path)
+    asked = parse(["--preset", str(path), "--out-dir=x"])
+    assert resume(asked, resolved(parse(["--preset=80gb"]))).asked.preset == str(path)
 
 
 # ---------------------------------------------------------------- the run's folder
 
 
 def test_what_is_saved_is_loaded_again(run):
-    assert load_saved(run) == CREATED
+    assert load_saved(run).flat() == moved_to(run).flat()
     assert [path.name for path in run.iterdir() if path.is_file()] == [CONFIG_FILE]
 
 
 def test_a_run_without_its_file_is_known_by_its_newest_checkpoint_that_can_be_read(run):
     (run / CONFIG_FILE).unlink()
-    assert load_saved(run) == CREATED
-    newer = add_checkpoint(run, 20, with_fields(CREATED, max_iters=300))
-    assert load_saved(run).max_iters == 300
+    assert load_saved(run).flat() == moved_to(run).flat()
+    newer = add_checkpoint(run, 20, moved_to(run, max_iters=300))
+    assert load_saved(run).asked.max_iters == 300
     (newer / MANIFEST).write_text("{}")
-    assert load_saved(run) == CREATED
+    assert load_saved(run).flat() == moved_to(run).flat()
 
 
 def test_a_checkpoint_of_another_run_than_the_file_beside_it_is_refused():
-    check_config(CREATED, flat_values(CREATED), "checkpoints")
+    check_checkpoint(SAVED, SAVED.flat(), "checkpoints")
     with pytest.raises(ConfigError, match=r"seed +8 +7"):
-        check_config(CREATED, flat_values(with_fields(CREATED, seed=8)), "checkpoints")
+        check_checkpoint(SAVED, {**SAVED.flat(), "seed": 8}, "checkpoints")
 
 
 def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
-    assert load_saved(run, "must") == CREATED
+    assert load_saved(run, "must").flat() == moved_to(run).flat()
     assert load_saved(tmp_path / "new", "never") is None
     with pytest.raises(ConfigError, match="has a run, of which step 10 is saved, and --resume nev"):
         load_saved(run, "never")
@@ -208,29 +202,30 @@ def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
 
 
 def test_what_has_changed_is_told_with_both_values():
-    cfg = with_fields(CREATED, max_iters=200, learning_rate=1e-4, out_dir=Path("moved"))
-    assert changes(CREATED, CREATED) == []
-    assert changes(cfg, CREATED) == ["max_iters 100 -> 200", "learning_rate 0.0006 -> 0.0001"]
+    cfg = resume(with_fields(ASKED, max_iters=200, learning_rate=1e-4, out_dir=Path("moved")))
+    assert changes(SAVED, SAVED) == []
+    assert changes(cfg, SAVED) == ["max_iters 100 -> 200", "learning_rate 0.0006 -> 0.0001"]
 
 
 @pytest.mark.parametrize("name", ["demo", "24gb"])
 def test_a_parsed_configuration_is_saved_whole(tmp_path, name):
-    cfg = parse("--preset", name, "--out-dir", str(tmp_path), "--n-layer=3", "--beta2=0.9")
-    save_config(cfg, tmp_path)
+    asked = parse(["--preset", name, "--out-dir", str(tmp_path), "--n-layer=3", "--beta2=0.9"])
+    cfg = resolved(asked)
+    save_config(cfg)
     add_checkpoint(tmp_path, 0)
-    assert load_saved(tmp_path) == cfg
+    assert load_saved(tmp_path).flat() == cfg.flat()
 
 
 def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
     assert load_saved(tmp_path / "not" / "there") is None
-    save_config(CREATED, tmp_path)
+    save_config(moved_to(tmp_path))
     assert load_saved(tmp_path) is None
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # half-written
     assert load_saved(tmp_path) is None
 
 
 def test_saving_again_replaces_the_file(run):
-    save_config(with_fields(CREATED, max_iters=200), run)
+    save_config(moved_to(run, max_iters=200))
     assert json.loads((run / CONFIG_FILE).read_text())["max_iters"] == 200
 
 
@@ -240,8 +235,8 @@ def test_a_save_that_fails_leaves_the_old_file_and_says_why(run, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
-        save_config(with_fields(CREATED, max_iters=200), run)
-    assert load_saved(run) == CREATED
+        save_config(moved_to(run, max_iters=200))
+    assert load_saved(run).flat() == moved_to(run).flat()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"n_layers": 3}', '{"n_layer": 0}'])

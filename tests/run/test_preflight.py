@@ -3,25 +3,28 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers.configs import resolved
 from helpers.trees import TINY
 
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.batch import Batch
+from jaxgpt.config.fields import Config
 from jaxgpt.errors import UserError, explain_out_of_memory
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import TooLargeError, estimate
 from jaxgpt.run import preflight
-from jaxgpt.run.preflight import prepare_to_run
+from jaxgpt.run.preflight import Compiled, compile_to_fit
+from jaxgpt.run.processes import SINGLE_PROCESS
+from jaxgpt.training.layout import OneDevice
 
 CPU = jax.devices("cpu")[0]
-CFG = with_fields(
-    Config(model=TINY),
-    dtype="float32",
-    batch_size=4,
-    effective_batch_size=8,
-    gradient_accumulation_steps=2,
-    max_iters=10,
-)
+CFG = resolved(Config(model=TINY), batch_size=4, effective_batch_size=8, max_iters=10)
+ONE = OneDevice(CPU)
+
+
+def compile_run(cfg=CFG, free=(), processes=SINGLE_PROCESS) -> Compiled:
+    with compile_to_fit(cfg, free, ONE, processes) as compiled:
+        return compiled
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def machine(monkeypatch):
 
 def test_what_is_compiled_runs_and_is_what_was_asked(machine) -> None:
     machine(GIB)
-    ready = prepare_to_run(CFG, CPU)
+    ready = compile_run()
     assert ready.cfg == CFG
     tokens = np.zeros((2, 4, 9), np.uint16)
     state, metrics = ready.training.train_step(ready.training.init(), tokens)
@@ -49,11 +52,11 @@ def test_what_is_compiled_runs_and_is_what_was_asked(machine) -> None:
 def test_a_step_that_does_not_fit_is_refused_with_figures_and_flags(machine, monkeypatch) -> None:
     machine(1000)
     with pytest.raises(TooLargeError, match=r"a step needs .* GiB \(batch_size 4, remat none"):
-        prepare_to_run(CFG, CPU)
+        compile_run()
     machine(1000)
     monkeypatch.setattr(preflight.fit, "advice", lambda cfg, limit: f"less than {limit}")
     with pytest.raises(TooLargeError, match="less than 0"):
-        prepare_to_run(CFG, CPU)
+        compile_run()
 
 
 def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
@@ -61,8 +64,8 @@ def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
     with pytest.raises(TooLargeError, match="copied to the host's memory"):
         preflight._check_host(estimate(CFG))
     machine(memory.host_bytes(CFG) + 1000)  # on a CPU both lie in one memory
-    with pytest.raises(TooLargeError, match=r"and 0\.00 GiB are there"):
-        prepare_to_run(CFG, CPU)
+    with pytest.raises(TooLargeError, match=r"there are 0\.00 GiB"):
+        compile_run()
 
 
 def test_what_fits_is_chosen_by_the_device_with_the_least_on_all_processes(machine) -> None:
@@ -70,22 +73,21 @@ def test_what_fits_is_chosen_by_the_device_with_the_least_on_all_processes(machi
     machine(4 * GIB)
     assert preflight._limit(CFG, [CPU, CPU]) == (4 * GIB - memory.host_bytes(CFG)) // 2
     poorest = SimpleNamespace(min_over_processes=lambda mine: 1000)
-    with pytest.raises(TooLargeError, match=r"and 0\.00 GiB are there"):
-        prepare_to_run(CFG, CPU, processes=poorest)
+    with pytest.raises(TooLargeError, match=r"there are 0\.00 GiB"):
+        compile_run(processes=poorest)
 
 
 def test_a_device_that_does_not_tell_its_memory_is_taken_at_its_word(machine) -> None:
     machine(None, host=None)
-    assert prepare_to_run(CFG, CPU).cfg == CFG
+    assert compile_run().cfg == CFG
     with pytest.raises(TooLargeError, match="give --batch-size and --remat"):
-        prepare_to_run(with_fields(CFG, auto_batch_size=True), CPU)
+        compile_run(free={"batch_size"})
 
 
 def test_auto_takes_what_fits_and_compiles_it(machine) -> None:
     machine(2 * GIB)
-    ready = prepare_to_run(with_fields(CFG, auto_batch_size=True, remat="auto"), CPU)
-    assert (ready.cfg.batch_size, ready.cfg.remat) == (8, "none")
-    assert ready.cfg.gradient_accumulation_steps == 1
+    ready = compile_run(free=fit.CHOICES)
+    assert (ready.cfg.batch, ready.cfg.remat) == (Batch(8, 1, 1), "none")
     state, _ = ready.training.train_step(ready.training.init(), np.zeros((1, 8, 9), np.uint16))
     assert int(state.step) == 1
 
@@ -93,14 +95,14 @@ def test_auto_takes_what_fits_and_compiles_it(machine) -> None:
 def test_auto_says_when_nothing_fits(machine) -> None:
     machine(1000)
     with pytest.raises(TooLargeError, match="does not fit"):
-        prepare_to_run(with_fields(CFG, auto_batch_size=True, remat="auto"), CPU)
+        compile_run(free=fit.CHOICES)
 
 
 def test_running_out_all_the_same_is_told_in_words() -> None:
     page = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n" + 99 * "x\n"
     with (
         pytest.raises(UserError, match=r"is full: .*allocate 9 bytes\.\n.*--batch-size"),
-        explain_out_of_memory(lambda: fit.smaller(with_fields(CFG, batch_size=4))),
+        explain_out_of_memory(lambda: fit.smaller(CFG)),
     ):
         raise RuntimeError(page)
     with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(str):

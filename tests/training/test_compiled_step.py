@@ -7,9 +7,10 @@ import math
 import re
 
 import pytest
+from helpers.configs import resolved
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import Config
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import find_gpu
 
@@ -29,8 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program() -> str:
-    cfg = with_fields(Config(model=MODEL), dtype="bfloat16", batch_size=B, effective_batch_size=B)
-    cfg = with_fields(cfg, gradient_accumulation_steps=1)
+    cfg = resolved(Config(model=MODEL), "bfloat16", batch_size=B, effective_batch_size=B)
     return memory.compile_ahead(cfg, target.card_device(H100)).as_text()
 
 

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.configs import resolved
 from helpers.trees import TINY
 from jax.sharding import PartitionSpec
 
+from jaxgpt.config.batch import Batch
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, with_fields
-from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
-from jaxgpt.training.sharding import choose_layout, for_shape, specs_of
+from jaxgpt.config.mesh_shape import MeshShape, choose_mesh, parse_mesh
+from jaxgpt.training.sharding import make_layout, specs_of
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4")
 SAVED_AT = 20
@@ -95,42 +97,25 @@ def test_what_is_no_mesh_is_said_so(text) -> None:
         with_fields(CFG, mesh=text)
 
 
-def devices(count: int, processes: int = 1) -> list[SimpleNamespace]:
-    return [SimpleNamespace(process_index=i * processes // count) for i in range(count)]
-
-
 def test_micro_batches_follow_from_the_devices() -> None:
-    assert for_shape(CFG, MeshShape(8, 1)).gradient_accumulation_steps == 2
-    assert for_shape(CFG, MeshShape(2, 2)).gradient_accumulation_steps == 4
-    cfg, layout = choose_layout(CFG, devices(1))
-    assert (cfg.mesh, cfg.gradient_accumulation_steps, layout.count) == (None, 16, 1)
+    assert resolved(CFG, mesh="data=8").batch == Batch(2, 8, 2)
+    assert resolved(CFG, mesh="data=2,fsdp=2").batch == Batch(2, 4, 4)
+    assert resolved(CFG).batch == Batch(2, 1, 16)
+    assert make_layout([SimpleNamespace()], resolved(CFG).mesh).count == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "shape", "answer"),
-    [
-        ({}, MeshShape(3, 1), "32 is not a multiple of batch_size 2 x 3 devices; the nearest that "
-         "is: 30, 33 with batch_size 1, or take 2 devices with --mesh and batch_size 2"),
-        ({"effective_batch_size": 16, "batch_size": 16}, MeshShape(6, 1), "the nearest that is: "
-         "96, 18 with batch_size 3, or take 4 devices with --mesh and batch_size 4"),
-        ({"effective_batch_size": 4, "batch_size": 4, "auto_batch_size": True}, MeshShape(8, 1),
-         "batch_size 1 x 8 devices; the nearest that is: 8, or take 4 devices"),
-        ({"batch_size": 8}, MeshShape(8, 1), "the nearest that is: 64, or take batch_size 4"),
-        ({"effective_batch_size": 36}, MeshShape(1, 3), "fsdp=3 does not divide n_embd 16; the "
-         "nearest that do: 2, 4, 8"),
-    ],
-)  # fmt: skip
-def test_what_devices_do_not_divide_is_answered_with_what_they_do(changes, shape, answer) -> None:
-    with pytest.raises(ConfigError) as refused:
-        for_shape(with_fields(CFG, **changes), shape)
-    assert answer in str(refused.value)
+def test_a_model_that_fsdp_does_not_divide_is_refused_with_sizes_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"fsdp=3 does not divide n_embd 16; the nearest that do"):
+        resolved(CFG, effective_batch_size=36, mesh="fsdp=3")
 
 
 def test_more_devices_than_there_are_and_fewer_than_the_processes_have_are_refused() -> None:
-    with pytest.raises(ConfigError, match="has 8 devices, and 2 are there"):
-        choose_layout(with_fields(CFG, mesh="data=8"), devices(2))
-    with pytest.raises(ConfigError, match="has 2 devices, and 4 are there"):
-        choose_layout(with_fields(CFG, mesh="data=2"), devices(4, processes=2))
+    assert choose_mesh(None, 4) == MeshShape(data=4)
+    assert choose_mesh("fsdp=2", 4) == MeshShape(fsdp=2)
+    with pytest.raises(ConfigError, match="has 8 devices, and there are 2"):
+        choose_mesh("data=8", 2)
+    with pytest.raises(ConfigError, match="has 2 devices, and there are 4"):
+        choose_mesh("data=2", 4, processes=2)
 
 
 def test_the_rule_is_by_the_end_of_the_path() -> None:

@@ -17,19 +17,22 @@ from jaxgpt.weights.hub_folder import read_folder
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_a_vocabulary_that_no_tokenizer_here_has_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_an_unsupported_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "foreign"))
     assert read_folder(folder)[1].name == "byte"
     for name in ("vocab.json", "tokenizer.json"):
         (folder / name).unlink()
-    assert read_folder(folder)[1].name == "byte"  # 257 ids can be no other
+    assert read_folder(folder)[1].name == "byte"  # the only one with 257 ids
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
-    with pytest.raises(ConfigError, match="its tokenizer, of 257 ids, is none of gpt2 and byte"):
+    with pytest.raises(
+        ConfigError,
+        match="its tokenizer, with 257 ids, is not supported; jaxgpt recognizes gpt2 and byte",
+    ):
         read_folder(folder)
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs: openai-community/gpt2 is the folder it is given."""
+    """The part of the Hub that a download needs; it serves a folder as openai-community/gpt2."""
 
     def __init__(self, folder: Path, *args):
         self.folder = folder
@@ -72,7 +75,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(exported: Path):
-    """The address of a stand-in for the Hub."""
+    """The address of a local server in place of the Hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, exported))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -91,11 +94,11 @@ def sample_from_hub(name: str, endpoint: str, cache: Path) -> subprocess.Complet
 def test_weights_come_from_the_hub_by_name_and_then_from_the_cache(hub, tmp_path: Path) -> None:
     done = sample_from_hub("gpt2", hub, tmp_path)
     assert (done.returncode, "gpt2: 10,592 parameters" in done.stderr) == (0, True), done.stderr
-    again = sample_from_hub("gpt2", "http://127.0.0.1:9", tmp_path)  # nobody listens there
+    again = sample_from_hub("gpt2", "http://127.0.0.1:9", tmp_path)  # no server there
     assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
 
 
-def test_a_hub_without_the_model_or_none_at_all_is_said_in_a_sentence(hub, tmp_path: Path) -> None:
+def test_a_missing_model_and_an_unreachable_hub_are_reported(hub, tmp_path: Path) -> None:
     done = sample_from_hub("nobody/nothing", hub, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "nobody/nothing cannot be downloaded (RepositoryNotFoundError" in done.stderr

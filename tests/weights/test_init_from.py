@@ -7,9 +7,10 @@ from helpers.runs import last_params
 
 from jaxgpt import train
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.presets import load_config, load_preset
+from jaxgpt.config.presets import load_preset
+from jaxgpt.config.resolved import load_config
 from jaxgpt.run.metrics_file import read_metrics
-from jaxgpt.weights.init_from import start_from
+from jaxgpt.weights.init_from import find_origin
 
 
 def val_losses(out_dir: Path) -> dict[int, float]:
@@ -25,7 +26,7 @@ def fine_tune(exported: Path, out_dir: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def tuned(exported: Path, tmp_path_factory) -> Path:
-    """Four steps on from the exported weights, through a context that is cut to 12."""
+    """A run of four steps from the exported weights, with the context cut to 12."""
     out_dir = tmp_path_factory.mktemp("tuned") / "run"
     assert fine_tune(exported, out_dir, "--max-iters=4", "--block-size=12") == 0
     return out_dir
@@ -39,14 +40,14 @@ def test_fine_tuning_starts_from_the_weights(exported, tiny_run, tmp_path, capsy
     assert f"weights {exported}" in out
 
 
-def test_a_run_s_own_folder_does_as_well_as_its_export(exported, tiny_run, tmp_path) -> None:
+def test_a_run_folder_gives_the_same_weights_as_its_export(exported, tiny_run, tmp_path) -> None:
     shorter = ("--max-iters=1", "--block-size=12")
     assert fine_tune(tiny_run, tmp_path / "run", *shorter) == 0
     assert fine_tune(exported, tmp_path / "folder", *shorter) == 0
     assert val_losses(tmp_path / "run") == pytest.approx(val_losses(tmp_path / "folder"), abs=1e-6)
 
 
-def test_a_fine_tuned_run_goes_on_bit_for_bit_and_without_its_source(
+def test_a_fine_tuned_run_resumes_bit_for_bit_without_its_source(
     exported, tuned: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(exported, tmp_path / "source"))
@@ -59,28 +60,31 @@ def test_a_fine_tuned_run_goes_on_bit_for_bit_and_without_its_source(
     assert last_params(tmp_path / "run") == last_params(tuned)
 
 
-def test_the_same_command_goes_on_too_though_its_source_is_gone(tuned: Path) -> None:
+def test_the_same_command_resumes_although_its_source_is_gone(tuned: Path) -> None:
     saved = load_config(tuned / "config.json")
     assert saved.model.block_size == 12
     asked = dataclasses.replace(load_preset("demo"), init_from=saved.init_from)
-    cfg, weights = start_from(asked, saved, given=["init_from"])
-    assert (cfg.model, cfg.tokenizer, weights) == (saved.model, "byte", None)
+    origin, weights = find_origin(asked, saved, given=["init_from"])
+    assert (origin.model, origin.tokenizer, weights) == (saved.model, "byte", None)
     elsewhere = dataclasses.replace(asked, init_from="no/such/folder")
     with pytest.raises(ConfigError, match="no such folder"):
-        start_from(elsewhere, saved, given=["init_from"])
+        find_origin(elsewhere, saved, given=["init_from"])
 
 
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
         (["--n-layer=3", "--bias=True"], ["--n-layer 3: the weights of", "--bias True"]),
-        (["--block-size=32"], ["--block-size 32: the weights of", "for 16 tokens", "shorter"]),
-        (["--tokenizer=gpt2"], ["--tokenizer gpt2: the weights of", "have byte; leave it out"]),
+        (
+            ["--block-size=32"],
+            ["--block-size 32: the weights of", "have 16 positions", "at most 16"],
+        ),
+        (["--tokenizer=gpt2"], ["--tokenizer gpt2: the weights of", "have byte; drop the flag"]),
         (["--init-from=nowhere"], ["--init-from nowhere: no such folder"]),
         (["--init-from=scratch"], ["a new --out-dir starts from scratch"]),
     ],
 )
-def test_what_is_at_odds_with_the_weights_is_refused(
+def test_flags_that_contradict_the_weights_are_refused(
     exported, tmp_path, capsys, flags, answers
 ) -> None:
     with pytest.raises(SystemExit) as left:
@@ -91,7 +95,7 @@ def test_what_is_at_odds_with_the_weights_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_from_scratch_does_not_become_a_fine_tuned_one(tiny_run, exported, capsys) -> None:
+def test_a_run_from_scratch_refuses_init_from(tiny_run, exported, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         fine_tune(exported, tiny_run, "--max-iters=9")
     assert left.value.code == 2

@@ -23,7 +23,9 @@ def test_a_checkpoint_is_chosen_by_step_or_by_its_loss(tiny_run: Path) -> None:
     for which, step in (("latest", 8), ("best", 8), ("4", 4)):
         weights = open_weights(WeightsFlags(out_dir=tiny_run, checkpoint=which))
         assert (weights.step, weights.val_loss) == (step, losses[step])
-    with pytest.raises(ConfigError, match=r"none of that step; there are checkpoints of steps 4, "):
+    with pytest.raises(
+        ConfigError, match=r"has no such checkpoint; it has checkpoints of steps 4, "
+    ):
         open_weights(WeightsFlags(out_dir=tiny_run, checkpoint="5"))
 
 

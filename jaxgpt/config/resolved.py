@@ -1,0 +1,210 @@
+"""What a run is: what was asked for, with nothing left open. Made once, by `resolve`.
+
+    asked (`Config`)  ->  resolved (`Resolved`)  ->  running
+
+The tokenizer fills in the vocabulary, the devices the mesh and the dtype, an earlier run of the
+folder the fields that a run keeps. `batch_size` and `remat` that were left to the memory there is
+begin at their smallest, and `planning/fit.py` makes a copy with what fits.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.batch import Batch, divide_batch, divisors
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import (
+    Config,
+    Dtype,
+    OptimizerConfig,
+    Remat,
+    flat_fields,
+    flat_values,
+    names_with,
+    with_fields,
+)
+from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.presets import config_from
+from jaxgpt.config.roles import Role
+from jaxgpt.files import FormatError, decode_json
+
+# In a config.json, and not read back: the first follows from other fields, the second is no more.
+NOT_READ = {"gradient_accumulation_steps", "auto_batch_size"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Everything about a run. The sections go to the parts that need them."""
+
+    asked: Config  # for the fields that nothing but the user decides
+    model: ModelConfig  # vocab_size and n_vocab set
+    optimizer: OptimizerConfig  # lr_decay_iters set
+    init_from: str | None
+    tokenizer: str
+    batch: Batch
+    mesh: MeshShape
+    dtype: Dtype  # bfloat16 or float32
+    remat: Remat  # none, light or full
+    eval_windows: int
+
+    @property
+    def out_dir(self) -> Path:
+        """The run's folder."""
+        assert self.asked.out_dir is not None, "set by the command line"
+        return self.asked.out_dir
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.effective * self.model.block_size
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.tokens_per_step * self.asked.max_iters
+
+    def with_choice(self, batch_size: int, remat: Remat) -> "Resolved":
+        """A copy with another micro-batch and remat; the training is the same."""
+        batch = divide_batch(self.batch.effective, batch_size, self.batch.devices)
+        return dataclasses.replace(self, batch=batch, remat=remat)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its flat name as a JSON value: what config.json and checkpoints hold."""
+        return flat_values(
+            with_fields(
+                self.asked,
+                **{f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)},
+                **dataclasses.asdict(self.optimizer),
+                init_from=self.init_from,
+                tokenizer=self.tokenizer,
+                batch_size=self.batch.batch_size,
+                mesh=str(self.mesh) if self.mesh.devices > 1 else None,
+                dtype=self.dtype,
+                remat=self.remat,
+                eval_windows=self.eval_windows,
+            )
+        ) | {"gradient_accumulation_steps": self.batch.accumulation}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a run's model comes from: its preset, --init-from, or an earlier start of the run."""
+
+    model: ModelConfig
+    tokenizer: str
+    init_from: str | None = None
+    saved: Resolved | None = None  # the run that is resumed
+
+    @classmethod
+    def of(cls, asked: Config) -> "Origin":
+        """That of a new run with random weights."""
+        return cls(model=asked.model, tokenizer=asked.tokenizer)
+
+
+def resolve(
+    asked: Config, origin: Origin, *, n_vocab: int, mesh: MeshShape, dtype: Dtype
+) -> Resolved:
+    """What `asked` comes to with this tokenizer and these devices.
+
+    Args:
+        asked: what argv and TOML say.
+        origin: where the model comes from, and the run that is resumed.
+        n_vocab: ids of the tokenizer.
+        mesh: the devices of the run.
+        dtype: of the matrix products, on these devices.
+
+    Raises:
+        ConfigError: if the vocabulary is too small for the tokenizer, the devices do not divide
+            the effective batch, or fsdp does not divide the model.
+    """
+    saved = origin.saved
+    kept = {} if saved is None else {n: saved.flat()[n] for n in names_with(Role.INHERITED)}
+    rows = origin.model.vocab_size or kept.get("vocab_size") or padded_vocab_size(n_vocab)
+    model = dataclasses.replace(origin.model, vocab_size=rows, n_vocab=n_vocab)
+    if errors := [*model.errors(), *_undivided(model, mesh)]:
+        raise ConfigError("\n".join(errors))
+    decay_end = asked.optimizer.lr_decay_iters or kept.get("lr_decay_iters") or asked.max_iters
+    try:
+        batch = divide_batch(asked.effective_batch_size, asked.batch_size_or(1), mesh.devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    windows = asked.eval_windows or asked.eval_iters * batch.batch_size
+    return Resolved(
+        asked=asked,
+        model=model,
+        optimizer=dataclasses.replace(asked.optimizer, lr_decay_iters=decay_end),
+        init_from=origin.init_from,
+        tokenizer=origin.tokenizer,
+        batch=batch,
+        mesh=mesh,
+        dtype=dtype,
+        remat="full" if asked.remat == "auto" else asked.remat,
+        eval_windows=windows if saved is None else saved.eval_windows,
+    )
+
+
+def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int]) -> Dtype:
+    """'bfloat16' or 'float32' for the matrix products on a device.
+
+    Raises:
+        ConfigError: if bfloat16 is asked of a GPU that has no instructions for it; XLA would accept
+            it and compute by slow detours.
+    """
+    has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
+    if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
+        raise ConfigError(
+            "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
+            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float32"
+        )
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
+    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
+    return -(-n_vocab // multiple) * multiple
+
+
+def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:
+    """A sentence for each size that fsdp has to divide and does not."""
+    sizes = {"n_embd": model.n_embd, "vocab_size": model.vocab_size or 0}
+    sizes["block_size"] = model.block_size
+    return [
+        f"--mesh fsdp={mesh.fsdp} does not divide {name} {size}; the nearest that do: "
+        + ", ".join(str(d) for d in divisors(size) if mesh.fsdp / 3 < d < mesh.fsdp * 3)
+        for name, size in sizes.items()
+        if size % mesh.fsdp
+    ]
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def load_config(path: Path) -> Resolved:
+    """Read back the `config.json` of a run.
+
+    Raises:
+        ConfigError: if the file is unreadable or holds what this version does not know.
+    """
+    try:
+        values = decode_json(path.read_bytes(), dict[str, Any])
+    except (OSError, FormatError) as error:
+        raise ConfigError(f"{path} cannot be read as a run's configuration: {error}") from None
+    return resolved_from(values, str(path))
+
+
+def resolved_from(values: dict[str, Any], source: str) -> Resolved:
+    """A run's configuration from its flat values, as `Resolved.flat` and older versions wrote them.
+
+    Raises:
+        ConfigError: if there are values that this version does not know, naming `source`.
+    """
+    values = {name: value for name, value in values.items() if name not in NOT_READ}
+    asked = config_from(values, source, flat_fields().keys())
+    n_vocab, mesh = asked.model.n_vocab, parse_mesh(asked.mesh)
+    origin = Origin(model=asked.model, tokenizer=asked.tokenizer, init_from=asked.init_from)
+    missing = [name for name in ("vocab_size", "n_vocab", "eval_windows") if not values.get(name)]
+    if n_vocab is None or missing:
+        raise ConfigError(f"{source}: has no {' and no '.join(missing)}; it is not a run's own")
+    return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=asked.dtype)

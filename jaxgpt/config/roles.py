@@ -1,0 +1,43 @@
+"""What a configuration field is: the roles that stand beside its type.
+
+    learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4
+
+Every rule about fields (what a resumed run keeps, what a preset may set, what a model card shows)
+is computed from these; no other module lists field names. Each field has exactly one of FIXED,
+PINNED and TUNABLE, and any of the others.
+"""
+
+import enum
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class Role(enum.Enum):
+    """One property of a field."""
+
+    FIXED = "part of a run's identity: another value is another run"
+    PINNED = "a resumed run keeps its own value, whatever is asked for"
+    TUNABLE = "a resumed run may change it"
+
+    INHERITED = "a resumed run keeps its own value unless one is asked for"
+    DERIVED = "found by the program: no preset may set it"
+    LOCAL = "about this machine: not on a model card"
+    SILENT = "a change on resume is not announced"
+    IMPLIED = "left out of printed commands: it follows from other flags, or is local"
+    PLANNED = "chosen by `plan --hours`, so it cannot be given with it"
+
+
+ON_RESUME = (Role.FIXED, Role.PINNED, Role.TUNABLE)
+
+
+def roles_of(annotation: Any) -> frozenset[Role]:
+    """The roles in a field's annotation."""
+    if typing.get_origin(annotation) is not typing.Annotated:
+        return frozenset()
+    return frozenset(x for x in typing.get_args(annotation)[1:] if isinstance(x, Role))
+
+
+def with_role(annotations: Mapping[str, Any], *roles: Role) -> frozenset[str]:
+    """The names whose annotations have all of `roles`."""
+    return frozenset(n for n, annotation in annotations.items() if {*roles} <= roles_of(annotation))

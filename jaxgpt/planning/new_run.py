@@ -1,0 +1,12 @@
+"""A run that nobody has started, resolved for a card; imports no JAX."""
+
+from jaxgpt.config.fields import Config, Dtype
+from jaxgpt.config.mesh_shape import ONE_DEVICE, MeshShape
+from jaxgpt.config.resolved import Origin, Resolved, resolve
+from jaxgpt.data.tokenizer import load_tokenizer
+
+
+def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Resolved:
+    """`asked` as a new run with random weights. Raises ConfigError if it does not divide."""
+    n_vocab = load_tokenizer(asked.tokenizer).n_vocab
+    return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)
