@@ -60,7 +60,7 @@ def _stop(number: int, _: object) -> None:
 def run(flags: Flags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
     from jaxgpt.preparation.inspect_folder import inspect
-    from jaxgpt.preparation.manifest import announce, merge
+    from jaxgpt.preparation.manifest import merge_ranks, print_result
     from jaxgpt.preparation.output_folder import open_folder
     from jaxgpt.preparation.pipeline import prepare_text
     from jaxgpt.preparation.pretokenized import fetch_ready
@@ -69,11 +69,11 @@ def run(flags: Flags) -> int:
         return inspect(Path(flags.inputs[0]).expanduser(), flags.tokenizer)
     if flags.merge:
         out = Path(flags.inputs[0]).expanduser()
-        announce(out, merge(out))
+        print_result(out, merge_ranks(out))
         return 0
     with open_folder(flags) as folder:
         manifest = fetch_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
-        announce(folder.out, manifest, folder.world_size)
+        print_result(folder.out, manifest, folder.world_size)
     return 0
 
 

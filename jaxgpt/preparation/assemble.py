@@ -9,24 +9,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import count_documents
+from jaxgpt.data.manifest import ShardEntry, Split, count_documents
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.journal import SHARD, Journal, Plan
-from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
+from jaxgpt.preparation.journal import Journal, Record
+from jaxgpt.preparation.plan import Plan
+from jaxgpt.preparation.tokenize import iterate_tokens, part_path
 
 
 @dataclass(frozen=True)
 class Output:
     """A split, and which stretch of which parts' tokens it is made of."""
 
-    split: str
+    split: Split
     part: str
     start: int
     stop: int | None
@@ -50,14 +50,15 @@ class Assembler:
     def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
         self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
         self._parts.mkdir(exist_ok=True)
-        self._units = Journal(work / "units.jsonl", Record._fields)
-        self._shards = Journal(work / "shards.jsonl", SHARD)
+        self._units = Journal(work / "units.jsonl", Record)
+        self._shards = Journal(work / "shards.jsonl", ShardEntry)
         self._outputs = outputs_of(plan, limit_tokens)
         self._round_ends = plan.round_ends()
         self._n_units = self._round_ends[-1] if self._round_ends else 0
-        self._records = {e["number"]: Record(**e) for e in self._units.entries}
+        self._records = {record.number: record for record in self._units.entries}
         # Where each unit's tokens end in the stream of its part; only of the leading done units.
         self._ends: dict[str, list[int]] = {output.part: [0] for output in self._outputs}
+        self._refuse_other_parts()
         self._kept = dict.fromkeys(self._ends, 0)  # the first unit whose part may still be there
         self._tokens_in, self._shards_in = Counter[str](), Counter[str]()  # by split
         for shard in self.shards:
@@ -68,8 +69,8 @@ class Assembler:
         self._adopt()
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
-        """file, split, tokens, documents and sha256 of each finished shard, in order."""
+    def shards(self) -> list[ShardEntry]:
+        """The finished shards, in order."""
         return self._shards.entries
 
     @property
@@ -95,7 +96,7 @@ class Assembler:
 
     def add(self, record: Record) -> None:
         """Note a unit whose parts are on disk."""
-        self._units.append(record._asdict())
+        self._units.append(record)
         self._records[record.number] = record
         self._extend()
 
@@ -110,6 +111,15 @@ class Assembler:
         """Delete the parts that no shard of this run needs."""
         for path in self._parts.iterdir():
             path.unlink()
+
+    def _refuse_other_parts(self) -> None:
+        for record in self._units.entries:
+            if record.tokens.keys() != self._ends.keys():
+                raise UserError(
+                    f"{self._out}: its journal has tokens of {', '.join(record.tokens)} in unit "
+                    f"{record.number}, expected {', '.join(self._ends)}; delete {self._out} and "
+                    "prepare the text again"
+                )
 
     def _extend(self) -> None:
         for part, ends in self._ends.items():
@@ -177,19 +187,15 @@ class Assembler:
         self._note(name, output, stop - start, documents, sha256)
 
     def _note(self, name: str, output: Output, tokens: int, documents: int, sha256: str) -> None:
-        shard = {
-            "file": name,
-            "split": output.split,
-            "tokens": tokens,
-            "documents": documents,
-            "sha256": sha256,
-        }
+        shard = ShardEntry(
+            file=name, split=output.split, tokens=tokens, documents=documents, sha256=sha256
+        )
         self._shards.append(shard)
         self._count(shard)
 
-    def _count(self, shard: dict[str, Any]) -> None:
-        self._tokens_in[shard["split"]] += shard["tokens"]
-        self._shards_in[shard["split"]] += 1
+    def _count(self, shard: ShardEntry) -> None:
+        self._tokens_in[shard.split] += shard.tokens
+        self._shards_in[shard.split] += 1
 
     def _tokens(self, part: str, start: int, stop: int) -> Iterator[np.ndarray]:
         ends = self._ends[part]
@@ -272,5 +278,5 @@ class Assembler:
 
 def empty_splits(assembler: Assembler) -> Sequence[str]:
     """The splits that got no token."""
-    there = {shard["split"] for shard in assembler.shards}
+    there = {shard.split for shard in assembler.shards}
     return [split for split in ("train", "val") if split not in there]

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input
-from jaxgpt.preparation.journal import Plan
+from jaxgpt.preparation.plan import HubSource, Plan
 from jaxgpt.preparation.workers import AHEAD
 
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has this one's.
@@ -44,7 +44,9 @@ def estimate(
         tokens, text, needed = int(tokens * share), int(text * share), int(n_bytes * share)
     unit_tokens = min(s.unit_bytes / per_token, tokens)
     waiting = min(tokens, s.shard_tokens + workers * AHEAD * unit_tokens)
-    remote = max((item.size for item in inputs), default=0) if "repo" in plan.source else 0
+    remote = (
+        max((item.size for item in inputs), default=0) if isinstance(plan.source, HubSource) else 0
+    )
     return Estimate(
         input_bytes=n_bytes,
         needed_bytes=needed,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxgpt.data.manifest import WORK_FOLDER
+from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
 
 Kind = Literal["parquet", "jsonl", "text", "arrow"]
@@ -41,10 +41,10 @@ class Input:
     """One file, local or on the Hub; or a folder that save_to_disk wrote, which is one input."""
 
     path: str
-    size: int  # bytes
+    size: Count  # bytes
     kind: Kind
     check: str  # a checksum that tells another file of this name from it
-    rows: int = 0  # of a save_to_disk folder
+    rows: Count = 0  # of a save_to_disk folder
 
     @property
     def name(self) -> str:

@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import MANIFEST, checksum_errors, load_manifest, size_errors, unfinished
+from jaxgpt.data.manifest import (
+    MANIFEST,
+    Manifest,
+    checksum_errors,
+    listing_errors,
+    load_manifest,
+    unfinished_error,
+)
 from jaxgpt.data.shards import TokenStream, find_files
 from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.preparation.manifest import describe
+from jaxgpt.preparation.manifest import summarize
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.run.console import print_table
 
@@ -29,16 +36,16 @@ def inspect(data_dir: Path, tokenizer_name: str) -> int:
         what = "is a file" if data_dir.exists() else "no such folder"
         raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
-    tokenizer = load_tokenizer(manifest["tokenizer"]["name"] if manifest else tokenizer_name)
+    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name)
     files, errors = _open_files(data_dir)
-    rows = describe(manifest) if manifest else _describe_files(files, tokenizer)
+    rows = summarize(manifest) if manifest else _describe_files(files, tokenizer)
     rows |= {f"{split} begins": _excerpt(files[split], tokenizer) for split in files}
     print_table(str(data_dir), rows)
     if manifest:
-        errors += list(size_errors(data_dir, manifest))
-        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        errors += list(listing_errors(data_dir, manifest))
+        if manifest.tokenizer.sha256 != tokenizer.sha256:
             errors.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
-    elif error := unfinished(data_dir):
+    elif error := unfinished_error(data_dir):
         errors.append(error)
     errors += _read_everything(data_dir, manifest, files, tokenizer)
     for error in errors:
@@ -83,7 +90,7 @@ def _excerpt(files: list[TokenFile], tokenizer: Tokenizer) -> str:
 
 def _read_everything(
     data_dir: Path,
-    manifest: dict[str, Any] | None,
+    manifest: Manifest | None,
     files: dict[str, list[TokenFile]],
     tokenizer: Tokenizer,
 ) -> list[str]:
@@ -99,8 +106,9 @@ def _read_everything(
                 errors += [error] if error else []
         if manifest:
             errors += list(checksum_errors(data_dir, manifest, advance))
-            for split, count in documents.items():
-                listed = manifest["splits"][split]["documents"]
+            for split, totals in manifest.splits.items():
+                listed = totals.documents
+                count = documents.get(split, listed)
                 if listed != count:
                     errors.append(
                         f"{data_dir}: {split} has {count:,} end-of-text tokens, and {MANIFEST} "

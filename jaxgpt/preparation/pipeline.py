@@ -4,30 +4,33 @@ import os
 import shutil
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, lost_shards, read_manifest
+from jaxgpt.data.manifest import MANIFEST, size_errors
 from jaxgpt.data.token_file import refuse
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import write_json
 from jaxgpt.preparation.assemble import Assembler, empty_splits
 from jaxgpt.preparation.estimate import check_disk, estimate
 from jaxgpt.preparation.flags import Flags, count
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_torn_downloads
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.journal import Plan
-from jaxgpt.preparation.manifest import rank_manifest_name, text_manifest
+from jaxgpt.preparation.make_plan import explain_empty, make_plan
+from jaxgpt.preparation.manifest import (
+    TextManifest,
+    load_text_manifest,
+    manifest_name,
+    text_manifest,
+)
 from jaxgpt.preparation.output_folder import Folder
-from jaxgpt.preparation.plan import explain_empty, make_plan
+from jaxgpt.preparation.plan import HubSource, Plan
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.workers import Locate, run_units
 from jaxgpt.run.console import duration, print_table
 
 
-def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
+def prepare_text(flags: Flags, folder: Folder) -> TextManifest:
     """Make what is still missing in a folder; returns its manifest. Raises UserError."""
     out, world_size = folder.out, folder.world_size
     tokenizer = load_tokenizer(flags.tokenizer)
@@ -36,21 +39,21 @@ def prepare_text(flags: Flags, folder: Folder) -> dict[str, Any]:
     if limit is not None:
         limit //= world_size
     assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot)
-    refuse(list(lost_shards(out, assembler.shards)))
-    name = MANIFEST if world_size == 1 else rank_manifest_name(folder.rank, world_size)
-    manifest = read_manifest(out / name)
+    refuse(list(size_errors(out, assembler.shards)))
+    path = out / manifest_name(folder.rank, world_size)
+    manifest = load_text_manifest(path)
     if assembler.finished and manifest is not None:
         _clean(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
         return manifest
-    for stale in {name, MANIFEST}:  # a folder that has one is complete
-        (out / stale).unlink(missing_ok=True)
+    for stale in {path, out / MANIFEST}:  # a folder that has one is complete
+        stale.unlink(missing_ok=True)
     _tokenize(flags, folder, plan, assembler, limit)
     records = assembler.used_records()
     if world_size == 1 and (missing := empty_splits(assembler)):
         raise UserError(explain_empty(out, plan.settings, missing[0], records))
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
-    write_json(out / name, manifest)
+    manifest.save(path)
     _clean(folder, assembler)
     return manifest
 
@@ -88,17 +91,17 @@ def _say_what_it_takes(
     size = estimate(plan, inputs, limit, workers)
     still = max(0, size.disk_bytes - 2 * assembler.tokens_done)
     free = check_disk(folder.out, still + size.working_bytes)
-    repo = plan.source.get("repo")
+    on_hub = plan.source if isinstance(plan.source, HubSource) else None
     rows = {
         "input": f"{len(inputs):,} files, {decimal(size.input_bytes)}"
-        + (f" of {repo} {plan.source['name']}, downloaded as they are needed" if repo else "")
+        + (f" of {on_hub.repo} {on_hub.name}, downloaded as they are needed" if on_hub else "")
         + (f"; the limit is reached after about {decimal(size.needed_bytes)}" if limit else ""),
         "tokens": f"about {size.tokens:,} of tokenizer {plan.settings.tokenizer!r}, in shards "
         f"of {plan.settings.shard_tokens:,}",
         "disk": f"about {decimal(size.disk_bytes)}, and {decimal(size.working_bytes)} beside it "
         f"while this runs; {free} are free",
         "time": f"about {duration(size.core_seconds / workers)} with {workers} workers"
-        + (", unless the download takes longer" if repo else ""),
+        + (", unless the download takes longer" if on_hub else ""),
     }
     if assembler.shards:
         rows["done before"] = f"{assembler.tokens_done:,} tokens, {len(assembler.shards)} shards"
@@ -110,9 +113,9 @@ def _places(
     plan: Plan, pending: Set[int], work: Path, say: Callable[[str], None]
 ) -> tuple[Locate, Callable[[Input], object]]:
     """Where each input can be read, and what to do once it is not needed."""
-    if "repo" not in plan.source:
+    if not isinstance(plan.source, HubSource):
         return (lambda item: Path(item.path)), (lambda item: None)
-    repo, commit, folder = plan.source["repo"], plan.source["commit"], work / DOWNLOADS
+    repo, commit, folder = plan.source.repo, plan.source.commit, work / DOWNLOADS
 
     def get(item: Input) -> Path:
         sha256 = item.check if len(item.check) == 64 else None  # or git's, of a small file

@@ -1,20 +1,28 @@
 """`--ready`: GPT-2 token shards that others have made of FineWeb, downloaded and checked."""
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards
+from jaxgpt.data.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    Validation,
+    count_documents,
+    size_errors,
+)
 from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import move_file, sha256_of, write_json
+from jaxgpt.files import FormatError, decode_json, move_file, sha256_of, write_json
 from jaxgpt.preparation.estimate import check_disk
 from jaxgpt.preparation.flags import Flags, count
 from jaxgpt.preparation.hub import (
@@ -24,8 +32,8 @@ from jaxgpt.preparation.hub import (
     list_files,
     remove_torn_downloads,
 )
-from jaxgpt.preparation.journal import SHARD, Journal
-from jaxgpt.preparation.manifest import base_manifest
+from jaxgpt.preparation.journal import Journal
+from jaxgpt.preparation.manifest import sort_shards, tokenizer_entry, total_splits
 from jaxgpt.preparation.output_folder import Folder
 from jaxgpt.preparation.progress import PreparationConsole
 
@@ -36,10 +44,18 @@ READY = {
     ("fineweb-edu", "sample-10BT"): "kjj0/finewebedu10B-gpt2",
     ("fineweb-edu", "sample-100BT"): "karpathy/fineweb-edu-100B-gpt2-token-shards",
 }
+
+
+class ReadySource(msgspec.Struct):
+    """The contents of ready.json."""
+
+    repo: str
+
+
 LARGEST_10B = 10_200_000_000  # training tokens in the smaller ones
 
 
-def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
+def fetch_ready(flags: Flags, folder: Folder) -> Manifest:
     """Download what is still missing in a folder; returns its manifest. Raises UserError."""
     out, work = folder.out, folder.work
     if folder.world_size > 1:
@@ -49,17 +65,19 @@ def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
     _check_source(work, repo, out)
     commit, files = list_shards(repo, tokens, flags.revision, print)
     write_json(work / "ready.json", {"repo": repo})
-    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", SHARD)
+    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", ShardEntry)
     _adopt(out, files, journal, tokenizer)
     _download_missing(repo, commit, files, folder, journal, tokenizer)
-    manifest = base_manifest(
-        tokenizer,
-        {"kind": "ready-made shards", "repo": repo, "commit": commit},
-        {"rule": "as its makers chose it"},
-        None,
-        list(_by_name(journal).values()),
+    shards = list(_by_name(journal).values())
+    manifest = Manifest(
+        jaxgpt=version("jaxgpt"),
+        source={"kind": "ready-made shards", "repo": repo, "commit": commit},
+        tokenizer=tokenizer_entry(tokenizer),
+        validation=Validation(rule="as its makers chose it"),
+        splits=total_splits(shards),
+        shards=sort_shards(shards),
     )
-    write_json(out / MANIFEST, manifest)
+    manifest.save(out / MANIFEST)
     shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
     return manifest
 
@@ -69,9 +87,9 @@ def _check_source(work: Path, repo: str, out: Path) -> None:
         raise UserError(f"{out}: holds tokens made of text; give ready-made ones another --out")
     path = work / "ready.json"
     try:
-        was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: is damaged; delete {out} and download it again") from None
+        was = decode_json(path.read_bytes(), ReadySource).repo if path.exists() else repo
+    except FormatError as error:
+        raise UserError(f"{path}: {error}; delete {out} and download it again") from None
     if was != repo:
         raise UserError(f"{out}: holds shards of {was}; give those of {repo} another --out")
 
@@ -120,15 +138,17 @@ def _name(file: Any) -> str:
     return str(file.path).rsplit("/", 1)[-1]
 
 
-def _is_missing(out: Path, entry: dict[str, Any] | None) -> bool:
-    return entry is None or any(lost_shards(out, [entry]))
+def _is_missing(out: Path, entry: ShardEntry | None) -> bool:
+    return entry is None or any(size_errors(out, [entry]))
 
 
-def _by_name(journal: Journal) -> dict[str, dict[str, Any]]:
-    return {entry["file"]: entry for entry in journal.entries}
+def _by_name(journal: Journal[ShardEntry]) -> dict[str, ShardEntry]:
+    return {entry.file: entry for entry in journal.entries}
 
 
-def _adopt(out: Path, files: Sequence[Any], journal: Journal, tokenizer: Tokenizer) -> None:
+def _adopt(
+    out: Path, files: Sequence[Any], journal: Journal[ShardEntry], tokenizer: Tokenizer
+) -> None:
     """Note shards that had arrived when a kill came before their line in the journal."""
     known = _by_name(journal)
     for name in map(_name, files):
@@ -141,7 +161,7 @@ def _download_missing(
     commit: str,
     files: Sequence[Any],
     folder: Folder,
-    journal: Journal,
+    journal: Journal[ShardEntry],
     tokenizer: Tokenizer,
 ) -> None:
     """Download, check and note the shards that are not there; raises UserError."""
@@ -174,12 +194,12 @@ def _check(path: Path, name: str, tokenizer: Tokenizer) -> None:
         raise
 
 
-def _entry(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def _entry(path: Path, tokenizer: Tokenizer) -> ShardEntry:
     found = inspect_file(path)
-    return {
-        "file": path.name,
-        "split": split_of(path),
-        "tokens": found.length,
-        "documents": count_documents(found, tokenizer.eot),
-        "sha256": sha256_of(path),
-    }
+    return ShardEntry(
+        file=path.name,
+        split="val" if split_of(path) == "val" else "train",
+        tokens=found.length,
+        documents=count_documents(found, tokenizer.eot),
+        sha256=sha256_of(path),
+    )

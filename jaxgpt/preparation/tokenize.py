@@ -29,6 +29,7 @@ from jaxgpt.preparation.documents import (
     pieces,
 )
 from jaxgpt.preparation.inputs import Unit
+from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
 
 BUFFERED = 1 << 20  # tokens gathered before they are written
@@ -43,18 +44,6 @@ class Job(NamedTuple):
     options: ReadOptions
     val_fraction: float | None  # None: all tokens go into one part, and the parent splits them
     folder: Path
-
-
-class Record(NamedTuple):
-    """What became of a work unit; the journal holds one for each that is done."""
-
-    number: int
-    tokens: dict[str, int]  # by part
-    documents: int
-    skipped: dict[str, int]  # by reason
-    examples: dict[str, str]  # a file for each reason
-    token_count: int | None  # the sum of FineWeb's own column
-    bytes: int
 
 
 @dataclass

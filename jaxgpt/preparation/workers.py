@@ -12,9 +12,10 @@ from pathlib import Path
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.inputs import Input, Unit
-from jaxgpt.preparation.journal import Plan
+from jaxgpt.preparation.journal import Record
+from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.progress import PreparationConsole
-from jaxgpt.preparation.tokenize import Job, Progress, Record, run_job, start_worker
+from jaxgpt.preparation.tokenize import Job, Progress, run_job, start_worker
 
 # Units begun beyond the first unfinished one, for each worker: their tokens wait on disk.
 AHEAD = 3

@@ -64,11 +64,12 @@ def test_every_document_is_there_once_with_the_end_of_text_token_before_it(
 def test_tokens_minus_documents_are_the_source_s_own_count(prepared: Path) -> None:
     manifest = load_manifest(prepared)
     assert manifest is not None
-    count = manifest["token_count"]
-    assert count["equal"]
-    tokens = sum(split["tokens"] for split in manifest["splits"].values())
-    documents = sum(split["documents"] for split in manifest["splits"].values())
-    assert count["source_says"] == count["tokens_minus_documents"] == tokens - documents > 100_000
+    count = manifest.token_count
+    assert count is not None
+    assert count.equal
+    tokens = sum(totals.tokens for _, totals in manifest.splits.items())
+    documents = sum(totals.documents for _, totals in manifest.splits.items())
+    assert count.source_says == count.tokens_minus_documents == tokens - documents > 100_000
 
 
 def test_a_wrong_count_in_the_source_is_told(

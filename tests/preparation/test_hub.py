@@ -116,9 +116,10 @@ def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
     assert shards(out) == expected
     manifest = load_manifest(out)
     assert manifest is not None
-    assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb"
-    assert manifest["source"]["commit"] == COMMIT
-    assert manifest["token_count"]["equal"]
+    assert manifest.source["repo"] == "HuggingFaceFW/fineweb"
+    assert manifest.source["commit"] == COMMIT
+    assert manifest.token_count is not None
+    assert manifest.token_count.equal
     assert not (out / ".prepare" / "downloads").exists()
     assert "it/s" not in done.stderr, "one progress bar is enough"
     assert not any("100BT" in request for request in hub.requests)
@@ -238,8 +239,9 @@ def test_any_data_set_is_read_by_its_card(
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(out)
     assert manifest is not None
-    assert manifest["documents"]["used"] == 600
-    assert manifest["source"]["files"] == ["plain/0.jsonl", "plain/1.jsonl"]
+    assert manifest.documents is not None
+    assert manifest.documents.used == 600
+    assert manifest.source["files"] == ["plain/0.jsonl", "plain/1.jsonl"]
     for flags, said in (
         (("--name", "plian"), "plian"),
         (("--name", "plain", "--split", "dev"), "has no split 'dev'"),
@@ -332,7 +334,7 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     manifest = load_manifest(out)
     assert manifest is not None
     original = stored / "kjj0" / "fineweb10B-gpt2"
-    assert {s["file"]: s["sha256"] for s in manifest["shards"]} == shards(original)
+    assert {s.file: s.sha256 for s in manifest.shards} == shards(original)
     (out / "fineweb_train_000002.bin").unlink()
     assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
     assert shards(out) == shards(original), "what is gone is fetched again"

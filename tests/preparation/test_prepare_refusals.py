@@ -62,8 +62,8 @@ def test_another_source_or_other_settings_are_refused(
 ) -> None:
     first = sorted(fineweb_like.glob("*.parquet"))[0]
     for arguments, said in (
-        ([texts, *SMALL], "has 000_00000.parquet in it already"),
-        ([first, *SMALL], "has 001_00000.parquet in it already"),
+        ([texts, *SMALL], "already contains 000_00000.parquet"),
+        ([first, *SMALL], "already contains 001_00000.parquet"),
         ([fineweb_like, "--unit-bytes", "100K"], "--shard-tokens 30000, not 100000000"),
         ([fineweb_like, *SMALL, "--text-column", "url"], "--text-column text, not url"),
         ([fineweb_like, *SMALL, "--tokenizer", "byte"], "--tokenizer gpt2, not byte"),
@@ -81,7 +81,7 @@ def test_an_input_that_changed_under_a_begun_folder_is_refused(
     changed = texts / "07.txt"
     changed.write_text(changed.read_text().replace("7", "8"))  # as long as it was
     message = refusal(capsys, texts, "--out", tmp_path / "out")
-    assert f"{changed}: is not what {tmp_path / 'out'} was begun with" in message
+    assert f"{changed}: has changed since {tmp_path / 'out'} was begun" in message
 
 
 def test_a_mistake_that_made_nothing_does_not_bind_the_folder(
@@ -105,22 +105,24 @@ def test_documents_that_cannot_be_used_are_counted_and_told(
     assert prepare(*arguments, "--out", tmp_path / "out") == 0
     told = " ".join(capsys.readouterr().out.split())
     for line in (
-        "left out: null 1 documents, the first in a.jsonl",
-        "left out: empty 1 documents, the first in a.jsonl",
-        "left out: not UTF-8 2 documents, the first in a.jsonl",
-        "left out: not JSON 2 documents, the first in a.jsonl",
+        "skipped: null 1 documents, the first in a.jsonl",
+        "skipped: empty 1 documents, the first in a.jsonl",
+        "skipped: not UTF-8 2 documents, the first in a.jsonl",
+        "skipped: not JSON 2 documents, the first in a.jsonl",
     ):
         assert line in told
     manifest = load_manifest(tmp_path / "out")
     assert manifest is not None
-    assert manifest["documents"]["used"] == 60
-    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+    assert manifest.documents is not None
+    assert manifest.documents.used == 60
+    assert sum(totals.documents for _, totals in manifest.splits.items()) == 60
     assert prepare(*arguments, "--out", tmp_path / "o2", "--encoding-errors", "replace") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "not UTF-8" not in told
     replaced = load_manifest(tmp_path / "o2")
     assert replaced is not None
-    assert replaced["documents"]["used"] == 62
+    assert replaced.documents is not None
+    assert replaced.documents.used == 62
 
 
 def test_text_of_which_nothing_can_be_used_is_told_with_the_reason(
@@ -148,7 +150,7 @@ def test_a_finished_shard_that_is_gone_is_told(
     assert prepare(*arguments) == 0
     lost = tmp_path / "out" / "out_train_000001.bin"
     lost.unlink()
-    assert f"{lost}: was written and is missing" in refusal(capsys, *arguments)
+    assert f"{lost}: is missing" in refusal(capsys, *arguments)
 
 
 def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
@@ -203,4 +205,5 @@ def test_text_is_not_mixed_with_ready_made_shards(
     assert "holds ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
     (tmp_path / "out" / ".prepare" / "ready.json").write_text("{")
     message = refusal(capsys, "fineweb", "--ready", "--out", tmp_path / "out")
-    assert "ready.json: is damaged" in message
+    assert "ready.json: " in message
+    assert f"; delete {tmp_path / 'out'} and download it again" in message
