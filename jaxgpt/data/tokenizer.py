@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,6 +32,11 @@ LARGE_VOCABULARIES = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harm
 
 # How GPT-2 cuts text before it merges bytes, in the equivalent but faster form of tiktoken 0.14.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# The white space of this pattern (Python's \s has other characters), and how often a text is probed
+# for a run of it: tiktoken's regex engine fails where `\s+(?!\S)` has to step back from a million.
+WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+SPACE_PROBES = 500_000
 
 BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  # by id
 
@@ -74,7 +80,10 @@ class Tokenizer:
     def _encode(self, text: str) -> np.ndarray:
         if self.bpe is None:
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        parts = [
+            self.bpe.encode_to_numpy(part, disallowed_special=()) for part in _cut_long_spaces(text)
+        ]
+        return np.concatenate(parts).astype(np.uint16)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of (tokens,) ids; bytes that are not UTF-8 become U+FFFD.
@@ -115,6 +124,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     _refuse_if_large(name, bpe.n_vocab)
     vocabulary = [bpe.decode_single_token_bytes(id) for id in range(bpe.n_vocab)]
     return Tokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
+
+
+def _cut_long_spaces(text: str) -> Iterator[str]:
+    """Parts of a text whose tokens are the text's, without a long run of white space inside.
+
+    GPT-2's pattern ends a word before the last character of every run that something follows, so
+    that is where the text is cut.
+    """
+    start = 0
+    for probe in range(SPACE_PROBES, len(text), SPACE_PROBES):
+        run = WHITE_SPACE.match(text, probe)
+        if run and start < run.end() - 1 and run.end() < len(text):
+            yield text[start : run.end() - 1]
+            start = run.end() - 1
+    yield text[start:]
 
 
 def byte_characters() -> dict[int, str]:

@@ -98,11 +98,11 @@ def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
     group: list[Slice] = []
     grouped = 0
     for item in inputs:
-        parts = -(-item.text_bytes // unit_bytes) if item.divisible else 1
+        parts = max(1, -(-item.text_bytes // unit_bytes)) if item.divisible else 1
         if group and (parts > 1 or grouped + item.text_bytes > unit_bytes):
             units.append(tuple(group))
             group, grouped = [], 0
-        slices = [Slice(item, item.path, part, parts) for part in range(max(1, parts))]
+        slices = [Slice(item, item.path, part, parts) for part in range(parts)]
         if parts > 1:
             units += [(one,) for one in slices]
         else:
@@ -178,7 +178,7 @@ def _files_of(argument: str) -> list[Path]:
     if path.exists():
         if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read once only
             raise UserError(_unreadable(path))
-        return [path.resolve()]
+        return [_absolute(path)]
     if glob.has_magic(argument):
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         files = [match for match in matches if match.is_file()]
@@ -187,11 +187,20 @@ def _files_of(argument: str) -> list[Path]:
         for file in files:
             if kind_of(str(file)) is None:
                 raise UserError(_unreadable(file))
-        return [file.resolve() for file in files]
+        return [_absolute(file) for file in files]
     raise UserError(
         f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a data "
         "set of the Hub as fineweb, fineweb-edu or owner/name"
     )
+
+
+def _absolute(path: Path) -> Path:
+    """The file behind a link; but the link itself if only its name says what the file holds.
+
+    The Hub's cache is made of such links.
+    """
+    target = path.resolve()
+    return target if kind_of(target.name) else path.parent.resolve() / path.name
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -200,7 +209,7 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: holds tokens already; train on them with python -m jaxgpt.train --data-dir "
             f"{folder}, or look at them with python -m jaxgpt.prepare --inspect {folder}"
         )
-    files = [path.resolve() for path in _texts_under(folder)]
+    files = [_absolute(path) for path in _texts_under(folder)]
     if not files:
         raise UserError(f"{folder}: holds no text; looked for {READABLE}")
     return files

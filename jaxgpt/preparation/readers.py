@@ -22,6 +22,7 @@ from jaxgpt.preparation.lines import (
 
 ROWS = 1024  # documents in a batch: enough to make its cost small, 4 MB of web text
 BATCH_BYTES = 1 << 24  # fewer rows where they are long
+MAX_TOKEN_COUNT = 1 << 53  # of one document
 WHOLE = 1 << 24  # bytes; a longer text is read as a stream, twice
 
 
@@ -98,7 +99,7 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
     if not _holds_text(column.type):
         raise UserError(
             f"{slice.path}: column {options.text_column!r} holds {column.type}, not text; name "
-            f"another with --text-column ({', '.join(table.schema.names)})"
+            f"another with --text-column ({_first_few(table.schema.names)})"
         )
     try:
         texts = column.to_pylist()
@@ -115,7 +116,9 @@ def _sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
     """The tokens that the source says the documents have; None where it does not say it of each."""
     pairs = zip(documents, counts, strict=True)
     used = [count for document, count in pairs if not isinstance(document, Skip)]
-    return sum(used) if all(isinstance(count, int) for count in used) else None
+    # Anything else than a count is somebody else's column of this name.
+    is_count = all(type(count) is int and 0 <= count <= MAX_TOKEN_COUNT for count in used)
+    return sum(used) if is_count else None
 
 
 def _holds_text(type: Any) -> bool:
@@ -137,8 +140,15 @@ def check_column(input: Input, names: Iterable[str], text_column: str) -> None:
     if text_column not in names:
         raise UserError(
             f"{input.path}: has no column {text_column!r}; name the one with the text with "
-            f"--text-column (there are {', '.join(names)})"
+            f"--text-column (there are {_first_few(names)})"
         )
+
+
+def _first_few(names: Iterable[str]) -> str:
+    """The names in a sentence, of any number and length."""
+    found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
+    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
+    return ", ".join(found[:8]) + more
 
 
 def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:

@@ -225,3 +225,17 @@ def test_documents_together_have_the_tokens_of_each_with_the_end_of_text_before_
     for texts in (plain, [*plain, "a <|endoftext|> b"], ["half \ud800 a pair", *plain], ["x"]):
         expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
         assert tokenizer.encode_documents(texts).tolist() == expected
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "\t", "\u3000"])
+@pytest.mark.parametrize("after", ["x", " x", "\nx", "'s", "\x1c"])
+def test_a_million_spaces_have_the_tokens_of_fewer(
+    gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch, character: str, after: str
+) -> None:
+    long = f"Some words {character * 1_020_000}{after} and {character * 1_500_000}"
+    assert gpt2.decode(gpt2.encode(long)) == long
+    short = f"Some words {character * 400}{after} and {character * 90}, more"
+    expected = gpt2.encode(short)
+    for size in (2, 7, 100):
+        monkeypatch.setattr("jaxgpt.data.tokenizer.SPACE_PROBES", size)
+        np.testing.assert_array_equal(gpt2.encode(short), expected)

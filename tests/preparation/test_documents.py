@@ -145,6 +145,43 @@ def test_the_source_s_count_is_of_the_documents_that_are_used(tmp_path: Path) ->
     assert batch.token_count == 3
 
 
+def test_an_empty_file_beside_others_has_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_bytes(as_lines(TEXTS))
+    assert read(tmp_path) == TEXTS
+    assert read(tmp_path / "a.jsonl") == []
+
+
+def test_a_hub_cache_s_links_are_read_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, content in (("a.jsonl", as_lines(TEXTS)), ("b.jsonl.gz", None)):
+        blob = tmp_path / "blobs" / f"{name[0]}5d3"
+        blob.write_bytes(content or gzip.compress(as_lines(TEXTS)))
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    assert read(tmp_path / "snapshot") == [*TEXTS, *TEXTS]
+    assert read(tmp_path / "snapshot" / "a.jsonl") == TEXTS
+    assert read(Path(f"{tmp_path}/snapshot/*.gz")) == TEXTS
+
+
+def test_a_link_to_a_file_with_a_suffix_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert [item.name for item in find_inputs([str(tmp_path)])] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(10**4299, id="4300 digits"), 2**63, -1, True, 1.5, "9", None]
+)
+def test_a_count_that_can_be_none_is_no_count(tmp_path: Path, count: object) -> None:
+    lines = [json.dumps({"text": "one", "token_count": count})] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    ((slice,),) = work_units(find_inputs([str(tmp_path)]), 10**9)
+    (batch,) = read_slice(slice, ReadOptions())
+    assert len(batch.documents) == 20
+    assert batch.token_count is None
+
+
 # What is damaged
 
 
@@ -182,6 +219,17 @@ def test_a_column_that_is_no_text_is_refused_with_the_others_named(tmp_path: Pat
         read(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has no column 'text'.*\(there are id, body\)"):
         read(tmp_path / "a.jsonl")
+
+
+def test_of_many_names_the_first_few_are_listed(tmp_path: Path) -> None:
+    many = {f"key {number}": 1 for number in range(100_000)}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"k" * 10**6: 1, **many}))
+    with pytest.raises(UserError, match=r"k\.\.\., key 0, .*, key 6 and 99,993 more\)$") as caught:
+        read(tmp_path / "a.jsonl")
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    pq.write_table(pa.table({name: [1] for name in list(many)[:500]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"key 0, .*, key 7 and 492 more\)$"):
+        read(tmp_path / "a.parquet")
 
 
 def test_a_first_line_without_a_text_is_one_document_less(tmp_path: Path) -> None:
