@@ -15,7 +15,7 @@ class PreparationConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
     def __init__(self, total_bytes: int, done_bytes: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._total, self.done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
         self._bar = make_bar(self.console, "{task.percentage:3.0f} %")
@@ -40,7 +40,7 @@ class PreparationConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def _status(self, done_bytes: int, tokens: int, documents: int) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-6)

@@ -286,6 +286,19 @@ def test_inspect_shows_what_is_there_and_finds_it_sound(
     assert "sound: headers, sizes, checksums, ids checked" in said
 
 
+def test_inspect_prints_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[INST] one [/INST] [red]two[/] :smile: [link=x]"
+    folder = tmp_path / "data [/x] :cat:"
+    folder.mkdir(parents=True)
+    tokens = np.array([BYTE.eot, *BYTE.encode(text)])
+    for split in ("val", "train"):
+        write_shard(folder / f"{split}_0.bin", tokens)
+    assert main(["--inspect", str(folder), "--tokenizer=byte"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"train begins <|endoftext|>{text}" in said
+    assert said.startswith(str(folder))
+
+
 @pytest.mark.parametrize("fault", [flip_a_bit, remove, cut, add])
 def test_inspect_finds_every_fault(
     folder: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[Path], None]

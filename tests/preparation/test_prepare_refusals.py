@@ -185,6 +185,17 @@ def test_a_split_without_documents_is_told_with_what_helps(
     assert "all its tokens are validation" in refusal(capsys, *arguments)
 
 
+def test_names_and_paths_are_printed_as_they_are(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "10 [red] :cat:.txt").touch()
+    out = tmp_path / "out [/x] :dog:"
+    assert prepare(texts, "--out", out, "--val-fraction", "0.3") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the first in 10 [red] :cat:.txt" in told
+    assert told.count("[/x] :dog:") >= 2
+
+
 def test_a_full_disk_is_told_before_anything_is_read(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:

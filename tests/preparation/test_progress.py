@@ -32,6 +32,21 @@ def test_a_line_tells_tokens_documents_speed_what_is_left_and_how_long(clock: li
     )
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_of_files_are_shown_as_they_are(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    name, written = "downloading [/x] [red]a.bin[/] :cat:", io.StringIO()
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    monkeypatch.setenv("COLUMNS", "150")
+    with PreparationConsole(total_bytes=100, done_bytes=0) as console:
+        clock[0] += 40
+        console.update(1, 0, 0, name)
+        console.say(name)
+    assert written.getvalue().count(name) >= 2
+
+
 def test_lines_come_now_and_then_where_there_is_no_terminal(clock: list[float]) -> None:
     console = PreparationConsole(total_bytes=100, done_bytes=0)
     written = lines_of(console)
