@@ -26,8 +26,8 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Split = Literal["train", "val"]
 
 
-class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One shard, in the manifest and in the journal of a preparation."""
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_unknown_fields=True):
+    """One shard, in the manifest and in the journal of a preparation; sorted by file name."""
 
     file: str
     split: Split
@@ -120,7 +120,7 @@ M = TypeVar("M", bound=Manifest)
 
 
 def load_manifest(data_dir: Path) -> Manifest | None:
-    """The manifest of a folder, None where there is none.
+    """The manifest of a folder, None if there is none.
 
     Raises:
         DataError: if it cannot be read, is not of the declared types or is of another version.

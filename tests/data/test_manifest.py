@@ -1,4 +1,4 @@
-"""What training and --inspect make of a manifest, of its absence, and of shards that changed."""
+"""Training and --inspect with a manifest, without one, and with changed shards."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def age_manifest(folder: Path) -> None:
         (age_manifest, "has version 99"),
     ],
 )
-def test_training_refuses_a_folder_that_is_not_what_was_written(
+def test_training_refuses_a_changed_folder(
     folder: Path, fault: Callable[[Path], None], said: str
 ) -> None:
     assert check_manifest(folder, BYTE)
@@ -107,7 +107,7 @@ def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
         check_manifest(folder, load_tokenizer("gpt2"))
 
 
-def test_an_unfinished_folder_is_not_trained_on(folder: Path) -> None:
+def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="is not finished; run its"):
         check_manifest(folder, BYTE)
@@ -141,7 +141,7 @@ def test_the_fingerprint_is_of_the_contents(folder: Path) -> None:
         ('"source": {', '"source": 5, "x": {', "source: Expected `object`, got `int`"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_its_key_and_what_was_expected(
+def test_a_wrong_type_is_reported_with_the_key_and_what_was_expected(
     folder: Path, was: str, now: str, said: str
 ) -> None:
     path = folder / "manifest.json"
@@ -180,7 +180,7 @@ UNIT = """{"number": 5, "tokens": {"train": 288, "val": 216}, "documents": 14, "
 {"null": 1}, "examples": {"null": "/in/a.jsonl"}, "token_count": 42, "bytes": 972}"""
 
 
-def test_what_the_first_version_wrote_is_read(tmp_path: Path) -> None:
+def test_files_of_version_0_1_0_are_read(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     shard = ShardEntry(file="x_val_000000.bin", split="val", tokens=9, documents=2, sha256="82d0")
     path.write_text(OF_TEXT)
@@ -225,7 +225,7 @@ def without_a_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
-def test_a_run_goes_on_with_its_data_and_refuses_other_data_of_the_same_size(
+def test_a_run_resumes_with_its_data_and_refuses_other_data_of_the_same_size(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], with_manifest: bool
 ) -> None:
     if not with_manifest:
@@ -255,7 +255,7 @@ def test_a_run_goes_on_with_its_data_and_refuses_other_data_of_the_same_size(
         ("x/mine", "24gb", "YOUR_TEXT --out x/mine,"),
     ],
 )
-def test_missing_data_is_answered_with_the_command_that_makes_it(
+def test_for_missing_data_the_message_has_the_command_that_makes_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -273,7 +273,7 @@ def test_missing_data_is_answered_with_the_command_that_makes_it(
 # --inspect
 
 
-def test_inspect_shows_what_is_there_and_finds_it_sound(
+def test_inspect_shows_the_contents_of_an_intact_folder(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--inspect", str(folder)]) == 0
@@ -283,7 +283,7 @@ def test_inspect_shows_what_is_there_and_finds_it_sound(
     for split in ("train", "val"):
         assert f"{getattr(manifest.splits, split).tokens:,} tokens" in said
     assert "<|endoftext|>line" in said
-    assert "sound: headers, sizes, checksums, ids checked" in said
+    assert "intact: headers, sizes, checksums, ids checked" in said
 
 
 def test_inspect_prints_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,15 +300,15 @@ def test_inspect_prints_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("fault", [flip_a_bit, remove, cut, add])
-def test_inspect_finds_every_fault(
+def test_inspect_finds_every_error(
     folder: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[Path], None]
 ) -> None:
     fault(folder)
     assert main(["--inspect", str(folder)]) == 2
-    assert "FAULT" in capsys.readouterr().out
+    assert "ERROR" in capsys.readouterr().out
 
 
-def test_inspect_reads_what_others_have_made(
+def test_inspect_reads_shards_without_a_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = load_tokenizer("gpt2")
