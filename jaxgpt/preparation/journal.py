@@ -3,6 +3,7 @@
 A journal only grows, so a kill costs its last line at most, and that line's work is done again.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -33,13 +34,13 @@ class Journal(Generic[Entry]):
     """The entries of one type in a file, one JSON line each.
 
     Raises:
-        UserError: on opening a file that holds anything else.
+        UserError: if a line of the file is anything else.
     """
 
     def __init__(self, path: Path, kind: type[Entry]):
         self._path = path
         content = path.read_bytes() if path.exists() else b""
-        complete, _, torn = content.rpartition(b"\n")
+        complete, _, truncated = content.rpartition(b"\n")
         self.entries: list[Entry] = []
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
@@ -49,13 +50,13 @@ class Journal(Generic[Entry]):
                     f"{path}: line {number}: {error}; delete {path.parents[1]} and prepare the "
                     "text again"
                 ) from None
-        if torn:  # or the next line would be joined to it
-            os.truncate(path, len(content) - len(torn))
+        if truncated:  # or the next line would be appended to it
+            os.truncate(path, len(content) - len(truncated))
 
     def append(self, entry: Entry) -> None:
         """Add a line; it is on disk when this returns."""
         with self._path.open("ab") as file:
-            file.write(msgspec.json.encode(entry) + b"\n")
+            file.write(json.dumps(msgspec.to_builtins(entry)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)

@@ -1,4 +1,4 @@
-"""From flags to a plan: what is read, in which way, and whether the folder agrees."""
+"""From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +9,11 @@ import msgspec
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import ReadOptions
-from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, Flags, count
+from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Record, nothing_finished
-from jaxgpt.preparation.output_folder import Folder, is_hub_name
+from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
 from jaxgpt.preparation.plan import (
     FileSource,
     HubSource,
@@ -23,39 +23,39 @@ from jaxgpt.preparation.plan import (
     with_inputs,
 )
 
-SMALL_TEXT = 100_000_000  # bytes; a tenth of less is validation, a hundredth of more
+SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of more
 
 
-def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
-    """The plan of the folder: the one that is there, if this command continues it, or a new one.
+def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -> Plan:
+    """The plan of the folder: the old one if this command resumes it, or a new one.
 
-    Raises UserError if the folder was begun with something else.
+    Raises UserError if the folder was begun with other inputs or settings.
     """
     path = folder.work / "plan.json"
     if (folder.work / "ready.json").exists():
-        raise UserError(f"{folder.out}: holds ready-made shards; give text another --out")
-    # A plan that nothing came of was a mistake: a column's name, a rule for validation.
+        raise UserError(f"{folder.out}: contains ready-made shards; choose another --out for text")
+    # A plan without results was a mistake, as a wrong column name, and is replaced.
     old = None if nothing_finished(folder.work) else Plan.load(path)
     if is_hub_name(flags.inputs):
         return _plan_for_hub(flags, folder, tokenizer, old, path)
-    _refuse_flags_of_the_hub(flags)
+    _refuse_hub_flags(flags)
     inputs = find_inputs(flags.inputs)
-    _refuse_one_document(inputs, flags)
+    _refuse_single_document(inputs, flags)
     if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
-        raise UserError(f"{folder.out}: holds the text itself; choose another folder with --out")
+        raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
     source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)
     if old is not None:
         refuse_differences(old, source, settings, folder.out)
         plan = with_inputs(old, inputs, folder.out)
     else:
         plan = Plan(source=source, settings=settings, rounds=[inputs])
-    return _saved(plan, old, path)
+    return _save_if_new(plan, old, path)
 
 
 def _plan_for_hub(
-    flags: Flags, folder: Folder, tokenizer: Tokenizer, old: Plan | None, path: Path
+    flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer, old: Plan | None, path: Path
 ) -> Plan:
-    """As `make_plan`; what is begun goes on with the commit it began with, unasked."""
+    """As `make_plan`; a resumed plan keeps its commit, without a request to the Hub."""
     source = _hub_source(flags)
     if old is not None:
         settings = _settings(flags, folder, tokenizer, old, [])
@@ -70,23 +70,23 @@ def _plan_for_hub(
     )
     settings = _settings(flags, folder, tokenizer, old, listing.inputs)
     source = msgspec.structs.replace(source, commit=listing.commit)
-    return _saved(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
+    return _save_if_new(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
 
 
-def _saved(plan: Plan, old: Plan | None, path: Path) -> Plan:
+def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
     if not plan.units():
-        alone = replace(plan.settings, rank=0, world_size=1)
+        single = replace(plan.settings, rank=0, world_size=1)
         raise UserError(
             f"--world-size {plan.settings.world_size}: the input is only "
-            f"{len(replace(plan, settings=alone).units())} units of work; split it over fewer, or "
-            "make units smaller with --unit-bytes"
+            f"{len(replace(plan, settings=single).units())} units of work; use fewer processes, or "
+            "smaller units with --unit-bytes"
         )
     if plan != old:
         plan.save(path)
     return plan
 
 
-def _hub_source(flags: Flags) -> HubSource:
+def _hub_source(flags: PrepareFlags) -> HubSource:
     dataset = flags.inputs[0]
     return HubSource(
         repo=DATASETS.get(dataset, dataset),
@@ -97,14 +97,14 @@ def _hub_source(flags: Flags) -> HubSource:
 
 
 def _settings(
-    flags: Flags,
-    folder: Folder,
+    flags: PrepareFlags,
+    folder: OutputFolder,
     tokenizer: Tokenizer,
     old: Plan | None,
     inputs: Sequence[Input],
 ) -> Settings:
-    """What the flags say, and where they say nothing the folder's plan, or the default."""
-    val_tokens, val_fraction = count(flags, "val_tokens"), flags.val_fraction
+    """The settings from the flags, else from the folder's plan, else the defaults."""
+    val_tokens, val_fraction = flags.number_of("val_tokens"), flags.val_fraction
     if val_tokens is None and val_fraction is None:
         if old is not None:
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
@@ -122,66 +122,65 @@ def _settings(
             sample_by=flags.sample_by,
             encoding_errors=flags.encoding_errors,
         ),
-        shard_tokens=count(flags, "shard_tokens") or SHARD_TOKENS,
+        shard_tokens=flags.number_of("shard_tokens") or SHARD_TOKENS,
         val_tokens=val_tokens,
         val_fraction=val_fraction,
-        unit_bytes=count(flags, "unit_bytes") or UNIT_BYTES,
+        unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
         rank=folder.rank,
         world_size=folder.world_size,
     )
 
 
-def _is_fineweb(flags: Flags) -> bool:
-    """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short name or its full one."""
+def _is_fineweb(flags: PrepareFlags) -> bool:
+    """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short or full name."""
     return is_hub_name(flags.inputs) and flags.inputs[0] in {*DATASETS, *DATASETS.values()}
 
 
-def _prefix(flags: Flags, out: Path) -> str:
-    """What the shards' names begin with: llm.c's for FineWeb, else the folder's name."""
+def _prefix(flags: PrepareFlags, out: Path) -> str:
+    """The prefix of the shards' names: as in llm.c for FineWeb, else the folder's name."""
     if _is_fineweb(flags):
         return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
     return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
 
 
-def _refuse_flags_of_the_hub(flags: Flags) -> None:
-    """Raises UserError for flags that would mean nothing."""
+def _refuse_hub_flags(flags: PrepareFlags) -> None:
     given = {"--name": flags.name, "--revision": flags.revision}
     if flags.split != "train":
         given["--split"] = flags.split
     if names := [name for name, value in given.items() if value is not None]:
         raise UserError(
-            f"{' and '.join(names)}: of data sets of the Hub, and {flags.inputs[0]} is none; "
-            "leave that out"
+            f"{' and '.join(names)}: only for data sets of the Hub, and {flags.inputs[0]} is "
+            "none; leave them out"
         )
 
 
-def _refuse_one_document(inputs: Sequence[Input], flags: Flags) -> None:
-    """Raises UserError where no document could be left for validation."""
+def _refuse_single_document(inputs: Sequence[Input], flags: PrepareFlags) -> None:
     only_text = len(inputs) == 1 and inputs[0].kind == "text"
     if only_text and flags.sample_by == "document" and flags.val_tokens is None:
         raise UserError(
-            f"{inputs[0].path}: is one document, and validation takes whole ones; let blank lines "
-            "or line ends part it with --sample-by paragraph or --sample-by line, or keep the "
-            "first tokens with --val-tokens 50K"
+            f"{inputs[0].path}: is a single document, and validation takes complete documents; "
+            "split it with --sample-by paragraph or --sample-by line, or use the first tokens for "
+            "validation with --val-tokens 50K"
         )
 
 
-def explain_empty(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
-    """Why a split got no token, in a sentence."""
+def empty_split_error(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
+    """A sentence on why a split has no token."""
     examples = {reason: path for record in records for reason, path in record.examples.items()}
-    if not any(record.documents for record in records) and examples:
+    if not any(record.documents or record.skipped for record in records):
+        return f"{out}: the input has no documents; check the files, and choose another --out"
+    if not any(record.documents for record in records):
         reasons = " or ".join(f"{reason} ({path})" for reason, path in sorted(examples.items()))
         return (
-            f"{out}: none of the documents can be used, each is {reasons}; mend the files, or name "
-            "the text with --text-column or its flaws with --encoding-errors, and choose another "
-            "--out"
+            f"{out}: none of the documents can be used, each is {reasons}; fix the files, or set "
+            "--text-column or --encoding-errors, and choose another --out"
         )
     if settings.val_tokens is not None:
         return (
-            f"{out}: all its tokens are validation, which is the first {settings.val_tokens:,}; "
+            f"{out}: all tokens are validation, which is the first {settings.val_tokens:,}; "
             "prepare more text, or lower --val-tokens and choose another --out"
         )
     return (
-        f"{out}: no document fell to {split!r}, as there are few of them; choose another --out "
-        "with --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K, the first tokens"
+        f"{out}: {split!r} has no document, because there are few of them; choose another --out "
+        "and --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K (the first tokens)"
     )

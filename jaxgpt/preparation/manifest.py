@@ -53,7 +53,7 @@ def text_manifest(
         **msgspec.to_builtins(plan.source),
         "inputs": len(inputs),
         "bytes": sum(item.size for item in inputs),
-        "sha256_of_inputs": hashlib.sha256(lines.encode()).hexdigest(),
+        "sha256_of_inputs": hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest(),
         "text_column": s.options.text_column,
         "sample_by": s.options.sample_by,
     }
@@ -71,7 +71,7 @@ def text_manifest(
         validation=validation,
         shard_tokens=s.shard_tokens,
         splits=total_splits(shards),
-        shards=sort_shards(shards),
+        shards=sorted(shards),
         documents=Documents(
             used=sum(record.documents for record in records),
             skipped=_sum_by_reason([record.skipped for record in records]),
@@ -86,11 +86,6 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     """What a manifest says of a tokenizer."""
     t = tokenizer
     return TokenizerEntry(name=t.name, sha256=t.sha256, n_vocab=t.n_vocab, eot=t.eot)
-
-
-def sort_shards(shards: Sequence[ShardEntry]) -> list[ShardEntry]:
-    """Shards by name, in the order of their tokens."""
-    return sorted(shards, key=lambda shard: shard.file)
 
 
 def total_splits(shards: Sequence[ShardEntry]) -> Splits:
@@ -131,7 +126,7 @@ def manifest_name(rank: int, world_size: int) -> str:
 
 
 def load_text_manifest(path: Path) -> TextManifest | None:
-    """A manifest that `prepare` wrote, None where there is none; raises DataError."""
+    """A manifest that `prepare` wrote, None if there is none; raises DataError."""
     return read_manifest(path, TextManifest, "delete it and run its prepare command again")
 
 
@@ -198,7 +193,7 @@ def _join(out: Path, manifests: Sequence[TextManifest]) -> TextManifest:
     return msgspec.structs.replace(
         first,
         splits=total_splits(shards),
-        shards=sort_shards(shards),
+        shards=sorted(shards),
         documents=Documents(
             used=sum(manifest.documents.used for manifest in manifests),
             skipped=_sum_by_reason([manifest.documents.skipped for manifest in manifests]),

@@ -91,7 +91,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> "Plan | None":
-        """The plan of a folder, None where there is none; raises UserError."""
+        """The plan of a folder, None if there is none; raises UserError."""
         if not path.exists():
             return None
         try:
@@ -138,8 +138,8 @@ def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path
     ]
     if differences:
         raise UserError(
-            f"{out}: was begun with {', '.join(differences)}; a folder holds one source prepared "
-            "in one way: choose another folder with --out"
+            f"{out}: was begun with {', '.join(differences)}; a folder has one source and one "
+            "set of flags: choose another folder with --out"
         )
 
 

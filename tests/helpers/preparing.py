@@ -1,4 +1,4 @@
-"""Preparations through the command line, and what is looked at after them."""
+"""Running the command `prepare`, and reading its results."""
 
 import hashlib
 import runpy
@@ -21,7 +21,7 @@ def prepare(*arguments: object) -> int:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that cannot work says; one line, and exit code 2."""
+    """The error message of a command, which must be one line with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         prepare(*arguments)
@@ -32,7 +32,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """SHA-256 of every file that training or a reader sees, by name."""
+    """SHA-256 of every shard and manifest, by name."""
     files = [*out.glob("*.bin"), *out.glob("manifest*.json")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 

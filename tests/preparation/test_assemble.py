@@ -1,4 +1,4 @@
-"""From parts to shards, and what a folder remembers of both after a kill."""
+"""From parts to shards, and resuming after a kill."""
 
 import json
 from dataclasses import replace
@@ -56,11 +56,11 @@ def work(tmp_path: Path) -> Path:
     return folder
 
 
-def test_units_that_finish_out_of_order_are_cut_in_order(tmp_path: Path, work: Path) -> None:
+def test_units_that_finish_out_of_order_give_shards_in_order(tmp_path: Path, work: Path) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
     for number in (3, 1, 4, 0, 2):
         finish_unit(assembler, work, number, unit_tokens(number))
-        assembler.cut()
+        assembler.write_complete_shards()
     assert assembler.finished
     expected = np.concatenate([unit_tokens(number) for number in range(5)])
     val, train = (load_split(tmp_path, split, 10_000) for split in ("val", "train"))
@@ -71,17 +71,17 @@ def test_units_that_finish_out_of_order_are_cut_in_order(tmp_path: Path, work: P
     assert not list((work / "parts").iterdir())
 
 
-def test_a_shard_is_cut_as_soon_as_its_tokens_are_there(tmp_path: Path, work: Path) -> None:
+def test_a_shard_is_written_as_soon_as_its_tokens_are_there(tmp_path: Path, work: Path) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
     cut = []
     for number in range(5):
         finish_unit(assembler, work, number, unit_tokens(number))
-        assembler.cut()
+        assembler.write_complete_shards()
         cut.append(len(assembler.shards))
     assert cut == [0, 1, 2, 2, 4]
 
 
-def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
+def test_a_shard_without_its_line_in_the_journal_is_adopted(
     tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
@@ -97,7 +97,7 @@ def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", killed_before_the_second_line)
         with pytest.raises(KeyboardInterrupt):
-            assembler.cut()
+            assembler.write_complete_shards()
     shards = sorted(tmp_path.glob("*.bin"))
     written = [path.stat().st_mtime_ns for path in shards]
     assert len(assembler.shards) == 1
@@ -108,35 +108,33 @@ def test_a_shard_without_its_line_in_the_journal_is_taken_in_as_it_is(
     assert Journal(work / "shards.jsonl", ShardEntry).entries == again.shards
 
 
-def test_a_stranger_s_shard_is_not_taken_in(tmp_path: Path, work: Path) -> None:
+def test_a_foreign_shard_is_not_adopted(tmp_path: Path, work: Path) -> None:
     name = "x_train_000001.bin"
     for n_units, tokens in ((0, 10), (3, 100), (3, 50)):  # before its turn, and when it is
         assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
         for number in range(n_units):
             finish_unit(assembler, work, number, unit_tokens(number))
         write_shard(tmp_path / name, np.arange(tokens))
-        with pytest.raises(UserError, match=f"{name}: is none of the shards that were made here"):
+        with pytest.raises(UserError, match=f"{name}: was not written by this command"):
             Assembler(tmp_path, work, plan_of(5), None, EOT)
         (tmp_path / name).unlink()
 
 
-def test_a_limit_below_what_is_there_keeps_the_records_of_all_of_it(
-    tmp_path: Path, work: Path
-) -> None:
+def test_a_limit_below_the_existing_tokens_keeps_all_records(tmp_path: Path, work: Path) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
     for number in range(5):
         finish_unit(assembler, work, number, unit_tokens(number))
-        assembler.cut()
+        assembler.write_complete_shards()
     limited = Assembler(tmp_path, work, plan_of(5), 130, EOT)
     assert limited.finished
     assert [record.number for record in limited.used_records()] == [0, 1, 2, 3, 4]
 
 
-def test_a_unit_whose_tokens_are_lost_is_done_again(tmp_path: Path, work: Path) -> None:
+def test_a_unit_with_lost_tokens_is_processed_again(tmp_path: Path, work: Path) -> None:
     assembler = Assembler(tmp_path, work, plan_of(5), None, EOT)
     for number in (0, 1, 2, 4):
         finish_unit(assembler, work, number, unit_tokens(number))
-    assembler.cut()
+    assembler.write_complete_shards()
     # Units 0 and 1 are in shards, 2 in part; a power cut took the end of 2, a user's rm 4.
     part_path(work / "parts", 2, "all").write_bytes(b"short")
     part_path(work / "parts", 4, "all").unlink()
@@ -148,10 +146,10 @@ def test_a_limit_ends_the_training_tokens_exactly(tmp_path: Path, work: Path) ->
     for number in range(3):
         assert assembler.pending_units()[0] == number
         finish_unit(assembler, work, number, unit_tokens(number))
-        assembler.cut()
+        assembler.write_complete_shards()
     assert not assembler.finished
     finish_unit(assembler, work, 3, unit_tokens(3))
-    assembler.cut()
+    assembler.write_complete_shards()
     assert assembler.finished
     assert assembler.pending_units() == []
     assert [shard.tokens for shard in assembler.shards] == [100, 100, 30]
@@ -162,7 +160,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     a: int
 
 
-def test_an_unfinished_line_of_a_journal_is_forgotten(tmp_path: Path) -> None:
+def test_a_truncated_last_line_of_a_journal_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path, Line).append(Line(1))
     with path.open("ab") as file:
@@ -185,7 +183,7 @@ def test_an_unfinished_line_of_a_journal_is_forgotten(tmp_path: Path) -> None:
         pytest.param("[" * 10**5, "Expected `object`, got `array`", id="["),
     ],
 )
-def test_a_journal_of_anything_else_is_refused(tmp_path: Path, line: str, expected: str) -> None:
+def test_a_journal_with_any_other_line_is_refused(tmp_path: Path, line: str, expected: str) -> None:
     path = tmp_path / "out" / ".prepare" / "journal.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(f'{{"a": 1}}\n{line}\n')
@@ -201,7 +199,7 @@ def test_a_journal_with_the_tokens_of_other_parts_is_refused(tmp_path: Path, wor
         Assembler(tmp_path, work, plan_of(2), None, EOT)
 
 
-def test_a_plan_comes_back_as_it_was_written_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_a_plan_is_loaded_as_saved_and_a_corrupt_one_is_refused(tmp_path: Path) -> None:
     plan = plan_of(3, val_tokens=None, val_fraction=0.1, rank=1, world_size=2)
     hub = HubSource(repo="a/b", name="", split="train", revision="main", commit="c")
     path = tmp_path / "plan.json"

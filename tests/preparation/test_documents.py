@@ -1,4 +1,4 @@
-"""Documents out of files: every format, what is left out and why, and what is damaged."""
+"""Documents from files: every format, skipped documents, corrupt files."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ import zstandard
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import documents, lines, readers
+from jaxgpt.preparation import documents, readers
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
 from jaxgpt.preparation.readers import read_slice
@@ -95,18 +95,18 @@ def test_a_text_file_is_a_document_or_its_paragraphs_or_its_lines(tmp_path: Path
     assert read(tmp_path / "b.txt.gz", sample_by="paragraph") == ["one\ntwo", "three", "four"]
 
 
-def test_the_marker_that_windows_puts_first_is_no_text(tmp_path: Path, monkeypatch) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword")
     assert read(tmp_path / "a.txt") == ["word"]
-    monkeypatch.setattr(readers, "WHOLE", 1)
+    monkeypatch.setattr(readers, "IN_MEMORY", 1)
     (long,) = read(tmp_path / "a.txt")
     assert "".join(pieces(long)) == "word"
 
 
-# What is left out
+# What is skipped
 
 
-def test_documents_that_cannot_be_used_are_given_with_the_reason(tmp_path: Path) -> None:
+def test_documents_that_cannot_be_used_are_skipped_with_a_reason(tmp_path: Path) -> None:
     lines = [
         b'{"text": "good"}',
         b'{"text": null}',
@@ -137,7 +137,7 @@ def test_documents_that_cannot_be_used_are_given_with_the_reason(tmp_path: Path)
     assert read(tmp_path / "none.txt") == [Skip.EMPTY]
 
 
-def test_the_source_s_count_is_of_the_documents_that_are_used(tmp_path: Path) -> None:
+def test_the_source_s_count_excludes_skipped_documents(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", None, "b"], "token_count": [1, 100, 2]})
     pq.write_table(table, tmp_path / "a.parquet")
     ((slice,),) = work_units(find_inputs([str(tmp_path / "a.parquet")]), 10**9)
@@ -173,7 +173,9 @@ def test_a_link_to_a_file_with_a_suffix_is_that_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "count", [pytest.param(10**4299, id="4300 digits"), 2**63, -1, True, 1.5, "9", None]
 )
-def test_a_count_that_can_be_none_is_no_count(tmp_path: Path, count: object) -> None:
+def test_a_token_count_that_is_not_a_plausible_integer_is_ignored(
+    tmp_path: Path, count: object
+) -> None:
     lines = [json.dumps({"text": "one", "token_count": count})] * 20
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     ((slice,),) = work_units(find_inputs([str(tmp_path)]), 10**9)
@@ -182,18 +184,18 @@ def test_a_count_that_can_be_none_is_no_count(tmp_path: Path, count: object) -> 
     assert batch.token_count is None
 
 
-# What is damaged
+# Corrupt files
 
 
-def test_a_parquet_file_with_a_damaged_column_name_is_named(tmp_path: Path) -> None:
+def test_a_parquet_file_with_a_corrupt_column_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS, "zzzz": TEXTS}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xccz"))
-    with pytest.raises(UserError, match="is no parquet file, or a damaged one"):
+    with pytest.raises(UserError, match="is not a parquet file, or is corrupt"):
         read(path)
 
 
-def test_damaged_files_are_named_with_what_to_do(tmp_path: Path) -> None:
+def test_a_corrupt_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     data = as_lines([str(n) * 50 for n in range(2000)])
     whole = io.BytesIO()
     pq.write_table(pa.table({"text": TEXTS}), whole)
@@ -212,16 +214,16 @@ def test_damaged_files_are_named_with_what_to_do(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_column_that_is_no_text_is_refused_with_the_others_named(tmp_path: Path) -> None:
+def test_a_column_that_is_not_text_is_refused_with_the_other_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_bytes(as_lines(TEXTS, "body"))
-    with pytest.raises(UserError, match=r"column 'text' holds int64, not text.*text"):
+    with pytest.raises(UserError, match=r"column 'text' has type int64, not text.*text"):
         read(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has no column 'text'.*\(there are id, body\)"):
         read(tmp_path / "a.jsonl")
 
 
-def test_of_many_names_the_first_few_are_listed(tmp_path: Path) -> None:
+def test_only_the_first_few_of_many_names_are_listed(tmp_path: Path) -> None:
     many = {f"key {number}": 1 for number in range(100_000)}
     (tmp_path / "a.jsonl").write_text(json.dumps({"k" * 10**6: 1, **many}))
     with pytest.raises(UserError, match=r"k\.\.\., key 0, .*, key 6 and 99,993 more\)$") as caught:
@@ -232,7 +234,7 @@ def test_of_many_names_the_first_few_are_listed(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
 
 
-def test_a_first_line_without_a_text_is_one_document_less(tmp_path: Path) -> None:
+def test_a_first_line_without_text_is_only_skipped(tmp_path: Path) -> None:
     lines = [b'{"id": 1}', b'{"id": 2, "text": "two"}', b'{"id": 3}', b'{"text": "four"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     for unit_bytes in (10**9, 20):
@@ -240,9 +242,9 @@ def test_a_first_line_without_a_text_is_one_document_less(tmp_path: Path) -> Non
         assert found == [Skip.NULL, "two", Skip.NULL, "four"]
 
 
-def test_a_json_array_is_no_json_lines(tmp_path: Path) -> None:
+def test_a_json_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
-    with pytest.raises(UserError, match="one object a line"):
+    with pytest.raises(UserError, match="one object per line"):
         read(tmp_path / "a.json")
 
 
@@ -257,7 +259,7 @@ def cases() -> dict[str, str]:
 
 @pytest.mark.parametrize("case", cases())
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte"])
-def test_a_document_in_pieces_has_the_tokens_of_the_whole(
+def test_a_document_in_pieces_has_the_same_tokens(
     case: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, encode = cases()[case], load_tokenizer(tokenizer).encode
@@ -270,7 +272,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(
         np.testing.assert_array_equal(np.concatenate([encode(part) for part in parts]), whole)
 
 
-def test_a_text_without_a_gap_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_without_spaces_is_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 1000)
     parts = list(pieces("a" * 2500))
     assert [len(part) for part in parts] == [1000, 1000, 500]
@@ -282,9 +284,9 @@ def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
     text = cases()["mixed"] + "ü" * 1001
     (tmp_path / "a.txt").write_text(text, newline="")
     monkeypatch.setattr(documents, "PIECE", 5000)
-    monkeypatch.setattr(lines, "CHUNK", 777)
+    monkeypatch.setattr(documents, "CHUNK", 777)
     expected = list(pieces(text))
-    monkeypatch.setattr(readers, "WHOLE", 1000)
+    monkeypatch.setattr(readers, "IN_MEMORY", 1000)
     (long,) = read(tmp_path / "a.txt")
     assert isinstance(long, LongText)
     assert list(pieces(long)) == expected
@@ -338,7 +340,7 @@ def test_long_rows_come_in_small_batches(tmp_path: Path) -> None:
         assert max(sum(map(len, batch)) for batch in batches) <= readers.BATCH_BYTES
 
 
-def test_documents_fall_evenly_on_the_unit_interval() -> None:
+def test_the_fractions_of_documents_are_uniformly_distributed() -> None:
     values = np.array([fraction_of(f"document {n}") for n in range(5000)])
     counts, _ = np.histogram(values, 10, (0, 1))
     assert counts.sum() == 5000

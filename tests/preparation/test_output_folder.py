@@ -1,9 +1,12 @@
-"""Which of several processes this is."""
+"""The default folder for shards, and the rank of a process."""
+
+from pathlib import Path
 
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.ranks import find_rank
+from jaxgpt.preparation.flags import PrepareFlags
+from jaxgpt.preparation.output_folder import default_out, find_rank
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,7 @@ from jaxgpt.preparation.ranks import find_rank
         ({"RANK": "x", "WORLD_SIZE": "2"}, (0, 1)),
     ],
 )
-def test_launchers_say_which_process_this_is(
+def test_the_rank_comes_from_the_launcher(
     environ: dict[str, str], expected: tuple[int, int]
 ) -> None:
     assert find_rank(None, None, environ)[:2] == expected
@@ -39,6 +42,34 @@ def test_flags_come_before_launchers() -> None:
 
 
 @pytest.mark.parametrize("flags", [(3, 3), (-1, 2), (0, 5000), (None, 2), (1, None)])
-def test_a_rank_that_cannot_be_is_refused(flags: tuple[int | None, int | None]) -> None:
+def test_an_impossible_rank_is_refused(flags: tuple[int | None, int | None]) -> None:
     with pytest.raises(UserError, match="rank"):
         find_rank(*flags, environ={})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out"),
+    [
+        (["fineweb"], "data/fineweb"),
+        (["someone/jokes"], "data/jokes"),
+        (["texts"], "data/texts"),
+        (["texts/a.en.txt"], "data/a"),
+        (["texts/a.en.txt", "texts/b.txt"], "data/texts"),
+        (["texts/*.txt"], "data/texts"),
+        (["texts/**/*.txt"], "data/texts"),
+        (["te?ts/a.txt"], "data/work"),
+        (["*.txt"], "data/work"),
+        (["."], "data/work"),
+        (["data/saved"], "data/saved-tokens"),
+        (["data/saved/*.parquet"], "data/saved-tokens"),
+    ],
+)
+def test_shards_go_by_default_to_a_folder_with_the_source_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str], out: str
+) -> None:
+    (tmp_path / "work" / "texts").mkdir(parents=True)
+    (tmp_path / "work" / "data" / "saved").mkdir(parents=True)
+    for name in ("a.en.txt", "b.txt"):
+        (tmp_path / "work" / "texts" / name).touch()
+    monkeypatch.chdir(tmp_path / "work")
+    assert default_out(PrepareFlags(inputs=tuple(inputs))) == Path(out)

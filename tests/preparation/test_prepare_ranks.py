@@ -1,4 +1,4 @@
-"""Text that several processes prepare, and their shards merged."""
+"""Preparation by several processes, and merging their shards."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_too_many_ranks_for_the_input_are_refused(
     flags = ("--out", tmp_path / "out", "--val-fraction", "0.3", "--rank", "0")
     message = refusal(capsys, texts, *flags, "--world-size", "9")
     assert "the input is only 1 units of work" in message
-    assert prepare(texts, *flags, "--world-size", "1") == 0, "the mistake does not bind the folder"
+    assert prepare(texts, *flags, "--world-size", "1") == 0, "the folder can be reused"
 
 
 def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
@@ -93,7 +93,7 @@ def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
     )
 
 
-def test_a_first_rank_with_too_little_for_validation_is_told(
+def test_a_first_rank_with_too_few_tokens_for_validation_is_refused(
     fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
