@@ -170,7 +170,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ((55432, 1, 4), "starts with 55432, which is no token shard; expected 20240520"),
+        ((55432, 1, 4), "starts with 55432, which is not a token shard; expected 20240520"),
         ((20240801, 7, 4), "llama-3 shard (uint32 tokens); expected 20240520"),
         ((20240522, 1, 4), "HellaSwag"),
         ((20240520, 7, 4), "version 7, expected 1"),

@@ -135,7 +135,7 @@ def test_fineweb_under_its_full_name_has_llm_c_s_validation_too(
     out = ("--out", tmp_path / "out")
     done = run(environment, "HuggingFaceFW/fineweb", "--name", "sample-100BT", *out)
     assert done.returncode == 2
-    assert "all its tokens are validation, which is the first 100,000,000" in done.stderr
+    assert "all tokens are validation, which is the first 100,000,000" in done.stderr
 
 
 def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path: Path) -> None:
