@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiktoken
 
+from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.data import embedded
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 
 WORLD = "naïve 東京  \n\n\t🙂👩‍👩‍👧 'tis 1,234 ----shire"
