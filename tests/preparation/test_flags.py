@@ -1,5 +1,6 @@
 """The flags of `jaxgpt.prepare`."""
 
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,23 @@ def test_all_mistakes_in_the_flags_are_reported_at_once(capsys: pytest.CaptureFi
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(flag in lines[n] for n, flag in enumerate(("--limit", "--val", "--workers")))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--shard_tokns", "3", "Perhaps you meant: --shard-tokens"),
+        ("--workers", "many", "Error parsing --workers"),
+        ("--sample-by", "lines", "Expected one of ('document', 'paragraph', 'line')"),
+    ],
+)
+def test_a_flag_that_cannot_be_parsed_is_reported_with_the_valid_ones(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare("fineweb", flag, value)
+    assert caught.value.code == 2
+    assert said in " ".join(re.sub(r"[^\w\s(),:'-]", " ", capsys.readouterr().err).split())
 
 
 @pytest.mark.parametrize(
