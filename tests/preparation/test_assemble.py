@@ -180,7 +180,7 @@ def test_a_truncated_last_line_of_a_journal_is_dropped(tmp_path: Path) -> None:
         ('{"a": "1"}', "a: Expected `int`, got `str`"),
         ("{", "JSON"),
         ("\0\0", "JSON"),
-        pytest.param("[" * 10**5, "Expected `object`, got `array`", id="["),
+        pytest.param("[" * 10**5, "(Expected `object`, got `array`|nested too deeply)", id="["),
     ],
 )
 def test_a_journal_with_any_other_line_is_refused(tmp_path: Path, line: str, expected: str) -> None:
