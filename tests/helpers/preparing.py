@@ -3,11 +3,15 @@
 import hashlib
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxgpt.data.shards import load_split
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.inputs import find_inputs, work_units
+from jaxgpt.preparation.readers import read_slice
 from jaxgpt.prepare import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -40,3 +44,13 @@ def contents(out: Path) -> dict[str, str]:
 def stream(out: Path, split: str) -> np.ndarray:
     tokens = load_split(out, split, 50_257)  # type: ignore[arg-type]
     return np.array(tokens.window(0, len(tokens)))
+
+
+def read_documents(path: Path, unit_bytes: int = 10**9, **options: Any) -> list[Any]:
+    """All documents of a file, through as many slices as its size makes."""
+    found: list[Any] = []
+    for unit in work_units(find_inputs([str(path)]), unit_bytes):
+        for slice in unit:
+            for batch in read_slice(slice, ReadOptions(**options)):
+                found += batch.documents
+    return found

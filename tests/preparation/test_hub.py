@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import hub_retry
 from jaxgpt.preparation.hub import download
-from jaxgpt.preparation.hub_retry import retry_request
 from jaxgpt.prepare import main
 
 SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
@@ -366,53 +363,3 @@ def test_a_file_outside_the_folder_is_not_downloaded(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(UserError, match="is outside the data set's folder"):
         download("someone/jokes", name, 9, None, COMMIT, tmp_path / "downloads", print)
-
-
-# Retries
-
-
-class RefusedError(Exception):
-    def __init__(self, status: int, headers: dict[str, str] | None = None):
-        super().__init__(f"status {status}")
-        self.response: Any = type("Response", (), {"status_code": status, "headers": headers or {}})
-
-
-def retry_until(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], **flags: bool) -> Any:
-    """(answer or message, the seconds waited) of a question that fails with each of `errors`."""
-    waits: list[float] = []
-    monkeypatch.setattr(hub_retry.time, "sleep", waits.append)
-    left = list(errors)
-
-    def question() -> str:
-        if left:
-            raise left.pop(0)
-        return "answer"
-
-    try:
-        return retry_request(question, "it", lambda _: None, **{"first": False, **flags}), waits
-    except UserError as error:
-        return str(error), waits
-
-
-def test_the_wait_grows_with_each_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, waits = retry_until(
-        monkeypatch, [RefusedError(429), ConnectionError(), RefusedError(503)]
-    )
-    assert (answer, waits) == ("answer", [1, 2, 4])
-
-
-def test_the_retry_after_header_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, waits = retry_until(monkeypatch, [RefusedError(429, {"retry-after": "37"})])
-    assert (answer, waits) == ("answer", [37])
-
-
-def test_the_last_retry_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    message, waits = retry_until(monkeypatch, [RefusedError(429)] * 99)
-    assert waits == list(hub_retry.WAITS)
-    assert "set HF_TOKEN" in message
-    assert "run the same command again later to resume" in message
-    message, waits = retry_until(monkeypatch, [RefusedError(403)])
-    assert waits == []
-    assert "the Hub returned status 403" in message
-    message, waits = retry_until(monkeypatch, [ConnectionError()] * 99, first=True)
-    assert sum(waits) < 3
