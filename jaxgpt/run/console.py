@@ -61,7 +61,7 @@ def make_bar(console: Console, left: str) -> Progress:
     return Progress(
         TextColumn(left),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
         expand=True,
         refresh_per_second=2,  # rich's ten would take more than 1 % of a core for all of a run
