@@ -1,8 +1,8 @@
 """How fast a step is here: `python -m jaxgpt.bench --preset 24gb`.
 
-What is timed is the step that `train` compiles, fed as `train` feeds it. A device works on while
-Python goes ahead, so that a window of steps ends when their result is there, not when the last one
-was asked for; what the first steps do besides (compiling, filling the allocator's pool) is outside.
+The step that `train` compiles is timed, on batches loaded as `train` loads them. Devices run
+asynchronously, so a window of steps ends when its last result is ready; compiling and the first
+steps, which fill the allocator's pool, are not timed.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ LONGEST = 2**31 - 1  # steps; a time limit ends a run, not this
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchFlags(RunFlags):
-    """How long to measure, and how to say it; the rest is `train`'s and describes the run."""
+    """How long to measure, and the form of the result; `train`'s flags describe the run."""
 
-    synthetic: bool = False  # random tokens, even where the preset's data is
+    synthetic: bool = False  # random tokens, even if the preset's data exists
     windows: int = 5  # windows of steps that are timed
     window_seconds: float = 2.0  # the shortest a window may be
     json: bool = False  # print one JSON object
@@ -85,7 +85,7 @@ def run(argv: Sequence[str], started: float) -> int:
 
 
 def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
-    """What is wrong with the command's own flags, a sentence for each error."""
+    """A sentence for each error in the command's own flags."""
     errors = []
     if flags.windows < 1:
         errors.append(f"windows {flags.windows} must be at least 1")
@@ -153,7 +153,7 @@ def measure(
 def open_tokens(
     asked: Config, tokenizer: Tokenizer, flags: BenchFlags, given: Collection[str]
 ) -> WindowLoader | None:
-    """The loader of a run, None where there is nothing to load and nothing was named.
+    """The loader of a run; None for random tokens, if no data exists and none was named.
 
     Raises:
         DataError: if the data that the flags name is not there or damaged.
@@ -170,7 +170,7 @@ def open_tokens(
 def make_batches(
     cfg: Resolved, layout: "OneDevice", loader: WindowLoader | None
 ) -> tuple[Callable[[int], Any], str]:
-    """(step -> tokens_ABT1 uint16, as `layout` has them, what they are in words)."""
+    """(step -> tokens_ABT1 uint16 on the devices of `layout`, a description of them)."""
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape = (A, B, cfg.model.block_size + 1)
     if loader is not None:
@@ -178,7 +178,7 @@ def make_batches(
             shape, partial(loader.batch, step, A, B)
         ), loader.tokens.name
     rng = np.random.default_rng(cfg.asked.seed)
-    # Never zeros: a gather from one row, and a softmax that learns one answer, are other work.
+    # Never all zeros: gathering one row, and a softmax that has learned one answer, cost less.
     drawn = [rng.integers(0, cfg.model.n_vocab or 1, shape, np.uint16) for _ in range(4)]
     return (
         lambda step: layout.load(shape, lambda rows: drawn[step % len(drawn)][:, rows]),

@@ -1,7 +1,8 @@
 """What fits a card, and how long it takes: `python -m jaxgpt.plan --gpu rtx4090`.
 
-The card need not be here: the step that `train` would run is compiled for it. Every figure says
-how it is known. Flags of `train` describe the run to plan; none of its files are read.
+The card need not be present: the step that `train` would run is compiled for it. Every figure is
+labelled as compiled, estimated or published. The flags of `train` describe the run; none of its
+files are read.
 """
 
 import dataclasses
@@ -31,17 +32,17 @@ PROG = "python -m jaxgpt.plan"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFlags(RunFlags):
-    """What to plan for, and how to say it; the rest is `train`'s and describes the run."""
+    """What to plan for, and the form of the answer; `train`'s flags describe the run."""
 
     gpu: TextIfSet = None  # the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine
-    vram: FloatIfSet = None  # in place of --gpu: memory in GB of a card that is in no table
-    # how many such cards; --mesh says what each holds, all of it if unset
+    vram: FloatIfSet = None  # in place of --gpu: memory in GB of a card that --gpu does not know
+    # how many such cards; --mesh says how the state is sharded, if unset not at all
     devices: IntIfSet = None
     fit: bool = False  # choose the batch_size and remat that fit and should train fastest
     # find the model and token count that make best use of these hours
     hours: FloatIfSet = None
     json: bool = False  # print one JSON object
-    # arithmetic instead of the compiler: at once, and off by up to a tenth
+    # arithmetic instead of the compiler: instant, within 10 %
     estimate: bool = False
 
 
@@ -137,7 +138,7 @@ def _mesh(asked: Config, devices: int | None) -> MeshShape:
 
 
 def _tier(values: dict[str, str | None]) -> str:
-    # Of a flag that is wrong, parsing says more; any tier will do until then.
+    # A wrong flag is reported later, when flags are parsed; any tier serves until then.
     try:
         vram = values.get("vram")
         gpu = _card(values.get("gpu"), None if vram is None else float(vram))
@@ -153,7 +154,7 @@ def _card(name: str | None, vram: float | None) -> Gpu:
         UserError: if none is named and none is here, or both ways of naming one are used.
     """
     if name is not None and vram is not None:
-        raise ConfigError("--gpu names a card and --vram stands for one without a name; give one")
+        raise ConfigError("--gpu and --vram both describe the card; give one")
     if vram is not None:
         if not 1 <= vram <= 1024:
             raise ConfigError(f"--vram {vram:g} must be between 1 and 1024 (GB)")
@@ -164,7 +165,7 @@ def _card(name: str | None, vram: float | None) -> Gpu:
     if card is None:
         known = ", ".join(gpu.key for gpu in GPUS)
         raise ConfigError(
-            "nvidia-smi lists no card in this machine; say which one to plan for with --gpu NAME "
+            "nvidia-smi lists no card in this machine; name the one to plan for with --gpu NAME "
             f"or --vram GB. Known: {known}"
         )
     unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)

@@ -1,1 +1,1 @@
-"""Text in, batches of token windows out; NumPy only, no model and no JAX."""
+"""From token files to batches of token windows; NumPy only, no model and no JAX."""

@@ -1,7 +1,7 @@
-"""Where a run is in its data: step in, batch of token windows out.
+"""Batches of token windows: which windows a training step reads.
 
-There is no iterator state to save. Window k of a run is a pure function of (seed, k), so a
-restart asks for the next step and gets the batch that an uninterrupted run would have had.
+There is no iterator state to save. Window k of a run is a pure function of (seed, k), so a resumed
+run gets the same batch for its next step as an uninterrupted one.
 """
 
 import queue
@@ -21,16 +21,16 @@ Batch = TypeVar("Batch")
 
 MASK_64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's step from one key to the next
-JOIN_SECONDS = 10  # a read that hangs on a lost disk must not keep a run from ending
-ROUNDS = 12  # over 20,000 seeds all orders of six windows come equally often; with 8, not yet
+JOIN_SECONDS = 10  # a read that hangs on a lost disk must not stop a run from ending
+ROUNDS = 12  # over 20,000 seeds all orders of six windows are equally frequent; with 8 they are not
 
 
 def shuffled_index(i: np.ndarray, n: int, seed: int | np.ndarray) -> np.ndarray:
-    """Where a shuffle of range(n) puts each `i`: uint64 (W,) -> (W,), a bijection of [0, n).
+    """Position of each `i` in a shuffled range(n): uint64 (W,) -> (W,), a bijection of [0, n).
 
-    Needs no table, so n may be 10**12. `seed` is one for all, or one for each `i` (W,).
-    A Feistel network over a grid of rows x columns >= n; what lands outside [0, n) is permuted
-    again until it is inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    Needs no table, so n may be 10**12. `seed` is a scalar, or an array (W,) with one for each `i`.
+    A Feistel network over a grid of rows x columns >= n; results outside [0, n) are permuted again
+    until they are inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)
@@ -54,33 +54,33 @@ def _permute(index: np.ndarray, rows: int, columns: int, seeds: np.ndarray) -> n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea and Flood 2014): any bit in flips every bit out."""
+    """splitmix64's finalizer (Steele, Lea and Flood 2014): each bit affects all output bits."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
 
 
 class WindowLoader:
-    """The windows of a run, in an order that depends on (seed, k) and on nothing else.
+    """The windows of a run, in an order that depends only on (seed, k).
 
-    An epoch cuts the stream into a grid of windows and visits each once. A window holds T+1
-    tokens, inputs and targets, and its last token is the next one's first, so that an epoch
-    predicts no token twice. Every epoch moves the grid, so that documents are cut elsewhere.
+    An epoch cuts the stream into a grid of windows and visits each once. A window has T+1 tokens,
+    for inputs and targets, and shares its last token with the next one, so an epoch predicts no
+    token twice. Every epoch shifts the grid, so that documents are cut in other places.
     """
 
     def __init__(self, tokens: TokenStream, block_size: int, n_vocab: int, seed: int):
-        """Raises DataError if the stream has no whole window."""
+        """Raises DataError if the stream is shorter than one window."""
         _check_length(tokens, block_size)
         self.tokens, self.block_size, self.n_vocab, self.seed = tokens, block_size, n_vocab, seed
-        # A block less than there is, so that the grid has room to move.
+        # One block less than would fit, so that the grid can be shifted.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
 
     def batch(
         self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
     ) -> np.ndarray:
-        """(A, B, T+1) uint16: the windows of one optimizer step; their order knows only A*B.
+        """(A, B, T+1) uint16: the windows of one optimizer step; their order depends on A*B only.
 
-        Of each of the A micro-batches only `rows` are read.
+        Only `rows` of each of the A micro-batches are read.
         """
         count = accumulation * batch_size
         numbers = np.arange(step * count, (step + 1) * count, dtype=np.uint64)
@@ -88,11 +88,14 @@ class WindowLoader:
         return self._read(chosen.reshape(-1)).reshape(*chosen.shape, self.block_size + 1)
 
     def windows(self, first: int, count: int) -> np.ndarray:
-        """(count, T+1) uint16: windows first to first+count-1 of the run; DataError on a bad id."""
+        """(count, T+1) uint16: windows first to first+count-1 of the run.
+
+        Raises DataError for an id outside the vocabulary.
+        """
         return self._read(np.arange(first, first + count, dtype=np.uint64))
 
     def starts(self, first: int, count: int) -> np.ndarray:
-        """(count,) int64: where these windows begin in the stream."""
+        """(count,) int64: the positions of these windows in the stream."""
         return self._starts(np.arange(first, first + count, dtype=np.uint64))
 
     def _read(self, k: np.ndarray) -> np.ndarray:
@@ -110,16 +113,17 @@ class WindowLoader:
         return (offset + index * self.block_size).astype(np.int64)
 
     def epoch(self, step: int, sequences_per_step: int) -> float:
-        """How many times the data has been seen when `step` begins."""
+        """How many epochs have passed when `step` begins."""
         return step * sequences_per_step / self.windows_per_epoch
 
 
 def evaluation_windows(
     tokens: TokenStream, block_size: int, count: int, n_vocab: int
 ) -> np.ndarray:
-    """(W, T+1) uint16, W = min(count, all there are): spread evenly, the same in every run.
+    """(W, T+1) uint16, W = min(count, available): evenly spaced, the same in every run.
 
-    No token is predicted twice. Raises DataError if there is no whole window or an id is bad.
+    No token is predicted twice. Raises DataError if the stream is shorter than one window or an id
+    is outside the vocabulary.
     """
     _check_length(tokens, block_size)
     available = (len(tokens) - 1) // block_size
@@ -133,10 +137,10 @@ def evaluation_windows(
 def first_windows(
     tokens: TokenStream, block_size: int, count: int, n_vocab: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Batches (batch_size or less, T+1) uint16 of the first `count` windows, end to end.
+    """Batches (batch_size or less, T+1) uint16 of the first `count` consecutive windows.
 
-    No token is predicted twice, and none but the first is passed over. Raises DataError if there
-    is no whole window or an id is bad.
+    Every token but the first is predicted once. Raises DataError if the stream is shorter than one
+    window or an id is outside the vocabulary.
     """
     _check_length(tokens, block_size)
     count = min(count, (len(tokens) - 1) // block_size)
@@ -150,7 +154,7 @@ def first_windows(
 def _check_length(tokens: TokenStream, block_size: int) -> None:
     if len(tokens) < block_size + 1:
         raise DataError(
-            f"{tokens.name}: has {len(tokens):,} tokens, and one window of --block-size "
+            f"{tokens.name}: has {len(tokens):,} tokens, but one window of --block-size "
             f"{block_size} needs {block_size + 1:,}; lower --block-size, or prepare more text "
             f"with {PREPARE}"
         )
@@ -160,18 +164,19 @@ def _check_length(tokens: TokenStream, block_size: int) -> None:
 def prefetch(
     make_batch: Callable[[int], Batch], start: int, stop: int, depth: int = 2
 ) -> Iterator[Iterator[Batch]]:
-    """An iterator over make_batch(start), ..., make_batch(stop - 1), made ahead on a thread.
+    """An iterator over make_batch(start), ..., make_batch(stop - 1), prefetched on a thread.
 
-    Use it as `with prefetch(make_batch, start, stop) as batches:`. At most `depth` batches wait.
-    What make_batch raises is raised again here, at its step; leaving the block ends the thread.
+    Use it as `with prefetch(make_batch, start, stop) as batches:`. At most `depth` batches are
+    queued. An exception of make_batch is raised again here, at its step; leaving the block ends
+    the thread.
     """
-    assert depth >= 1, "a queue of size 0 has no bound"
+    assert depth >= 1, "a queue of size 0 is unbounded"
     ready: queue.Queue[Future[Batch]] = queue.Queue(depth)
     closed = threading.Event()
 
     def work() -> None:
         for step in range(start, stop):
-            made = _attempt(make_batch, step)
+            made = _make_future(make_batch, step)
             ready.put(made)
             if closed.is_set() or made.exception():
                 return
@@ -185,12 +190,12 @@ def prefetch(
         closed.set()
         batches.close()
         with suppress(queue.Empty):
-            while True:  # makes room for a thread that waits to put its batch
+            while True:  # the thread may be waiting to put a batch
                 ready.get_nowait()
         thread.join(JOIN_SECONDS)
 
 
-def _attempt(make_batch: Callable[[int], Batch], step: int) -> Future[Batch]:
+def _make_future(make_batch: Callable[[int], Batch], step: int) -> Future[Batch]:
     made: Future[Batch] = Future()
     try:
         made.set_result(make_batch(step))

@@ -1,4 +1,4 @@
-"""Token files on disk, seen as one stream of uint16: those of a folder that are of one split."""
+"""The token files of one split in a folder, read as one stream of uint16."""
 
 import hashlib
 import mmap
@@ -21,22 +21,22 @@ from jaxgpt.data.token_file import (
     refuse,
 )
 
-# A mapping holds a file descriptor in CPython. FineWeb 100B comes in 1,030 shards, and 1,024 is
-# the usual limit; mapping a file anew costs 30 us, so few are kept.
+# A memory map keeps a file descriptor open in CPython. FineWeb 100B has 1,030 shards, and 1,024 is
+# the usual limit; mapping a file again takes 30 us.
 MAPPED_AT_ONCE = 512
 
-# Every id is read at start below this size (0.4 GB); above it, a sample spread over all files.
+# Below this size (0.4 GB) every id is checked at the start; above it, a sample of every file.
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-SAMPLE_10BT = 10_000_000_000  # training tokens of FineWeb's smallest sample, and 0.27B more
+SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample, which has 0.27B more
 
 
 class TokenStream:
-    """Token files or arrays read as one sequence; opening it costs neither memory nor reading."""
+    """Token files or arrays as one sequence; opening it reads nothing and takes no memory."""
 
     def __init__(self, parts: Sequence[TokenFile | np.ndarray], name: str):
-        self.name = name  # what messages call the whole
+        self.name = name  # for messages
         self._parts = list(parts)
         lengths = [part.length if isinstance(part, TokenFile) else len(part) for part in parts]
         self._borders = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
@@ -44,30 +44,30 @@ class TokenStream:
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[np.ndarray], name: str = "tokens in memory") -> Self:
-        """A stream of 1-D integer arrays; DataError where an id does not fit uint16."""
+        """A stream of 1-D integer arrays; raises DataError if an id does not fit into uint16."""
         return cls([as_uint16(array, name) for array in arrays], name)
 
     def __len__(self) -> int:
         return self._borders[-1]
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """(length,) uint16 from position `start`; read only, it may be the file itself."""
+        """(length,) uint16 from position `start`; read-only, possibly a view of the mapped file."""
         assert 0 <= start <= len(self) - length, (start, length, len(self))
         pieces = [self._tokens(i)[a:b] for i, a, b in self._spans(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(W, length) uint16, copies of the windows that begin at `starts` (W,)."""
+        """(W, length) uint16: copies of the windows that begin at `starts` (W,)."""
         windows = np.empty((len(starts), length), np.uint16)
         order = np.argsort(starts)
         for row in order:
-            self._announce(int(starts[row]), length)
+            self._read_ahead(int(starts[row]), length)
         for row in order:
             windows[row] = self.window(int(starts[row]), length)
         return windows
 
     def chunks(self, length: int = 1 << 22) -> Iterator[tuple[int, np.ndarray]]:
-        """(where it begins, its tokens) of one stretch after another, to the end."""
+        """(position, tokens) of consecutive chunks of the stream."""
         for start in range(0, len(self), length):
             yield start, self.window(start, min(length, len(self) - start))
 
@@ -75,7 +75,7 @@ class TokenStream:
         """DataError if a token of `windows` (W, length), read at `starts` (W,), is >= n_vocab.
 
         n_vocab is the tokenizer's (50,257), not the model's padded 50,304: ids between the two
-        would train quietly, larger ones turn the loss into NaN.
+        would train without an error, larger ones turn the loss into NaN.
         """
         if windows.max(initial=0) < n_vocab:
             return
@@ -84,19 +84,24 @@ class TokenStream:
         part = self._parts[index]
         raise DataError(
             f"{part.path if isinstance(part, TokenFile) else self.name}: token {place:,} is id "
-            f"{windows[row, column]}, outside the tokenizer's {n_vocab:,}; the file is damaged or "
-            f"another tokenizer made it: prepare the text again with {PREPARE}"
+            f"{windows[row, column]}, outside the tokenizer's {n_vocab:,}; the file is corrupt or "
+            f"was made with another tokenizer: prepare the text again with {PREPARE}"
         )
 
+    def check_all_ids(self, n_vocab: int) -> None:
+        """`check_ids` of every token; reads everything."""
+        for start, chunk in self.chunks():
+            self.check_ids(chunk[None], np.array([start]), n_vocab)
+
     def fingerprint(self) -> str:
-        """A hash of the length and of tokens spread over the whole, to tell other data by."""
+        """A hash of the length and of a sample of the tokens, to recognize the data."""
         length = min(64, len(self))
         starts = np.linspace(0, len(self) - length, 1024).astype(np.int64)
         sampled = self.windows(np.unique(starts), length)
         return hashlib.sha256(str(len(self)).encode() + sampled.tobytes()).hexdigest()[:16]
 
     def _spans(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(part, first, end) of every piece that a window consists of."""
+        """(part, first, end) of every piece of a window."""
         index, stop = bisect_right(self._borders, start) - 1, start + length
         while start < stop:
             left, right = self._borders[index : index + 2]
@@ -107,11 +112,11 @@ class TokenStream:
         part = self._parts[index]
         return self._mapped(part)[0] if isinstance(part, TokenFile) else part
 
-    def _announce(self, start: int, length: int) -> None:
-        """Asks the kernel to read a window soon.
+    def _read_ahead(self, start: int, length: int) -> None:
+        """Ask the kernel to read a window ahead of its use.
 
-        Page faults wait one after the other and read far around themselves. Announced, 512 windows
-        of 1,025 tokens took 9 ms and 3 MB of a cold cloud disk; unannounced, 145 ms and 199 MB.
+        Page faults are served one after another, each with a large readahead. With this call, 512
+        windows of 1,025 tokens took 9 ms and 3 MB of a cold cloud disk; without, 145 ms and 199 MB.
         """
         for index, first, end in self._spans(start, length):
             part = self._parts[index]
@@ -126,9 +131,10 @@ def load_split(
 ) -> TokenStream:
     """All files of a split in the order of their names, checked, as one stream.
 
-    Headers and sizes are checked in every file. Ids are all checked in small data and sampled in
-    large, since nobody waits for 200 GB: check every batch too (`TokenStream.check_ids`).
-    Raises DataError; where there are no files, it says how to make `tokens_wanted`.
+    Headers and sizes of all files are checked. Ids are all checked in small data and sampled in
+    large data, where reading 200 GB would take too long: check every batch too
+    (`TokenStream.check_ids`). Raises DataError; without files, with the command that makes
+    `tokens_wanted`.
     """
     files, errors = [], []
     for path in find_files(data_dir, split, tokens_wanted):
@@ -138,17 +144,20 @@ def load_split(
             errors.append(str(error))
     refuse(errors)
     tokens = TokenStream(files, name=f"{data_dir} ({split})")
-    _check_stream(tokens, files, n_vocab)
+    _check_or_sample_ids(tokens, files, n_vocab)
     return tokens
 
 
 def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:
-    """The .bin files with the word `split` in their name: val.bin, edu_fineweb_val_000000.bin."""
+    """The .bin files with the word `split` in their name, as edu_fineweb_val_000000.bin.
+
+    Raises DataError if there are none.
+    """
     remedy = (
-        f"make them with {prepare_command(data_dir, tokens_wanted)}, name another folder "
+        f"make them with {prepare_command(data_dir, tokens_wanted)}, choose another folder "
         "with --data-dir, or train on the text that comes with jaxgpt: --dataset embedded"
     )
-    wanted = f"looked for {split} tokens ({split}.bin or *_{split}_*.bin)"
+    wanted = f"expected {split} tokens ({split}.bin or *_{split}_*.bin)"
     try:
         is_dir = data_dir.is_dir()
         names = sorted(data_dir.iterdir()) if is_dir else []
@@ -157,15 +166,17 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
     if not is_dir:
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
-        raise DataError(f"{data_dir}: {what}; {wanted}; {parent} {_listing(parent)}; {remedy}")
+        raise DataError(
+            f"{data_dir}: {what}; {wanted}; {parent} {_folder_contents(parent)}; {remedy}"
+        )
     paths = [path for path in names if path.suffix == ".bin" and split_of(path) == split]
     if not paths:
-        raise DataError(f"{data_dir}: {wanted}; the folder {_listing(data_dir)}; {remedy}")
+        raise DataError(f"{data_dir}: {wanted}; the folder {_folder_contents(data_dir)}; {remedy}")
     return paths
 
 
 def prepare_command(data_dir: Path, tokens: int | None) -> str:
-    """What to type for `data_dir` to hold `tokens` of training text; FineWeb, if it is named so."""
+    """The command that makes `tokens` training tokens in `data_dir`, of FineWeb if named so."""
     out = "" if data_dir == Path("data/fineweb") else f" --out {data_dir}"
     if "fineweb" not in data_dir.name.lower():
         return f"{PREPARE} YOUR_TEXT{out}"
@@ -175,10 +186,9 @@ def prepare_command(data_dir: Path, tokens: int | None) -> str:
     return f"{PREPARE} fineweb --name sample-10BT{out}"
 
 
-def _check_stream(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> None:
+def _check_or_sample_ids(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> None:
     if len(tokens) <= SCANNED_TOKENS:
-        for start, chunk in tokens.chunks():
-            tokens.check_ids(chunk[None], np.array([start]), n_vocab)
+        tokens.check_all_ids(n_vocab)
         return
     fractions = np.linspace(0, 1, max(1, SAMPLES // len(files)))
     lengths = np.array([file.length for file in files])
@@ -189,13 +199,13 @@ def _check_stream(tokens: TokenStream, files: list[TokenFile], n_vocab: int) -> 
 
 
 def split_of(path: Path) -> str | None:
-    """The last of a name's words that is a split: 'val' for fineweb_val_000000.bin."""
+    """The last word of a file name that is a split: 'val' for fineweb_val_000000.bin."""
     words = re.split("[^a-z]+", path.name)
     return next((word for word in reversed(words) if word in ("train", "val")), None)
 
 
-def _listing(folder: Path) -> str:
-    """What lies in a folder, in a few words of a sentence."""
+def _folder_contents(folder: Path) -> str:
+    """The names in a folder, as part of a sentence."""
     try:
         names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     except FileNotFoundError:
@@ -205,4 +215,4 @@ def _listing(folder: Path) -> str:
     if not names:
         return "is empty"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return "holds " + ", ".join(names[:8]) + more
+    return "contains " + ", ".join(names[:8]) + more

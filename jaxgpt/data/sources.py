@@ -1,7 +1,7 @@
-"""Where text comes from, and how its documents become tokens.
+"""Tokens to train on: the embedded text, or the shards in a folder.
 
-The end-of-text token stands *before* each document (llm.c's convention): a stream that is cut
-anywhere shows where documents begin, and sampling can start from that token alone.
+The end-of-text token is *before* each document (llm.c's convention): wherever a stream is cut, it
+is clear where documents begin, and sampling can start from that token.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ from jaxgpt.data.embedded import load_embedded
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.tokenizer import Tokenizer
 
-# Between two documents of the embedded text. A form feed occurs nowhere in the novels.
+# Between two documents of the embedded text. The novels contain no form feed.
 DOCUMENT_SEPARATOR = "\n\f\n"
 
 
 def load_embedded_documents() -> list[str]:
-    """The 166 chapters of four novels by Jane Austen, a document each; 2.2 MB of ASCII.
+    """The 166 chapters of four novels by Jane Austen, one document each; 2.2 MB of ASCII.
 
     Pride and Prejudice (61 chapters), Sense and Sensibility (50), Persuasion (24) and Northanger
-    Abbey (31), in this order. A document is its heading, "Chapter 1", and its paragraphs, a line
-    each, with a blank line in between; a novel's first chapter opens with its title and author.
+    Abbey (31), in this order. A document is its heading, "Chapter 1", and its paragraphs, one line
+    each, separated by blank lines; a novel's first chapter begins with its title and author.
     Source and licence: THIRD_PARTY_NOTICES.md.
     """
     return load_embedded("austen.txt.xz").decode().split(DOCUMENT_SEPARATOR)
@@ -32,9 +32,9 @@ def load_embedded_documents() -> list[str]:
 def split_documents(documents: list[str]) -> dict[str, list[str]]:
     """Every tenth document is 'val', the others are 'train'.
 
-    Whole documents, so that no sentence of a validation chapter is ever trained on, and all over
-    the text, so that each of the embedded novels is in both: the same characters and the same
-    hand. A loss on 'val' therefore says how well the model knows these novels, and not English.
+    Complete documents, so that no sentence of a validation chapter is trained on, and from all of
+    the text, so that each novel is in both splits. The loss on 'val' therefore measures how well
+    the model knows these novels, not English.
     """
     val = documents[9::10]
     train = [document for index, document in enumerate(documents) if index % 10 != 9]
@@ -56,7 +56,7 @@ def open_split(
     tokenizer: Tokenizer,
     tokens_wanted: int | None = None,
 ) -> TokenStream:
-    """A split of the shards in a folder, or of the embedded text where there is no folder; checked.
+    """A split of the shards in a folder, checked, or of the embedded text if there is no folder.
 
     Raises:
         DataError: as `shards.load_split` does.

@@ -1,8 +1,7 @@
-"""One token file: its format, how to tell it from what it is not, and writing it.
+"""One token file: recognizing its format, checking it, and writing it.
 
-Two formats are read, and each file says itself which one it is: llm.c's and modded-nanogpt's
-shards open with a magic number, nanoGPT's `train.bin` and `val.bin` have no header at all.
-Headerless is therefore believed only under exactly those two names.
+Two formats are read: llm.c's and modded-nanogpt's shards begin with a magic number, nanoGPT's
+`train.bin` and `val.bin` have no header. Only files with exactly those two names may have none.
 """
 
 import hashlib
@@ -29,22 +28,22 @@ FOREIGN_MAGICS = {
 HEADERLESS_NAMES = ("train.bin", "val.bin")
 LARGEST_ID = np.iinfo(np.uint16).max
 
-PREPARE = "python -m jaxgpt.prepare"  # what makes such files
+PREPARE = "python -m jaxgpt.prepare"  # the command that makes such files
 
 
 class DataError(UserError):
-    """A error in the user's token files; the message names the file, the reason and the remedy."""
+    """An error in the user's token files; the message names the file, reason and remedy."""
 
 
 def refuse(errors: Sequence[str]) -> None:
-    """Raises DataError with the first five of `errors`, if there are any."""
+    """Raise DataError with the first five of `errors`, if there are any."""
     more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
     if errors:
         raise DataError("\n".join([*errors[:5], *more]))
 
 
 class TokenFile(NamedTuple):
-    """Where the tokens of one file lie."""
+    """The position of the tokens in one file."""
 
     path: Path
     offset: int  # bytes before the first token
@@ -52,15 +51,15 @@ class TokenFile(NamedTuple):
 
 
 def inspect_file(path: Path) -> TokenFile:
-    """Detects the format of one file and checks its header and size; raises DataError."""
+    """Detect the format of one file and check its header and size; raises DataError."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            if hasattr(os, "posix_fadvise"):  # or the kernel reads on: 8 MB a file, measured
+            if hasattr(os, "posix_fadvise"):  # or the kernel reads ahead, 8 MB per file
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             head = file.read(HEADER_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); replace it") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
     if size == 0:
         raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
     magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
@@ -68,23 +67,23 @@ def inspect_file(path: Path) -> TokenFile:
         return _inspect_shard(path, size, version, length)
     if magic not in FOREIGN_MAGICS and path.name in HEADERLESS_NAMES:
         return _inspect_headerless(path, size)
-    found = FOREIGN_MAGICS.get(magic, "no token shard")
+    found = FOREIGN_MAGICS.get(magic, "not a token shard")
     raise DataError(
         f"{path}: starts with {magic}, which is {found}; expected {MAGIC}, a shard of uint16 "
-        f"tokens; make such shards with {PREPARE} (headerless tokens must be called train.bin "
+        f"tokens; make such shards with {PREPARE} (files without a header must be named train.bin "
         "or val.bin)"
     )
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write 1-D integer tokens as an llm.c shard; DataError where one does not fit uint16."""
+    """Write 1-D integer tokens as an llm.c shard; DataError if one does not fit into uint16."""
     tokens = np.ascontiguousarray(as_uint16(tokens, str(path)))
     write_pieces(path, len(tokens), [tokens])
 
 
 def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
-    """`write_shard` for `length` tokens that come as uint16 arrays; returns the file's SHA-256."""
-    assert 0 < length <= np.iinfo(np.int32).max, "the header holds the length as an int32"
+    """Write a shard of `length` tokens from uint16 arrays; returns the file's SHA-256."""
+    assert 0 < length <= np.iinfo(np.int32).max, "the length in the header is an int32"
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, length
     digest, written = hashlib.sha256(), 0
@@ -98,20 +97,20 @@ def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
 
 
 def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
-    """(n,) integers as little-endian uint16; DataError where `astype` would wrap 65,541 to 5."""
+    """(n,) integers as little-endian uint16; DataError if `astype` would wrap 65,541 to 5."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise DataError(f"{name}: tokens must be 1-D integers, not {tokens.ndim}-D {tokens.dtype}")
     outside = tokens[(tokens < 0) | (tokens > LARGEST_ID)]
     if outside.size:
         raise DataError(
-            f"{name}: token id {outside[0]} does not fit uint16 (0 to {LARGEST_ID:,}); "
+            f"{name}: token id {outside[0]} does not fit into uint16 (0 to {LARGEST_ID:,}); "
             "use a tokenizer with at most 65,536 ids, such as gpt2"
         )
     return tokens.astype("<u2", copy=False)
 
 
 def map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
-    """The tokens of a file, read as they are asked for, and the mapping they lie in."""
+    """The tokens of a file, read on access, and the memory map that contains them."""
     with file.path.open("rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(memory, "<u2", file.length, file.offset), memory
@@ -127,19 +126,19 @@ def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFil
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise DataError(
-            f"{path}: is {state}: its header promises {length:,} tokens, which is {expected:,} "
-            f"bytes, and the file has {size:,}; copy or download it again"
+            f"{path}: is {state}: its header says {length:,} tokens, which is {expected:,} "
+            f"bytes, but the file has {size:,}; copy or download it again"
         )
     if length == 0:
-        raise DataError(f"{path}: holds a header and no tokens; remove it or make it again")
+        raise DataError(f"{path}: has a header but no tokens; delete it or make it again")
     return TokenFile(path, HEADER_BYTES, length)
 
 
 def _inspect_headerless(path: Path, size: int) -> TokenFile:
     if size % 2:
         raise DataError(
-            f"{path}: has {size:,} bytes, an odd number, so it is not uint16 tokens or was cut "
-            f"short; copy it again, or make it with {PREPARE}"
+            f"{path}: has {size:,} bytes, an odd number, so it is truncated or not uint16 "
+            f"tokens; copy it again, or make it with {PREPARE}"
         )
     tokens = map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
     zeros_even, zeros_odd = (np.count_nonzero(tokens[i::2] == 0) for i in (0, 1))

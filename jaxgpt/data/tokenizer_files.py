@@ -1,6 +1,6 @@
-"""A tokenizer as the files that Hugging Face's libraries load, and back to the name it has here.
+"""A tokenizer's files in Hugging Face's format: writing them, and recognizing our tokenizers.
 
-All of them are byte-level BPE: GPT-2's with its merges, bytes with none.
+All are byte-level BPE: GPT-2's with its merges, bytes without merges.
 """
 
 import json
@@ -17,11 +17,11 @@ from jaxgpt.data.tokenizer import (
 )
 
 RECOGNIZED = ("gpt2", "byte")
-SAME_AS_GPT2 = ("gpt2", "r50k_base")  # two names of one vocabulary
+SAME_AS_GPT2 = ("gpt2", "r50k_base")  # two names for the same vocabulary
 
 
 def has_files(tokenizer: Tokenizer) -> bool:
-    """Whether `write_tokenizer` can write this one."""
+    """Whether `write_tokenizer` supports this tokenizer."""
     return tokenizer.bpe is None or tokenizer.name in SAME_AS_GPT2
 
 
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """Every token as GPT-2's files spell it, with its id."""
+    """Every token as written in GPT-2's files, with its id."""
     characters = byte_characters()
     ids = {}
     for id in range(tokenizer.n_vocab):
@@ -55,10 +55,10 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
-    """The name here of the tokenizer in a Hugging Face folder, None if it is none of ours.
+    """Our name for the tokenizer in a Hugging Face folder, None if it is not one of ours.
 
-    Where a folder has no tokenizer files, `n_vocab`, its embedding's rows, must tell: GPT-2's
-    50,257, padded to a multiple of 128 at most, or the 257 of bytes.
+    Without tokenizer files `n_vocab`, the rows of the embedding, decides: GPT-2's 50,257, possibly
+    padded to 50,304, or the 257 of bytes.
     """
     found = _vocabulary_in(folder)
     if found is None:
@@ -71,7 +71,7 @@ def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
 
 
 def _vocabulary_in(folder: Path) -> dict[str, int] | None:
-    """What the folder's files spell: empty if they spell none, None if there are no files."""
+    """The vocabulary in the folder's files: {} if they have none, None if there are no files."""
     found: dict[str, int] | None = None
     for name in ("vocab.json", "tokenizer.json"):
         try:
@@ -80,7 +80,7 @@ def _vocabulary_in(folder: Path) -> dict[str, int] | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError):
-            found = {}  # of another kind, or damaged: the number of ids must not speak for it
+            found = {}  # another format, or corrupt: n_vocab must not decide
     return found
 
 

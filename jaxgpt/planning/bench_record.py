@@ -1,4 +1,4 @@
-"""What a measurement says: how it was made, and the figures that follow from it."""
+"""The record of a measurement: how it was made, and its figures."""
 
 import datetime
 import statistics
@@ -11,7 +11,6 @@ from jaxgpt.planning.speed import model_flops_per_token, peak_of, reached_mfu
 from jaxgpt.run import device as hardware
 from jaxgpt.run.console import print_table
 
-# 6 N + 12 L D T in words, beside the peak it is divided by.
 MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16 peak"
 
 
@@ -45,7 +44,7 @@ def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
 
 
 def speeds(cfg: Resolved, device: Any, step_seconds: Sequence[float]) -> dict[str, Any]:
-    """The median over windows, their spread, and what follows."""
+    """Step time (median over windows, and each window), tokens/s and MFU."""
     seconds = statistics.median(step_seconds)
     tokens_per_second = cfg.tokens_per_step / seconds
     peak_flops = peak_of(lookup_gpu(device.device_kind), cfg.dtype, cfg.batch.devices)
@@ -62,7 +61,7 @@ def speeds(cfg: Resolved, device: Any, step_seconds: Sequence[float]) -> dict[st
 
 
 def memory(device: Any, compiled: int) -> dict[str, Any]:
-    """Bytes at the worst moment: of the whole process, and of the step as it was compiled."""
+    """Peak bytes: of the whole process where the device reports it, and of the compiled step."""
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "peak_bytes": compiled if used is None else used,
@@ -81,9 +80,9 @@ def print_result(result: dict[str, Any]) -> None:
         "attention": r["attention"],
         "step": f"{r['batch']}; {r['tokens_per_step']:,} tokens of {r['data']}",
         "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
-        f"of {r['steps_per_window']} steps, which lie within {spread:.1%}",
+        f"of {r['steps_per_window']} steps, spread {spread:.1%}",
         "speed": f"{r['tokens_per_second']:,.0f} tokens/s",
-        "MFU": "none: the card's bf16 peak is unknown, or the products are not in bfloat16"
+        "MFU": "none: the card's bfloat16 peak is unknown, or the dtype is another"
         if r["mfu"] is None
         else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
         "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"

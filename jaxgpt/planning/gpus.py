@@ -1,14 +1,14 @@
 """Facts about graphics cards: memory, bandwidth, and the bf16 peak that MFU is measured against.
 
-Where vendors print several peaks, ours is the smallest honest one: dense (no sparsity), bfloat16
-in, float32 accumulation, tensor cores. It follows one rule, and the tests hold each card to it:
+Of the several peaks that vendors print, ours is the comparable one: dense (no sparsity), bfloat16
+in, float32 accumulation, tensor cores. It follows one rule, which the tests check for each card:
 
     peak FLOP/s = SMs x boost clock x FLOPs per SM and clock
 
 with 2,048 FLOPs on an A100 (compute capability 8.0), 1,024 on other Ampere, Ada and RTX Blackwell
 chips (8.6, 8.9, 12.0), 4,096 on Hopper (9.0) and 8,192 on a B200 (10.0). GeForce cards, and the
 A10G, accumulate in float32 at half of their chip's rate: 512. (An RTX 4090's often-quoted 330
-TFLOP/s are float16 accumulation, its 661 are sparse.) Tables of "AI TOPS" tell you none of this.
+TFLOP/s are float16 accumulation, its 661 are sparse.) Tables of "AI TOPS" show none of this.
 
 Imports no JAX: the planner and the presets ask about cards that this machine does not have.
 """
@@ -31,7 +31,7 @@ POOL_SHARE = 0.92
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One card as its vendor and its driver describe it."""
+    """One card, as its vendor and its driver describe it."""
 
     key: str  # how our flags and presets call it
     name: str
@@ -154,11 +154,11 @@ GPUS: tuple[Gpu, ...] = (
 
 
 def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
-    """The card a person means: 'rtx4090', '4090', 'A100-SXM4-80GB', 'Tesla T4', ...
+    """The card that a person names: 'rtx4090', '4090', 'A100-SXM4-80GB', 'Tesla T4', ...
 
     Args:
-        name: forgiving in case, punctuation and brand; a size such as '80GB' may be part of it.
-        memory_bytes: all of the card's memory; tells cards of one name apart.
+        name: case, punctuation and brand do not matter; a size such as '80GB' may be part of it.
+        memory_bytes: all of the card's memory; distinguishes cards of one name.
 
     Raises:
         UserError: if no card or more than one answers to the name, with the nearest names.
@@ -180,7 +180,7 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
 
 
 def unnamed_card(gigabytes: float) -> Gpu:
-    """A card of which only the memory is known: compiled for as an RTX 3090's chip, no peak."""
+    """A card of which only the memory is known: compiled for as an RTX 3090, without a peak."""
     like = find_gpu("rtx3090")
     return dataclasses.replace(
         like,
@@ -196,9 +196,9 @@ def unnamed_card(gigabytes: float) -> Gpu:
 def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:
     """The card a driver (`jax.Device.device_kind`) names, or None where the table has no such one.
 
-    Never a relative of it: a laptop's RTX 4090 and an H100 NVL are other chips or clocks than
-    their namesakes, and a peak made up for them would make up the MFU. One name can still stand
-    for two cards (an RTX 3080 has 10 or 12 GB); `memory_bytes`, if known, keeps them apart.
+    Never a similar one: a laptop's RTX 4090 and an H100 NVL have other chips or clocks than
+    their namesakes, and a wrong peak would give a wrong MFU. One name can stand
+    for two cards (an RTX 3080 has 10 or 12 GB), which `memory_bytes` distinguishes.
     """
     found = _matches(device_kind, memory_bytes)
     return found[0] if len(found) == 1 else None
@@ -214,7 +214,7 @@ def _matches(name: str, memory_bytes: int | None) -> list[Gpu]:
 
 
 def local_cards() -> list[LocalCard]:
-    """The NVIDIA cards in this machine by nvidia-smi; [] where it is absent, broken or hangs.
+    """The NVIDIA cards in this machine by nvidia-smi; [] if it is absent, broken or hangs.
 
     All of them: neither CUDA_VISIBLE_DEVICES nor a scheduler's share is taken into account.
     """
@@ -233,10 +233,10 @@ def local_cards() -> list[LocalCard]:
 
 
 def visible_card() -> LocalCard | None:
-    """The card that a program here gets first: of those in CUDA_VISIBLE_DEVICES, if it is set."""
+    """The first card visible to a program: of those in CUDA_VISIBLE_DEVICES, if that is set."""
     cards = local_cards()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    # Anything but a number names a card by its UUID, or none; the first one stands for it.
+    # Anything but a number is a UUID or names no card; the first card is used in its place.
     index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
     return cards[index] if cards else None
 
@@ -248,7 +248,7 @@ def tier_of_this_machine() -> str | None:
 
 
 def visible_cards() -> int:
-    """How many cards a program here sees: those in CUDA_VISIBLE_DEVICES, if it is set."""
+    """How many cards are visible to a program: those in CUDA_VISIBLE_DEVICES, if that is set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return len(local_cards())

@@ -4,7 +4,7 @@
 arithmetic, for where there is no compiler or a hundred shapes to try; it is compared with the
 compiler by `benchmarks/measure_memory.py`, and a test keeps it within ESTIMATE_ERROR.
 
-Neither counts what lies outside JAX's pool: the CUDA context and the desktop, for which `capacity`
+Neither includes memory outside JAX's pool (the CUDA context, the desktop), for which `capacity_of`
 leaves a share of the card.
 """
 
@@ -24,28 +24,27 @@ from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
 from jaxgpt.training.layout import OneDevice
 
-# Of a pool that is full to here the allocator still finds room for cuBLAS's workspace and for its
-# own gaps.
+# Left free in the pool, for cuBLAS's workspace and for fragmentation.
 RESERVE_BYTES = GIB // 2
 # Largest deviation of `estimate` from the compiler over benchmarks/results/memory.json.
 ESTIMATE_ERROR = 0.10
 
 
 class TooLargeError(UserError):
-    """A step, an evaluation or a checkpoint that does not fit; names what would."""
+    """A step, an evaluation or a checkpoint does not fit; the message names settings that do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
     """Bytes that a run needs, and how they are known."""
 
-    peak_bytes: int  # on the device, at the worst moment of a step
+    peak_bytes: int  # on the device, at the peak of a step
     host_bytes: int  # in the host's memory, while a checkpoint is written
-    breakdown_bytes: dict[str, int]  # of the peak; what is not itemized is workspace
+    breakdown_bytes: dict[str, int]  # of the peak; 'workspace' is the remainder
     method: Literal["compiled", "estimated"]
 
     def fits(self, capacity: int) -> bool:
-        """Whether a pool of `capacity` bytes holds it; an estimate has to leave room for error."""
+        """Whether a pool of `capacity` bytes suffices; an estimate leaves a margin."""
         margin = ESTIMATE_ERROR * self.peak_bytes if self.method == "estimated" else 0
         return self.peak_bytes + margin + RESERVE_BYTES <= capacity
 
@@ -82,7 +81,7 @@ def _state_bytes(cfg: Resolved, shares: int) -> dict[str, int]:
 
 
 def estimate(cfg: Resolved) -> Need:
-    """A step's memory by arithmetic; `cfg` must have its vocabulary and dtype resolved."""
+    """A step's memory by arithmetic."""
     parts = {**state_bytes(cfg), **_transient_bytes(cfg)}
     return Need(
         peak_bytes=sum(parts.values()),
@@ -95,13 +94,13 @@ def estimate(cfg: Resolved) -> Need:
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     # Bytes in bfloat16 for each token and unit of width, fitted to benchmarks/results/memory.json.
-    per_layer: float  # until the layer's backward pass
-    at_the_head: float  # besides, while the loss is computed
-    in_a_block: float  # besides, while one block's backward pass is under way
-    per_layer_plain: float  # as per_layer where attention is plain, and besides, of scores_BNTS:
+    per_layer: float  # kept until the layer's backward pass
+    at_the_head: float  # in addition, while the loss is computed
+    in_a_block: float  # in addition, during one block's backward pass
+    per_layer_plain: float  # per_layer with plain attention; and shares of scores_BNTS:
     scores_per_layer: float
     scores_in_a_block: float
-    copies: float  # share of the weights whose copies in the products' dtype are alive at the peak
+    copies: float  # share of the weights with a copy in the matrix products' dtype at the peak
 
 
 KEPT = {
@@ -172,15 +171,14 @@ def build_for(
 
 
 def need_of(cfg: Resolved, train_step: Any, eval_step: Any = None) -> Need:
-    """What compiled steps need; an evaluation runs with the whole state in memory beside it."""
+    """Memory of compiled steps. The whole state stays in memory during an evaluation."""
     kept = state_bytes(cfg)
     peak = _bytes_of(train_step)
     if eval_step is not None:
         peak = max(peak, _bytes_of(eval_step) + sum(kept.values()) - kept["parameters"])
     parts = {**kept, **_transient_bytes(cfg)}
     del parts["workspace"]
-    # The compiler tells one sum. What is known for certain comes first, the rest shares what is
-    # left of it.
+    # The compiler reports only the total: exact items come first, estimated ones share the rest.
     left = peak - sum(kept.values())
     parts["logits"] = min(parts["logits"], left)
     parts["activations"] = min(parts["activations"], left - parts["logits"])
@@ -205,7 +203,7 @@ def _bytes_of(compiled: Any) -> int:
 
 
 def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -> Need:
-    """Compile the step of `cfg` for cards that need not be here, and read what each needs."""
+    """Compile the step of `cfg` for cards that need not be present, and read its memory."""
     return need_of(cfg, compile_ahead(cfg, device, layout))
 
 
@@ -215,7 +213,7 @@ def compile_ahead(
     layout: OneDevice | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The step of `cfg`, compiled for cards that need not be here."""
+    """The step of `cfg`, compiled for cards that need not be present."""
     options = {**target.AHEAD_OF_TIME_OPTIONS, **(compiler_options or {})}
     training = build_for(cfg, device, options, layout)
     return compile_train_step(training, cfg.batch.accumulation, cfg.batch.global_micro_batch)
@@ -225,14 +223,14 @@ def compile_ahead(
 
 
 def device_limit(device: Any) -> int | None:
-    """Bytes of JAX's pool on `device`; of the host's memory for a CPU; None if nobody tells."""
+    """Bytes of JAX's pool on `device`; of the host's memory for a CPU; None if unknown."""
     if device.platform == "cpu":
         return host_available()
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def host_available() -> int | None:
-    """Bytes of memory that this process may still take: the machine's, or its cgroup's limit."""
+    """Bytes of memory still available to this process: on the machine, or in its cgroup."""
     available = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

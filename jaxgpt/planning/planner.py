@@ -38,8 +38,8 @@ class Planner:
     ):
         """Args:
         gpu: the card.
-        why_estimated: why nothing is compiled for it, None to compile.
-        on_compile: entered with a line of text while something compiles.
+        why_estimated: why nothing can be compiled for it; None to compile.
+        on_compile: makes a context manager that shows a line of text during a compilation.
         mesh: how many such cards, and how the state is sharded over them.
         """
         self.gpu, self.mesh = gpu, mesh
@@ -97,16 +97,16 @@ class Planner:
         """
         if speed.tokens_per_second(cfg, self.gpu) is None:
             raise UserError(
-                f"no speed is published for this card, {self.gpu.name}, in {cfg.dtype}, so hours "
-                "mean nothing for it; plan without --hours, and take tokens/s from a short run of "
-                "train"
+                f"no speed is published for this card, {self.gpu.name}, in {cfg.dtype}, so nothing "
+                "can be planned by --hours; leave it out, and measure tokens/s with "
+                "python -m jaxgpt.bench"
             )
         shapes = (fit.best_fit(shape, self.capacity) for shape in fit.ladder(cfg))
         fitting = [self._trained_for(hours, found) for found in shapes if found]
         choices = [choice for choice in fitting if choice]
         if not choices:
             raise UserError(
-                f"{hours:g} hours are no time for one step on this card: {self.gpu.name}"
+                f"{hours:g} hours are too short for one step on this card: {self.gpu.name}"
                 if fitting
                 else fit.too_small(cfg, self.gpu.name, self.capacity)
             )
@@ -126,7 +126,7 @@ class Planner:
         }
 
     def record(self, cfg: Resolved, need: memory.Need) -> dict[str, Any]:
-        """All that is known of one run on this card."""
+        """Everything known about one run on this card, as JSON values."""
         m = cfg.model
         rate = speed.tokens_per_second(cfg, self.gpu)
         mfu = speed.mfu_of(self.gpu)
@@ -178,10 +178,10 @@ class Planner:
         }
 
     def _trained_for(self, hours: float, found: fit.Fitting) -> "_Choice | None":
-        """What fits, with the steps and the learning rate of so many hours."""
+        """`found` with the steps and the learning rate for `hours`; None if they are too short."""
         cfg = found.cfg
         rate = speed.tokens_per_second(cfg, self.gpu)
-        assert rate is not None, "asked before"
+        assert rate is not None, "checked by best_for_hours"
         max_iters = int(rate * hours * speed.HOUR / cfg.tokens_per_step)
         if max_iters < 1:
             return None
@@ -231,7 +231,7 @@ def train_command(cfg: Resolved) -> str:
     """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
     preset = load_preset(cfg.asked.preset)
     base = resolve_new(preset, cfg.dtype)
-    # The card's dtype is not said, and the decay ends with the run.
+    # Neither is printed: the dtype is the card's own, and the decay ends with the run.
     old = {**base.flat(), "dtype": preset.dtype, "lr_decay_iters": cfg.asked.max_iters}
     new = {**cfg.flat(), "dtype": cfg.asked.dtype}
     names = [name for name in flat_fields() if name not in names_with(Role.IMPLIED)]

@@ -14,7 +14,7 @@ from jaxgpt.planning.gpus import Gpu
 
 
 class Mfu(NamedTuple):
-    """Model FLOPs utilization, and who saw it on what."""
+    """Model FLOPs utilization, and where it was published."""
 
     value: float
     source: str
@@ -23,17 +23,17 @@ class Mfu(NamedTuple):
 # By compute capability: GPT-2 124M on dense bfloat16 peaks, without rematerialization.
 PUBLISHED_MFU = {
     (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
-    (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; nothing good is published for this chip"),
+    (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; no good figure is published for this chip"),
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
     (9, 0): Mfu(0.41, "published: llm.c, 124M on H100, modded-nanogpt's first record"),
     (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
 }
-# Work of a step relative to one that computes nothing twice: 'light' repeats what costs bytes
-# rather than FLOPs, 'full' all of the blocks' forward pass but the last product of each.
+# Time of a step relative to remat 'none': 'light' recomputes what costs bytes rather than FLOPs,
+# 'full' the blocks' forward pass except each block's last product.
 REMAT_WORK: dict[Remat, float] = {"none": 1.0, "light": 1.05, "full": 1.2}
-# Weights are read, gradients written and accumulated once a micro-batch whatever its size: some 30
-# bytes a parameter, which at a card's 90 FLOPs a byte take as long as this many tokens.
+# Each micro-batch, whatever its size, reads the weights and writes and accumulates gradients: some
+# 30 bytes per parameter, which at 90 FLOPs per byte cost as much time as this many tokens.
 TOKENS_LOST_PER_MICRO_BATCH = 450
 HOUR = 3600.0
 # L = E + A / N^alpha + B / D^beta, nats per token, N parameters, D tokens (Besiroglu et al. 2024,
@@ -47,7 +47,7 @@ def model_flops_per_token(model: ModelConfig) -> int:
     """FLOPs of one training token, forward and backward: 6 N + 12 L D T.
 
     The formula of nanoGPT and of PaLM's appendix B: position embeddings left out of N, the tied
-    head counted once, attention counted in full rather than causal, and recomputation not at all.
+    head counted once, attention counted in full rather than causal, recomputation not counted.
     GPT-2 124M has N = 123,587,328, hence 854,770,176.
     """
     D, T = model.n_embd, model.block_size
@@ -60,26 +60,26 @@ def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float)
 
 
 def peak_of(gpu: Gpu | None, dtype: str, devices: int) -> float | None:
-    """FLOP/s that an MFU is measured against: dense bfloat16; None for other products or cards."""
+    """FLOP/s that an MFU refers to: dense bfloat16; None for other dtypes and unknown cards."""
     if gpu is None or gpu.bf16_flops is None or dtype != "bfloat16":
         return None
     return gpu.bf16_flops * devices
 
 
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
-    """Time of a step, 1 for no remat and endless micro-batches: to compare, not to believe."""
+    """Time of a step relative to remat none and infinite micro-batches; for ranking only."""
     return REMAT_WORK[remat] + TOKENS_LOST_PER_MICRO_BATCH / tokens_per_micro_batch
 
 
 def mfu_of(gpu: Gpu) -> Mfu | None:
-    """What a card can be expected to reach, None where its bf16 peak is unknown or absent."""
+    """The MFU to expect on a card; None if its bfloat16 peak is unknown or it has none."""
     return None if gpu.bf16_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
 
 
 def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
     """Predicted training speed of `cfg` on such cards; None where no MFU is known for them.
 
-    Of several, what they say to each other is not counted: docs/scaling.md has its bytes.
+    Communication between several cards is not included; docs/scaling.md has its bytes.
     """
     mfu = mfu_of(gpu)
     if mfu is None or cfg.dtype != "bfloat16" or gpu.bf16_flops is None:
@@ -100,7 +100,7 @@ def predicted_loss(parameters: int, tokens: float) -> float:
 
 
 def suggested_learning_rate(parameters: int) -> float:
-    """Peak learning rate for a model's size, to two digits, between the sizes that are known."""
+    """Peak learning rate for a model's size, interpolated between LEARNING_RATES, to two digits."""
     sizes, rates = zip(*LEARNING_RATES, strict=True)
     x = min(max(parameters, sizes[0]), sizes[-1])
     i = next(i for i in range(1, len(sizes)) if x <= sizes[i])

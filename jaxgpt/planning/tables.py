@@ -93,7 +93,7 @@ def _cards(record: dict[str, Any]) -> str:
 
 
 def _bar(record: dict[str, Any]) -> Text:
-    """The card filling up: one colour an item, what is free in dots."""
+    """The card's memory as a bar: one colour per item, dots for what is free."""
     capacity, bar = record["capacity_bytes"], Text()
     filled = 0.0
     for item, count in record["breakdown_bytes"].items():
@@ -117,7 +117,7 @@ def _items(record: dict[str, Any]) -> Table:
         "activations": f"batch_size {record['batch_size']} x {record['block_size']} tokens, "
         f"remat {record['remat']}",
         "logits": "one chunk and its gradient",
-        "workspace": "gradients under way, copies in the products' dtype, the rest",
+        "workspace": "transient gradients, weights in the matrix products' dtype, the rest",
     }
     for item, count in record["breakdown_bytes"].items():
         table.add_row(Text(item, style=COLOURS[item]), _gib(count), what[item])
@@ -145,13 +145,13 @@ def _facts(record: dict[str, Any]) -> Table:
     )
     table.add_row("attention", f"{record['attention']}, {record['dtype']}")
     if record["tokens_per_second"] is None:
-        table.add_row("time", "unknown: no MFU is published for this card in this precision")
+        table.add_row("time", "unknown: no MFU is published for this card in this dtype")
     else:
         table.add_row(
             "time",
             f"{duration(record['hours'] * 3600)} at {record['tokens_per_second']:,.0f} tokens/s, "
             f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})"
-            + ("; what the cards say to each other is not counted" if record["mesh"] else ""),
+            + ("; communication between cards is not included" if record["mesh"] else ""),
         )
     table.add_row(
         "learning rate",

@@ -1,8 +1,8 @@
-"""A card that is not in this machine, as a device that XLA compiles for.
+"""Compile for a card that is not in this machine.
 
-XLA's GPU compiler comes with JAX's CUDA plugin and runs on the CPU. Told what a card is, it makes
-the program that card would run, flash attention of cuDNN included, and says what memory it needs.
-Only the choices that a real card makes by trying (autotuning) are missing.
+XLA's GPU compiler comes with JAX's CUDA plugin and runs on the CPU. Given a description of a card,
+it makes the program that card would run, cuDNN's flash attention included, and reports its memory.
+Only autotuning, which needs the card, is missing.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from jaxgpt.errors import UserError, first_line
 from jaxgpt.planning.gpus import Gpu
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# What the compiler is told on top of a training step's own options: there is nothing to try on.
+# Compiler options in addition to a training step's own: autotuning needs the card.
 AHEAD_OF_TIME_OPTIONS = {"xla_gpu_autotune_level": 0}
 OLDEST = (7, 5)  # compute capability that CUDA 13 still compiles for
 # Shared memory in bytes of a multiprocessor, and what one block may ask of it; resident threads.
@@ -27,21 +27,21 @@ CHIPS = {
     (10, 0): (233472, 232448, 2048),
     (12, 0): (102400, 101376, 1536),
 }
-# Speed of the compiled program may depend on it, memory does not, and it is in no table of ours.
+# The compiled program's speed may depend on it, its memory does not.
 L2_CACHE_BYTES = 6 * 2**20
 CUDNN = (9, 10, 0)
-A_HOST = 8  # cards of one machine, connected by NVLink
+CARDS_PER_HOST = 8  # connected by NVLink
 
 
 class NoCompilerError(UserError):
-    """Why nothing can be compiled for a card here."""
+    """Nothing can be compiled for a card on this machine; the message says why."""
 
 
 def prepare_environment() -> None:
-    """Have JAX start without looking for a card; call before JAX is imported."""
+    """Keep JAX from looking for a card; call before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    # XLA reports a step that nearly fills the card, and a slow compilation, as if they were errors.
+    # XLA warns of a step that nearly fills the card, and of a slow compilation.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -63,7 +63,7 @@ def card_device(gpu: Gpu) -> Any:
 
 
 def card_devices(gpu: Gpu, count: int) -> Any:
-    """So many of them, connected with each other.
+    """`count` such devices, connected with each other.
 
     Raises:
         NoCompilerError: if the plugin is missing, does not start, or does not know the card.
@@ -73,13 +73,13 @@ def card_devices(gpu: Gpu, count: int) -> Any:
         raise NoCompilerError(reason)
     from jax.experimental import topologies
 
-    hosts, alone = divmod(count, A_HOST)
-    shape = f"1x1x{count}" if alone or not hosts else f"1x{hosts}x{A_HOST}"
+    hosts, alone = divmod(count, CARDS_PER_HOST)
+    shape = f"1x1x{count}" if alone or not hosts else f"1x{hosts}x{CARDS_PER_HOST}"
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=describe(gpu), topology=shape
         )
-    except Exception as error:  # the plugin raises several kinds, all with XLA's words
+    except Exception as error:  # the plugin raises several types, all with XLA's message
         line = first_line(error)
         raise NoCompilerError(f"the CUDA compiler does not start ({line[:200]})") from None
     return topology.devices

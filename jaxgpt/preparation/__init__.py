@@ -1,1 +1,1 @@
-"""Text to token shards: the parts of `python -m jaxgpt.prepare`; no model and no JAX."""
+"""From text to token shards, for `python -m jaxgpt.prepare`; no model and no JAX."""

@@ -1,7 +1,7 @@
-"""Parts into shards: the tokens of all units, in the order of the inputs, cut where shards end.
+"""Cutting shards from the parts: the tokens of all units in the order of the inputs.
 
-A shard is cut as soon as all its tokens are there, written under another name, renamed when it is
-on disk and then never touched again. The parts behind it are deleted.
+A shard is written as soon as all its tokens are there, atomically, and never changed again. Parts
+that are completely in shards are deleted.
 """
 
 from bisect import bisect_left, bisect_right
@@ -9,35 +9,35 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import count_documents
+from jaxgpt.data.manifest import ShardEntry, Split, count_documents
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.journal import SHARD, Journal, Plan
-from jaxgpt.preparation.tokenize import Record, iterate_tokens, part_path
+from jaxgpt.preparation.journal import Journal, Record
+from jaxgpt.preparation.plan import Plan
+from jaxgpt.preparation.tokenize import iterate_tokens, part_path
 
 
 @dataclass(frozen=True)
 class Output:
-    """A split, and which stretch of which parts' tokens it is made of."""
+    """A split, and the range of tokens of a part that it consists of."""
 
-    split: str
+    split: Split
     part: str
     start: int
     stop: int | None
 
 
 def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
-    """The splits of a plan; `limit_tokens` ends 'train', and comes on top of 'val'."""
+    """The splits of a plan; `limit_tokens` limits 'train' only."""
     s = plan.settings
     if s.val_fraction is not None:
         return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
-    # The first tokens of all are the first rank's.
+    # Only the first rank has the first tokens.
     first = s.val_tokens or 0 if s.rank == 0 else 0
     stop = None if limit_tokens is None else first + limit_tokens
     train = Output("train", "all", first, stop)
@@ -45,73 +45,83 @@ def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
 
 
 class Assembler:
-    """The state of a folder: which units are done, which shards are cut, and what comes next."""
+    """The state of a folder: which units are done, which shards are written, what comes next."""
 
     def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
         self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
         self._parts.mkdir(exist_ok=True)
-        self._units = Journal(work / "units.jsonl", Record._fields)
-        self._shards = Journal(work / "shards.jsonl", SHARD)
+        self._units = Journal(work / "units.jsonl", Record)
+        self._shards = Journal(work / "shards.jsonl", ShardEntry)
         self._outputs = outputs_of(plan, limit_tokens)
         self._round_ends = plan.round_ends()
         self._n_units = self._round_ends[-1] if self._round_ends else 0
-        self._records = {e["number"]: Record(**e) for e in self._units.entries}
-        # Where each unit's tokens end in the stream of its part; only of the leading done units.
+        self._records = {record.number: record for record in self._units.entries}
+        # Where each unit's tokens end in the stream of its part, up to the first unfinished unit.
         self._ends: dict[str, list[int]] = {output.part: [0] for output in self._outputs}
-        self._kept = dict.fromkeys(self._ends, 0)  # the first unit whose part may still be there
+        self._refuse_other_parts()
+        self._kept = dict.fromkeys(self._ends, 0)  # the first unit whose part may still exist
         self._tokens_in, self._shards_in = Counter[str](), Counter[str]()  # by split
         for shard in self.shards:
-            self._count(shard)
+            self._add_to_totals(shard)
         self._remove_leftovers()
         self._forget_lost_parts()
-        self._extend()
-        self._adopt()
+        self._extend_ends()
+        self._adopt_unrecorded_shards()
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
-        """file, split, tokens, documents and sha256 of each finished shard, in order."""
+    def shards(self) -> list[ShardEntry]:
+        """The finished shards, in order."""
         return self._shards.entries
 
     @property
     def tokens_done(self) -> int:
-        """In finished shards."""
+        """The tokens in finished shards."""
         return self._tokens_in.total()
 
     @property
     def finished(self) -> bool:
-        """Whether no shard remains to be cut."""
+        """Whether all shards are written."""
         return all(self._is_finished(output) for output in self._outputs)
 
     def pending_units(self) -> list[int]:
-        """The units that are still to be done, in order; none once the limit is reached."""
+        """The unfinished units, in order; none once the limit is reached."""
         if self._last_needed() is not None:
             return []
         return [k for k in range(self._n_units) if k not in self._records]
 
     def used_records(self) -> list[Record]:
-        """The records of the units that the shards were made from."""
+        """The records of the units whose tokens are in the shards."""
         last = self._last_needed()
         return [self._records[k] for k in range(self._n_units if last is None else last + 1)]
 
     def add(self, record: Record) -> None:
-        """Note a unit whose parts are on disk."""
-        self._units.append(record._asdict())
+        """Record a unit whose parts are on disk."""
+        self._units.append(record)
         self._records[record.number] = record
-        self._extend()
+        self._extend_ends()
 
-    def cut(self) -> None:
+    def write_complete_shards(self) -> None:
         """Write every shard whose tokens are all there."""
         for output in self._outputs:
-            while stop := self._next_stop(output):
+            while stop := self._next_shard_end(output):
                 self._write_shard(output, self._position(output), stop)
                 self._delete_used_parts()
 
-    def clean(self) -> None:
-        """Delete the parts that no shard of this run needs."""
+    def delete_parts(self) -> None:
+        """Delete the parts that are left when all shards are written."""
         for path in self._parts.iterdir():
             path.unlink()
 
-    def _extend(self) -> None:
+    def _refuse_other_parts(self) -> None:
+        for record in self._units.entries:
+            if record.tokens.keys() != self._ends.keys():
+                raise UserError(
+                    f"{self._out}: its journal has tokens of {', '.join(record.tokens)} in unit "
+                    f"{record.number}, expected {', '.join(self._ends)}; delete {self._out} and "
+                    "prepare the text again"
+                )
+
+    def _extend_ends(self) -> None:
         for part, ends in self._ends.items():
             while (record := self._records.get(len(ends) - 1)) is not None:
                 ends.append(ends[-1] + record.tokens[part])
@@ -121,7 +131,7 @@ class Assembler:
         return output.start + self._tokens_in[output.split]
 
     def _last_needed(self) -> int | None:
-        """The unit in which the limit is reached, None as long as it is not."""
+        """The unit in which the limit is reached, None if it is not reached yet."""
         train = self._outputs[-1]
         ends = self._ends[train.part]
         if train.stop is None:
@@ -129,8 +139,8 @@ class Assembler:
         stop = max(train.stop, self._position(train))  # an earlier run may have had no limit
         return max(0, bisect_left(ends, stop) - 1) if ends[-1] >= stop else None
 
-    def _stop(self, output: Output) -> int | None:
-        """Where a split ends, as far as that is known."""
+    def _split_end(self, output: Output) -> int | None:
+        """Where a split ends, None if that is not known yet."""
         if output.stop is not None:
             return output.stop
         ends, last = self._ends[output.part], self._last_needed()
@@ -138,27 +148,27 @@ class Assembler:
             return ends[last + 1]
         return ends[-1] if len(ends) == self._n_units + 1 else None
 
-    def _next_stop(self, output: Output) -> int | None:
-        """Where the next shard ends, None while it cannot be cut."""
+    def _next_shard_end(self, output: Output) -> int | None:
+        """Where the next shard ends, None if it cannot be written yet."""
         position, ends = self._position(output), self._ends[output.part]
         borders = [ends[k] for k in self._round_ends if k < len(ends)]
-        borders += [position + self._plan.settings.shard_tokens, self._stop(output) or 0]
+        borders += [position + self._plan.settings.shard_tokens, self._split_end(output) or 0]
         stop = min(border for border in borders if border > position)
-        final = self._stop(output)
+        final = self._split_end(output)
         if stop > ends[-1] or (final is not None and stop > final):
             return None
         return stop
 
     def _is_finished(self, output: Output) -> bool:
-        stop, position = self._stop(output), self._position(output)
+        stop, position = self._split_end(output), self._position(output)
         all_done = len(self._ends[output.part]) == self._n_units + 1
         if all_done and position >= self._ends[output.part][-1]:
             return True
         return stop is not None and position >= stop
 
-    def _name(self, output: Output) -> str:
+    def _next_name(self, output: Output) -> str:
         s = self._plan.settings
-        # llm.c's: val is 0, train begins at 1
+        # as in llm.c: val is 0, train begins at 1
         number = self._shards_in[output.split] + (output.split == "train")
         rank = f"{s.rank:03d}_" if s.world_size > 1 else ""
         return f"{s.prefix}_{output.split}_{rank}{number:06d}.bin"
@@ -172,24 +182,22 @@ class Assembler:
                 documents += int(np.count_nonzero(piece == self._eot))
                 yield piece
 
-        name = self._name(output)
+        name = self._next_name(output)
         sha256 = write_pieces(self._out / name, stop - start, pieces())
-        self._note(name, output, stop - start, documents, sha256)
+        self._record_shard(name, output, stop - start, documents, sha256)
 
-    def _note(self, name: str, output: Output, tokens: int, documents: int, sha256: str) -> None:
-        shard = {
-            "file": name,
-            "split": output.split,
-            "tokens": tokens,
-            "documents": documents,
-            "sha256": sha256,
-        }
+    def _record_shard(
+        self, name: str, output: Output, tokens: int, documents: int, sha256: str
+    ) -> None:
+        shard = ShardEntry(
+            file=name, split=output.split, tokens=tokens, documents=documents, sha256=sha256
+        )
         self._shards.append(shard)
-        self._count(shard)
+        self._add_to_totals(shard)
 
-    def _count(self, shard: dict[str, Any]) -> None:
-        self._tokens_in[shard["split"]] += shard["tokens"]
-        self._shards_in[shard["split"]] += 1
+    def _add_to_totals(self, shard: ShardEntry) -> None:
+        self._tokens_in[shard.split] += shard.tokens
+        self._shards_in[shard.split] += 1
 
     def _tokens(self, part: str, start: int, stop: int) -> Iterator[np.ndarray]:
         ends = self._ends[part]
@@ -201,25 +209,25 @@ class Assembler:
             yield from iterate_tokens(path, start - first, end - first)
             unit, start = unit + 1, end
 
-    def _adopt(self) -> None:
-        """Take in a shard that was finished when a kill came before its line in the journal.
+    def _adopt_unrecorded_shards(self) -> None:
+        """Record a shard that was complete when a kill came before its line in the journal.
 
-        Raises UserError for one that holds other tokens than the next ones, which stay in parts
-        until there is that line.
+        Raises UserError for a file whose tokens are not the next ones, which stay in the parts
+        until that line is written.
         """
         for output in self._outputs:
-            path = self._out / self._name(output)
+            path = self._out / self._next_name(output)
             if path.exists():
                 file = inspect_file(path)
-                if not self._holds_next(file, output):
+                if not self._has_next_tokens(file, output):
                     raise UserError(
-                        f"{path}: is none of the shards that were made here; move it away, or "
-                        "choose another folder with --out"
+                        f"{path}: was not written by this command; move it to another folder, or "
+                        "choose another one with --out"
                     )
                 documents = count_documents(file, self._eot)
-                self._note(path.name, output, file.length, documents, sha256_of(path))
+                self._record_shard(path.name, output, file.length, documents, sha256_of(path))
 
-    def _holds_next(self, file: TokenFile, output: Output) -> bool:
+    def _has_next_tokens(self, file: TokenFile, output: Output) -> bool:
         stream, start = TokenStream([file], str(file.path)), self._position(output)
         if start + file.length > self._ends[output.part][-1]:
             return False
@@ -236,12 +244,12 @@ class Assembler:
                 path.unlink(missing_ok=True)
 
     def _forget_lost_parts(self) -> None:
-        """Units whose tokens are in no shard and no longer on disk are to be done again."""
+        """Forget units whose tokens are neither in a shard nor on disk, to process them again."""
         ends: dict[str, int] | None = dict.fromkeys(self._ends, 0)
         for number in range(self._n_units):
             record = self._records.get(number)
             if record is None:
-                ends = None  # behind a gap nothing has been cut
+                ends = None  # no shard has tokens from beyond a gap
                 continue
             if ends is not None:
                 ends = {part: end + record.tokens[part] for part, end in ends.items()}
@@ -254,7 +262,7 @@ class Assembler:
                 ends = None
 
     def _is_used(self, part: str, end: int) -> bool:
-        """Whether everything before `end` is in shards."""
+        """Whether all tokens before `end` are in shards."""
         outputs = [output for output in self._outputs if output.part == part]
         return all(
             self._position(o) >= end or (o.split == "val" and o.stop == self._position(o))
@@ -271,6 +279,6 @@ class Assembler:
 
 
 def empty_splits(assembler: Assembler) -> Sequence[str]:
-    """The splits that got no token."""
-    there = {shard["split"] for shard in assembler.shards}
-    return [split for split in ("train", "val") if split not in there]
+    """The splits without a token."""
+    found = {shard.split for shard in assembler.shards}
+    return [split for split in ("train", "val") if split not in found]

@@ -1,27 +1,31 @@
-"""What a document is: a text, or where that is too long to hold, a stream of it; or why it is none.
+"""From bytes to documents: decompression, lines and paragraphs, and the texts in them.
 
-A document that cannot be used is the reason (`Skip`), so that it is counted and not lost without a
-word.
+A document is a string; or a `LongText`, read as a stream, if it is too long for memory; or a `Skip`
+with the reason why it cannot be used, so that it is counted.
 """
 
 import codecs
+import gzip
 import hashlib
 import re
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
-from jaxgpt.preparation.lines import read_chunks
+from jaxgpt.errors import UserError, first_line
 
+CHUNK = 1 << 20  # bytes read at a time
+ZSTD_CHUNK = 1 << 8  # of .zst: 12 bytes can decompress to 128 KB, so a chunk's output is unbounded
 PIECE = 1 << 20  # characters encoded at a time
 
 SampleBy = Literal["document", "paragraph", "line"]
 
 
 class Skip(Enum):
-    """Why a document is left out."""
+    """Why a document is skipped."""
 
     NULL = "null"
     EMPTY = "empty"
@@ -39,26 +43,26 @@ class ReadOptions:
 
     @property
     def decode_errors(self) -> str:
-        """What `bytes.decode` calls it."""
+        """The `errors` argument of `bytes.decode`."""
         return "strict" if self.encoding_errors == "skip" else "replace"
 
 
 class LongText:
-    """A text file that is one document and too long to hold; raises UserError when damaged."""
+    """A text file that is one document, too long for memory; UserError if it is corrupt."""
 
     def __init__(self, path: str, options: ReadOptions):
         self._path, self._options = path, options
 
     def chunks(self) -> Iterator[str]:
-        """Its text, a MB at a time; UnicodeDecodeError where it is not UTF-8."""
+        """Its text, 1 MB at a time; raises UnicodeDecodeError if it is not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")(self._options.decode_errors)
         with open(self._path, "rb") as file:
             for chunk in read_chunks(file, self._path):
                 yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
 
-    def check(self) -> Skip | None:
-        """Reads it to the end: None if it can be used."""
+    def skip_reason(self) -> Skip | None:
+        """Read it to the end: None if all of it is UTF-8."""
         try:
             deque(self.chunks(), maxlen=0)
         except UnicodeDecodeError:
@@ -70,15 +74,15 @@ Document = str | LongText | Skip
 
 
 class Batch(NamedTuple):
-    """Some documents of a slice, and how many bytes of its file they took."""
+    """Some documents of a slice, and their bytes in the file."""
 
     documents: list[Document]
     bytes: int
-    token_count: int | None  # the sum of FineWeb's column of this name, where there is one
+    token_count: int | None  # the sum of FineWeb's column of this name, if there is one
 
 
-def usable(text: str | bytes | None, options: ReadOptions) -> Document:
-    """A text as it was read, or the reason why it is left out."""
+def to_document(text: str | bytes | None, options: ReadOptions) -> Document:
+    """A text decoded to a string, or the reason why it is skipped."""
     if isinstance(text, bytes):
         try:
             text = text.decode(errors=options.decode_errors)
@@ -90,10 +94,10 @@ def usable(text: str | bytes | None, options: ReadOptions) -> Document:
 
 
 def pieces(document: str | LongText) -> Iterator[str]:
-    """A document in pieces of at most a million characters whose encodings joined are its own.
+    """A document in pieces of at most a million characters with the same tokens.
 
-    GPT-2's pattern ends a word before every space or newline that follows something else, so that
-    is where a piece ends. Only a million characters without one are cut anywhere.
+    GPT-2's pattern ends a word before every space or newline that follows another character, so
+    pieces end there. Only a million characters without such a place are cut anywhere.
     """
     if isinstance(document, str) and len(document) <= PIECE:
         yield document
@@ -116,7 +120,7 @@ WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def fraction_of(document: str | LongText) -> float:
-    """A number in [0, 1) that depends on the document's text alone, evenly spread."""
+    """A number in [0, 1) from the hash of the document's text, uniformly distributed."""
     if isinstance(document, str):
         digest = hashlib.sha256(document.encode(errors="surrogatepass"))
     else:
@@ -124,3 +128,107 @@ def fraction_of(document: str | LongText) -> float:
         for chunk in document.chunks():
             digest.update(chunk.encode())
     return int.from_bytes(digest.digest()[:8], "big") / 2**64
+
+
+def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """A file's bytes, decompressed, about 1 MB at a time, without a byte order mark.
+
+    Raises UserError if the file is corrupt.
+    """
+    chunks = _decompress(file, path)
+    head = b""
+    while len(head) < len(codecs.BOM_UTF8) and (chunk := next(chunks, None)) is not None:
+        head += chunk
+    yield head.removeprefix(codecs.BOM_UTF8)
+    yield from chunks
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file that is read in chunks."""
+    pending: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        if others:
+            yield b"".join(pending)
+            yield from others[:-1]
+            pending = others[-1:]
+    if any(pending):
+        yield b"".join(pending)
+
+
+def lines_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """The lines that begin in [start, stop) of an uncompressed file."""
+    if start:
+        file.seek(start - 1)
+        file.readline()
+    elif file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    position = file.tell()
+    while position < stop and (line := file.readline()):
+        position += len(line)
+        yield line
+
+
+def paragraphs(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The blocks of lines between blank lines."""
+    block: list[bytes] = []
+    for line in lines:
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield b"\n".join(block)
+            block = []
+    if block:
+        yield b"\n".join(block)
+
+
+def in_groups(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Lines that are not blank, in groups of about 1 MB."""
+    group: list[bytes] = []
+    size = 0
+    for line in lines:
+        if line.strip():
+            group.append(line)
+            size += len(line)
+        if size > CHUNK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _decompress(file: BinaryIO, path: str) -> Iterator[bytes]:
+    name = path.lower()
+    try:
+        if name.endswith(".zst"):
+            yield from _decompress_zstd(file)
+            return
+        source = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+        while chunk := source.read(CHUNK):
+            yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: is corrupt or truncated ({first_line(error)}); copy or download it again"
+        ) from None
+
+
+def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """Raises EOFError if the last frame is incomplete, which zstandard's reader ignores."""
+    import zstandard
+
+    # 2 GB, zstd's largest window: many corpora are compressed with --long.
+    make = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+    frame = make()
+    fed = False
+    try:
+        while data := file.read(ZSTD_CHUNK):
+            while data:
+                if frame.eof:
+                    frame, fed = make(), False
+                yield frame.decompress(data)
+                fed, data = True, frame.unused_data
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from None
+    if fed and not frame.eof:
+        raise EOFError("the end is missing")

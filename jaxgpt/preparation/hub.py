@@ -1,6 +1,6 @@
-"""Data sets on the Hugging Face Hub: which files they consist of, and getting them here.
+"""Data sets on the Hugging Face Hub: listing their files and downloading them.
 
-Everything is pinned to one commit, so that a run that goes on next week reads what it began with.
+Everything is pinned to one commit, so that a run resumed next week reads the same files.
 """
 
 import queue
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import DATASETS
-from jaxgpt.preparation.hub_retry import retrying
+from jaxgpt.preparation.hub_retry import retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
-# Where FineWeb's configurations lie; one of its dumps, CC-MAIN-2024-10, in data/ under its name.
+# The folders of FineWeb's configurations; a dump, as CC-MAIN-2024-10, is in data/ under its name.
 FOLDERS = {
     "default": "data",
     "sample-10BT": "sample/10BT",
@@ -24,9 +24,9 @@ FOLDERS = {
     "sample-350BT": "sample/350BT",
 }
 
-PARQUET_COPY = "the Hub keeps a parquet copy of most: --revision refs/convert/parquet"
-DOWNLOADS = "downloads"  # where files lie while they are read
-AHEAD = 2  # files downloaded while others are being read
+PARQUET_COPY = "the Hub has a parquet copy of most data sets: --revision refs/convert/parquet"
+DOWNLOADS = "downloads"  # the folder for files while they are read
+DOWNLOADS_AHEAD = 2  # files downloaded while others are read
 
 
 class Listing(NamedTuple):
@@ -49,18 +49,18 @@ def list_dataset(
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
     else:
         what, api = f"data set {repo!r}", HfApi()
-        paths = retrying(
+        paths = retry_request(
             lambda: _files_of_configuration(repo, name, split, commit), what, say, first=True
         )
-        found = retrying(lambda: _paths_info(api, repo, paths, commit), what, say, first=True)
+        found = retry_request(lambda: _paths_info(api, repo, paths, commit), what, say, first=True)
     return Listing(commit, _inputs(found, repo))
 
 
 def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -> str:
-    """The commit that a data set's `revision` is now; raises UserError."""
+    """The commit of a data set's `revision`; raises UserError."""
     from huggingface_hub import HfApi
 
-    info = retrying(
+    info = retry_request(
         lambda: HfApi().dataset_info(repo, revision=revision, timeout=20),
         f"data set {repo!r}",
         say,
@@ -73,10 +73,10 @@ def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -
 def list_files(
     repo: str, folder: str | None, commit: str, say: Callable[[str], object]
 ) -> list[Any]:
-    """The files under a folder of a data set, with path, size and lfs, by path; UserError."""
+    """The files in a folder of a data set, with path, size and lfs, sorted; raises UserError."""
     from huggingface_hub import HfApi
 
-    found = retrying(
+    found = retry_request(
         lambda: list(
             HfApi().list_repo_tree(
                 repo, folder, recursive=True, revision=commit, repo_type="dataset"
@@ -90,13 +90,13 @@ def list_files(
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
-    """Files of the Hub as inputs, in the order of their paths."""
+    """Files of the Hub as inputs, sorted by path."""
     files = sorted(found, key=lambda file: file.path)
     known = [file for file in files if kind_of(file.path)]
     if not known:
         raise UserError(
-            f"data set {repo!r}: its files are no text that can be read here "
-            f"({', '.join(f.path for f in files[:3]) or 'it has none'}; wanted {READABLE}); "
+            f"data set {repo!r}: has no readable text files "
+            f"({', '.join(f.path for f in files[:3]) or 'it has no files'}; expected {READABLE}); "
             + PARQUET_COPY
         )
     return [
@@ -111,17 +111,17 @@ def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
 
 
 def _files_of_configuration(repo: str, name: str | None, split: str, commit: str) -> list[str]:
-    """What `datasets` finds by the data set's card, or by its usual folders."""
+    """The files that `datasets` finds by the data set's card or by its conventions."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DataFilesNotFoundError
 
     try:
         builder = load_dataset_builder(repo, name, revision=commit)
     except DataFilesNotFoundError:
-        raise UserError(f"data set {repo!r}: has no data files; is it the right one?") from None
+        raise UserError(f"data set {repo!r}: has no data files; check the name") from None
     except ValueError as error:  # an unknown configuration, or none where one must be chosen
         raise UserError(f"data set {repo!r}: {' '.join(str(error).split())}; use --name") from None
-    except RuntimeError as error:  # it has a script of its own, which is no longer run
+    except RuntimeError as error:  # it needs a script of its own, which is no longer supported
         raise UserError(f"data set {repo!r}: {first_line(error)}; {PARQUET_COPY}") from None
     splits = builder.config.data_files or {}
     if split not in splits:
@@ -150,17 +150,17 @@ def download(
     folder: Path,
     say: Callable[[str], object],
 ) -> Path:
-    """One file of a data set, under `folder`, as the Hub has it.
+    """Download one file of a data set into `folder` and check its size and SHA-256.
 
-    Raises UserError, also for a name that leads out of `folder`.
+    Raises UserError, also for a path outside `folder`.
     """
     from huggingface_hub import hf_hub_download
 
-    # Not all versions of the client look, and the names are the server's.
+    # Not all versions of the client check that, and the server chooses the names.
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(
-            f"data set {repo!r}: has a file {path!r}, whose name leads out of its folder; it is "
-            "not downloaded: prepare files of your own instead"
+            f"data set {repo!r}: has a file {path!r}, which is outside the data set's folder and "
+            "is not downloaded; prepare another data set or local files"
         )
 
     def fetch() -> Path:
@@ -168,47 +168,47 @@ def download(
             got = Path(
                 hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
             )
-        except RuntimeError as error:  # what hf_xet says whatever it was that failed
+        except RuntimeError as error:  # hf_xet raises this for every failure
             raise ConnectionError(str(error)) from error
         if got.stat().st_size != size or (sha256 is not None and sha256_of(got) != sha256):
             got.unlink()
-            raise ConnectionError("arrived damaged")
+            raise ConnectionError("the download is corrupt")
         return got
 
-    return retrying(fetch, f"{path} of data set {repo!r}", say, first=False)
+    return retry_request(fetch, f"{path} of data set {repo!r}", say, first=False)
 
 
-def remove_torn_downloads(folder: Path) -> None:
-    """Delete what a kill left of downloads that huggingface_hub 2 would never continue."""
+def remove_leftover_downloads(folder: Path) -> None:
+    """Delete partial downloads of a killed run, which huggingface_hub 2 would not resume."""
     for path in folder.rglob("*.*.????????.incomplete"):
         path.unlink(missing_ok=True)
 
 
 class Downloads:
-    """Files on their way, a few ahead of the one that is wanted, in the order of `inputs`."""
+    """Background downloads, a few files ahead of the one that is needed next."""
 
     def __init__(self, inputs: Sequence[Input], get: Callable[[Input], Path]):
         self._get = get
         self._order = list(inputs)
         self._places = {item.path: place for place, item in enumerate(inputs)}
-        self._wanted: queue.SimpleQueue[tuple[Input, Future[Path]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Input, Future[Path]]] = queue.SimpleQueue()
         self._futures: dict[str, Future[Path]] = {}
-        for _ in range(AHEAD):  # daemons, or Ctrl-C would wait for the end of a file
+        for _ in range(DOWNLOADS_AHEAD):  # daemons, or Ctrl-C would wait for the end of a download
             threading.Thread(target=self._work, daemon=True).start()
 
-    def local(self, wanted: Input) -> Path | None:
-        """Where a file is once it is here, None before; raises what its download raised."""
-        place = self._places[wanted.path]
-        for item in self._order[place : place + AHEAD]:
+    def local(self, needed: Input) -> Path | None:
+        """The path of a downloaded file, None before; raises what its download raised."""
+        place = self._places[needed.path]
+        for item in self._order[place : place + DOWNLOADS_AHEAD]:
             if item.path not in self._futures:
                 self._futures[item.path] = Future()
-                self._wanted.put((item, self._futures[item.path]))
-        future = self._futures[wanted.path]
+                self._queue.put((item, self._futures[item.path]))
+        future = self._futures[needed.path]
         return future.result() if future.done() else None
 
     def _work(self) -> None:
         while True:
-            item, future = self._wanted.get()
+            item, future = self._queue.get()
             try:
                 future.set_result(self._get(item))
             except BaseException as error:

@@ -1,7 +1,7 @@
-"""What there is to read, and the work units it is grouped into.
+"""The input files, and the units of work they are grouped into.
 
-Units follow from the list of inputs alone: paths and sizes, never contents or the number of
-workers. A killed run and its continuation therefore mean the same thing by "unit 12".
+Units depend on the paths and sizes of the inputs only, not on contents or the number of workers.
+So "unit 12" is the same in a killed run and in the run that resumes it.
 """
 
 import glob
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxgpt.data.manifest import WORK_FOLDER
+from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
 
 Kind = Literal["parquet", "jsonl", "text", "arrow"]
@@ -27,33 +27,33 @@ SUFFIXES: dict[str, Kind] = {
 COMPRESSED = (".gz", ".zst")  # of jsonl and text
 READABLE = ".parquet, .jsonl, .txt, the last two also as .gz or .zst"
 
-# Bytes of text in a byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
-# parquet; gzip and zstd make a third of English.
+# Bytes of text per byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
+# parquet; gzip and zstd compress English to a third.
 TEXT_IN_PARQUET, TEXT_IN_COMPRESSED = 1.56, 3.0
 TEXT_BYTES_PER_TOKEN = 4.6  # GPT-2's BPE on FineWeb
 
-UNIT_BYTES = 256_000_000  # of text: 14 s of work, which is what a kill can cost a worker
-EDGE = 1 << 16  # bytes at both ends of a file that tell it from another of its size
+UNIT_BYTES = 256_000_000  # of text: 14 s of work, the most that a kill costs a worker
+EDGE = 1 << 16  # bytes at both ends of a file that are part of its checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One file, local or on the Hub; or a folder that save_to_disk wrote, which is one input."""
+    """A file, local or on the Hub, or a folder written by save_to_disk."""
 
     path: str
-    size: int  # bytes
+    size: Count  # bytes
     kind: Kind
-    check: str  # a checksum that tells another file of this name from it
-    rows: int = 0  # of a save_to_disk folder
+    check: str  # a checksum, to notice that the file has changed
+    rows: Count = 0  # of a save_to_disk folder
 
     @property
     def name(self) -> str:
-        """The name in messages and in the manifest, which is free of the machine's folders."""
+        """Its name in messages and in the manifest, without the folders of this machine."""
         return Path(self.path).name
 
     @property
     def text_bytes(self) -> int:
-        """About how much text it holds."""
+        """The bytes of text in it, estimated from its size."""
         if self.kind == "parquet":
             return int(self.size * TEXT_IN_PARQUET)
         return int(self.size * (TEXT_IN_COMPRESSED if self.is_compressed else 1))
@@ -71,7 +71,7 @@ class Input:
 
 
 class Slice(NamedTuple):
-    """Part `part` of `parts` equal ones of an input; `path` is where it can be read now."""
+    """Part `part` of the `parts` equal parts of an input, which can be read at `path`."""
 
     input: Input
     path: str
@@ -80,12 +80,12 @@ class Slice(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes, about."""
+        """Its share of the input's bytes."""
         start, stop = self.share_of(self.input.size)
         return stop - start
 
     def share_of(self, n: int) -> tuple[int, int]:
-        """The stretch [start, stop) of this part where the whole is `n` long."""
+        """The range [start, stop) of this part in an input of `n` bytes, rows or row groups."""
         return n * self.part // self.parts, n * (self.part + 1) // self.parts
 
 
@@ -93,16 +93,16 @@ Unit = tuple[Slice, ...]
 
 
 def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
-    """Consecutive inputs grouped until they hold `unit_bytes` of text; larger ones divided."""
+    """Consecutive inputs in groups of up to `unit_bytes` of text; larger inputs are divided."""
     units: list[Unit] = []
     group: list[Slice] = []
     grouped = 0
     for item in inputs:
-        parts = -(-item.text_bytes // unit_bytes) if item.divisible else 1
+        parts = max(1, -(-item.text_bytes // unit_bytes)) if item.divisible else 1
         if group and (parts > 1 or grouped + item.text_bytes > unit_bytes):
             units.append(tuple(group))
             group, grouped = [], 0
-        slices = [Slice(item, item.path, part, parts) for part in range(max(1, parts))]
+        slices = [Slice(item, item.path, part, parts) for part in range(parts)]
         if parts > 1:
             units += [(one,) for one in slices]
         else:
@@ -112,15 +112,15 @@ def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
 
 
 def share_of_rank(units: Sequence[Unit], rank: int, world_size: int) -> list[Unit]:
-    """The consecutive units of one rank; the ranks' streams in order are the stream of one."""
+    """The consecutive units of one rank; all ranks' tokens in order are those of one process."""
     n = len(units)
     return list(units[n * rank // world_size : n * (rank + 1) // world_size])
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Input]:
-    """The files that paths, patterns and folders name, sorted, each once.
+    """The files that paths, patterns and folders name, sorted and without duplicates.
 
-    Raises UserError for what does not exist and for what is no text.
+    Raises UserError for a path that does not exist or is not readable text.
     """
     found: dict[str, Input] = {}
     for argument in arguments:
@@ -134,7 +134,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
 
 
 def kind_of(path: str) -> Kind | None:
-    """What a file holds by its name; None for anything unknown."""
+    """The format of a file by its name, None if it is unknown."""
     name = path.lower()
     bare = os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name
     kind = SUFFIXES.get(os.path.splitext(bare)[1])
@@ -147,7 +147,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def saved_dataset(path: Path) -> Input:
-    """A folder of save_to_disk, its split 'train' where it holds several; raises UserError."""
+    """A save_to_disk folder, or the split 'train' of one with several; raises UserError."""
     if (path / "dataset_dict.json").is_file():
         if not (path / "train" / "state.json").is_file():
             splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
@@ -176,9 +176,9 @@ def _files_of(argument: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path)
     if path.exists():
-        if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read once only
-            raise UserError(_unreadable(path))
-        return [path.resolve()]
+        if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read only once
+            raise UserError(_unreadable_error(path))
+        return [_absolute(path)]
     if glob.has_magic(argument):
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         files = [match for match in matches if match.is_file()]
@@ -186,46 +186,55 @@ def _files_of(argument: str) -> list[Path]:
             raise UserError(f"{argument}: no file matches; give a path to {READABLE}")
         for file in files:
             if kind_of(str(file)) is None:
-                raise UserError(_unreadable(file))
-        return [file.resolve() for file in files]
+                raise UserError(_unreadable_error(file))
+        return [_absolute(file) for file in files]
     raise UserError(
         f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a data "
         "set of the Hub as fineweb, fineweb-edu or owner/name"
     )
 
 
+def _absolute(path: Path) -> Path:
+    """The target of a link, or the link itself if only the link's name has a known suffix.
+
+    The Hub's cache consists of such links.
+    """
+    target = path.resolve()
+    return target if kind_of(target.name) else path.parent.resolve() / path.name
+
+
 def _files_in(folder: Path) -> list[Path]:
     if any(folder.glob("*.bin")):
         raise UserError(
-            f"{folder}: holds tokens already; train on them with python -m jaxgpt.train --data-dir "
-            f"{folder}, or look at them with python -m jaxgpt.prepare --inspect {folder}"
+            f"{folder}: already contains tokens; train on them with python -m jaxgpt.train "
+            f"--data-dir {folder}, or inspect them with python -m jaxgpt.prepare --inspect {folder}"
         )
-    files = [path.resolve() for path in _texts_under(folder)]
+    files = [_absolute(path) for path in _texts_under(folder)]
     if not files:
-        raise UserError(f"{folder}: holds no text; looked for {READABLE}")
+        raise UserError(f"{folder}: contains no text ({READABLE})")
     return files
 
 
 def _texts_under(folder: Path) -> Iterator[Path]:
-    """Files by their names, outside hidden folders and those that hold tokens and a manifest."""
+    """Files with a known name, except in hidden folders and in folders of tokens."""
     for parent, folders, names in os.walk(folder):
         here = [Path(parent, name) for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in here if not _holds_tokens(path)]
+        folders[:] = [path.name for path in here if not _contains_tokens(path)]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         yield from (path for path in paths if kind_of(path.name) and path.is_file())
 
 
-def _holds_tokens(folder: Path) -> bool:
+def _contains_tokens(folder: Path) -> bool:
     return (folder / WORK_FOLDER).is_dir() or any(folder.glob("*.bin"))
 
 
-def _unreadable(path: Path) -> str:
+def _unreadable_error(path: Path) -> str:
     if path.suffix == ".bin":
         return (
-            f"{path}: holds tokens already; train on its folder with python -m jaxgpt.train "
+            f"{path}: already contains tokens; train on its folder with python -m jaxgpt.train "
             f"--data-dir {path.parent}"
         )
-    return f"{path}: is no text that can be read here; convert it to one of {READABLE}"
+    return f"{path}: is not a readable text file; convert it to one of {READABLE}"
 
 
 def _local_input(path: Path) -> Input:
@@ -234,7 +243,7 @@ def _local_input(path: Path) -> Input:
     try:
         return Input(path=str(path), size=path.stat().st_size, kind=kind, check=_edges(path))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); replace it") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
 
 
 def _edges(path: Path) -> str:

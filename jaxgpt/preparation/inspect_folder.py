@@ -1,4 +1,4 @@
-"""`--inspect`: what a folder of tokens holds, in numbers and in words, and whether it is sound."""
+"""`--inspect`: what a folder of tokens contains, and whether all its files are intact."""
 
 import textwrap
 from collections.abc import Iterator
@@ -8,43 +8,50 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.manifest import MANIFEST, checksum_errors, load_manifest, size_errors, unfinished
+from jaxgpt.data.manifest import (
+    MANIFEST,
+    Manifest,
+    checksum_errors,
+    listing_errors,
+    load_manifest,
+    unfinished_error,
+)
 from jaxgpt.data.shards import TokenStream, find_files
 from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.preparation.manifest import describe
+from jaxgpt.preparation.manifest import summarize
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.run.console import print_table
 
 EXCERPT = 200  # tokens
 
 
-def inspect(data_dir: Path, tokenizer_name: str) -> int:
-    """Print what is in a folder; 0 if it is sound, 2 if not. Raises DataError.
+def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
+    """Print what a folder contains; returns 0 if it is intact, 2 if not. Raises DataError.
 
-    Every token is read: headers, sizes, checksums and ids are checked. Without a manifest the
-    folder is read with `tokenizer_name`.
+    Every token is read: headers, sizes, checksums and ids are checked. `tokenizer_name` is used if
+    there is no manifest.
     """
     if not data_dir.is_dir():
         what = "is a file" if data_dir.exists() else "no such folder"
         raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
-    tokenizer = load_tokenizer(manifest["tokenizer"]["name"] if manifest else tokenizer_name)
+    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name)
     files, errors = _open_files(data_dir)
-    rows = describe(manifest) if manifest else _describe_files(files, tokenizer)
+    rows = summarize(manifest) if manifest else _file_rows(files, tokenizer)
     rows |= {f"{split} begins": _excerpt(files[split], tokenizer) for split in files}
     print_table(str(data_dir), rows)
     if manifest:
-        errors += list(size_errors(data_dir, manifest))
-        if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-            errors.append(f"{data_dir}: {tokenizer.name!r} is no longer the tokenizer it was")
-    elif error := unfinished(data_dir):
+        errors += list(listing_errors(data_dir, manifest))
+        if manifest.tokenizer.sha256 != tokenizer.sha256:
+            errors.append(f"{data_dir}: {tokenizer.name!r} is not the tokenizer that made it")
+    elif error := unfinished_error(data_dir):
         errors.append(error)
-    errors += _read_everything(data_dir, manifest, files, tokenizer)
+    errors += _content_errors(data_dir, manifest, files, tokenizer)
     for error in errors:
-        print(f"FAULT  {error}")
+        print(f"ERROR  {error}")
     checked = "headers, sizes, checksums, ids" if manifest else "headers, sizes, ids (no manifest)"
-    print(f"{data_dir}: " + (f"{len(errors)} errors" if errors else f"sound: {checked} checked"))
+    print(f"{data_dir}: " + (f"{len(errors)} errors" if errors else f"intact: {checked} checked"))
     return 2 if errors else 0
 
 
@@ -65,7 +72,7 @@ def _open_files(data_dir: Path) -> tuple[dict[str, list[TokenFile]], list[str]]:
     return files, errors
 
 
-def _describe_files(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:
+def _file_rows(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:
     rows = {"tokenizer": f"{tokenizer.name} (assumed: there is no {MANIFEST})"}
     for split, some in files.items():
         rows[split] = f"{sum(file.length for file in some):,} tokens, {len(some)} files"
@@ -81,35 +88,34 @@ def _excerpt(files: list[TokenFile], tokenizer: Tokenizer) -> str:
     return textwrap.shorten(text, 400, placeholder=" ...")
 
 
-def _read_everything(
+def _content_errors(
     data_dir: Path,
-    manifest: dict[str, Any] | None,
+    manifest: Manifest | None,
     files: dict[str, list[TokenFile]],
     tokenizer: Tokenizer,
 ) -> list[str]:
-    """Faults in the contents of the files."""
+    """A sentence for each error in the contents of the files."""
     errors = []
     total = sum(file.length for some in files.values() for file in some)
     documents = dict.fromkeys(files, 0)
-    with _bar(2 * total * (2 if manifest else 1)) as advance:
+    with _progress_bar(2 * total * (2 if manifest else 1)) as advance:
         for split, some in files.items():
             for file in some:
-                error, count = _check_ids(file, tokenizer, advance)
+                error, count = _check_file(file, tokenizer, advance)
                 documents[split] += count
                 errors += [error] if error else []
         if manifest:
             errors += list(checksum_errors(data_dir, manifest, advance))
-            for split, count in documents.items():
-                listed = manifest["splits"][split]["documents"]
-                if listed != count:
+            for split, totals in manifest.splits.items():
+                if split in documents and documents[split] != totals.documents:
                     errors.append(
-                        f"{data_dir}: {split} has {count:,} end-of-text tokens, and {MANIFEST} "
-                        f"says {listed:,} documents"
+                        f"{data_dir}: {split} has {documents[split]:,} end-of-text tokens, but "
+                        f"{MANIFEST} lists {totals.documents:,} documents"
                     )
     return errors
 
 
-def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
+def _check_file(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
     stream, documents = TokenStream([file], str(file.path)), 0
     for start, tokens in stream.chunks():
         try:
@@ -122,7 +128,7 @@ def _check_ids(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def _progress_bar(total: int) -> Iterator[Any]:
     done = 0
 
     def advance(size: int) -> None:

@@ -1,24 +1,27 @@
-"""The folder that shards go to: which one it is, whose it is, and held for one process alone."""
+"""The folder for the shards: which one it is, which rank works on it, its lock, its free space."""
 
 import glob
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.filesize import decimal
 
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.flags import DATASETS, PROG, Flags
+from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
 from jaxgpt.preparation.inputs import kind_of
-from jaxgpt.preparation.ranks import find_rank
+from jaxgpt.run.launchers import find_launched_rank
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Where shards go, where the work on them is noted, and which of how many processes this is."""
+class OutputFolder:
+    """Where the shards and the files of unfinished work go, and the rank of this process."""
 
     out: Path
     work: Path
@@ -27,60 +30,70 @@ class Folder:
 
 
 @contextmanager
-def open_folder(flags: Flags) -> Iterator[Folder]:
-    """The folder that the flags name, for this process alone. Raises UserError.
+def open_output_folder(flags: PrepareFlags) -> Iterator[OutputFolder]:
+    """Create the folder that the flags name, and lock it for this process. Raises UserError.
 
-    A command that came to no plan leaves nothing behind.
+    A command that fails before it has a plan leaves nothing behind.
     """
     out = (flags.out or default_out(flags)).expanduser()
-    refuse_foreign(out)
+    _refuse_foreign_tokens(out)
     rank, world_size, launcher = find_rank(flags.rank, flags.world_size)
     if launcher:
         print(f"rank {rank} of {world_size} ({launcher})")
     own = f"rank-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
-    _refuse_other_division(out, world_size)
+    _refuse_other_world_size(out, world_size)
     work = out / WORK_FOLDER / own
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
             try:
-                yield Folder(out, work, rank, world_size)
+                yield OutputFolder(out, work, rank, world_size)
             finally:
-                if not has_plan(work):
-                    _remove(work, out)
+                if not _has_plan(work):
+                    _remove_if_empty(work, out)
     except Timeout:
         raise UserError(
-            f"{out}: another prepare is writing to it; wait for it, or give this one another --out"
+            f"{out}: another prepare is writing to it; wait for it, or choose another folder with "
+            "--out"
         ) from None
 
 
-def has_plan(work: Path) -> bool:
-    """Whether a command in this folder, or of one of its ranks, got as far as to know its input."""
+def _has_plan(work: Path) -> bool:
+    """Whether a command in this folder, or one of its ranks, got as far as to know its input."""
     return any(work.rglob("plan.json")) or any(work.rglob("ready.json"))
 
 
-def _remove(work: Path, out: Path) -> None:
+def _remove_if_empty(work: Path, out: Path) -> None:
     (work / "lock").unlink(missing_ok=True)
     for folder in dict.fromkeys((work, out / WORK_FOLDER, out)):
-        with suppress(OSError):  # others' files are in it
+        with suppress(OSError):  # it contains other files
             folder.rmdir()
 
 
-def _refuse_other_division(out: Path, world_size: int) -> None:
-    """Raises UserError for a folder that was begun by another number of processes."""
+def _refuse_other_world_size(out: Path, world_size: int) -> None:
     plans = (out / WORK_FOLDER).glob("rank-*-of-*/plan.json")
     sizes = {int(plan.parent.name.rpartition("-")[2]) for plan in plans}
     if (out / WORK_FOLDER / "plan.json").exists():
         sizes.add(1)
     if others := sizes - {world_size}:
         raise UserError(
-            f"{out}: was begun with --world-size {others.pop()}, not {world_size}; go on with "
+            f"{out}: was begun with --world-size {others.pop()}, not {world_size}; continue with "
             "that, or choose another folder with --out"
         )
 
 
-def default_out(flags: Flags) -> Path:
-    """data/ and the name of the source: of the data set, of the one file, or of its folder."""
+def _refuse_foreign_tokens(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder with --out")
+    if any(out.glob("*.bin")) and not _has_plan(out / WORK_FOLDER):
+        raise UserError(
+            f"{out}: already contains tokens that {PROG} did not write; choose another folder with "
+            "--out"
+        )
+
+
+def default_out(flags: PrepareFlags) -> Path:
+    """data/ and the name of the source: of the data set, of the only file, or of its folder."""
     first = Path(flags.inputs[0]).expanduser()
     if is_hub_name(flags.inputs):
         return Path("data") / flags.inputs[0].rpartition("/")[2]
@@ -95,7 +108,7 @@ def default_out(flags: Flags) -> Path:
 
 
 def is_hub_name(inputs: Sequence[str]) -> bool:
-    """Whether the one input is a data set of the Hub: an alias, or owner/name where no file is."""
+    """Whether the only input is a data set of the Hub: an alias, or owner/name and no file."""
     if len(inputs) != 1:
         return False
     only = inputs[0]
@@ -106,12 +119,37 @@ def is_hub_name(inputs: Sequence[str]) -> bool:
     return only.count("/") == 1 and not Path(only).exists()
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raises UserError for a folder that holds tokens which this command did not make."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; choose a folder with --out")
-    if any(out.glob("*.bin")) and not has_plan(out / WORK_FOLDER):
+def find_rank(
+    rank: int | None, world_size: int | None, environ: Mapping[str, str] = os.environ
+) -> tuple[int, int, str]:
+    """(rank, world size, where they come from), from the flags or from a launcher's variables.
+
+    (0, 1, "") for a single process. Raises UserError.
+    """
+    if (rank is None) != (world_size is None):
+        raise UserError("--rank and --world-size belong together; give both, or neither")
+    if rank is not None and world_size is not None:
+        return _valid_rank(rank, world_size, "--rank and --world-size")
+    if (launched := find_launched_rank(environ)) is not None:
+        return _valid_rank(*launched)
+    return 0, 1, ""
+
+
+def _valid_rank(rank: int, world_size: int, origin: str) -> tuple[int, int, str]:
+    if not 0 <= rank < world_size <= 999:
         raise UserError(
-            f"{out}: holds tokens already that {PROG} did not put there; choose another folder "
-            "with --out"
+            f"rank {rank} of {world_size} ({origin}): ranks go from 0 to the world size minus one, "
+            "and the world size is at most 999"
         )
+    return rank, world_size, origin
+
+
+def check_free_space(out: Path, needed: int) -> str:
+    """The free space of a disk, as text; raises UserError if it is less than `needed` bytes."""
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"{out}: needs about {decimal(needed)} of disk and has {decimal(free)} free; make "
+            "room, choose a folder on another disk (--out), or take fewer tokens (--limit-tokens)"
+        )
+    return decimal(free)

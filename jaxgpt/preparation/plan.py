@@ -1,181 +1,155 @@
-"""From flags to a plan: what is read, in which way, and whether the folder agrees."""
+"""What a preparation was started with: source, settings and inputs, kept in `.prepare/plan.json`.
+
+The plan is written once, before any work. Inputs that a later command adds form a new round.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from jaxgpt.data.tokenizer import Tokenizer
+import msgspec
+
+from jaxgpt.data.manifest import Count
 from jaxgpt.errors import UserError
+from jaxgpt.files import FormatError, decode_json, write_json
 from jaxgpt.preparation.documents import ReadOptions
-from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, Flags, count
-from jaxgpt.preparation.hub import list_dataset
-from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
-from jaxgpt.preparation.journal import Plan, Settings, check_same, nothing_done, with_inputs
-from jaxgpt.preparation.output_folder import Folder, is_hub_name
-from jaxgpt.preparation.tokenize import Record
+from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
 
-SMALL_TEXT = 100_000_000  # bytes; a tenth of less is validation, a hundredth of more
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+FileNamePart = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]*$")]
 
 
-def make_plan(flags: Flags, folder: Folder, tokenizer: Tokenizer) -> Plan:
-    """The plan of the folder: the one that is there, if this command continues it, or a new one.
+class FileSource(msgspec.Struct, frozen=True, tag_field="kind", tag="files"):
+    """Files on this machine."""
 
-    Raises UserError if the folder was begun with something else.
+
+class HubSource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="Hub"):
+    """A data set of the Hub at one commit."""
+
+    repo: str
+    name: str  # of the configuration, "" for the data set's only one
+    split: str
+    revision: str
+    commit: str = ""  # what the revision was when the preparation began
+
+
+Source = FileSource | HubSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that determines the shards' bytes."""
+
+    prefix: FileNamePart  # of the shards' names
+    tokenizer: str
+    tokenizer_sha256: str
+    options: ReadOptions
+    shard_tokens: Positive
+    val_tokens: Positive | None  # validation is the first so many tokens ...
+    val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
+    unit_bytes: Positive
+    rank: Count = 0
+    world_size: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The source, the settings, and the inputs in the order of their tokens.
+
+    Inputs that a later command adds form a round of their own, which begins a new shard: finished
+    shards stay as they are.
     """
-    path = folder.work / "plan.json"
-    if (folder.work / "ready.json").exists():
-        raise UserError(f"{folder.out}: holds ready-made shards; give text another --out")
-    # A plan that nothing came of was a mistake: a column's name, a rule for validation.
-    old = None if nothing_done(folder.work) else Plan.load(path)
-    if is_hub_name(flags.inputs):
-        return _plan_for_hub(flags, folder, tokenizer, old, path)
-    _refuse_flags_of_the_hub(flags)
-    inputs = find_inputs(flags.inputs)
-    _refuse_one_document(inputs, flags)
-    if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
-        raise UserError(f"{folder.out}: holds the text itself; choose another folder with --out")
-    source, settings = {"kind": "files"}, _settings(flags, folder, tokenizer, old, inputs)
-    if old is not None:
-        check_same(old, source, settings, folder.out)
-        plan = with_inputs(old, inputs, folder.out)
-    else:
-        plan = Plan(source=source, settings=settings, rounds=[inputs])
-    return _saved(plan, old, path)
+
+    source: Source
+    settings: Settings
+    rounds: list[list[Input]] = field(default_factory=list)
+
+    def units(self) -> list[Unit]:
+        """The units of work of this rank, in order."""
+        return [unit for units in self._rounds_of_units() for unit in units]
+
+    def round_ends(self) -> list[int]:
+        """After how many units each round ends."""
+        ends, total = [], 0
+        for units in self._rounds_of_units():
+            total += len(units)
+            ends.append(total)
+        return ends
+
+    def _rounds_of_units(self) -> list[list[Unit]]:
+        s = self.settings
+        return [
+            share_of_rank(work_units(inputs, s.unit_bytes), s.rank, s.world_size)
+            for inputs in self.rounds
+        ]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, atomically."""
+        write_json(path, msgspec.to_builtins(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan | None":
+        """The plan of a folder, None if there is none; raises UserError."""
+        if not path.exists():
+            return None
+        try:
+            return decode_json(path.read_bytes(), cls)
+        except FormatError as error:
+            raise UserError(
+                f"{path}: {error}; another version of jaxgpt wrote it, or it is corrupt: prepare "
+                "into another folder with --out, or delete this one"
+            ) from None
 
 
-def _plan_for_hub(
-    flags: Flags, folder: Folder, tokenizer: Tokenizer, old: Plan | None, path: Path
-) -> Plan:
-    """As `make_plan`; what is begun goes on with the commit it began with, unasked."""
-    source = _hub_source(flags)
-    if old is not None:
-        begun = {name: value for name, value in old.source.items() if name != "commit"}
-        settings = _settings(flags, folder, tokenizer, old, [])
-        check_same(replace(old, source=begun), source, settings, folder.out)
-        return old
-    listing = list_dataset(
-        source["repo"],
-        source["name"] or None,
-        source["split"],
-        flags.revision,
-        lambda text: print(text, flush=True),
-    )
-    settings = _settings(flags, folder, tokenizer, old, listing.inputs)
-    source |= {"commit": listing.commit}
-    return _saved(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
+def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
+    """`plan`, with a new round for those `inputs` that it does not have yet.
+
+    Raises UserError if an input of the plan is missing from `inputs` or has changed.
+    """
+    named = {item.path: item for item in inputs}
+    known = {item.path: item for round in plan.rounds for item in round}
+    for path, item in known.items():
+        if path not in named:
+            raise UserError(
+                f"{out}: already contains {item.name}, which this command does not name ({path}); "
+                "name it too to add to the folder, or choose another folder with --out"
+            )
+        if named[path] != item:
+            raise UserError(
+                f"{path}: has changed since {out} was begun (it had {item.size:,} bytes and "
+                f"checksum {item.check}, and now has {named[path].size:,} and "
+                f"{named[path].check}); restore the file, or choose another folder with --out"
+            )
+    new = [item for item in inputs if item.path not in known]
+    if not new:
+        return plan
+    return Plan(source=plan.source, settings=plan.settings, rounds=[*plan.rounds, new])
 
 
-def _saved(plan: Plan, old: Plan | None, path: Path) -> Plan:
-    if not plan.units():
-        alone = replace(plan.settings, rank=0, world_size=1)
+def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path) -> None:
+    """Raises UserError, naming every difference, if `out` was begun from something else."""
+    was, now = _flags_of(plan.source, plan.settings), _flags_of(source, settings)
+    differences = [
+        f"{_flag_name(name)} {was.get(name)}, not {now[name]}"
+        for name in now
+        if was.get(name) != now[name]
+    ]
+    if differences:
         raise UserError(
-            f"--world-size {plan.settings.world_size}: the input is only "
-            f"{len(replace(plan, settings=alone).units())} units of work; split it over fewer, or "
-            "make units smaller with --unit-bytes"
-        )
-    if plan != old:
-        plan.save(path)
-    return plan
-
-
-def _hub_source(flags: Flags) -> dict[str, str]:
-    asked = flags.inputs[0]
-    name = flags.name or ("sample-10BT" if asked in DATASETS else "")
-    return {
-        "kind": "Hub",
-        "repo": DATASETS.get(asked, asked),
-        "name": name,
-        "split": flags.split,
-        "revision": flags.revision or "main",
-    }
-
-
-def _settings(
-    flags: Flags,
-    folder: Folder,
-    tokenizer: Tokenizer,
-    old: Plan | None,
-    inputs: Sequence[Input],
-) -> Settings:
-    """What the flags say, and where they say nothing the folder's plan, or the default."""
-    val_tokens, val_fraction = count(flags, "val_tokens"), flags.val_fraction
-    if val_tokens is None and val_fraction is None:
-        if old is not None:
-            val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
-        elif _is_fineweb(flags):
-            val_tokens = SHARD_TOKENS
-        else:
-            small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
-            val_fraction = 0.1 if small else 0.01
-    return Settings(
-        prefix=_prefix(flags, folder.out),
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        options=ReadOptions(
-            text_column=flags.text_column,
-            sample_by=flags.sample_by,
-            encoding_errors=flags.encoding_errors,
-        ),
-        shard_tokens=count(flags, "shard_tokens") or SHARD_TOKENS,
-        val_tokens=val_tokens,
-        val_fraction=val_fraction,
-        unit_bytes=count(flags, "unit_bytes") or UNIT_BYTES,
-        rank=folder.rank,
-        world_size=folder.world_size,
-    )
-
-
-def _is_fineweb(flags: Flags) -> bool:
-    """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short name or its full one."""
-    return is_hub_name(flags.inputs) and flags.inputs[0] in {*DATASETS, *DATASETS.values()}
-
-
-def _prefix(flags: Flags, out: Path) -> str:
-    """What the shards' names begin with: llm.c's for FineWeb, else the folder's name."""
-    if _is_fineweb(flags):
-        return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
-    return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
-
-
-def _refuse_flags_of_the_hub(flags: Flags) -> None:
-    """Raises UserError for flags that would mean nothing."""
-    given = {"--name": flags.name, "--revision": flags.revision}
-    if flags.split != "train":
-        given["--split"] = flags.split
-    if names := [name for name, value in given.items() if value is not None]:
-        raise UserError(
-            f"{' and '.join(names)}: of data sets of the Hub, and {flags.inputs[0]} is none; "
-            "leave that out"
+            f"{out}: was begun with {', '.join(differences)}; a folder has one source and one "
+            "set of flags: choose another folder with --out"
         )
 
 
-def _refuse_one_document(inputs: Sequence[Input], flags: Flags) -> None:
-    """Raises UserError where no document could be left for validation."""
-    only_text = len(inputs) == 1 and inputs[0].kind == "text"
-    if only_text and flags.sample_by == "document" and flags.val_tokens is None:
-        raise UserError(
-            f"{inputs[0].path}: is one document, and validation takes whole ones; let blank lines "
-            "or line ends part it with --sample-by paragraph or --sample-by line, or keep the "
-            "first tokens with --val-tokens 50K"
-        )
+def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
+    flat = {**msgspec.to_builtins(source), **msgspec.to_builtins(settings)}
+    # A revision stays at the commit it had at first; the size of a unit changes no token; the
+    # options are listed one by one.
+    hidden = {"commit", "options", "unit_bytes", "prefix"}
+    return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
 
 
-def explain_empty(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
-    """Why a split got no token, in a sentence."""
-    examples = {reason: path for record in records for reason, path in record.examples.items()}
-    if not any(record.documents for record in records) and examples:
-        reasons = " or ".join(f"{reason} ({path})" for reason, path in sorted(examples.items()))
-        return (
-            f"{out}: none of the documents can be used, each is {reasons}; mend the files, or name "
-            "the text with --text-column or its flaws with --encoding-errors, and choose another "
-            "--out"
-        )
-    if settings.val_tokens is not None:
-        return (
-            f"{out}: all its tokens are validation, which is the first {settings.val_tokens:,}; "
-            "prepare more text, or lower --val-tokens and choose another --out"
-        )
-    return (
-        f"{out}: no document fell to {split!r}, as there are few of them; choose another --out "
-        "with --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K, the first tokens"
-    )
+def _flag_name(name: str) -> str:
+    return {"kind": "source", "repo": "data set"}.get(name, f"--{name.replace('_', '-')}")

@@ -1,92 +1,108 @@
-"""`--ready`: GPT-2 token shards that others have made of FineWeb, downloaded and checked."""
+"""`--ready`: ready-made shards of GPT-2 tokens of FineWeb, downloaded and checked."""
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, count_documents, lost_shards
+from jaxgpt.data.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    Validation,
+    count_documents,
+    size_errors,
+)
 from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import move_file, sha256_of, write_json
-from jaxgpt.preparation.estimate import check_disk
-from jaxgpt.preparation.flags import Flags, count
+from jaxgpt.files import FormatError, decode_json, move_file, sha256_of, write_json
+from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import (
     DOWNLOADS,
     download,
     find_commit,
     list_files,
-    remove_torn_downloads,
+    remove_leftover_downloads,
 )
-from jaxgpt.preparation.journal import SHARD, Journal
-from jaxgpt.preparation.manifest import base_manifest
-from jaxgpt.preparation.output_folder import Folder
+from jaxgpt.preparation.journal import Journal
+from jaxgpt.preparation.manifest import tokenizer_entry, total_splits
+from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 
-# Which repository has a sample as shards of 100M tokens, its validation shard among them.
+# Repositories with a sample as shards of 100M tokens, including a validation shard.
 READY = {
     ("fineweb", "sample-10BT"): "kjj0/fineweb10B-gpt2",
     ("fineweb", "sample-100BT"): "kjj0/fineweb100B-gpt2",
     ("fineweb-edu", "sample-10BT"): "kjj0/finewebedu10B-gpt2",
     ("fineweb-edu", "sample-100BT"): "karpathy/fineweb-edu-100B-gpt2-token-shards",
 }
-LARGEST_10B = 10_200_000_000  # training tokens in the smaller ones
+LARGEST_10B = 10_200_000_000  # training tokens in the 10BT repositories
 
 
-def fetch_ready(flags: Flags, folder: Folder) -> dict[str, Any]:
-    """Download what is still missing in a folder; returns its manifest. Raises UserError."""
+class ReadySource(msgspec.Struct):
+    """The contents of ready.json."""
+
+    repo: str
+
+
+def download_ready(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
+    """Download the missing shards of a folder and return its manifest. Raises UserError."""
     out, work = folder.out, folder.work
     if folder.world_size > 1:
-        raise UserError("--ready is a download; do it in one process: --rank 0 --world-size 1")
-    tokens = count(flags, "tokens")
+        raise UserError("--ready only downloads; run it in one process: --rank 0 --world-size 1")
+    tokens = flags.number_of("tokens")
     repo = ready_repository(flags.inputs[0], flags.name, tokens)
-    _check_source(work, repo, out)
+    _refuse_other_source(work, repo, out)
     commit, files = list_shards(repo, tokens, flags.revision, print)
     write_json(work / "ready.json", {"repo": repo})
-    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", SHARD)
-    _adopt(out, files, journal, tokenizer)
+    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", ShardEntry)
+    _adopt_unrecorded_shards(out, files, journal, tokenizer)
     _download_missing(repo, commit, files, folder, journal, tokenizer)
-    manifest = base_manifest(
-        tokenizer,
-        {"kind": "ready-made shards", "repo": repo, "commit": commit},
-        {"rule": "as its makers chose it"},
-        None,
-        list(_by_name(journal).values()),
+    shards = list(_shards_by_name(journal).values())
+    manifest = Manifest(
+        jaxgpt=version("jaxgpt"),
+        source={"kind": "ready-made shards", "repo": repo, "commit": commit},
+        tokenizer=tokenizer_entry(tokenizer),
+        validation=Validation(rule="as its makers chose it"),
+        splits=total_splits(shards),
+        shards=sorted(shards),
     )
-    write_json(out / MANIFEST, manifest)
+    manifest.save(out / MANIFEST)
     shutil.rmtree(work / DOWNLOADS, ignore_errors=True)
     return manifest
 
 
-def _check_source(work: Path, repo: str, out: Path) -> None:
+def _refuse_other_source(work: Path, repo: str, out: Path) -> None:
     if (work / "plan.json").exists():
-        raise UserError(f"{out}: holds tokens made of text; give ready-made ones another --out")
+        raise UserError(f"{out}: contains shards prepared from text; choose another --out")
     path = work / "ready.json"
     try:
-        was = json.loads(path.read_text(encoding="utf-8"))["repo"] if path.exists() else repo
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: is damaged; delete {out} and download it again") from None
+        was = decode_json(path.read_bytes(), ReadySource).repo if path.exists() else repo
+    except FormatError as error:
+        raise UserError(f"{path}: {error}; delete {out} and download it again") from None
     if was != repo:
-        raise UserError(f"{out}: holds shards of {was}; give those of {repo} another --out")
+        raise UserError(
+            f"{out}: contains shards of {was}; choose another --out for those of {repo}"
+        )
 
 
 def ready_repository(dataset: str, name: str | None, tokens: int | None) -> str:
-    """The repository for a data set's name and how much is wanted; raises UserError."""
+    """The repository for a data set's name and number of tokens; raises UserError."""
     if "/" in dataset:
         return dataset
     if name is None:
         name = "sample-10BT" if (tokens or 0) <= LARGEST_10B else "sample-100BT"
     if (dataset, name) not in READY:
         raise UserError(
-            f"{dataset} {name}: nobody is known to offer it as ready-made shards; there are "
+            f"{dataset} {name}: no ready-made shards are known; use "
             + ", ".join(" ".join(key) for key in READY)
-            + ", or owner/name of any repository with such files"
+            + ", or owner/name of a repository with such files"
         )
     return READY[dataset, name]
 
@@ -94,7 +110,10 @@ def ready_repository(dataset: str, name: str | None, tokens: int | None) -> str:
 def list_shards(
     repo: str, tokens: int | None, revision: str | None, say: Callable[[str], object]
 ) -> tuple[str, list[Any]]:
-    """(commit, files) with at least `tokens` training tokens, validation first. UserError."""
+    """(commit, files) with at least `tokens` training tokens, validation first.
+
+    Raises UserError.
+    """
     what = f"data set {repo!r}"
     commit = find_commit(repo, revision, say)
     shards = [f for f in list_files(repo, None, commit, say) if f.path.endswith(".bin")]
@@ -102,84 +121,84 @@ def list_shards(
     train = [f for f in shards if split_of(Path(f.path)) == "train"]
     if not val or not train:
         raise UserError(
-            f"{what}: has no shards *_train_*.bin and *_val_*.bin; leave --ready out to tokenize "
-            "its text"
+            f"{what}: has no shards *_train_*.bin and *_val_*.bin; to tokenize its text, leave "
+            "out --ready"
         )
-    wanted, sofar = [], 0
+    needed, total = [], 0
     for file in train:
-        if tokens is not None and sofar >= tokens:
+        if tokens is not None and total >= tokens:
             break
-        wanted.append(file)
-        sofar += (file.size - HEADER_BYTES) // 2
-    if tokens is not None and sofar < tokens:
-        say(f"{what}: has {sofar:,} training tokens, fewer than the {tokens:,} asked for")
-    return commit, [*val, *wanted]
+        needed.append(file)
+        total += (file.size - HEADER_BYTES) // 2
+    if tokens is not None and total < tokens:
+        say(f"{what}: has only {total:,} training tokens, not {tokens:,}")
+    return commit, [*val, *needed]
 
 
-def _name(file: Any) -> str:
+def _file_name(file: Any) -> str:
     return str(file.path).rsplit("/", 1)[-1]
 
 
-def _is_missing(out: Path, entry: dict[str, Any] | None) -> bool:
-    return entry is None or any(lost_shards(out, [entry]))
+def _is_missing(out: Path, entry: ShardEntry | None) -> bool:
+    return entry is None or any(size_errors(out, [entry]))
 
 
-def _by_name(journal: Journal) -> dict[str, dict[str, Any]]:
-    return {entry["file"]: entry for entry in journal.entries}
+def _shards_by_name(journal: Journal[ShardEntry]) -> dict[str, ShardEntry]:
+    return {entry.file: entry for entry in journal.entries}
 
 
-def _adopt(out: Path, files: Sequence[Any], journal: Journal, tokenizer: Tokenizer) -> None:
-    """Note shards that had arrived when a kill came before their line in the journal."""
-    known = _by_name(journal)
-    for name in map(_name, files):
+def _adopt_unrecorded_shards(
+    out: Path, files: Sequence[Any], journal: Journal[ShardEntry], tokenizer: Tokenizer
+) -> None:
+    """Record shards that were complete when a kill came before their line in the journal."""
+    known = _shards_by_name(journal)
+    for name in map(_file_name, files):
         if name not in known and (out / name).exists():
-            journal.append(_entry(out / name, tokenizer))
+            journal.append(_shard_entry(out / name, tokenizer))
 
 
 def _download_missing(
     repo: str,
     commit: str,
     files: Sequence[Any],
-    folder: Folder,
-    journal: Journal,
+    folder: OutputFolder,
+    journal: Journal[ShardEntry],
     tokenizer: Tokenizer,
 ) -> None:
-    """Download, check and note the shards that are not there; raises UserError."""
-    out, downloads, known = folder.out, folder.work / DOWNLOADS, _by_name(journal)
-    missing = [file for file in files if _is_missing(out, known.get(_name(file)))]
+    """Download, check and record the missing shards; raises UserError."""
+    out, downloads, known = folder.out, folder.work / DOWNLOADS, _shards_by_name(journal)
+    missing = [file for file in files if _is_missing(out, known.get(_file_name(file)))]
     total, needed = (sum(file.size for file in some) for some in (files, missing))
-    free = check_disk(out, needed)
-    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} are free)", flush=True)
-    (out / MANIFEST).unlink(missing_ok=True)  # a folder that has one is complete
-    remove_torn_downloads(downloads)
+    free = check_free_space(out, needed)
+    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} free)", flush=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
+    remove_leftover_downloads(downloads)
     with PreparationConsole(total, total - needed) as console:
         for file in missing:
-            console.update(total - needed, 0, 0, f"downloading {_name(file)}")
+            console.update(total - needed, 0, 0, f"downloading {_file_name(file)}")
             sha256 = file.lfs.sha256 if file.lfs else None
-            got = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
-            _check(got, file.path, tokenizer)
-            move_file(got, out / _name(file))
-            journal.append(_entry(out / _name(file), tokenizer))
+            path = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
+            _check_shard(path, file.path, tokenizer)
+            move_file(path, out / _file_name(file))
+            journal.append(_shard_entry(out / _file_name(file), tokenizer))
             needed -= file.size
 
 
-def _check(path: Path, name: str, tokenizer: Tokenizer) -> None:
-    """Raises DataError, and removes the file, unless it is a shard of the tokenizer's ids."""
+def _check_shard(path: Path, name: str, tokenizer: Tokenizer) -> None:
+    """Delete a file and raise DataError if it is not a shard with ids of the tokenizer."""
     try:
-        stream = TokenStream([inspect_file(path)], name)
-        for start, tokens in stream.chunks():
-            stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
+        TokenStream([inspect_file(path)], name).check_all_ids(tokenizer.n_vocab)
     except DataError:
         path.unlink()
         raise
 
 
-def _entry(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def _shard_entry(path: Path, tokenizer: Tokenizer) -> ShardEntry:
     found = inspect_file(path)
-    return {
-        "file": path.name,
-        "split": split_of(path),
-        "tokens": found.length,
-        "documents": count_documents(found, tokenizer.eot),
-        "sha256": sha256_of(path),
-    }
+    return ShardEntry(
+        file=path.name,
+        split="val" if split_of(path) == "val" else "train",
+        tokens=found.length,
+        documents=count_documents(found, tokenizer.eot),
+        sha256=sha256_of(path),
+    )

@@ -1,4 +1,4 @@
-"""What a preparation says while it goes: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a preparation: a bar on a terminal, a line from time to time elsewhere."""
 
 import time
 from typing import Self
@@ -8,14 +8,14 @@ from rich.filesize import decimal
 
 from jaxgpt.run.console import duration, make_bar
 
-LINE_SECONDS = 30  # between two lines where no bar can be drawn
+LINE_SECONDS = 30  # between two lines if the output is not a terminal
 
 
 class PreparationConsole:
-    """Prints lines, and keeps one bar below them if the output is a terminal."""
+    """Prints lines, with one bar below them if the output is a terminal."""
 
     def __init__(self, total_bytes: int, done_bytes: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._total, self.done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
         self._bar = make_bar(self.console, "{task.percentage:3.0f} %")
@@ -31,7 +31,7 @@ class PreparationConsole:
         self._bar.stop()
 
     def update(self, done_bytes: int, tokens: int, documents: int, note: str = "") -> None:
-        """Show how far it is: bytes of input, and what this process made of its part of them."""
+        """Show the bytes of input done, and the tokens and documents made by this process."""
         status = self._status(done_bytes, tokens, documents) + (f" · {note}" if note else "")
         self._bar.update(self._task, completed=min(done_bytes, self._total), status=status)
         if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
@@ -40,13 +40,13 @@ class PreparationConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def _status(self, done_bytes: int, tokens: int, documents: int) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-6)
         bytes_left = max(self._total - done_bytes, 0)
         parts = [f"{decimal(bytes_left)} left"]
-        if tokens:  # few characters, so that all fits into 80 columns
+        if tokens:  # short, to fit into 80 columns
             made = f"{tokens / 1e6:,.1f}M tokens ({tokens / elapsed / 1e6:.2f}M/s)"
             parts = [made, f"{documents:,} documents", *parts]
         speed = (done_bytes - self.done_before) / elapsed

@@ -1,6 +1,6 @@
-"""Files into documents: parquet, what save_to_disk wrote, JSON lines, plain text.
+"""Reading documents from parquet, save_to_disk folders, JSON lines and plain text.
 
-A reader never holds a file: it yields batches.
+A reader yields batches and never has a complete file in memory.
 """
 
 import json
@@ -9,20 +9,26 @@ from functools import lru_cache
 from typing import Any
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.preparation.documents import Batch, Document, LongText, ReadOptions, Skip, usable
-from jaxgpt.preparation.inputs import Input, Slice
-from jaxgpt.preparation.lines import (
+from jaxgpt.preparation.documents import (
     CHUNK,
+    Batch,
+    Document,
+    LongText,
+    ReadOptions,
+    Skip,
     in_groups,
     lines_between,
     paragraphs,
     read_chunks,
     split_lines,
+    to_document,
 )
+from jaxgpt.preparation.inputs import Input, Slice
 
-ROWS = 1024  # documents in a batch: enough to make its cost small, 4 MB of web text
-BATCH_BYTES = 1 << 24  # fewer rows where they are long
-WHOLE = 1 << 24  # bytes; a longer text is read as a stream, twice
+ROWS = 1024  # documents per batch: enough for a small overhead, 4 MB of web text
+BATCH_BYTES = 1 << 24  # fewer rows if they are long
+MAX_TOKEN_COUNT = 1 << 53  # of one document
+IN_MEMORY = 1 << 24  # bytes; a longer text file is read as a stream, twice
 
 
 def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -46,26 +52,26 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
     try:
-        # Buffered, or a file that is all one row group would be held whole.
+        # Without a buffer, a file of one row group would be read into memory completely.
         with pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file:
             groups = range(*slice.share_of(file.metadata.num_row_groups))
             rows = sum(file.metadata.row_group(i).num_rows for i in groups)
             n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
             names = file.schema_arrow.names
-            check_column(slice.input, names, options.text_column)
+            _check_column(slice.input, names, options.text_column)
             columns = [options.text_column, *({"token_count"} & set(names) - {options.text_column})]
             for batch in file.iter_batches(
-                _rows_at_once(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
+                _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
             ):
                 yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter for a column's name
         raise UserError(
-            f"{slice.path}: is no parquet file, or a damaged one ({first_line(error)}); copy or "
+            f"{slice.path}: is not a parquet file, or is corrupt ({first_line(error)}); copy or "
             "download it again"
         ) from None
 
 
-@lru_cache(1)  # a hundred slices of one folder would each read the heads of all its files
+@lru_cache(1)  # or each of a hundred slices would read the headers of all files in the folder
 def _open_saved_dataset(path: str) -> Any:
     from datasets import load_from_disk
 
@@ -74,11 +80,11 @@ def _open_saved_dataset(path: str) -> Any:
 
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     dataset = _open_saved_dataset(slice.path)
-    check_column(slice.input, dataset.column_names, options.text_column)
+    _check_column(slice.input, dataset.column_names, options.text_column)
     columns = {options.text_column, *({"token_count"} & set(dataset.column_names))}
     dataset = dataset.select_columns(list(columns)).with_format("arrow")
     first, last = slice.share_of(slice.input.rows)
-    step = _rows_at_once(slice.input.rows, slice.input.size)
+    step = _batch_rows(slice.input.rows, slice.input.size)
     for start in range(first, last, step):
         stop = min(start + step, last)
         yield _batch(
@@ -86,25 +92,25 @@ def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         )
 
 
-def _rows_at_once(rows: int, n_bytes: int) -> int:
+def _batch_rows(rows: int, n_bytes: int) -> int:
     return max(1, min(ROWS, BATCH_BYTES * rows // max(n_bytes, 1)))
 
 
 def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
-    """The documents of an arrow batch or table."""
+    """The documents of an Arrow batch or table."""
     import pyarrow as pa
 
     column = table[options.text_column]
-    if not _holds_text(column.type):
+    if not _is_text_type(column.type):
         raise UserError(
-            f"{slice.path}: column {options.text_column!r} holds {column.type}, not text; name "
-            f"another with --text-column ({', '.join(table.schema.names)})"
+            f"{slice.path}: column {options.text_column!r} has type {column.type}, not text; "
+            f"choose another with --text-column ({_first_few(table.schema.names)})"
         )
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
         texts = column.cast(pa.large_binary()).to_pylist()
-    documents = [usable(text, options) for text in texts]
+    documents = [to_document(text, options) for text in texts]
     counts = None
     if "token_count" in table.schema.names and options.text_column != "token_count":
         counts = _sum_of_used(documents, table["token_count"].to_pylist())
@@ -112,13 +118,15 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
 
 
 def _sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
-    """The tokens that the source says the documents have; None where it does not say it of each."""
+    """The sum of the source's token counts of the documents; None if one of them has none."""
     pairs = zip(documents, counts, strict=True)
     used = [count for document, count in pairs if not isinstance(document, Skip)]
-    return sum(used) if all(isinstance(count, int) for count in used) else None
+    # Other values mean that the column of this name is something else.
+    is_count = all(type(count) is int and 0 <= count <= MAX_TOKEN_COUNT for count in used)
+    return sum(used) if is_count else None
 
 
-def _holds_text(type: Any) -> bool:
+def _is_text_type(type: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_dictionary(type):
@@ -132,13 +140,20 @@ def _holds_text(type: Any) -> bool:
     )
 
 
-def check_column(input: Input, names: Iterable[str], text_column: str) -> None:
-    """Raises UserError if the text's column is not among `names`."""
+def _check_column(input: Input, names: Iterable[str], text_column: str) -> None:
+    """Raises UserError if the text column is not among `names`."""
     if text_column not in names:
         raise UserError(
-            f"{input.path}: has no column {text_column!r}; name the one with the text with "
-            f"--text-column (there are {', '.join(names)})"
+            f"{input.path}: has no column {text_column!r}; name the text column with "
+            f"--text-column (there are {_first_few(names)})"
         )
+
+
+def _first_few(names: Iterable[str]) -> str:
+    """At most eight of the names, shortened, for a message."""
+    found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
+    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
+    return ", ".join(found[:8]) + more
 
 
 def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -149,9 +164,9 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             lines = lines_between(file, *slice.share_of(slice.input.size))
         first, position = slice.part == 0, file.tell()
         for group in in_groups(lines):
-            records = [_parse(line, options) for line in group]
+            records = [_parse_line(line, options) for line in group]
             if first:
-                _check_first(records, group[0], slice, options)
+                _check_first_lines(records, group[0], slice, options)
                 first = False
             documents = [_text_of(record, options) for record in records]
             counts = [r.get("token_count") if isinstance(r, dict) else None for r in records]
@@ -159,25 +174,24 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             yield Batch(documents, position - before, _sum_of_used(documents, counts))
 
 
-def _check_first(records: list[Any], line: bytes, slice: Slice, options: ReadOptions) -> None:
-    """Raises UserError where the first lines show that the whole file is meant otherwise."""
+def _check_first_lines(records: list[Any], line: bytes, slice: Slice, options: ReadOptions) -> None:
+    """Raises UserError if the file is a JSON array, or if no first line has the text column."""
     if line.lstrip().startswith(b"["):
         raise UserError(
-            f"{slice.path}: is a JSON array, and is to hold one object a line; write it so, as jq "
-            "-c '.[]' does"
+            f"{slice.path}: is a JSON array, not one object per line; convert it with jq -c '.[]'"
         )
-    # One of many may be without a text, whose key some writers then leave out.
+    # Some writers omit the key of an empty text, so one line without it is not an error.
     names = dict.fromkeys(name for r in records if isinstance(r, dict) for name in r)
     if names:
-        check_column(slice.input, names, options.text_column)
+        _check_column(slice.input, names, options.text_column)
 
 
-def _parse(line: bytes, options: ReadOptions) -> Any:
+def _parse_line(line: bytes, options: ReadOptions) -> Any:
     try:
         return json.loads(line.decode(errors=options.decode_errors))
     except UnicodeDecodeError:
         return Skip.NOT_UTF8
-    except (ValueError, RecursionError):  # the latter of ten thousand brackets
+    except (ValueError, RecursionError):  # the latter for ten thousand brackets
         return Skip.MALFORMED
 
 
@@ -185,31 +199,31 @@ def _text_of(record: Any, options: ReadOptions) -> Document:
     if isinstance(record, Skip):
         return record
     text = record.get(options.text_column) if isinstance(record, dict) else Skip.MALFORMED
-    return usable(text, options) if isinstance(text, str | None) else Skip.MALFORMED
+    return to_document(text, options) if isinstance(text, str | None) else Skip.MALFORMED
 
 
 def _read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     with open(slice.path, "rb") as file:
         chunks = read_chunks(file, slice.path)
         if options.sample_by == "document":
-            yield Batch([_whole_text(chunks, slice.path, options)], slice.size, None)
+            yield Batch([_file_as_document(chunks, slice.path, options)], slice.size, None)
             return
         lines, position = split_lines(chunks), 0
         for group in in_groups(lines if options.sample_by == "line" else paragraphs(lines)):
             before, position = position, file.tell()
-            yield Batch([usable(text, options) for text in group], position - before, None)
+            yield Batch([to_document(text, options) for text in group], position - before, None)
 
 
-def _whole_text(chunks: Iterable[bytes], path: str, options: ReadOptions) -> Document:
-    text = _join_up_to(WHOLE, chunks)
+def _file_as_document(chunks: Iterable[bytes], path: str, options: ReadOptions) -> Document:
+    text = _join_up_to(IN_MEMORY, chunks)
     if text is not None:
-        return usable(text, options)
+        return to_document(text, options)
     long = LongText(path, options)
-    return long.check() or long
+    return long.skip_reason() or long
 
 
 def _join_up_to(limit: int, chunks: Iterable[bytes]) -> bytes | None:
-    """All chunks as one; None if that is longer than `limit`, however little the file is."""
+    """All chunks joined; None if they are longer than `limit`, which a small file can unpack to."""
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:

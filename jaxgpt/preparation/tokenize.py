@@ -1,24 +1,20 @@
-"""What a worker does: one work unit's documents become tokens in files of their own.
+"""Encoding one unit of work: its documents become tokens in files of their own.
 
-The files ("parts") hold bare uint16 tokens, the end-of-text token before each document. Shards are
-cut from them in order by the parent (`assemble.py`), so that no shard knows how the work was
-divided.
+The files ("parts") contain bare uint16 tokens, with the end-of-text token before each document.
+The parent process cuts the shards from them in order (`assemble.py`), so the shards do not depend
+on how the work was divided.
 """
 
-import multiprocessing
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write
 from jaxgpt.preparation.documents import (
@@ -29,65 +25,36 @@ from jaxgpt.preparation.documents import (
     pieces,
 )
 from jaxgpt.preparation.inputs import Unit
+from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
 
-BUFFERED = 1 << 20  # tokens gathered before they are written
+BUFFERED = 1 << 20  # tokens collected before they are written
 GROUPED = 1 << 16  # characters of short documents encoded in one call
 
 
 class Job(NamedTuple):
-    """A work unit, and how it is to be read and written."""
+    """A unit of work, with the options for reading and writing it."""
 
     number: int
     unit: Unit
     options: ReadOptions
-    val_fraction: float | None  # None: all tokens go into one part, and the parent splits them
+    val_fraction: float | None  # None: one part gets all tokens, and the parent splits them
     folder: Path
 
 
-class Record(NamedTuple):
-    """What became of a work unit; the journal holds one for each that is done."""
-
-    number: int
-    tokens: dict[str, int]  # by part
-    documents: int
-    skipped: dict[str, int]  # by reason
-    examples: dict[str, str]  # a file for each reason
-    token_count: int | None  # the sum of FineWeb's own column
-    bytes: int
-
-
-@dataclass
-class Progress:
-    """Totals that workers add to and the parent reads."""
-
-    documents: Any  # multiprocessing values
-    tokens: Any
-    bytes: Any
-
-    @classmethod
-    def make(cls, context: Any) -> "Progress":
-        """Totals at zero."""
-        return cls(*(context.Value("q", 0) for _ in range(3)))
-
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Count a batch."""
-        for total, more in ((self.documents, documents), (self.tokens, tokens), (self.bytes, size)):
-            with total.get_lock():
-                total.value += more
-
-
 class Part:
-    """The tokens of one unit that belong to one split, written as they come."""
+    """The file for the tokens of one unit and one split."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
         self._file, self._tokenizer = file, tokenizer
-        self._texts: list[str] = []  # to be encoded in one call
-        self._pending: list[np.ndarray] = []
-        self._characters = self._waiting = self.tokens = 0
+        self._texts: list[str] = []  # to encode in one call
+        self._characters = 0
+        self._encoded: list[np.ndarray] = []  # to write
+        self._n_encoded = 0
+        self.tokens = 0
 
     def add(self, document: str | LongText) -> None:
-        """One document, whatever its length."""
+        """Add one document of any length."""
         if isinstance(document, str) and len(document) <= GROUPED:
             self._texts.append(document)
             self._characters += len(document)
@@ -100,34 +67,37 @@ class Part:
             self._append(self._tokenizer.encode(piece))
 
     def encode(self) -> None:
-        """Encode what has been added."""
+        """Encode the documents added so far."""
         if self._texts:
             self._append(self._tokenizer.encode_documents(self._texts))
         self._texts, self._characters = [], 0
 
     def write(self) -> None:
-        """Write what has been encoded."""
-        if self._pending:
-            self._file.write(np.concatenate(self._pending).astype("<u2", copy=False).data)
-        self._pending, self._waiting = [], 0
+        """Write the tokens encoded so far."""
+        if self._encoded:
+            self._file.write(np.concatenate(self._encoded).astype("<u2", copy=False).data)
+        self._encoded, self._n_encoded = [], 0
 
     def _append(self, tokens: np.ndarray) -> None:
-        self._pending.append(tokens)
-        self._waiting += len(tokens)
+        self._encoded.append(tokens)
+        self._n_encoded += len(tokens)
         self.tokens += len(tokens)
-        if self._waiting >= BUFFERED:
+        if self._n_encoded >= BUFFERED:
             self.write()
 
 
 def part_path(folder: Path, number: int, part: str) -> Path:
-    """Where the tokens of unit `number` wait until they are in shards."""
+    """The file with the tokens of unit `number` until they are in shards."""
     return folder / f"{number:06d}.{part}"
 
 
-def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Progress) -> Record:
+def tokenize_unit(
+    job: Job, tokenizer: Tokenizer, advance: Callable[[int, int, int], object]
+) -> Record:
     """Read, encode and write one unit; its parts appear complete or not at all.
 
-    Raises UserError for an input that cannot be read.
+    `advance` gets the documents, tokens and bytes of each batch. Raises UserError for an input
+    that cannot be read.
     """
     names = ("all",) if job.val_fraction is None else ("train", "val")
     counts = Counter[str]()
@@ -151,7 +121,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Progress) -> Record:
                     part.encode()
                 token_counts.append(token_count)
                 tokens = sum(part.tokens for part in parts.values()) - before
-                progress.add(len(documents), tokens, size)
+                advance(len(documents), tokens, size)
         for part in parts.values():
             part.write()
     return Record(
@@ -160,14 +130,14 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer, progress: Progress) -> Record:
         documents=counts.pop("documents", 0),
         skipped=dict(sorted(counts.items())),
         examples=examples,
-        token_count=_total(token_counts),
+        token_count=_sum_if_all_known(token_counts),
         bytes=sum(slice.size for slice in job.unit),
     )
 
 
 def _part_file(job: Job, name: str) -> AbstractContextManager[BinaryIO]:
     path = part_path(job.folder, job.number, name)
-    # Its own name: a worker that outlives a killed parent may still be writing the same part.
+    # With the process id: a worker that outlives a killed parent may still write the same part.
     return atomic_write(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
 
 
@@ -177,46 +147,18 @@ def _part_of(document: str | LongText, val_fraction: float | None) -> str:
     return "val" if fraction_of(document) < val_fraction else "train"
 
 
-def _total(counts: list[int | None]) -> int | None:
+def _sum_if_all_known(counts: list[int | None]) -> int | None:
     known = [count for count in counts if count is not None]
     return sum(known) if known and len(known) == len(counts) else None
 
 
-_worker: list[Any] = []  # a worker's tokenizer and progress, set once
-
-
-def start_worker(tokenizer_name: str, progress: Progress) -> None:
-    """Get a new process ready for `run_job`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker[:] = [load_tokenizer(tokenizer_name), progress]
-
-
-def run_job(job: Job) -> Record:
-    """`tokenize_unit` in a worker; an OSError becomes a UserError that names what happened."""
-    tokenizer, progress = _worker
-    try:
-        return tokenize_unit(job, tokenizer, progress)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or job.folder}: {error.strerror or error}; the same command goes on "
-            "once that is mended"
-        ) from None
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def iterate_tokens(path: Path, start: int, stop: int, step: int = 1 << 22) -> Iterator[np.ndarray]:
-    """Tokens [start, stop) of a part, 8 MB at a time; raises UserError if they are not there."""
+    """Tokens [start, stop) of a part, 8 MB at a time; raises UserError if it is truncated."""
     with path.open("rb") as file:
         file.seek(2 * start)
         for position in range(start, stop, step):
             wanted = min(step, stop - position)
             tokens = np.frombuffer(file.read(2 * wanted), "<u2")
             if len(tokens) != wanted:
-                raise UserError(f"{path}: was cut short; delete it, and the same command goes on")
+                raise UserError(f"{path}: is truncated; delete it and run the same command again")
             yield tokens

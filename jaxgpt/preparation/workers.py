@@ -1,32 +1,65 @@
-"""The parent's loop: work units out to processes, finished ones into shards, progress on screen."""
+"""Worker processes: the parent's loop, which hands out units and cuts shards, and a worker's part.
+
+Only the parent writes shards and journals. A killed worker costs its unit and nothing else.
+"""
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.inputs import Input, Unit
-from jaxgpt.preparation.journal import Plan
+from jaxgpt.preparation.journal import Record
+from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.progress import PreparationConsole
-from jaxgpt.preparation.tokenize import Job, Progress, Record, run_job, start_worker
+from jaxgpt.preparation.tokenize import Job, tokenize_unit
 
-# Units begun beyond the first unfinished one, for each worker: their tokens wait on disk.
+
+@dataclass
+class SharedProgress:
+    """Totals that the workers add to and the parent reads."""
+
+    documents: Any  # multiprocessing values
+    tokens: Any
+    bytes: Any
+
+    @classmethod
+    def zero(cls, context: Any) -> "SharedProgress":
+        """Totals at zero."""
+        return cls(*(context.Value("q", 0) for _ in range(3)))
+
+    def add(self, documents: int, tokens: int, size: int) -> None:
+        """Add a batch."""
+        for total, more in ((self.documents, documents), (self.tokens, tokens), (self.bytes, size)):
+            with total.get_lock():
+                total.value += more
+
+
+# Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
 AHEAD = 3
 
-Locate = Callable[[Input], Path | None]  # where an input can be read, None while it is on its way
+Locate = Callable[[Input], Path | None]  # where an input can be read, None while it is downloading
 
 
 @contextmanager
-def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are started afresh: a fork of a process that runs JAX can hang.
+def worker_pool(
+    workers: int, tokenizer: str, progress: SharedProgress
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of new processes: a fork of a process that runs JAX can hang.
 
-    On leaving, in whatever way, they are killed at what they do, which is no file yet.
+    On exit the workers are killed; the file that one is writing does not have its name yet.
     """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
@@ -45,10 +78,10 @@ def worker_pool(workers: int, tokenizer: str, progress: Progress) -> Iterator[Pr
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back; processes that are started in here never hear of it.
+    """Block SIGINT; processes that are started in here inherit that.
 
-    It reaches every process of a terminal, and the parent alone decides what becomes of it. A
-    worker that were to ignore it by itself could not while it still imports.
+    Ctrl-C reaches every process of a terminal, and only the parent must react to it. A worker
+    could not ignore it while it is still importing.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -66,49 +99,49 @@ def run_units(
     locate: Locate,
     release: Callable[[Input], object],
 ) -> None:
-    """Do the units that are still to be done and cut shards until none remains to be cut.
+    """Process the pending units and cut shards until all are written. Raises UserError.
 
-    `release` is told of each input that is not needed any more. Raises UserError.
+    `release` is called with each input that is no longer needed.
     """
     units = plan.units()
     context = multiprocessing.get_context("spawn")
-    progress = Progress.make(context)
-    assembler.cut()
+    progress = SharedProgress.zero(context)
+    assembler.write_complete_shards()
     pending = assembler.pending_units()
     if assembler.finished:
         return
-    uses = _uses(units, pending)
+    uses = _count_uses(units, pending)
     running: dict[Future[Record], int] = {}
     with worker_pool(min(workers, len(pending)), plan.settings.tokenizer, progress) as pool:
         while not assembler.finished:
-            begun = set(running.values())
-            pending = [k for k in assembler.pending_units() if k not in begun]
+            started = set(running.values())
+            pending = [k for k in assembler.pending_units() if k not in started]
             note = ""
-            while pending and len(running) <= workers and _near(pending[0], running, workers):
-                job = _job(pending[0], units, plan, work, locate)
+            while pending and len(running) <= workers and _is_near(pending[0], running, workers):
+                job = _locate_job(pending[0], units, plan, work, locate)
                 if job is None:
                     note = "waiting for a download"
                     break
                 with _without_ctrl_c():
                     running[pool.submit(run_job, job)] = pending.pop(0)
-            for future in _wait(running):
+            for future in _wait_for_some(running):
                 number = running.pop(future)
                 assembler.add(_result(future))
                 for item in _no_longer_used(units[number], uses):
                     release(item)
-            assembler.cut()
+            assembler.write_complete_shards()
             done = console.done_before + progress.bytes.value
             console.update(done, progress.tokens.value, progress.documents.value, note)
 
 
-def _near(number: int, running: dict[Future[Record], int], workers: int) -> bool:
-    """Whether a unit is close enough behind the first unfinished one."""
+def _is_near(number: int, running: dict[Future[Record], int], workers: int) -> bool:
+    """Whether a unit is close enough to the first unfinished one."""
     return number - min([*running.values(), number]) <= AHEAD * workers
 
 
-def _wait(running: dict[Future[Record], int]) -> set[Future[Record]]:
+def _wait_for_some(running: dict[Future[Record], int]) -> set[Future[Record]]:
     if not running:
-        time.sleep(0.1)  # nothing can be done until a download has arrived
+        time.sleep(0.1)  # until a download is complete
         return set()
     return wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done
 
@@ -119,13 +152,15 @@ def _result(future: Future[Record]) -> Record:
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, most likely because memory ran out; run the same command "
-            "again with fewer --workers: it goes on from here"
+            "again with fewer --workers to resume"
         ) from None
 
 
-def _job(number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate) -> Job | None:
-    """A unit with the places where its inputs can be read; None while one is on its way."""
-    paths = [locate(slice.input) for slice in units[number]]  # all, to have all fetched
+def _locate_job(
+    number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate
+) -> Job | None:
+    """A unit with the paths of its inputs, None while one is downloading."""
+    paths = [locate(slice.input) for slice in units[number]]  # of all, to start their downloads
     if None in paths:
         return None
     located = (s._replace(path=str(path)) for s, path in zip(units[number], paths, strict=True))
@@ -133,8 +168,8 @@ def _job(number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate)
     return Job(number, tuple(located), s.options, s.val_fraction, work / "parts")
 
 
-def _uses(units: list[Unit], pending: list[int]) -> dict[str, int]:
-    """How many of the units that are to be done read each input."""
+def _count_uses(units: list[Unit], pending: list[int]) -> dict[str, int]:
+    """How many of the pending units read each input."""
     uses: dict[str, int] = {}
     for number in pending:
         for path in {slice.input.path for slice in units[number]}:
@@ -147,3 +182,31 @@ def _no_longer_used(unit: Unit, uses: dict[str, int]) -> list[Input]:
     for path in inputs:
         uses[path] -= 1
     return [item for path, item in inputs.items() if uses[path] == 0]
+
+
+_worker: list[Any] = []  # in a worker: its tokenizer and progress
+
+
+def start_worker(tokenizer_name: str, progress: SharedProgress) -> None:
+    """Initialize a new process for `run_job`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker[:] = [load_tokenizer(tokenizer_name), progress]
+
+
+def run_job(job: Job) -> Record:
+    """`tokenize_unit` in a worker; an OSError becomes a UserError."""
+    tokenizer, progress = _worker
+    try:
+        return tokenize_unit(job, tokenizer, progress.add)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or job.folder}: {error.strerror or error}; fix that and run the same "
+            "command again"
+        ) from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

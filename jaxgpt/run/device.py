@@ -17,13 +17,13 @@ MEMORY_SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
 )
-# No atomics, and no autotuning, whose choice among kernels differs from run to run.
+# No atomics, and no autotuning: it may choose other kernels in each run.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
 def prepare_environment(cfg: Config) -> None:
-    """Set what JAX reads at its start; call before JAX is imported. The user's settings win.
+    """Set what JAX reads when it starts; call before JAX is imported. The user's settings win.
 
     Raises:
         ConfigError: if the run needs a GPU and no GPU version of JAX is installed.
@@ -36,9 +36,9 @@ def prepare_environment(cfg: Config) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
-    # The order of nvidia-smi, which the preset was chosen by; CUDA's own is by speed.
+    # nvidia-smi's order, by which the preset was chosen; CUDA's own is by speed.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    # XLA warns of every step that fills four fifths of the card, which is what they are made for.
+    # XLA warns of every step that fills four fifths of the card, which presets are meant to do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(name in os.environ for name in MEMORY_SETTINGS):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL_SHARE)
@@ -48,7 +48,7 @@ def import_jax() -> Any:
     """The `jax` module.
 
     Raises:
-        UserError: if what is installed does not fit together, with the versions found.
+        UserError: if the installed versions do not work together; the message lists them.
     """
     try:
         import jax
@@ -57,7 +57,7 @@ def import_jax() -> Any:
         found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))
         raise UserError(
             f"JAX cannot be imported ({first_line(error)}); this is Python "
-            f"{platform.python_version()} with {found or 'no JAX'}. Install versions that fit: "
+            f"{platform.python_version()} with {found or 'no JAX'}. Install versions that match: "
             "pip install -U -e '.[cuda]', or pip install -U -e . without a GPU"
         ) from None
     return jax
@@ -88,14 +88,14 @@ def choose_devices(cfg: Config) -> Any:
 
 
 def memory_in_use(device: Any) -> dict[str, float]:
-    """Peak and limit of the device's memory in bytes; empty where the device does not tell."""
+    """Peak and limit of the device's memory in bytes; empty if the device does not report them."""
     stats = device.memory_stats() or {}
     names = {"peak_bytes_in_use": "memory/peak_bytes", "bytes_limit": "memory/limit_bytes"}
     return {name: float(stats[key]) for key, name in names.items() if key in stats}
 
 
 def versions() -> dict[str, str]:
-    """Python and what is installed of the packages that a step's speed depends on."""
+    """Versions of Python and of the installed packages that a step's speed depends on."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
     names = (*packages, *(name.replace("_", "-") for name in PLUGINS))
     found = {name: has for name in names if (has := _installed(name))}
@@ -121,6 +121,6 @@ def _no_gpu(cfg: Config, reason: str) -> str:
         f"{who}, but {reason}.\n"
         "  With an NVIDIA card:  pip install -e '.[cuda]'    ('.[cuda12]' for drivers before 580); "
         "nvidia-smi must list the card\n"
-        "  Without one:          add --device cpu to train it on the CPU all the same (days become "
+        "  Without one:          add --device cpu to train it on the CPU (days become "
         "months), or try --preset demo"
     )

@@ -50,9 +50,9 @@ def changes(resolved: Resolved, saved: Resolved) -> list[str]:
 
 
 def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
-    """The configuration of the run in `out_dir`, None where no run has got to a checkpoint yet.
+    """The configuration of the run in `out_dir`, None if it has no checkpoint yet.
 
-    A run whose config.json is gone is known by its newest checkpoint.
+    Without config.json it comes from the newest checkpoint.
 
     Raises:
         ConfigError: if `out_dir` cannot be a run's folder, its configuration cannot be read, or
@@ -74,7 +74,7 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         return load_config(path)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\nDelete {path}: the run goes on with the configuration in its newest "
+            f"{error}\nDelete {path}: the run then resumes with the configuration in its newest "
             "checkpoint, and the file is written again. Or start anew with another --out-dir."
         ) from None
 
@@ -82,12 +82,12 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
 def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
     if mode == "never" and steps:
         raise ConfigError(
-            f"{out_dir} has a run, of which step {steps[-1]:,} is saved, and --resume never starts "
-            "one anew; choose another --out-dir, or go on with --resume auto"
+            f"{out_dir} has a run, saved at step {steps[-1]:,}, and --resume never does not resume "
+            "it; choose another --out-dir, or use --resume auto"
         )
     if mode == "must" and not steps:
         raise ConfigError(
-            f"{out_dir} has no finished checkpoint, and --resume must goes on from one; check "
+            f"{out_dir} has no finished checkpoint, and --resume must needs one; check "
             "--out-dir, or start with --resume auto"
         )
 
@@ -97,7 +97,7 @@ def _config_of_newest(folder: Path, steps: list[int]) -> Resolved | None:
         try:
             values = read_manifest(folder / str(step)).config
         except DamagedError:
-            continue  # whoever goes on from it is told
+            continue  # reported when the run is resumed from it
         return resolved_from(values, str(folder / str(step)))
     return None
 
@@ -126,12 +126,12 @@ def save_config(resolved: Resolved) -> None:
 
 def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> None:
     """Raises ConfigError if the data is no longer what the run was trained on."""
-    # A checkpoint of an older jaxgpt says less of its data.
+    # A checkpoint of an older jaxgpt has fewer entries.
     changed = [name for name in found if name in saved and saved[name] != found[name]]
     if changed:
         was = ", ".join(f"{name} {saved.get(name)} -> {found[name]}" for name in changed)
         raise ConfigError(
-            f"the data is not what the run in {out_dir} was trained on ({was}); give it back its "
+            f"the data is not what the run in {out_dir} was trained on ({was}); name its "
             "data with --data-dir, or start a new run with another --out-dir"
         )
 

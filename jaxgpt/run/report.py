@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start, at each step, and at its end."""
+"""What a run prints and logs: at its start, at each step, and at its end."""
 
 import math
 import shlex
@@ -31,7 +31,7 @@ LOGGED_AS = {
 
 
 class Reporter:
-    """Takes each step's metrics to the bar and to the log."""
+    """Shows each step's metrics on the console and writes them to the log."""
 
     def __init__(
         self, cfg: Resolved, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
@@ -46,7 +46,7 @@ class Reporter:
         self._model = cfg.model
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Wait for the metrics of `step`, show them, and return what belongs into the log.
+        """Wait for the metrics of `step`, show them, and return what is to be logged.
 
         Raises:
             DivergedError: if too many steps in a row were skipped.
@@ -79,7 +79,7 @@ class Reporter:
         return values
 
     def leave_out_pause(self, evaluated: bool) -> None:
-        """Do not count the time since the last `read`, an evaluation's or a save's, as a step's."""
+        """Leave the time since the last `read`, an evaluation's or a save's, out of the speed."""
         self._pace.leave_out_pause(evaluated)
 
     def evaluated(
@@ -111,7 +111,7 @@ class Reporter:
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     val_loss: float = math.nan
     sample: str = ""
@@ -173,7 +173,7 @@ def _mesh_prefix(cfg: Resolved) -> str:
 
 
 def print_changes(changes: Sequence[str]) -> None:
-    """Say which settings a run that goes on has been given anew."""
+    """Print which settings a resumed run has been given new values for."""
     if changes:
         print(f"Changed since the run was saved: {', '.join(changes)}")
 
@@ -192,11 +192,11 @@ def print_finished(
 def print_finished_before(
     cfg: Config, prog: str, argv: Sequence[str], step: int, best: tuple[int, float] | None
 ) -> None:
-    """Print the result of a run that has nothing left to do, and how to go on or start anew."""
+    """Print the result of a run that is finished already, and how to continue it or start anew."""
     assert cfg.out_dir is not None
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
-    if records and records[-1]["step"] != step:  # it was stopped there, not evaluated
+    if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
     best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
     print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
@@ -209,12 +209,13 @@ def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> st
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
     commands = {
-        f"{prog} {longer}": "train on (--lr-decay-iters moves the end of the decay too)",
+        f"{prog} {longer}": "train longer (--lr-decay-iters moves the end of the decay too)",
         f"{prog} {anew}": "start anew",
         f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
         "(pip install tensorboard)",
-        f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": "have "
-        "it go on with what you type; jaxgpt.evaluate measures it, jaxgpt.export hands it on",
+        f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": (
+            "sample from it; jaxgpt.evaluate measures it, jaxgpt.export writes it for transformers"
+        ),
     }
     if cfg.vram_gb is None:
         commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"

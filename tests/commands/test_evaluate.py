@@ -228,7 +228,7 @@ def test_text_of_another_tokenizer_is_refused(mistake, tiny_run, tmp_path) -> No
     flags = ["--out", str(tmp_path / "data"), "--val-fraction", "0.5", "--tokenizer", "gpt2"]
     assert prepare.main([str(tmp_path / "text.txt"), "--sample-by", "line", *flags]) == 0
     answer = mistake("--out-dir", tiny_run, "--data-dir", tmp_path / "data")
-    assert "was made with tokenizer 'gpt2', and the model's is 'byte'" in answer
+    assert "was made with tokenizer 'gpt2', but the model's is 'byte'" in answer
 
 
 def test_perplexity_overflows_to_infinity() -> None:

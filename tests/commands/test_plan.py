@@ -183,7 +183,7 @@ def test_a_compiler_that_does_not_start_leaves_the_estimate(shown, monkeypatch) 
 def test_hours_need_a_card_of_known_speed(refused) -> None:
     assert "no speed is published" in refused("--gpu", "t4", "--hours", "10")
     assert "hours -1 must be finite and above 0" in refused("--gpu", "4090", "--hours=-1")
-    assert "no time for one step" in refused("--gpu", "4090", "--hours=0.00001")
+    assert "too short for one step" in refused("--gpu", "4090", "--hours=0.00001")
 
 
 def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:

@@ -28,14 +28,14 @@ def test_two_commands_go_from_parquet_files_to_a_trained_model(
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
 
 
-def test_the_number_of_workers_changes_no_byte(
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
     fineweb_like: Path, prepared: Path, tmp_path: Path
 ) -> None:
     assert prepare(fineweb_like, "--out", tmp_path / "out", *SMALL, "--workers", "3") == 0
     assert contents(tmp_path / "out") == contents(prepared)
 
 
-def test_the_size_of_the_units_changes_no_byte(
+def test_the_bytes_do_not_depend_on_the_size_of_the_units(
     fineweb_like: Path, prepared: Path, tmp_path: Path
 ) -> None:
     flags = ("--shard-tokens", "30K", "--unit-bytes", "1M")
@@ -43,7 +43,7 @@ def test_the_size_of_the_units_changes_no_byte(
     assert contents(tmp_path / "out") == contents(prepared)
 
 
-def test_every_document_is_there_once_with_the_end_of_text_token_before_it(
+def test_every_document_occurs_once_after_an_end_of_text_token(
     fineweb_like: Path, prepared: Path
 ) -> None:
     import pyarrow.parquet as pq
@@ -64,14 +64,15 @@ def test_every_document_is_there_once_with_the_end_of_text_token_before_it(
 def test_tokens_minus_documents_are_the_source_s_own_count(prepared: Path) -> None:
     manifest = load_manifest(prepared)
     assert manifest is not None
-    count = manifest["token_count"]
-    assert count["equal"]
-    tokens = sum(split["tokens"] for split in manifest["splits"].values())
-    documents = sum(split["documents"] for split in manifest["splits"].values())
-    assert count["source_says"] == count["tokens_minus_documents"] == tokens - documents > 100_000
+    count = manifest.token_count
+    assert count is not None
+    assert count.equal
+    tokens = sum(totals.tokens for _, totals in manifest.splits.items())
+    documents = sum(totals.documents for _, totals in manifest.splits.items())
+    assert count.source_says == count.tokens_minus_documents == tokens - documents > 100_000
 
 
-def test_a_wrong_count_in_the_source_is_told(
+def test_a_wrong_count_in_the_source_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow as pa
@@ -89,7 +90,7 @@ def test_a_wrong_count_in_the_source_is_told(
 # Limits, added data, validation
 
 
-def test_a_limit_stops_and_a_larger_one_goes_on_where_it_stopped(
+def test_a_larger_limit_continues_where_a_smaller_one_stopped(
     fineweb_like: Path, tmp_path: Path
 ) -> None:
     flags = (fineweb_like, *SMALL, "--val-tokens", "20K", "--workers", "2")
@@ -108,9 +109,7 @@ def test_a_limit_stops_and_a_larger_one_goes_on_where_it_stopped(
         np.testing.assert_array_equal(stream(out, split), stream(tmp_path / "all", split))
 
 
-def test_a_limited_run_does_not_depend_on_the_workers_either(
-    fineweb_like: Path, tmp_path: Path
-) -> None:
+def test_a_limited_run_does_not_depend_on_the_workers(fineweb_like: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
         out = tmp_path / str(workers) / "out"
         flags = ("--limit-tokens", "70K", "--workers", workers)
@@ -118,7 +117,7 @@ def test_a_limited_run_does_not_depend_on_the_workers_either(
     assert contents(tmp_path / "1" / "out") == contents(tmp_path / "3" / "out")
 
 
-def test_the_first_tokens_are_validation_where_they_are_asked_for(
+def test_val_tokens_makes_the_first_tokens_validation(
     fineweb_like: Path, prepared: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "fineweb"
@@ -137,9 +136,7 @@ def test_the_first_tokens_are_validation_where_they_are_asked_for(
     np.testing.assert_array_equal(val[: len(expected)], expected)
 
 
-def test_adding_files_leaves_finished_shards_and_the_validation_documents(
-    texts: Path, tmp_path: Path
-) -> None:
+def test_adding_files_changes_no_finished_shard(texts: Path, tmp_path: Path) -> None:
     out, flags = tmp_path / "out", ("--val-fraction", "0.3", "--shard-tokens", "200")
     later = [texts / "00.txt", texts / "39.txt"]
     first = [path for path in sorted(texts.iterdir()) if path not in later]
@@ -154,9 +151,7 @@ def test_adding_files_leaves_finished_shards_and_the_validation_documents(
     assert tokens == sum(len(stream(tmp_path / "all", split)) for split in ("train", "val"))
 
 
-def test_a_document_goes_to_the_same_split_whatever_is_around_it(
-    texts: Path, tmp_path: Path
-) -> None:
+def test_the_split_of_a_document_depends_on_its_text_only(texts: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("gpt2")
 
     def validation(out: Path) -> set[str]:
@@ -172,7 +167,7 @@ def test_a_document_goes_to_the_same_split_whatever_is_around_it(
     assert validation(tmp_path / "some")
 
 
-def test_a_document_longer_than_a_shard_is_split_and_not_lost(tmp_path: Path) -> None:
+def test_a_document_longer_than_a_shard_is_split(tmp_path: Path) -> None:
     text = "".join(f"word{number} " for number in range(20_000))
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
     flags = ("--val-tokens", "100", "--shard-tokens", "1K")
@@ -182,7 +177,7 @@ def test_a_document_longer_than_a_shard_is_split_and_not_lost(tmp_path: Path) ->
     assert len(list((tmp_path / "out").glob("*.bin"))) > 50
 
 
-def test_bytes_as_tokens_are_trained_on_with_the_tokenizer_that_made_them(
+def test_the_train_command_names_the_byte_tokenizer(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What training and --inspect make of a manifest, of its absence, and of shards that changed."""
+"""Training and --inspect with a manifest, without one, and with changed shards."""
 
 import json
 import shutil
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from jaxgpt import train
 from jaxgpt.data.manifest import check_manifest, fingerprint, load_manifest
-from jaxgpt.data.token_file import DataError, write_shard
+from jaxgpt.data.token_file import PREPARE, DataError, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.prepare import main
 
@@ -73,15 +74,15 @@ def age_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (remove, "was written and is missing"),
+        (remove, "is missing"),
         (cut, "were written"),
         (add, "is not in manifest.json"),
-        (damage_manifest, "cannot be read"),
-        (strip_manifest, "is no manifest of jaxgpt's"),
-        (age_manifest, "is of version 99"),
+        (damage_manifest, "JSON"),
+        (strip_manifest, "Object missing required field `source`"),
+        (age_manifest, "has version 99"),
     ],
 )
-def test_training_refuses_a_folder_that_is_not_what_was_written(
+def test_training_refuses_a_changed_folder(
     folder: Path, fault: Callable[[Path], None], said: str
 ) -> None:
     assert check_manifest(folder, BYTE)
@@ -92,11 +93,11 @@ def test_training_refuses_a_folder_that_is_not_what_was_written(
 
 
 def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="made with tokenizer 'byte', and the model's is 'gpt2'"):
+    with pytest.raises(DataError, match="made with tokenizer 'byte', but the model's is 'gpt2'"):
         check_manifest(folder, load_tokenizer("gpt2"))
 
 
-def test_an_unfinished_folder_is_not_trained_on(folder: Path) -> None:
+def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="is not finished; run its"):
         check_manifest(folder, BYTE)
@@ -111,10 +112,37 @@ def test_the_fingerprint_is_of_the_contents(folder: Path) -> None:
     manifest = load_manifest(folder)
     assert manifest is not None
     before = fingerprint(manifest)
-    manifest["source"]["files"] = []
-    assert fingerprint(manifest) == before
-    manifest["shards"][0]["sha256"] = "0" * 64
-    assert fingerprint(manifest) != before
+    assert fingerprint(replace(manifest, source={})) == before
+    other = replace(manifest.shards[0], sha256="0" * 64)
+    assert fingerprint(replace(manifest, shards=[other, *manifest.shards[1:]])) != before
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ('"out_train_000001.bin"', '"../x.bin"', "shards[0]: Expected the name of a .bin file"),
+        ('"out_train_000001.bin"', '"/etc/x.bin"', "shards[0]: Expected the name of a .bin file"),
+        ('"out_train_000001.bin"', '".."', "shards[0]: Expected the name of a .bin file"),
+        ('"out_train_000001.bin"', "7", "shards[0].file: Expected `str`, got `int`"),
+        ('"split": "val"', '"split": "dev"', ".split: Invalid enum value 'dev'"),
+        ('"n_vocab": 257', '"n_vocab": -1', "tokenizer.n_vocab: Expected `int` >= 0"),
+        ('"fraction": 0.3', '"fraction": "x"', "validation.fraction: Expected `float | null`"),
+        ('"train": {', '"trein": {', "splits: Object missing required field `train`"),
+        ('"source": {', '"source": 5, "x": {', "source: Expected `object`, got `int`"),
+    ],
+)
+def test_a_wrong_type_is_reported_with_the_key_and_what_was_expected(
+    folder: Path, was: str, now: str, said: str
+) -> None:
+    path = folder / "manifest.json"
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, now))
+    with pytest.raises(DataError) as caught:
+        check_manifest(folder, BYTE)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+    assert message.endswith(f"; copy {folder} again, or delete it and make it with {PREPARE}")
 
 
 # A run and its data
@@ -132,7 +160,7 @@ def without_a_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
-def test_a_run_goes_on_with_its_data_and_refuses_other_data_of_the_same_size(
+def test_a_run_resumes_with_its_data_and_refuses_other_data_of_the_same_size(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], with_manifest: bool
 ) -> None:
     if not with_manifest:
@@ -162,7 +190,7 @@ def test_a_run_goes_on_with_its_data_and_refuses_other_data_of_the_same_size(
         ("x/mine", "24gb", "YOUR_TEXT --out x/mine,"),
     ],
 )
-def test_missing_data_is_answered_with_the_command_that_makes_it(
+def test_for_missing_data_the_message_has_the_command_that_makes_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -180,7 +208,7 @@ def test_missing_data_is_answered_with_the_command_that_makes_it(
 # --inspect
 
 
-def test_inspect_shows_what_is_there_and_finds_it_sound(
+def test_inspect_shows_the_contents_of_an_intact_folder(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--inspect", str(folder)]) == 0
@@ -188,21 +216,34 @@ def test_inspect_shows_what_is_there_and_finds_it_sound(
     manifest = load_manifest(folder)
     assert manifest is not None
     for split in ("train", "val"):
-        assert f"{manifest['splits'][split]['tokens']:,} tokens" in said
+        assert f"{getattr(manifest.splits, split).tokens:,} tokens" in said
     assert "<|endoftext|>line" in said
-    assert "sound: headers, sizes, checksums, ids checked" in said
+    assert "intact: headers, sizes, checksums, ids checked" in said
+
+
+def test_inspect_prints_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[INST] one [/INST] [red]two[/] :smile: [link=x]"
+    folder = tmp_path / "data [/x] :cat:"
+    folder.mkdir(parents=True)
+    tokens = np.array([BYTE.eot, *BYTE.encode(text)])
+    for split in ("val", "train"):
+        write_shard(folder / f"{split}_0.bin", tokens)
+    assert main(["--inspect", str(folder), "--tokenizer=byte"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"train begins <|endoftext|>{text}" in said
+    assert said.startswith(str(folder))
 
 
 @pytest.mark.parametrize("fault", [flip_a_bit, remove, cut, add])
-def test_inspect_finds_every_fault(
+def test_inspect_finds_every_error(
     folder: Path, capsys: pytest.CaptureFixture[str], fault: Callable[[Path], None]
 ) -> None:
     fault(folder)
     assert main(["--inspect", str(folder)]) == 2
-    assert "FAULT" in capsys.readouterr().out
+    assert "ERROR" in capsys.readouterr().out
 
 
-def test_inspect_reads_what_others_have_made(
+def test_inspect_reads_shards_without_a_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = load_tokenizer("gpt2")

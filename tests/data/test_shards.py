@@ -1,4 +1,4 @@
-"""Token files: what is read, what is refused and in which words, and what is written."""
+"""Token files: reading, refusing with a message, writing."""
 
 import os
 import pickle
@@ -128,7 +128,7 @@ def test_a_few_headerless_tokens_are_no_evidence_of_uint32(tmp_path: Path) -> No
 # What is refused, and how the message helps
 
 
-def test_a_missing_folder_is_named_with_its_neighbours_and_remedies(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named_with_its_neighbors_and_remedies(tmp_path: Path) -> None:
     (tmp_path / "fineweb10B").mkdir()
     message = refusal(tmp_path / "fineweb")
     for part in (str(tmp_path / "fineweb"), "no such folder", "fineweb10B/", *REMEDIES):
@@ -136,7 +136,7 @@ def test_a_missing_folder_is_named_with_its_neighbours_and_remedies(tmp_path: Pa
     assert "does not exist either" in refusal(tmp_path / "no" / "where")
 
 
-def test_a_folder_without_the_split_says_what_it_looked_for_and_what_lies_there(
+def test_a_folder_without_the_split_is_refused_with_its_contents(
     tmp_path: Path,
 ) -> None:
     write_shard(tmp_path / "fineweb_train_000001.bin", random_tokens(10))
@@ -170,7 +170,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ((55432, 1, 4), "starts with 55432, which is no token shard; expected 20240520"),
+        ((55432, 1, 4), "starts with 55432, which is not a token shard; expected 20240520"),
         ((20240801, 7, 4), "llama-3 shard (uint32 tokens); expected 20240520"),
         ((20240522, 1, 4), "HellaSwag"),
         ((20240520, 7, 4), "version 7, expected 1"),
@@ -186,7 +186,7 @@ def test_a_wrong_magic_or_version_is_refused(
         assert part in message
 
 
-def test_a_llama_3_shard_is_recognised_under_the_headerless_name(tmp_path: Path) -> None:
+def test_a_llama_3_shard_is_recognized_under_the_headerless_name(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(header(20240801, 7, 4) + bytes(16))
     assert "llama-3" in refusal(tmp_path)
 
@@ -195,14 +195,14 @@ def test_headerless_tokens_are_refused_under_any_other_name(tmp_path: Path) -> N
     random_tokens(1000).tofile(tmp_path / "fineweb_train_000001.bin")
     message = refusal(tmp_path)
     assert "expected 20240520" in message
-    assert "headerless tokens must be called train.bin or val.bin" in message
+    assert "files without a header must be named train.bin or val.bin" in message
 
 
 @pytest.mark.parametrize(
     ("size", "state"), [(16, "truncated"), (3022, "truncated"), (3025, "too long")]
 )
 @pytest.mark.parametrize("name", ["fineweb_train_000003.bin", "train.bin"])
-def test_a_file_of_another_size_than_its_header_promises_is_refused(
+def test_a_size_that_does_not_match_the_header_is_refused(
     tmp_path: Path, size: int, state: str, name: str
 ) -> None:
     for number in (1, 2):
@@ -223,10 +223,10 @@ def test_a_file_of_another_size_than_its_header_promises_is_refused(
 def test_a_header_without_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fineweb_val_000000.bin").write_bytes(header(20240520, 1, 0))
     message = refusal(tmp_path, "val")
-    assert "fineweb_val_000000.bin: holds a header and no tokens; remove it" in message
+    assert "fineweb_val_000000.bin: has a header but no tokens; delete it" in message
 
 
-def test_many_faults_are_reported_at_once_but_not_at_any_length(tmp_path: Path) -> None:
+def test_the_first_few_of_many_errors_are_reported_at_once(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"fineweb_train_{number:06d}.bin").touch()
     message = refusal(tmp_path)
@@ -250,7 +250,7 @@ def test_an_odd_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int64])
 @pytest.mark.parametrize("largest", [N_VOCAB, 128_256])
-def test_wider_integers_are_recognised(tmp_path: Path, dtype: type, largest: int) -> None:
+def test_wider_integers_are_recognized(tmp_path: Path, dtype: type, largest: int) -> None:
     tokens = np.random.default_rng(0).integers(0, largest, 1000)
     tokens.astype(dtype).tofile(tmp_path / "train.bin")
     message = refusal(tmp_path, n_vocab=2**16)
@@ -290,7 +290,7 @@ def test_large_data_is_sampled_in_every_file(
         assert f"train_{place // 2000}.bin: token {place % 2000:,} is id" in refusal(tmp_path)
 
 
-def test_a_file_shorter_than_a_sample_is_no_trouble(
+def test_a_file_may_be_shorter_than_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SCANNED_TOKENS", 1000)
@@ -305,8 +305,8 @@ def test_a_file_shorter_than_a_sample_is_no_trouble(
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (np.array([1, 65541]), "token id 65541 does not fit uint16"),
-        (np.array([1, -1]), "token id -1 does not fit uint16"),
+        (np.array([1, 65541]), "token id 65541 does not fit into uint16"),
+        (np.array([1, -1]), "token id -1 does not fit into uint16"),
         (np.array([1.0, 2.0]), "must be 1-D integers, not 1-D float64"),
         (np.array([[1, 2]]), "must be 1-D integers, not 2-D int64"),
     ],

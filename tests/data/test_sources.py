@@ -39,7 +39,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def check_data_files(root: Path) -> subprocess.CompletedProcess[str]:
-    """What `build_embedded_data.py --check` says of the package in `root`."""
+    """The output of `build_embedded_data.py --check` for the package in `root`."""
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/build_embedded_data.py"), "--check"],
         cwd=root,
@@ -49,19 +49,19 @@ def check_data_files(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_data_files_have_the_hashes_that_the_build_script_demands() -> None:
+def test_the_data_files_have_the_hashes_of_the_build_script() -> None:
     done = check_data_files(ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("have the expected SHA-256") == 2
 
 
-def test_the_build_script_finds_a_damaged_data_file(tmp_path: Path) -> None:
+def test_the_build_script_finds_a_corrupt_data_file(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "jaxgpt", tmp_path / "jaxgpt")
     text = tmp_path / "jaxgpt/data/embedded/austen.txt.xz"
     text.write_bytes(lzma.compress(b"It was a dark and stormy night"))
     done = check_data_files(tmp_path)
     assert done.returncode == 1
-    assert re.fullmatch(r"build_embedded_data\.py: .*austen\.txt\.xz is damaged.*\n", done.stderr)
+    assert re.fullmatch(r"build_embedded_data\.py: .*austen\.txt\.xz is corrupt.*\n", done.stderr)
 
 
 def test_the_embedded_data_stays_below_one_megabyte() -> None:
@@ -69,10 +69,10 @@ def test_the_embedded_data_stays_below_one_megabyte() -> None:
     assert sum(path.stat().st_size for path in folder.glob("*.xz")) < 1_000_000
 
 
-def test_damaged_text_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_corrupt_text_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "austen.txt.xz").write_bytes(lzma.compress(b"It was a dark and stormy night"))
     monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match=r"austen\.txt\.xz is damaged .*reinstall jaxgpt"):
+    with pytest.raises(UserError, match=r"austen\.txt\.xz is corrupt .*reinstall jaxgpt"):
         load_embedded_documents()
 
 
@@ -95,7 +95,7 @@ def test_the_text_is_clean_prose(documents: list[str]) -> None:
     assert not re.search(r"(?i)gutenberg|\be-?text\b|copyright|signet|https?:", text)
 
 
-def test_the_split_is_by_whole_chapters_that_no_two_share(documents: list[str]) -> None:
+def test_no_chapter_is_in_both_splits(documents: list[str]) -> None:
     splits = split_documents(documents)
     assert not set(splits["train"]) & set(splits["val"])
     assert sorted(splits["train"] + splits["val"]) == sorted(documents)
@@ -112,7 +112,7 @@ def test_a_tenth_of_every_novel_is_for_validation(documents: list[str]) -> None:
         start += count
 
 
-def test_end_of_text_stands_before_each_document(tokenizer: Tokenizer) -> None:
+def test_end_of_text_is_before_each_document(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode_documents(["one", "two two"])
     assert tokens.dtype == np.uint16
     assert tokens[0] == tokenizer.eot

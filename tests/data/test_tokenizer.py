@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiktoken
 
+from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.data import embedded
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 
 WORLD = "naïve 東京  \n\n\t🙂👩‍👩‍👧 'tis 1,234 ----shire"
@@ -83,22 +84,22 @@ def test_bytes_that_are_not_utf8_decode_to_replacement_characters(byte: Tokenize
     assert byte.decode([0x41, 0xC3, 0x42]) == "A\ufffdB"
 
 
-def test_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
+def test_a_lone_surrogate_is_replaced(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
 @pytest.mark.parametrize("foreign", [-1, 50257, 70000])
-def test_decoding_an_id_it_does_not_have_names_the_id(gpt2: Tokenizer, foreign: int) -> None:
-    with pytest.raises(UserError, match=rf"id {foreign} is none of the 50,257 ids.*'gpt2'"):
+def test_decoding_an_unknown_id_names_the_id(gpt2: Tokenizer, foreign: int) -> None:
+    with pytest.raises(UserError, match=rf"id {foreign} is not one of the 50,257 ids.*'gpt2'"):
         gpt2.decode([464, foreign])
 
 
 def test_padding_ids_do_not_decode(byte: Tokenizer) -> None:
-    with pytest.raises(UserError, match="id 257 is none of the 257 ids"):
+    with pytest.raises(UserError, match="id 257 is not one of the 257 ids"):
         byte.decode(np.array([257], np.uint16))
 
 
-def test_vocabularies_are_told_apart_by_their_hash(gpt2: Tokenizer, byte: Tokenizer) -> None:
+def test_vocabularies_differ_in_their_hash(gpt2: Tokenizer, byte: Tokenizer) -> None:
     # Token files name their vocabulary by these: a change here makes every one of them unusable.
     assert gpt2.sha256 == "5303f86568dd8276983271f2b8effed091883acfd8b4f4ccc2cebc1d393c6caa"
     assert byte.sha256 == "4da5e97dc4a8c38208b711e588c6fd30644d06f45fffcff8d99b9726c2d4023d"
@@ -115,12 +116,12 @@ def test_a_tokenizer_can_be_sent_to_another_process(tokenizer: Tokenizer) -> Non
     [b"", b"not xz", lzma.compress(b"#version: 0.2\nG o\n")],
     ids=["empty", "not xz", "other contents"],
 )
-def test_a_damaged_vocabulary_is_refused(
+def test_a_corrupt_vocabulary_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: bytes
 ) -> None:
     (tmp_path / "vocab.bpe.xz").write_bytes(contents)
     monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is damaged .*reinstall jaxgpt"):
+    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is corrupt .*reinstall jaxgpt"):
         load_tokenizer("gpt2")
 
 
@@ -128,7 +129,7 @@ def test_a_truncated_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     whole = (embedded.files("jaxgpt.data.embedded") / "vocab.bpe.xz").read_bytes()
     (tmp_path / "vocab.bpe.xz").write_bytes(whole[:100_000])
     monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is damaged .*reinstall jaxgpt"):
+    with pytest.raises(UserError, match=r"vocab\.bpe\.xz is corrupt .*reinstall jaxgpt"):
         load_tokenizer("gpt2")
 
 
@@ -146,17 +147,17 @@ def test_tiktoken_is_never_asked_for_gpt2(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(("typo", "hint"), [("gpt-2", "gpt2"), ("bytes", "byte")])
-def test_a_mistyped_name_gets_the_nearest_right_one(typo: str, hint: str) -> None:
+def test_for_a_mistyped_name_the_nearest_one_is_suggested(typo: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"unknown tokenizer '{typo}'; did you mean {hint}"):
         load_tokenizer(typo)
 
 
-def test_a_name_near_nothing_gets_all_names() -> None:
+def test_for_an_unknown_name_all_names_are_listed() -> None:
     with pytest.raises(UserError, match="there are byte, gpt2, p50k_base"):
         load_tokenizer("???")
 
 
-def test_without_a_network_the_message_says_which_file_would_do(
+def test_without_a_network_the_message_names_the_missing_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -176,7 +177,7 @@ def test_a_cache_that_cannot_be_read_is_named(
         load_tokenizer("r50k_base")
 
 
-def test_another_name_is_taken_from_tiktoken(
+def test_other_names_are_loaded_by_tiktoken(
     monkeypatch: pytest.MonkeyPatch, gpt2: Tokenizer
 ) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", {"r50k_base": gpt2.bpe}.__getitem__)
@@ -189,7 +190,7 @@ def test_a_vocabulary_too_large_for_uint16_is_refused_before_it_is_downloaded() 
         load_tokenizer("cl100k_base")
 
 
-def test_a_vocabulary_that_proves_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_that_turns_out_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     large = tiktoken.Encoding(
         "large",
         pat_str=".",
@@ -217,7 +218,7 @@ def test_importing_the_module_loads_neither_jax_nor_tiktoken() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_documents_together_have_the_tokens_of_each_with_the_end_of_text_before_it(
+def test_documents_are_encoded_each_after_an_end_of_text(
     name: str,
 ) -> None:
     tokenizer = load_tokenizer(name)
@@ -225,3 +226,17 @@ def test_documents_together_have_the_tokens_of_each_with_the_end_of_text_before_
     for texts in (plain, [*plain, "a <|endoftext|> b"], ["half \ud800 a pair", *plain], ["x"]):
         expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
         assert tokenizer.encode_documents(texts).tolist() == expected
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "\t", "\u3000"])
+@pytest.mark.parametrize("after", ["x", " x", "\nx", "'s", "\x1c"])
+def test_a_million_spaces_are_encoded_as_fewer_are(
+    gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch, character: str, after: str
+) -> None:
+    long = f"Some words {character * 1_020_000}{after} and {character * 1_500_000}"
+    assert gpt2.decode(gpt2.encode(long)) == long
+    short = f"Some words {character * 400}{after} and {character * 90}, more"
+    expected = gpt2.encode(short)
+    for size in (2, 7, 100):
+        monkeypatch.setattr("jaxgpt.data.tokenizer.SPACE_PROBES", size)
+        np.testing.assert_array_equal(gpt2.encode(short), expected)

@@ -16,7 +16,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_a_tokenizer_is_recognized_in_the_files_written_of_it(tmp_path: Path, name: str) -> None:
+def test_a_tokenizer_is_recognized_in_its_written_files(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path, load_tokenizer(name), 64)
     assert recognize_tokenizer(tmp_path, 12345) == name
     (tmp_path / "vocab.json").unlink()  # tokenizer.json has it too
@@ -33,7 +33,7 @@ def test_gpt2s_files_are_openais(tmp_path: Path) -> None:
     assert (len(merges), merges[1]) == (50_001, "Ġ t")
 
 
-def test_without_files_the_number_of_ids_tells(tmp_path: Path) -> None:
+def test_without_files_the_number_of_ids_decides(tmp_path: Path) -> None:
     assert [recognize_tokenizer(tmp_path, n) for n in (50_257, 50_304, 257, 65)] == [
         *("gpt2", "gpt2", "byte", None)
     ]
@@ -55,7 +55,7 @@ def test_a_changed_vocabulary_is_not_recognized(tmp_path: Path) -> None:
         ("vocab.json", '["a"]'),
     ],
 )
-def test_the_number_of_ids_does_not_speak_for_files_of_another_kind(
+def test_the_number_of_ids_is_ignored_for_files_of_another_kind(
     tmp_path: Path, file: str, text: str
 ) -> None:
     (tmp_path / file).write_text(text)

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub: what its client asks of it, answered from a folder."""
+"""A stand-in for the Hugging Face Hub, which serves the files of a folder to its client."""
 
 import hashlib
 import json
@@ -15,35 +15,35 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 class Fault(NamedTuple):
-    """What goes wrong at the next request whose path matches."""
+    """An error in the response to the next request whose path matches."""
 
     pattern: str
-    status: int = 200  # in place of the answer
-    headers: dict[str, str] = {}  # noqa: RUF012  # of the answer, or beside those of a file
-    cut_after: int | None = None  # bytes of the body, then the connection drops
-    flip: bool = False  # a bit of the body
+    status: int = 200  # instead of the normal response
+    headers: dict[str, str] = {}  # noqa: RUF012  # of the response, or in addition to those of a file
+    cut_after: int | None = None  # the connection drops after so many bytes of the body
+    flip: bool = False  # flip a bit of the body
 
 
 NO_FAULT = Fault("")
 
 
 class Hub:
-    """The data sets of a folder, `owner/name/...`; a list of requests and of faults to come."""
+    """The data sets in a folder, as `owner/name/...`, with its requests and its coming faults."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.requests: list[str] = []
         self.faults: list[Fault] = []
-        self.hold = threading.Event()  # while clear, files wait
+        self.hold = threading.Event()  # while it is clear, files are not sent
         self.hold.set()
         self.url = ""
 
     def of_xet(self) -> dict[str, str]:
-        """Headers that say of a file that it is to be had from Xet's storage."""
+        """Headers of a file that is in Xet's storage."""
         return {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/xet"}
 
     def xet_headers(self) -> dict[str, str]:
-        """Where Xet's storage is: at a path of this server where nothing can be had."""
+        """The address of Xet's storage: a path of this server that does not exist."""
         return {
             "X-Xet-Cas-Url": f"{self.url}/storage",
             "X-Xet-Access-Token": "token",

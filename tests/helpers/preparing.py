@@ -1,13 +1,17 @@
-"""Preparations through the command line, and what is looked at after them."""
+"""Running the command `prepare`, and reading its results."""
 
 import hashlib
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxgpt.data.shards import load_split
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.inputs import find_inputs, work_units
+from jaxgpt.preparation.readers import read_slice
 from jaxgpt.prepare import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -21,7 +25,7 @@ def prepare(*arguments: object) -> int:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that cannot work says; one line, and exit code 2."""
+    """The error message of a command, which must be one line with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         prepare(*arguments)
@@ -32,7 +36,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """SHA-256 of every file that training or a reader sees, by name."""
+    """SHA-256 of every shard and manifest, by name."""
     files = [*out.glob("*.bin"), *out.glob("manifest*.json")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
@@ -40,3 +44,13 @@ def contents(out: Path) -> dict[str, str]:
 def stream(out: Path, split: str) -> np.ndarray:
     tokens = load_split(out, split, 50_257)  # type: ignore[arg-type]
     return np.array(tokens.window(0, len(tokens)))
+
+
+def read_documents(path: Path, unit_bytes: int = 10**9, **options: Any) -> list[Any]:
+    """All documents of a file, through as many slices as its size makes."""
+    found: list[Any] = []
+    for unit in work_units(find_inputs([str(path)]), unit_bytes):
+        for slice in unit:
+            for batch in read_slice(slice, ReadOptions(**options)):
+                found += batch.documents
+    return found

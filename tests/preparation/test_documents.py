@@ -1,38 +1,24 @@
-"""Documents out of files: every format, what is left out and why, and what is damaged."""
+"""Documents from files: every format, skipped documents, corrupt files."""
 
 import gzip
 import io
 import json
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from helpers.preparing import read_documents
 
-from jaxgpt.data.sources import load_embedded_documents
-from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import documents, lines, readers
-from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
+from jaxgpt.preparation import readers
+from jaxgpt.preparation.documents import ReadOptions, Skip, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
 from jaxgpt.preparation.readers import read_slice
 
 TEXTS = ["one", "two\nlines", "ünï ☃", "four " * 50]
-
-
-def read(path: Path, unit_bytes: int = 10**9, **options: Any) -> list[Any]:
-    """All documents of a file, through as many slices as its size makes."""
-    found: list[Any] = []
-    for unit in work_units(find_inputs([str(path)]), unit_bytes):
-        for slice in unit:
-            for batch in read_slice(slice, ReadOptions(**options)):
-                found += batch.documents
-    return found
 
 
 def as_lines(texts: list[str], column: str = "text") -> bytes:
@@ -62,14 +48,14 @@ def test_every_format_gives_the_documents_in_order_however_it_is_divided(
     tmp_path: Path, name: str, unit_bytes: int
 ) -> None:
     WRITERS[name](tmp_path / name)
-    assert read(tmp_path / name, unit_bytes) == TEXTS
+    assert read_documents(tmp_path / name, unit_bytes) == TEXTS
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.binary()])
 def test_every_type_of_text_column_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"body": pa.array(TEXTS).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", store_schema=True)
-    assert read(tmp_path / "a.parquet", text_column="body") == TEXTS
+    assert read_documents(tmp_path / "a.parquet", text_column="body") == TEXTS
 
 
 def test_a_folder_of_save_to_disk_is_read_as_its_rows(tmp_path: Path) -> None:
@@ -80,33 +66,37 @@ def test_a_folder_of_save_to_disk_is_read_as_its_rows(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "both")
     for folder in ("saved", "both", "both/test"):
         for unit_bytes in (10**9, 500):
-            assert read(tmp_path / folder, unit_bytes) == TEXTS * 3
+            assert read_documents(tmp_path / folder, unit_bytes) == TEXTS * 3
     with pytest.raises(UserError, match="has no column 'body'"):
-        read(tmp_path / "saved", text_column="body")
+        read_documents(tmp_path / "saved", text_column="body")
 
 
 def test_a_text_file_is_a_document_or_its_paragraphs_or_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n\none\ntwo\n\n \nthree\n\nfour")
-    assert read(path) == [path.read_text()]
-    assert read(path, sample_by="paragraph") == ["one\ntwo", "three", "four"]
-    assert read(path, sample_by="line") == ["one", "two", "three", "four"]
+    assert read_documents(path) == [path.read_text()]
+    assert read_documents(path, sample_by="paragraph") == ["one\ntwo", "three", "four"]
+    assert read_documents(path, sample_by="line") == ["one", "two", "three", "four"]
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert read(tmp_path / "b.txt.gz", sample_by="paragraph") == ["one\ntwo", "three", "four"]
+    assert read_documents(tmp_path / "b.txt.gz", sample_by="paragraph") == [
+        "one\ntwo",
+        "three",
+        "four",
+    ]
 
 
-def test_the_marker_that_windows_puts_first_is_no_text(tmp_path: Path, monkeypatch) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword")
-    assert read(tmp_path / "a.txt") == ["word"]
-    monkeypatch.setattr(readers, "WHOLE", 1)
-    (long,) = read(tmp_path / "a.txt")
+    assert read_documents(tmp_path / "a.txt") == ["word"]
+    monkeypatch.setattr(readers, "IN_MEMORY", 1)
+    (long,) = read_documents(tmp_path / "a.txt")
     assert "".join(pieces(long)) == "word"
 
 
-# What is left out
+# What is skipped
 
 
-def test_documents_that_cannot_be_used_are_given_with_the_reason(tmp_path: Path) -> None:
+def test_documents_that_cannot_be_used_are_skipped_with_a_reason(tmp_path: Path) -> None:
     lines = [
         b'{"text": "good"}',
         b'{"text": null}',
@@ -120,8 +110,8 @@ def test_documents_that_cannot_be_used_are_given_with_the_reason(tmp_path: Path)
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     bad = [Skip.NULL, Skip.EMPTY, Skip.NOT_UTF8, Skip.MALFORMED, Skip.MALFORMED, Skip.MALFORMED]
-    assert read(tmp_path / "a.jsonl") == ["good", *bad, Skip.NULL, " "]
-    replaced = read(tmp_path / "a.jsonl", encoding_errors="replace")
+    assert read_documents(tmp_path / "a.jsonl") == ["good", *bad, Skip.NULL, " "]
+    replaced = read_documents(tmp_path / "a.jsonl", encoding_errors="replace")
     assert replaced[3] == "caf\N{REPLACEMENT CHARACTER}"
 
     column = pa.array([b"good", None, b"", b"caf\xe9"], pa.binary())
@@ -129,15 +119,15 @@ def test_documents_that_cannot_be_used_are_given_with_the_reason(tmp_path: Path)
     for number, array in enumerate((column, strings)):
         path = tmp_path / f"{number}.parquet"
         pq.write_table(pa.table({"text": array}), path)
-        assert read(path) == ["good", *bad[:3]]
+        assert read_documents(path) == ["good", *bad[:3]]
 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "none.txt").touch()
-    assert read(tmp_path / "latin.txt") == [Skip.NOT_UTF8]
-    assert read(tmp_path / "none.txt") == [Skip.EMPTY]
+    assert read_documents(tmp_path / "latin.txt") == [Skip.NOT_UTF8]
+    assert read_documents(tmp_path / "none.txt") == [Skip.EMPTY]
 
 
-def test_the_source_s_count_is_of_the_documents_that_are_used(tmp_path: Path) -> None:
+def test_the_source_s_count_excludes_skipped_documents(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", None, "b"], "token_count": [1, 100, 2]})
     pq.write_table(table, tmp_path / "a.parquet")
     ((slice,),) = work_units(find_inputs([str(tmp_path / "a.parquet")]), 10**9)
@@ -145,18 +135,57 @@ def test_the_source_s_count_is_of_the_documents_that_are_used(tmp_path: Path) ->
     assert batch.token_count == 3
 
 
-# What is damaged
+def test_an_empty_file_beside_others_has_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_bytes(as_lines(TEXTS))
+    assert read_documents(tmp_path) == TEXTS
+    assert read_documents(tmp_path / "a.jsonl") == []
 
 
-def test_a_parquet_file_with_a_damaged_column_name_is_named(tmp_path: Path) -> None:
+def test_a_hub_cache_s_links_are_read_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, content in (("a.jsonl", as_lines(TEXTS)), ("b.jsonl.gz", None)):
+        blob = tmp_path / "blobs" / f"{name[0]}5d3"
+        blob.write_bytes(content or gzip.compress(as_lines(TEXTS)))
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    assert read_documents(tmp_path / "snapshot") == [*TEXTS, *TEXTS]
+    assert read_documents(tmp_path / "snapshot" / "a.jsonl") == TEXTS
+    assert read_documents(Path(f"{tmp_path}/snapshot/*.gz")) == TEXTS
+
+
+def test_a_link_to_a_file_with_a_suffix_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert [item.name for item in find_inputs([str(tmp_path)])] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(10**4299, id="4300 digits"), 2**63, -1, True, 1.5, "9", None]
+)
+def test_a_token_count_that_is_not_a_plausible_integer_is_ignored(
+    tmp_path: Path, count: object
+) -> None:
+    lines = [json.dumps({"text": "one", "token_count": count})] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    ((slice,),) = work_units(find_inputs([str(tmp_path)]), 10**9)
+    (batch,) = read_slice(slice, ReadOptions())
+    assert len(batch.documents) == 20
+    assert batch.token_count is None
+
+
+# Corrupt files
+
+
+def test_a_parquet_file_with_a_corrupt_column_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS, "zzzz": TEXTS}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xccz"))
-    with pytest.raises(UserError, match="is no parquet file, or a damaged one"):
-        read(path)
+    with pytest.raises(UserError, match="is not a parquet file, or is corrupt"):
+        read_documents(path)
 
 
-def test_damaged_files_are_named_with_what_to_do(tmp_path: Path) -> None:
+def test_a_corrupt_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     data = as_lines([str(n) * 50 for n in range(2000)])
     whole = io.BytesIO()
     pq.write_table(pa.table({"text": TEXTS}), whole)
@@ -171,128 +200,39 @@ def test_damaged_files_are_named_with_what_to_do(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="copy or download it again") as caught:
-            read(tmp_path / name)
+            read_documents(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_column_that_is_no_text_is_refused_with_the_others_named(tmp_path: Path) -> None:
+def test_a_column_that_is_not_text_is_refused_with_the_other_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_bytes(as_lines(TEXTS, "body"))
-    with pytest.raises(UserError, match=r"column 'text' holds int64, not text.*text"):
-        read(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"column 'text' has type int64, not text.*text"):
+        read_documents(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has no column 'text'.*\(there are id, body\)"):
-        read(tmp_path / "a.jsonl")
+        read_documents(tmp_path / "a.jsonl")
 
 
-def test_a_first_line_without_a_text_is_one_document_less(tmp_path: Path) -> None:
+def test_only_the_first_few_of_many_names_are_listed(tmp_path: Path) -> None:
+    many = {f"key {number}": 1 for number in range(100_000)}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"k" * 10**6: 1, **many}))
+    with pytest.raises(UserError, match=r"k\.\.\., key 0, .*, key 6 and 99,993 more\)$") as caught:
+        read_documents(tmp_path / "a.jsonl")
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    pq.write_table(pa.table({name: [1] for name in list(many)[:500]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"key 0, .*, key 7 and 492 more\)$"):
+        read_documents(tmp_path / "a.parquet")
+
+
+def test_a_first_line_without_text_is_only_skipped(tmp_path: Path) -> None:
     lines = [b'{"id": 1}', b'{"id": 2, "text": "two"}', b'{"id": 3}', b'{"text": "four"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     for unit_bytes in (10**9, 20):
-        found = read(tmp_path / "a.jsonl", unit_bytes)
+        found = read_documents(tmp_path / "a.jsonl", unit_bytes)
         assert found == [Skip.NULL, "two", Skip.NULL, "four"]
 
 
-def test_a_json_array_is_no_json_lines(tmp_path: Path) -> None:
+def test_a_json_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
-    with pytest.raises(UserError, match="one object a line"):
-        read(tmp_path / "a.json")
-
-
-# Long documents
-
-
-def cases() -> dict[str, str]:
-    novel = "\n\n".join(load_embedded_documents()[:40])
-    spaces = "word   \n\n\n  next\t\t x!! \u00a0?? \x1c'll  \r\n" * 4000
-    return {"novel": novel, "spaces": spaces, "chinese": "字。 " * 60_000, "mixed": spaces + novel}
-
-
-@pytest.mark.parametrize("case", cases())
-@pytest.mark.parametrize("tokenizer", ["gpt2", "byte"])
-def test_a_document_in_pieces_has_the_tokens_of_the_whole(
-    case: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, encode = cases()[case], load_tokenizer(tokenizer).encode
-    whole = encode(text)
-    for size in (1000, 1009, 65_536):
-        monkeypatch.setattr(documents, "PIECE", size)
-        parts = list(pieces(text))
-        assert "".join(parts) == text
-        assert max(map(len, parts)) <= size
-        np.testing.assert_array_equal(np.concatenate([encode(part) for part in parts]), whole)
-
-
-def test_a_text_without_a_gap_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE", 1000)
-    parts = list(pieces("a" * 2500))
-    assert [len(part) for part in parts] == [1000, 1000, 500]
-
-
-def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = cases()["mixed"] + "ü" * 1001
-    (tmp_path / "a.txt").write_text(text, newline="")
-    monkeypatch.setattr(documents, "PIECE", 5000)
-    monkeypatch.setattr(lines, "CHUNK", 777)
-    expected = list(pieces(text))
-    monkeypatch.setattr(readers, "WHOLE", 1000)
-    (long,) = read(tmp_path / "a.txt")
-    assert isinstance(long, LongText)
-    assert list(pieces(long)) == expected
-    assert fraction_of(long) == fraction_of(text)
-    (tmp_path / "b.txt").write_bytes(text.encode() + b"\xff")
-    assert read(tmp_path / "b.txt") == [Skip.NOT_UTF8]
-
-
-def test_a_text_of_any_length_takes_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    with path.open("w") as file:
-        for _ in range(100):
-            file.write("Some words and more of them, line by line.\n" * 20_000)  # 86 MB
-    tracemalloc.start()
-    (long,) = read(path)
-    length = sum(len(piece) for piece in pieces(long))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert length == path.stat().st_size
-    assert peak < 20e6
-
-
-@pytest.mark.parametrize(
-    ("name", "compress"), [("a.txt.gz", gzip.compress), ("a.txt.zst", zstandard.compress)]
-)
-def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(
-    tmp_path: Path, name: str, compress: Callable[[bytes], bytes]
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(compress(b"Some words and more of them. " * 2_000_000))  # 58 MB
-    assert path.stat().st_size < 1e6
-    tracemalloc.start()
-    (long,) = read(path)
-    length = sum(len(piece) for piece in pieces(long))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert length == 58_000_000
-    assert peak < 25e6
-
-
-def test_long_rows_come_in_small_batches(tmp_path: Path) -> None:
-    import datasets
-
-    texts = [f"{n} " * 300_000 for n in range(10, 90)]  # 72 MB
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
-    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
-    for name in ("a.parquet", "saved"):
-        ((slice,),) = work_units(find_inputs([str(tmp_path / name)]), 10**9)
-        batches = [batch.documents for batch in read_slice(slice, ReadOptions())]
-        assert [text for batch in batches for text in batch] == texts
-        assert max(sum(map(len, batch)) for batch in batches) <= readers.BATCH_BYTES
-
-
-def test_documents_fall_evenly_on_the_unit_interval() -> None:
-    values = np.array([fraction_of(f"document {n}") for n in range(5000)])
-    counts, _ = np.histogram(values, 10, (0, 1))
-    assert counts.sum() == 5000
-    assert counts.min() > 400
-    assert fraction_of("document 1") == values[1]
+    with pytest.raises(UserError, match="one object per line"):
+        read_documents(tmp_path / "a.json")

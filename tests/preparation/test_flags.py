@@ -1,5 +1,6 @@
 """The flags of `jaxgpt.prepare`."""
 
+import re
 import subprocess
 import sys
 
@@ -7,16 +8,33 @@ import pytest
 from helpers.preparing import prepare
 
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.flags import Flags, count
+from jaxgpt.preparation.flags import PrepareFlags
 
 
-def test_every_mistake_in_the_flags_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_in_the_flags_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         prepare("fineweb", "--workers", "0", "--val-tokens", "0", "--limit-tokens", "x")
     assert caught.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(flag in lines[n] for n, flag in enumerate(("--limit", "--val", "--workers")))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--shard_tokns", "3", "Perhaps you meant: --shard-tokens"),
+        ("--workers", "many", "Error parsing --workers"),
+        ("--sample-by", "lines", "Expected one of ('document', 'paragraph', 'line')"),
+    ],
+)
+def test_a_flag_that_cannot_be_parsed_is_reported_with_the_valid_ones(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prepare("fineweb", flag, value)
+    assert caught.value.code == 2
+    assert said in " ".join(re.sub(r"[^\w\s(),:'-]", " ", capsys.readouterr().err).split())
 
 
 @pytest.mark.parametrize(
@@ -29,19 +47,19 @@ def test_every_mistake_in_the_flags_is_told_at_once(capsys: pytest.CaptureFixtur
         ("7k", 7000),
     ],
 )
-def test_numbers_of_tokens_are_written_as_people_write_them(text: str, number: int) -> None:
-    assert count(Flags(limit_tokens=text), "limit_tokens") == number
+def test_numbers_may_have_suffixes_separators_and_exponents(text: str, number: int) -> None:
+    assert PrepareFlags(limit_tokens=text).number_of("limit_tokens") == number
 
 
 @pytest.mark.parametrize(
     "text", ["0", "-1", "0.5", "nan", "inf", "1e99", "1e999999T", "", "B", "1.5.2"]
 )
-def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no number above 0"):
-        count(Flags(limit_tokens=text), "limit_tokens")
+def test_a_value_that_is_not_a_positive_integer_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is not a positive integer"):
+        PrepareFlags(limit_tokens=text).number_of("limit_tokens")
 
 
-def test_a_mistake_is_answered_before_anything_heavy_is_imported() -> None:
+def test_a_mistake_is_reported_before_anything_heavy_is_imported() -> None:
     code = (
         "import sys; from jaxgpt.prepare import main\n"
         "try: main(sys.argv[1:])\n"

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import hub_retry
 from jaxgpt.preparation.hub import download
-from jaxgpt.preparation.hub_retry import retrying
 from jaxgpt.prepare import main
 
 SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
@@ -44,7 +41,7 @@ configs:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the stand-in Hub holds."""
+    """The files of the stand-in Hub."""
     folder = tmp_path_factory.mktemp("hub")
     sample = folder / "HuggingFaceFW" / "fineweb" / "sample"
     build(sample / "10BT", files=3, n_bytes=450_000, row_group=20)
@@ -78,7 +75,7 @@ def hub(stored: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """A client that asks the stand-in and nobody else."""
+    """The client connects to the stand-in only."""
     return {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -107,7 +104,7 @@ def expected(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return shards(out)
 
 
-def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
+def test_fineweb_is_listed_downloaded_tokenized_and_its_downloads_deleted(
     hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "fineweb"
@@ -116,9 +113,10 @@ def test_fineweb_is_listed_downloaded_tokenized_and_cleared_away(
     assert shards(out) == expected
     manifest = load_manifest(out)
     assert manifest is not None
-    assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb"
-    assert manifest["source"]["commit"] == COMMIT
-    assert manifest["token_count"]["equal"]
+    assert manifest.source["repo"] == "HuggingFaceFW/fineweb"
+    assert manifest.source["commit"] == COMMIT
+    assert manifest.token_count is not None
+    assert manifest.token_count.equal
     assert not (out / ".prepare" / "downloads").exists()
     assert "it/s" not in done.stderr, "one progress bar is enough"
     assert not any("100BT" in request for request in hub.requests)
@@ -134,7 +132,7 @@ def test_fineweb_under_its_full_name_has_llm_c_s_validation_too(
     out = ("--out", tmp_path / "out")
     done = run(environment, "HuggingFaceFW/fineweb", "--name", "sample-100BT", *out)
     assert done.returncode == 2
-    assert "all its tokens are validation, which is the first 100,000,000" in done.stderr
+    assert "all tokens are validation, which is the first 100,000,000" in done.stderr
 
 
 def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_a_limit_leaves_no_download_behind(environment: dict[str, str], tmp_path
     assert not (out / ".prepare" / "downloads").exists()
 
 
-def test_a_download_that_is_killed_or_cut_off_goes_on(
+def test_a_killed_or_interrupted_download_resumes(
     hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "fineweb"
@@ -166,25 +164,27 @@ def test_a_download_that_is_killed_or_cut_off_goes_on(
     assert shards(out) == expected
 
 
-def test_a_file_that_arrives_damaged_is_fetched_again(
+def test_a_corrupt_download_is_repeated(
     hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
     done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
     assert done.returncode == 0, done.stderr
-    told = "001_00000.parquet of data set 'HuggingFaceFW/fineweb': arrived damaged; trying again"
+    told = (
+        "001_00000.parquet of data set 'HuggingFaceFW/fineweb': the download is corrupt; retrying"
+    )
     assert told in done.stdout
     assert shards(tmp_path / "fineweb") == expected
 
 
-def test_what_fails_in_the_hub_s_other_storage_is_tried_again(
+def test_an_error_of_the_hub_s_xet_storage_is_retried(
     hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("hf_xet")
     hub.faults += [Fault("HEAD .*001_00000.parquet", headers=hub.of_xet())]
     done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "trying again" in done.stdout
+    assert "retrying" in done.stdout
     assert any("/storage/" in request for request in hub.requests)
     assert shards(tmp_path / "fineweb") == expected
 
@@ -203,7 +203,7 @@ def test_ctrl_c_during_a_download_ends_at_once(
         child.kill()
         child.wait()
     assert child.returncode == 130
-    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
 def _kill_at_first_file(hub: Hub, environment: dict[str, str], *arguments: str) -> None:
@@ -238,8 +238,9 @@ def test_any_data_set_is_read_by_its_card(
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(out)
     assert manifest is not None
-    assert manifest["documents"]["used"] == 600
-    assert manifest["source"]["files"] == ["plain/0.jsonl", "plain/1.jsonl"]
+    assert manifest.documents is not None
+    assert manifest.documents.used == 600
+    assert manifest.source["files"] == ["plain/0.jsonl", "plain/1.jsonl"]
     for flags, said in (
         (("--name", "plian"), "plian"),
         (("--name", "plain", "--split", "dev"), "has no split 'dev'"),
@@ -253,15 +254,18 @@ def test_any_data_set_is_read_by_its_card(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["someone/nothing"], "there is none of this name on the Hub"),
+        (["someone/nothing"], "does not exist on the Hub"),
         (["fineweb", "--name", "sample-1BT"], "check --name (sample-10BT, sample-100BT"),
         (["fineweb", "--split", "test"], "has no split 'test', only 'train'"),
         (["fineweb", "--revision", "v9"], "has no such --revision"),
         (["someone/pictures"], "--revision refs/convert/parquet"),
-        (["someone/scripted"], "but found scripted.py; the Hub keeps a parquet copy of most"),
+        (
+            ["someone/scripted"],
+            "but found scripted.py; the Hub has a parquet copy of most data sets",
+        ),
     ],
 )
-def test_a_wrong_name_is_told_in_a_sentence(
+def test_a_wrong_name_gives_one_sentence(
     environment: dict[str, str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     done = run(environment, *arguments, "--out", tmp_path / "out")
@@ -270,9 +274,7 @@ def test_a_wrong_name_is_told_in_a_sentence(
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_without_a_network_one_sentence_comes_soon(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_missing_network_is_reported_soon(environment: dict[str, str], tmp_path: Path) -> None:
     began = time.monotonic()
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
     done = run(environment, "fineweb", "--out", tmp_path / "out")
@@ -284,7 +286,7 @@ def test_without_a_network_one_sentence_comes_soon(
     assert "HF_HUB_OFFLINE is set" in offline.stderr
 
 
-def test_patience_that_ends_keeps_what_is_finished_and_the_same_command_goes_on(
+def test_the_same_command_resumes_after_all_retries_have_failed(
     hub: Hub, environment: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "fineweb"
@@ -300,8 +302,8 @@ def test_patience_that_ends_keeps_what_is_finished_and_the_same_command_goes_on(
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "limits the rate of requests (429) and has not relented; set HF_TOKEN" in done.stderr
-    assert "run the same command later: it goes on from here" in done.stderr
+    assert "still limits the rate of requests (429); set HF_TOKEN" in done.stderr
+    assert "run the same command again later to resume" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     finished = shards(out)
     assert finished
@@ -332,12 +334,12 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     manifest = load_manifest(out)
     assert manifest is not None
     original = stored / "kjj0" / "fineweb10B-gpt2"
-    assert {s["file"]: s["sha256"] for s in manifest["shards"]} == shards(original)
+    assert {s.file: s.sha256 for s in manifest.shards} == shards(original)
     (out / "fineweb_train_000002.bin").unlink()
     assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
     assert shards(out) == shards(original), "what is gone is fetched again"
     other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
-    assert "holds shards of kjj0/fineweb10B-gpt2" in other.stderr
+    assert "contains shards of kjj0/fineweb10B-gpt2" in other.stderr
 
 
 def test_a_ready_made_shard_with_foreign_ids_is_refused(
@@ -354,60 +356,10 @@ def test_a_ready_made_shard_with_foreign_ids_is_refused(
 
 
 @pytest.mark.parametrize("name", ["../../a.parquet", "data/../../../a.parquet", "/tmp/a.parquet"])
-def test_a_name_that_leads_out_of_the_folder_is_never_asked_for(
+def test_a_file_outside_the_folder_is_not_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     """huggingface_hub 1.0 would write where it points."""
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(UserError, match="leads out of its folder"):
+    with pytest.raises(UserError, match="is outside the data set's folder"):
         download("someone/jokes", name, 9, None, COMMIT, tmp_path / "downloads", print)
-
-
-# Patience
-
-
-class RefusedError(Exception):
-    def __init__(self, status: int, headers: dict[str, str] | None = None):
-        super().__init__(f"status {status}")
-        self.response: Any = type("Response", (), {"status_code": status, "headers": headers or {}})
-
-
-def asked_until(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], **flags: bool) -> Any:
-    """(answer or message, the seconds waited) of a question that fails with each of `errors`."""
-    waits: list[float] = []
-    monkeypatch.setattr(hub_retry.time, "sleep", waits.append)
-    left = list(errors)
-
-    def question() -> str:
-        if left:
-            raise left.pop(0)
-        return "answer"
-
-    try:
-        return retrying(question, "it", lambda _: None, **{"first": False, **flags}), waits
-    except UserError as error:
-        return str(error), waits
-
-
-def test_refusals_are_waited_out_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, waits = asked_until(
-        monkeypatch, [RefusedError(429), ConnectionError(), RefusedError(503)]
-    )
-    assert (answer, waits) == ("answer", [1, 2, 4])
-
-
-def test_the_hub_s_own_wish_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, waits = asked_until(monkeypatch, [RefusedError(429, {"retry-after": "37"})])
-    assert (answer, waits) == ("answer", [37])
-
-
-def test_patience_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    message, waits = asked_until(monkeypatch, [RefusedError(429)] * 99)
-    assert waits == list(hub_retry.WAITS)
-    assert "set HF_TOKEN" in message
-    assert "it goes on from here" in message
-    message, waits = asked_until(monkeypatch, [RefusedError(403)])
-    assert waits == []
-    assert "the Hub answered 403" in message
-    message, waits = asked_until(monkeypatch, [ConnectionError()] * 99, first=True)
-    assert sum(waits) < 3

@@ -1,13 +1,11 @@
-"""Which files are read, in which order, and how they are grouped into units of work."""
+"""Which files are read, in which order, and their units of work."""
 
 from pathlib import Path
 
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.flags import Flags
 from jaxgpt.preparation.inputs import Input, find_inputs, kind_of, share_of_rank, work_units
-from jaxgpt.preparation.output_folder import default_out
 
 
 def fake(path: str, size: int) -> Input:
@@ -31,7 +29,7 @@ def fake(path: str, size: int) -> Input:
         ("txt", None),
     ],
 )
-def test_the_name_says_what_a_file_holds(name: str, kind: str | None) -> None:
+def test_the_format_follows_from_the_name(name: str, kind: str | None) -> None:
     assert kind_of(name) == kind
 
 
@@ -44,7 +42,7 @@ def test_ten_thousand_small_texts_are_one_unit_and_a_large_parquet_file_is_sever
     assert sum(slice.size for unit in units for slice in unit) == 2_000_000_000
 
 
-def test_units_are_in_the_order_of_the_inputs_and_hold_each_once() -> None:
+def test_units_have_each_input_once_in_order() -> None:
     inputs = [
         *(fake(f"a{n}.txt", 40) for n in range(5)),
         fake("b.jsonl", 1000),
@@ -68,7 +66,7 @@ def test_the_ranks_share_all_units_in_order(world_size: int) -> None:
     assert {len(share) for share in shares} <= {11 // world_size, 11 // world_size + 1}
 
 
-def test_paths_patterns_and_folders_name_each_file_once_in_one_order(tmp_path: Path) -> None:
+def test_paths_patterns_and_folders_give_each_file_once_in_the_same_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.jsonl", ".hidden/d.txt", "sub/e.pdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -92,35 +90,7 @@ def test_folders_of_save_to_disk_are_read_beside_files(tmp_path: Path) -> None:
     assert [item.kind for item in found] == ["arrow", "text", "arrow"]
 
 
-@pytest.mark.parametrize(
-    ("inputs", "out"),
-    [
-        (["fineweb"], "data/fineweb"),
-        (["someone/jokes"], "data/jokes"),
-        (["texts"], "data/texts"),
-        (["texts/a.en.txt"], "data/a"),
-        (["texts/a.en.txt", "texts/b.txt"], "data/texts"),
-        (["texts/*.txt"], "data/texts"),
-        (["texts/**/*.txt"], "data/texts"),
-        (["te?ts/a.txt"], "data/work"),
-        (["*.txt"], "data/work"),
-        (["."], "data/work"),
-        (["data/saved"], "data/saved-tokens"),
-        (["data/saved/*.parquet"], "data/saved-tokens"),
-    ],
-)
-def test_shards_go_by_default_to_a_folder_with_the_source_s_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str], out: str
-) -> None:
-    (tmp_path / "work" / "texts").mkdir(parents=True)
-    (tmp_path / "work" / "data" / "saved").mkdir(parents=True)
-    for name in ("a.en.txt", "b.txt"):
-        (tmp_path / "work" / "texts" / name).touch()
-    monkeypatch.chdir(tmp_path / "work")
-    assert default_out(Flags(inputs=tuple(inputs))) == Path(out)
-
-
-def test_another_content_of_the_same_size_is_another_input(tmp_path: Path) -> None:
+def test_the_checksum_detects_other_content_of_the_same_size(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     checks = set()
     for text in ("a" * 200_000, "b" + "a" * 199_999, "a" * 199_999 + "b"):

@@ -1,4 +1,4 @@
-"""Text that several processes prepare, and their shards merged."""
+"""Preparation by several processes, and merging their shards."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,15 @@ def test_the_ranks_shards_in_order_are_those_of_one_process(
             assert "rank 0 of 2 has not finished" in refusal(capsys, "--merge", shared)
     manifest = shared / "manifest-001-of-002.json"
     written = manifest.read_text()
-    for changed in ({"documents": {}}, {"token_count": 3}, {"validation": {"tokens": "x"}}):
+    for changed, said in (
+        ({"documents": {}}, "documents: Object missing required field `used`"),
+        ({"documents": None}, "documents: Expected `object`, got `null`"),
+        ({"token_count": 3}, "token_count: Expected `object | null`, got `int`"),
+        ({"validation": {"tokens": "x"}}, "validation.tokens: Expected `int | null`, got `str`"),
+    ):
         manifest.write_text(json.dumps({**json.loads(written), **changed}))
         message = refusal(capsys, "--merge", shared)
-        assert f"{manifest}: is not as its rank wrote it; delete it and run the rank" in message
+        assert f"{manifest}: {said}; delete it and run its prepare command again" in message
     manifest.unlink()
     assert prepare(*flags, "--out", shared, "--rank", 1, "--world-size", 2) == 0
     assert manifest.read_text() == written
@@ -38,7 +43,7 @@ def test_the_ranks_shards_in_order_are_those_of_one_process(
     assert merged is not None
     assert single is not None
     for name in ("splits", "documents", "token_count", "tokenizer", "source", "validation"):
-        assert merged[name] == single[name], name
+        assert getattr(merged, name) == getattr(single, name), name
 
 
 def test_another_number_of_processes_is_refused(
@@ -62,7 +67,7 @@ def test_too_many_ranks_for_the_input_are_refused(
     flags = ("--out", tmp_path / "out", "--val-fraction", "0.3", "--rank", "0")
     message = refusal(capsys, texts, *flags, "--world-size", "9")
     assert "the input is only 1 units of work" in message
-    assert prepare(texts, *flags, "--world-size", "1") == 0, "the mistake does not bind the folder"
+    assert prepare(texts, *flags, "--world-size", "1") == 0, "the folder can be reused"
 
 
 def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
@@ -81,12 +86,14 @@ def test_ranks_that_read_the_same_files_at_two_commits_are_merged(
     changed = json.loads((out / "manifest-001-of-002.json").read_text())
     changed["source"]["sha256_of_inputs"] = "0" * 64
     (out / "manifest-001-of-002.json").write_text(json.dumps(changed))
-    assert "they differ in source" in refusal(capsys, "--merge", out)
+    assert "the ranks differ in source" in refusal(capsys, "--merge", out)
     (out / "manifest-001-of-002.json").write_text("{}")
-    assert "manifest-001-of-002.json: is no manifest" in refusal(capsys, "--merge", out)
+    assert "manifest-001-of-002.json: Object missing required field `version`" in refusal(
+        capsys, "--merge", out
+    )
 
 
-def test_a_first_rank_with_too_little_for_validation_is_told(
+def test_a_first_rank_with_too_few_tokens_for_validation_is_refused(
     fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -94,7 +101,7 @@ def test_a_first_rank_with_too_little_for_validation_is_told(
         ranked = ("--rank", rank, "--world-size", 3, "--workers", "1", "--val-tokens", "90K")
         assert prepare(fineweb_like, "--out", out, *SMALL, *ranked) == 0
     message = refusal(capsys, "--merge", out)
-    assert "validation is the first 90,000 tokens, and rank 0's share has only" in message
+    assert "validation is the first 90,000 tokens, but rank 0 has only" in message
     assert not (out / "manifest.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""What `python -m jaxgpt.prepare` answers to mistakes, and to text that is not as it should be."""
+"""Error messages of `python -m jaxgpt.prepare` for mistakes and for unusable text."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from helpers.preparing import SMALL, prepare, refusal
 from jaxgpt.data.manifest import load_manifest
 
 
-def test_what_cannot_be_read_is_refused_in_a_sentence(
+def test_each_mistake_gives_one_sentence(
     texts: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.pdf").touch()
@@ -21,32 +21,38 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
     for arguments, said in (
         ([tmp_path / "gone.txt"], "gone.txt: no such file or folder"),
         ([f"{tmp_path}/*.parquet"], "*.parquet: no file matches"),
-        ([tmp_path / "a.pdf"], "a.pdf: is no text that can be read here"),
-        ([tmp_path / "pipe.txt"], "pipe.txt: is no text that can be read here"),
-        ([tmp_path / "empty"], "empty: holds no text"),
-        ([prepared], "holds tokens already; train on them with"),
-        ([next(prepared.glob("*.bin"))], "holds tokens already"),
-        ([texts / "01.txt"], "is one document, and validation takes whole ones"),
+        ([tmp_path / "a.pdf"], "a.pdf: is not a readable text file"),
+        ([tmp_path / "pipe.txt"], "pipe.txt: is not a readable text file"),
+        ([tmp_path / "empty"], "empty: contains no text"),
+        ([prepared], "already contains tokens; train on them with"),
+        ([next(prepared.glob("*.bin"))], "already contains tokens"),
+        ([texts / "01.txt"], "is a single document, and validation takes complete documents"),
         ([texts, "--tokenizer", "o200k_base"], "has 200,019 ids"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
-        ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two rules for validation"),
-        ([texts, "--limit-tokens", "many"], "--limit-tokens many: is no number above 0; write 27B"),
-        ([texts, "--shard-tokens", "3B"], "holds at most 2,147,483,647"),
-        ([texts, "--shard_tokns", "3"], "did you mean '--shard-tokens'?"),
+        ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two ways to choose validation"),
+        (
+            [texts, "--limit-tokens", "many"],
+            "--limit-tokens many: is not a positive integer; write 27B",
+        ),
+        ([texts, "--shard-tokens", "3B"], "has at most 2,147,483,647 tokens"),
         ([texts, "--rank", "3"], "--rank and --world-size belong together"),
         ([texts, "--rank", "3", "--world-size", "3"], "rank 3 of 3"),
         ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
-        ([texts, "--name", "x", "--split", "dev"], "--name and --split: of data sets of the Hub"),
-        ([texts, "--out", texts], "holds the text itself; choose another folder with --out"),
-        (["fineweb", "--ready", "--tokenizer", "byte"], "are; leave out --tokenizer"),
+        (
+            [texts, "--name", "x", "--split", "dev"],
+            "--name and --split: only for data sets of the Hub",
+        ),
+        ([texts, "--out", texts], "contains the text itself; choose another folder with --out"),
+        (["fineweb", "--ready", "--tokenizer", "byte"], "tokens; leave out --tokenizer"),
         (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
-        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "do it in one process"),
+        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "run it in one process"),
         (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
-        (["--inspect", texts, "--limit-tokens", "3"], "what is there; leave out --limit-tokens"),
+        (
+            ["--inspect", texts, "--limit-tokens", "3"],
+            "takes only a folder; leave out --limit-tokens",
+        ),
         (["--merge"], "--merge takes one folder"),
-        ([texts, "--workers", "many"], "--workers many is not a whole number"),
-        ([texts, "--sample-by", "lines"], "is not one of document, paragraph, line; did you mean"),
         ([], "name what to prepare"),
     ):
         out = ["--out", tmp_path / "o"]
@@ -62,8 +68,8 @@ def test_another_source_or_other_settings_are_refused(
 ) -> None:
     first = sorted(fineweb_like.glob("*.parquet"))[0]
     for arguments, said in (
-        ([texts, *SMALL], "has 000_00000.parquet in it already"),
-        ([first, *SMALL], "has 001_00000.parquet in it already"),
+        ([texts, *SMALL], "already contains 000_00000.parquet"),
+        ([first, *SMALL], "already contains 001_00000.parquet"),
         ([fineweb_like, "--unit-bytes", "100K"], "--shard-tokens 30000, not 100000000"),
         ([fineweb_like, *SMALL, "--text-column", "url"], "--text-column text, not url"),
         ([fineweb_like, *SMALL, "--tokenizer", "byte"], "--tokenizer gpt2, not byte"),
@@ -74,17 +80,17 @@ def test_another_source_or_other_settings_are_refused(
         assert "--out" in message
 
 
-def test_an_input_that_changed_under_a_begun_folder_is_refused(
+def test_an_input_that_has_changed_since_is_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(texts, "--out", tmp_path / "out") == 0
     changed = texts / "07.txt"
     changed.write_text(changed.read_text().replace("7", "8"))  # as long as it was
     message = refusal(capsys, texts, "--out", tmp_path / "out")
-    assert f"{changed}: is not what {tmp_path / 'out'} was begun with" in message
+    assert f"{changed}: has changed since {tmp_path / 'out'} was begun" in message
 
 
-def test_a_mistake_that_made_nothing_does_not_bind_the_folder(
+def test_after_a_mistake_without_results_the_folder_can_be_reused(
     fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -94,7 +100,7 @@ def test_a_mistake_that_made_nothing_does_not_bind_the_folder(
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
 
 
-def test_documents_that_cannot_be_used_are_counted_and_told(
+def test_skipped_documents_are_counted_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [json.dumps({"text": f"Document {n}."}).encode() for n in range(60)]
@@ -105,25 +111,27 @@ def test_documents_that_cannot_be_used_are_counted_and_told(
     assert prepare(*arguments, "--out", tmp_path / "out") == 0
     told = " ".join(capsys.readouterr().out.split())
     for line in (
-        "left out: null 1 documents, the first in a.jsonl",
-        "left out: empty 1 documents, the first in a.jsonl",
-        "left out: not UTF-8 2 documents, the first in a.jsonl",
-        "left out: not JSON 2 documents, the first in a.jsonl",
+        "skipped: null 1 documents, the first in a.jsonl",
+        "skipped: empty 1 documents, the first in a.jsonl",
+        "skipped: not UTF-8 2 documents, the first in a.jsonl",
+        "skipped: not JSON 2 documents, the first in a.jsonl",
     ):
         assert line in told
     manifest = load_manifest(tmp_path / "out")
     assert manifest is not None
-    assert manifest["documents"]["used"] == 60
-    assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+    assert manifest.documents is not None
+    assert manifest.documents.used == 60
+    assert sum(totals.documents for _, totals in manifest.splits.items()) == 60
     assert prepare(*arguments, "--out", tmp_path / "o2", "--encoding-errors", "replace") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "not UTF-8" not in told
     replaced = load_manifest(tmp_path / "o2")
     assert replaced is not None
-    assert replaced["documents"]["used"] == 62
+    assert replaced.documents is not None
+    assert replaced.documents.used == 62
 
 
-def test_text_of_which_nothing_can_be_used_is_told_with_the_reason(
+def test_text_without_a_usable_document_is_refused_with_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": "one", "others": [1, 2]}, indent=1))
@@ -131,7 +139,7 @@ def test_text_of_which_nothing_can_be_used_is_told_with_the_reason(
     assert f"none of the documents can be used, each is not JSON ({tmp_path / 'a.json'})" in message
 
 
-def test_tokens_made_inside_the_folder_of_the_text_are_no_text(
+def test_tokens_inside_the_folder_of_the_text_are_ignored(
     texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(texts)
@@ -141,14 +149,14 @@ def test_tokens_made_inside_the_folder_of_the_text_are_no_text(
     assert "is complete; there is nothing to do" in capsys.readouterr().out
 
 
-def test_a_finished_shard_that_is_gone_is_told(
+def test_a_missing_finished_shard_is_reported(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (texts, "--out", tmp_path / "out", "--val-fraction", "0.3")
     assert prepare(*arguments) == 0
     lost = tmp_path / "out" / "out_train_000001.bin"
     lost.unlink()
-    assert f"{lost}: was written and is missing" in refusal(capsys, *arguments)
+    assert f"{lost}: is missing" in refusal(capsys, *arguments)
 
 
 def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
@@ -159,20 +167,20 @@ def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
     told = " ".join(capsys.readouterr().out.split())
     size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
     share = 30_000 * 4.6 / (size * 1.56)
-    (kilobytes,) = re.findall(r"the limit is reached after about ([\d.]+) kB", told)
+    (kilobytes,) = re.findall(r"limit reached after about ([\d.]+) kB", told)
     assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
 
 
-def test_a_folder_of_someone_else_s_shards_is_not_written_to(
+def test_a_folder_with_foreign_shards_is_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jaxgpt.data.token_file import write_shard
 
     write_shard(tmp_path / "fineweb_train_000001.bin", np.arange(9))
-    assert "did not put there" in refusal(capsys, texts, "--out", tmp_path)
+    assert "did not write" in refusal(capsys, texts, "--out", tmp_path)
 
 
-def test_a_split_without_documents_is_told_with_what_helps(
+def test_a_split_without_documents_is_reported_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(2):
@@ -180,10 +188,21 @@ def test_a_split_without_documents_is_told_with_what_helps(
     arguments = (tmp_path / "0.txt", tmp_path / "1.txt", "--out", tmp_path / "out")
     assert "--sample-by paragraph" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
     arguments = (*arguments[:2], "--out", tmp_path / "out2", "--val-tokens", "1K")
-    assert "all its tokens are validation" in refusal(capsys, *arguments)
+    assert "all tokens are validation" in refusal(capsys, *arguments)
 
 
-def test_a_full_disk_is_told_before_anything_is_read(
+def test_names_and_paths_are_printed_as_they_are(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "10 [red] :cat:.txt").touch()
+    out = tmp_path / "out [/x] :dog:"
+    assert prepare(texts, "--out", out, "--val-fraction", "0.3") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the first in 10 [red] :cat:.txt" in told
+    assert told.count("[/x] :dog:") >= 2
+
+
+def test_a_full_disk_is_reported_before_anything_is_read(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     import shutil
@@ -200,7 +219,8 @@ def test_text_is_not_mixed_with_ready_made_shards(
 ) -> None:
     (tmp_path / "out" / ".prepare").mkdir(parents=True)
     (tmp_path / "out" / ".prepare" / "ready.json").write_text('{"repo": "a/b"}')
-    assert "holds ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
+    assert "contains ready-made shards" in refusal(capsys, texts, "--out", tmp_path / "out")
     (tmp_path / "out" / ".prepare" / "ready.json").write_text("{")
     message = refusal(capsys, "fineweb", "--ready", "--out", tmp_path / "out")
-    assert "ready.json: is damaged" in message
+    assert "ready.json: " in message
+    assert f"; delete {tmp_path / 'out'} and download it again" in message

@@ -1,4 +1,4 @@
-"""Preparations that are killed, stopped or run out of disk, and the same command after them."""
+"""Resuming preparations that were killed, were stopped or filled the disk."""
 
 import os
 import random
@@ -44,7 +44,7 @@ def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def test_a_run_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
     fineweb_like: Path, prepared: Path, tmp_path: Path, children: list[subprocess.Popen]
 ) -> None:
     draw, out = random.Random(4), tmp_path / "out"
@@ -64,7 +64,7 @@ def test_a_run_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
     assert not any((out / ".prepare" / "parts").iterdir())
 
 
-def test_ctrl_c_at_a_terminal_while_workers_start_is_told_in_one_line(
+def test_ctrl_c_while_workers_start_prints_one_line(
     fineweb_like: Path, tmp_path: Path, children: list[subprocess.Popen]
 ) -> None:
     out = tmp_path / "out"
@@ -76,11 +76,11 @@ def test_ctrl_c_at_a_terminal_while_workers_start_is_told_in_one_line(
         time.sleep(0.005)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_go_on_and_does(
+def test_a_stopped_run_says_how_to_resume_and_does(
     fineweb_like: Path,
     prepared: Path,
     tmp_path: Path,
@@ -94,12 +94,12 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     child.send_signal(sent)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code
-    assert errors == "python -m jaxgpt.prepare: stopped; the same command goes on from here\n"
+    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
     assert contents(out) == contents(prepared)
 
 
-def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """As SIGINT is in what a script runs in the background."""
     seen = []
     monkeypatch.setattr(
@@ -154,16 +154,21 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert "another prepare is writing to it" in message
 
 
-def test_a_finished_folder_is_left_as_it_is(
+def test_a_finished_folder_is_not_changed(
     fineweb_like: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")}
+    def times() -> dict[Path, int]:
+        files = [path for path in prepared.rglob("*") if path.is_file() and path.name != "lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    assert len(before) > 5
     assert prepare(fineweb_like, "--out", prepared, *SMALL) == 0
     assert "is complete; there is nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in prepared.glob("*.*")} == before
+    assert times() == before
 
 
-def test_a_disk_that_fills_up_is_told_and_gone_on_from(
+def test_a_full_disk_is_reported_and_the_run_resumes(
     fineweb_like: Path, prepared: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -176,13 +181,13 @@ def test_a_disk_that_fills_up_is_told_and_gone_on_from(
         command = [sys.executable, "-c", code, limit, str(fineweb_like), "--out", str(out), *SMALL]
         full = subprocess.run(command, capture_output=True, text=True)
         assert full.returncode == 2
-        assert "File too large; the same command goes on once that is mended" in full.stderr
+        assert "File too large; fix that and run the same command again" in full.stderr
         assert len(full.stderr.strip().splitlines()) == 1, full.stderr
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
     assert contents(out) == contents(prepared)
 
 
-def test_it_goes_on_when_nobody_takes_what_it_says(texts: Path, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_is_no_error(texts: Path, tmp_path: Path) -> None:
     out, straight = tmp_path / "a" / "out", tmp_path / "b" / "out"
     command = [sys.executable, "-m", "jaxgpt.prepare", str(texts), "--out", str(out)]
     with open("/dev/full", "w") as full:
@@ -192,7 +197,7 @@ def test_it_goes_on_when_nobody_takes_what_it_says(texts: Path, tmp_path: Path) 
     assert contents(out) == contents(straight)
 
 
-def test_a_damaged_file_stops_the_run_and_keeps_what_is_finished(
+def test_a_corrupt_file_stops_the_run_and_keeps_finished_shards(
     fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What a preparation says while it goes."""
+"""The progress of a preparation."""
 
 import io
 
@@ -22,7 +22,7 @@ def lines_of(console: PreparationConsole, width: int = 200) -> io.StringIO:
     return written
 
 
-def test_a_line_tells_tokens_documents_speed_what_is_left_and_how_long(clock: list[float]) -> None:
+def test_a_line_has_tokens_documents_speed_remaining_bytes_and_time(clock: list[float]) -> None:
     console = PreparationConsole(total_bytes=50_000_000, done_bytes=10_000_000)
     written = lines_of(console)
     clock[0] += 40
@@ -32,7 +32,22 @@ def test_a_line_tells_tokens_documents_speed_what_is_left_and_how_long(clock: li
     )
 
 
-def test_lines_come_now_and_then_where_there_is_no_terminal(clock: list[float]) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_of_files_are_shown_as_they_are(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    name, written = "downloading [/x] [red]a.bin[/] :cat:", io.StringIO()
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    monkeypatch.setenv("COLUMNS", "150")
+    with PreparationConsole(total_bytes=100, done_bytes=0) as console:
+        clock[0] += 40
+        console.update(1, 0, 0, name)
+        console.say(name)
+    assert written.getvalue().count(name) >= 2
+
+
+def test_lines_are_printed_from_time_to_time_without_a_terminal(clock: list[float]) -> None:
     console = PreparationConsole(total_bytes=100, done_bytes=0)
     written = lines_of(console)
     for done in range(100):

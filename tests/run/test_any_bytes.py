@@ -22,7 +22,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.manifest import describe
+from jaxgpt.preparation.manifest import summarize
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import read_metrics
@@ -90,7 +90,9 @@ SOUND = {
     "tokenizer": {"name": "byte", "sha256": BYTES.sha256, "n_vocab": BYTES.n_vocab},
     "validation": {},
     "splits": {"train": COUNTS, "val": COUNTS},
-    "shards": [{"file": "x_train_0.bin", "split": "train", "tokens": 9, "sha256": "0"}],
+    "shards": [
+        {"file": "x_train_0.bin", "split": "train", "tokens": 9, "documents": 1, "sha256": "0"}
+    ],
 }
 JSON = st.recursive(
     st.one_of(st.none(), st.integers(), st.text(max_size=5)),
@@ -123,8 +125,8 @@ def test_a_manifest_of_any_bytes_is_read_or_named(folder: Path, content: bytes) 
     found = read_or_named(lambda: manifest.load_manifest(path.parent), path)
     if found is None:
         return
-    assert "tokenizer" in describe(found)
-    if found["shards"]:  # none of them is there
+    assert "tokenizer" in summarize(found)
+    if found.shards:  # none of them is there
         with pytest.raises(UserError, match=f"^{path.parent}"):
             manifest.check_manifest(path.parent, BYTES)
 

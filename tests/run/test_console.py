@@ -207,7 +207,7 @@ def test_a_finished_run_says_its_result_and_a_sample(capsys):
 )
 def test_the_commands_it_names_do_what_they_say(argv, capsys):
     cfg, _, commands = finished(argv, capsys)
-    (longer,) = [parsed(c) for what, c in commands.items() if what.startswith("train on")]
+    (longer,) = [parsed(c) for what, c in commands.items() if what.startswith("train longer")]
     assert (longer.out_dir, longer.max_iters) == (cfg.out_dir, 2 * cfg.max_iters)
     anew = parsed(commands["start anew"])
     assert (anew.out_dir, anew.max_iters) == (

@@ -35,7 +35,7 @@ FAULTY_SHARDS = {
     "3 over-long": (header(20240520, 1, 400) + GOOD.tobytes() * 2, "is too long"),
     "3 negative": (header(20240520, 1, -5), "is too long"),
     "4 empty": (b"", "is empty"),
-    "4 no tokens": (header(20240520, 1, 0), "holds a header and no tokens"),
+    "4 no tokens": (header(20240520, 1, 0), "has a header but no tokens"),
     "6 id": (header(20240520, 1, 400) + (GOOD + 2).tobytes(), "outside the tokenizer's 257"),
     "8 short": (header(20240520, 1, 9) + GOOD[:9].tobytes(), "has 9 tokens"),
 }

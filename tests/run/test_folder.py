@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_run_than_the_file_beside_it_is_refused():
 def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
     assert load_saved(run, "must").flat() == moved_to(run).flat()
     assert load_saved(tmp_path / "new", "never") is None
-    with pytest.raises(ConfigError, match="has a run, of which step 10 is saved, and --resume nev"):
+    with pytest.raises(ConfigError, match="has a run, saved at step 10, and --resume never"):
         load_saved(run, "never")
     with pytest.raises(ConfigError, match="has no finished checkpoint, and --resume must"):
         load_saved(tmp_path / "new", "must")

@@ -1,7 +1,7 @@
-"""The novels and the GPT-2 vocabulary that travel inside the package, for runs without a network.
+"""The novels and the GPT-2 vocabulary that are part of the package, for runs without a network.
 
-Both files come out of `benchmarks/build_embedded_data.py`. The hashes are of the decompressed
-bytes, because two releases of xz may pack the same bytes differently.
+`benchmarks/build_embedded_data.py` makes both files. The hashes are of the decompressed bytes,
+because two releases of xz may compress the same bytes differently.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ REMEDY = "reinstall jaxgpt, or restore the file with `git checkout`"
 
 
 def load_embedded(name: str) -> bytes:
-    """The decompressed bytes of the file `name` of this folder.
+    """The decompressed bytes of the file `name` in this folder.
 
-    Raises UserError if the file is missing, or if it does not hold the bytes of the release.
+    Raises UserError if the file is missing or has other bytes than the release.
     """
     path = files(__package__) / name
     try:
@@ -28,10 +28,10 @@ def load_embedded(name: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {REMEDY}") from None
     except lzma.LZMAError as error:
-        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from None
+        raise UserError(f"{path} is corrupt ({error}); {REMEDY}") from None
     found = hashlib.sha256(contents).hexdigest()
     if found != SHA256[name]:
         raise UserError(
-            f"{path} is damaged (its contents have SHA-256 {found}, not {SHA256[name]}); {REMEDY}"
+            f"{path} is corrupt (its contents have SHA-256 {found}, not {SHA256[name]}); {REMEDY}"
         )
     return contents

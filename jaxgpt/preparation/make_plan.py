@@ -1,0 +1,186 @@
+"""From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
+from jaxgpt.preparation.hub import list_dataset
+from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
+from jaxgpt.preparation.journal import Record, nothing_finished
+from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
+from jaxgpt.preparation.plan import (
+    FileSource,
+    HubSource,
+    Plan,
+    Settings,
+    refuse_differences,
+    with_inputs,
+)
+
+SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of more
+
+
+def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -> Plan:
+    """The plan of the folder: the old one if this command resumes it, or a new one.
+
+    Raises UserError if the folder was begun with other inputs or settings.
+    """
+    path = folder.work / "plan.json"
+    if (folder.work / "ready.json").exists():
+        raise UserError(f"{folder.out}: contains ready-made shards; choose another --out for text")
+    # A plan without results was a mistake, as a wrong column name, and is replaced.
+    old = None if nothing_finished(folder.work) else Plan.load(path)
+    if is_hub_name(flags.inputs):
+        return _plan_for_hub(flags, folder, tokenizer, old, path)
+    _refuse_hub_flags(flags)
+    inputs = find_inputs(flags.inputs)
+    _refuse_single_document(inputs, flags)
+    if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
+        raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
+    source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)
+    if old is not None:
+        refuse_differences(old, source, settings, folder.out)
+        plan = with_inputs(old, inputs, folder.out)
+    else:
+        plan = Plan(source=source, settings=settings, rounds=[inputs])
+    return _save_if_new(plan, old, path)
+
+
+def _plan_for_hub(
+    flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer, old: Plan | None, path: Path
+) -> Plan:
+    """As `make_plan`; a resumed plan keeps its commit, without a request to the Hub."""
+    source = _hub_source(flags)
+    if old is not None:
+        settings = _settings(flags, folder, tokenizer, old, [])
+        refuse_differences(old, source, settings, folder.out)
+        return old
+    listing = list_dataset(
+        source.repo,
+        source.name or None,
+        source.split,
+        flags.revision,
+        lambda text: print(text, flush=True),
+    )
+    settings = _settings(flags, folder, tokenizer, old, listing.inputs)
+    source = msgspec.structs.replace(source, commit=listing.commit)
+    return _save_if_new(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
+
+
+def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
+    if not plan.units():
+        single = replace(plan.settings, rank=0, world_size=1)
+        raise UserError(
+            f"--world-size {plan.settings.world_size}: the input is only "
+            f"{len(replace(plan, settings=single).units())} units of work; use fewer processes, or "
+            "smaller units with --unit-bytes"
+        )
+    if plan != old:
+        plan.save(path)
+    return plan
+
+
+def _hub_source(flags: PrepareFlags) -> HubSource:
+    dataset = flags.inputs[0]
+    return HubSource(
+        repo=DATASETS.get(dataset, dataset),
+        name=flags.name or ("sample-10BT" if dataset in DATASETS else ""),
+        split=flags.split,
+        revision=flags.revision or "main",
+    )
+
+
+def _settings(
+    flags: PrepareFlags,
+    folder: OutputFolder,
+    tokenizer: Tokenizer,
+    old: Plan | None,
+    inputs: Sequence[Input],
+) -> Settings:
+    """The settings from the flags, else from the folder's plan, else the defaults."""
+    val_tokens, val_fraction = flags.number_of("val_tokens"), flags.val_fraction
+    if val_tokens is None and val_fraction is None:
+        if old is not None:
+            val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
+        elif _is_fineweb(flags):
+            val_tokens = SHARD_TOKENS
+        else:
+            small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
+            val_fraction = 0.1 if small else 0.01
+    return Settings(
+        prefix=_prefix(flags, folder.out),
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        options=ReadOptions(
+            text_column=flags.text_column,
+            sample_by=flags.sample_by,
+            encoding_errors=flags.encoding_errors,
+        ),
+        shard_tokens=flags.number_of("shard_tokens") or SHARD_TOKENS,
+        val_tokens=val_tokens,
+        val_fraction=val_fraction,
+        unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
+        rank=folder.rank,
+        world_size=folder.world_size,
+    )
+
+
+def _is_fineweb(flags: PrepareFlags) -> bool:
+    """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short or full name."""
+    return is_hub_name(flags.inputs) and flags.inputs[0] in {*DATASETS, *DATASETS.values()}
+
+
+def _prefix(flags: PrepareFlags, out: Path) -> str:
+    """The prefix of the shards' names: as in llm.c for FineWeb, else the folder's name."""
+    if _is_fineweb(flags):
+        return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
+    return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
+
+
+def _refuse_hub_flags(flags: PrepareFlags) -> None:
+    given = {"--name": flags.name, "--revision": flags.revision}
+    if flags.split != "train":
+        given["--split"] = flags.split
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"{' and '.join(names)}: only for data sets of the Hub, and {flags.inputs[0]} is "
+            "none; leave them out"
+        )
+
+
+def _refuse_single_document(inputs: Sequence[Input], flags: PrepareFlags) -> None:
+    only_text = len(inputs) == 1 and inputs[0].kind == "text"
+    if only_text and flags.sample_by == "document" and flags.val_tokens is None:
+        raise UserError(
+            f"{inputs[0].path}: is a single document, and validation takes complete documents; "
+            "split it with --sample-by paragraph or --sample-by line, or use the first tokens for "
+            "validation with --val-tokens 50K"
+        )
+
+
+def empty_split_error(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
+    """A sentence on why a split has no token."""
+    examples = {reason: path for record in records for reason, path in record.examples.items()}
+    if not any(record.documents or record.skipped for record in records):
+        return f"{out}: the input has no documents; check the files, and choose another --out"
+    if not any(record.documents for record in records):
+        reasons = " or ".join(f"{reason} ({path})" for reason, path in sorted(examples.items()))
+        return (
+            f"{out}: none of the documents can be used, each is {reasons}; fix the files, or set "
+            "--text-column or --encoding-errors, and choose another --out"
+        )
+    if settings.val_tokens is not None:
+        return (
+            f"{out}: all tokens are validation, which is the first {settings.val_tokens:,}; "
+            "prepare more text, or lower --val-tokens and choose another --out"
+        )
+    return (
+        f"{out}: {split!r} has no document, because there are few of them; choose another --out "
+        "and --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K (the first tokens)"
+    )
