@@ -10,37 +10,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.errors import run_command
+from jaxgpt.errors import Stopped, run_command
 from jaxgpt.preparation.flags import PROG, PrepareFlags, parse_flags
 from jaxgpt.run.console import unfailing_output
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
 @unfailing_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    return run_command(PROG, lambda: _run_until_stopped(flags))
-
-
-def _run_until_stopped(flags: PrepareFlags) -> int:
     # An ignored signal stays ignored: a script's background jobs must not react to Ctrl-C.
     handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, _raise_stopped) for number in handled}
     try:
-        return run(flags)
-    except Stopped as stop:
-        print(f"{PROG}: stopped; run the same command again to resume", file=sys.stderr)
-        return 128 + stop.number
+        return run_command(PROG, lambda: run(flags))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -49,7 +34,7 @@ def _run_until_stopped(flags: PrepareFlags) -> int:
 def _raise_stopped(number: int, _: object) -> None:
     for each in SIGNALS:  # a second signal must not interrupt the cleanup
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
+    raise Stopped(number, "stopped; run the same command again to resume")
 
 
 def run(flags: PrepareFlags) -> int:

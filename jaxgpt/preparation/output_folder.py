@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
+from jaxgpt.files import FolderLock
 from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
 from jaxgpt.preparation.inputs import kind_of
 from jaxgpt.run.launchers import find_launched_rank
@@ -43,31 +43,19 @@ def open_output_folder(flags: PrepareFlags) -> Iterator[OutputFolder]:
     own = f"rank-{rank:03d}-of-{world_size:03d}" if world_size > 1 else ""
     _refuse_other_world_size(out, world_size)
     work = out / WORK_FOLDER / own
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(work / "lock", timeout=0):
-            try:
-                yield OutputFolder(out, work, rank, world_size)
-            finally:
-                if not _has_plan(work):
-                    _remove_if_empty(work, out)
-    except Timeout:
-        raise UserError(
-            f"{out}: another prepare is writing to it; wait for it, or choose another folder with "
-            "--out"
-        ) from None
+        with FolderLock(work, "--out") as lock:
+            lock.take()
+            yield OutputFolder(out, work, rank, world_size)
+    finally:
+        for created in (out / WORK_FOLDER, out):
+            with suppress(OSError):  # it is not empty
+                created.rmdir()
 
 
 def _has_plan(work: Path) -> bool:
     """Whether a command in this folder, or one of its ranks, got as far as to know its input."""
     return any(work.rglob("plan.json")) or any(work.rglob("ready.json"))
-
-
-def _remove_if_empty(work: Path, out: Path) -> None:
-    (work / "lock").unlink(missing_ok=True)
-    for folder in dict.fromkeys((work, out / WORK_FOLDER, out)):
-        with suppress(OSError):  # it contains other files
-            folder.rmdir()
 
 
 def _refuse_other_world_size(out: Path, world_size: int) -> None:
@@ -130,9 +118,8 @@ def find_rank(
         raise UserError("--rank and --world-size belong together; give both, or neither")
     if rank is not None and world_size is not None:
         return _valid_rank(rank, world_size, "--rank and --world-size")
-    if (launched := find_launched_rank(environ)) is not None:
-        return _valid_rank(*launched)
-    return 0, 1, ""
+    launched = find_launched_rank(environ)
+    return (0, 1, "") if launched is None else _valid_rank(*launched)
 
 
 def _valid_rank(rank: int, world_size: int, origin: str) -> tuple[int, int, str]:

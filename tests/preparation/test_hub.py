@@ -203,7 +203,7 @@ def test_ctrl_c_during_a_download_ends_at_once(
         child.kill()
         child.wait()
     assert child.returncode == 130
-    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
+    assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
 def _kill_at_first_file(hub: Hub, environment: dict[str, str], *arguments: str) -> None:

@@ -76,7 +76,7 @@ def test_ctrl_c_while_workers_start_prints_one_line(
         time.sleep(0.005)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
+    assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -94,7 +94,7 @@ def test_a_stopped_run_says_how_to_resume_and_does(
     child.send_signal(sent)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code
-    assert errors == "python -m jaxgpt.prepare: stopped; run the same command again to resume\n"
+    assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
     assert prepare(fineweb_like, "--out", out, *SMALL) == 0
     assert contents(out) == contents(prepared)
 
@@ -151,7 +151,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
         message = refusal(capsys, fineweb_like, "--out", out, *SMALL)
     finally:
         os.kill(child.pid, signal.SIGCONT)
-    assert "another prepare is writing to it" in message
+    assert f"is in use by process {child.pid} on " in message
 
 
 def test_a_finished_folder_is_not_changed(
