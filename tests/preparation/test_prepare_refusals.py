@@ -202,6 +202,21 @@ def test_names_and_paths_are_printed_as_they_are(
     assert told.count("[/x] :dog:") >= 2
 
 
+def test_a_file_name_that_is_not_utf_8_is_read_and_resumed(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (texts / "00.txt").rename(texts / name)
+    (texts / os.fsdecode(b"empty\xe9.txt")).touch()  # its name is in the journal
+    arguments = (texts, "--out", tmp_path / "out", "--val-fraction", "0.3")
+    assert prepare(*arguments) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert name in manifest.source["files"]
+    assert prepare(*arguments) == 0
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_reported_before_anything_is_read(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
