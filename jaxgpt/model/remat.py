@@ -1,7 +1,7 @@
-"""What the backward pass finds in memory and what it computes again.
+"""Rematerialization: which activations are kept for the backward pass and which are recomputed.
 
-A trap: every stock policy of `jax.checkpoint` runs flash attention a second time, because the
-kernel's softmax statistics are neither a matrix product nor named. `saves_products` keeps them.
+Every stock policy of `jax.checkpoint` runs flash attention a second time, because the kernel's
+softmax statistics are neither a matrix product nor named. `saves_products` keeps them.
 """
 
 from collections.abc import Callable

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxgpt.config.architecture import parameter_sizes
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
@@ -22,7 +23,9 @@ from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
-from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.layout import Layout
+from jaxgpt.training.optimizer import OPTIMIZERS
+from jaxgpt.training.sharding import is_sharded
 
 # Left free in the pool, for cuBLAS's workspace and for fragmentation.
 RESERVE_BYTES = GIB // 2
@@ -66,14 +69,14 @@ def host_bytes(cfg: Resolved) -> int:
 
 
 def _state_bytes(cfg: Resolved, shares: int) -> dict[str, int]:
-    """Of one of the shares that matrices and embeddings are cut into; norms and biases are not."""
-    m, width = cfg.model, jnp.dtype(cfg.optimizer.state_dtype).itemsize
-    assert m.vocab_size is not None
-    in_blocks = 12 * m.n_layer * m.n_embd**2  # of D x 3D, D x D, D x 4D and 4D x D
-    cut = in_blocks + (m.vocab_size + m.block_size) * m.n_embd
-    N = m.parameter_count() - cut + cut // shares
-    # AdamW has two moments, Muon one of the matrices in the blocks.
-    moments = 2 * N - (in_blocks // shares if cfg.optimizer.optimizer == "muon" else 0)
+    """Per device, if matrices and embeddings are sharded over `shares` devices."""
+    moments_of = OPTIMIZERS[cfg.optimizer.optimizer].moments
+    N = moments = 0
+    for path, size in parameter_sizes(cfg.model).items():
+        on_each = size // shares if is_sharded(path) else size
+        N += on_each
+        moments += on_each * moments_of(path)
+    width = jnp.dtype(cfg.optimizer.state_dtype).itemsize
     return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
 
 
@@ -150,7 +153,7 @@ def build_for(
     cfg: Resolved,
     device: Any,
     compiler_options: Mapping[str, Any] | None = None,
-    layout: OneDevice | None = None,
+    layout: Layout | None = None,
 ) -> Training:
     """The training that `cfg` describes, on `device` or over `layout`: what `train` runs and `plan`
     measures."""
@@ -202,7 +205,7 @@ def _bytes_of(compiled: Any) -> int:
     )
 
 
-def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -> Need:
+def compiled_need(cfg: Resolved, device: Any, layout: Layout | None = None) -> Need:
     """Compile the step of `cfg` for cards that need not be present, and read its memory."""
     return need_of(cfg, compile_ahead(cfg, device, layout))
 
@@ -210,7 +213,7 @@ def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -
 def compile_ahead(
     cfg: Resolved,
     device: Any,
-    layout: OneDevice | None = None,
+    layout: Layout | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The step of `cfg`, compiled for cards that need not be present."""

@@ -122,7 +122,7 @@ class StepSync:
         if self._count > 1:
             import jax
 
-            self._largest = jax.jit(lambda wishes: wishes.max(0), **layout.results(None))
+            self._largest = jax.jit(lambda wishes: wishes.max(0), **layout.jit_options())
 
     def exchange(self, stop: str | None, save: bool, now: bool = False) -> StepRequests:
         """What was asked for at the edge before this one; at this one with `now`, which waits."""
@@ -130,7 +130,7 @@ class StepSync:
             return StepRequests(stop, save)
         wishes = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
         shape = (self._layout.count, len(wishes))
-        spread = self._layout.load(
+        spread = self._layout.load_batch(
             shape, lambda rows: np.tile(wishes, (len(range(*rows.indices(shape[0]))), 1))
         )
         asked, self._pending = self._pending, self._largest(spread)

@@ -9,9 +9,9 @@ from helpers.trees import TINY
 
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.generate import Generator, Sampling, draw
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 
-GRAPHDEF = build_gpt(TINY, "float32", plain_attention)
+GRAPHDEF = build_model(TINY, "float32", plain_attention)
 T = TINY.block_size
 DRAWS = {
     "greedy": Sampling(temperature=0),
@@ -105,7 +105,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(params, generators) -> N
 
 def test_padded_ids_are_never_drawn(params) -> None:
     cfg = dataclasses.replace(TINY, n_vocab=3)
-    graphdef = build_gpt(cfg, "float32", plain_attention)
+    graphdef = build_model(cfg, "float32", plain_attention)
     for top_k, top_p in ((200, None), (None, None), (None, 0.99)):
         sampling = Sampling(temperature=50.0, top_k=top_k, top_p=top_p)
         generator = Generator(graphdef, T, sampling, chunk=50)

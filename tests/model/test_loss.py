@@ -5,7 +5,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_losses
+from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_scores
 
 N_VOCAB, V, D = 50, 64, 16
 
@@ -47,7 +47,7 @@ def test_padded_rows_have_no_say_and_no_gradient(inputs) -> None:
 
 def test_token_losses_average_to_the_mean_loss(inputs) -> None:
     h_BTD, wte_VD, targets_BT = inputs
-    losses_BT = token_losses(h_BTD, wte_VD, targets_BT, N_VOCAB, 7)
+    losses_BT, _ = token_scores(h_BTD, wte_VD, targets_BT, N_VOCAB, 7)
     assert losses_BT.shape == targets_BT.shape
     mean = mean_cross_entropy(h_BTD, wte_VD, targets_BT, N_VOCAB)
     np.testing.assert_allclose(losses_BT.mean(), mean, rtol=1e-6)

@@ -11,8 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.model.attention import cudnn_attention, plain_attention
 from jaxgpt.model.gelu import GELUS
-from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import mean_cross_entropy
+from jaxgpt.model.network import build_model, init_params
 
 CFG = dataclasses.replace(TINY, n_layer=3)
 
@@ -20,13 +19,10 @@ CFG = dataclasses.replace(TINY, n_layer=3)
 def loss_and_grads(
     remat: str, params, tokens_BT1, attend=plain_attention, dtype="float32", scan=False
 ):
-    graphdef = build_gpt(CFG, dtype, attend, remat, scan)
+    graphdef = build_model(CFG, dtype, attend, remat, scan)
 
     def loss_fn(params):
-        model = nnx.merge(graphdef, params)
-        h_BTD = model.features(tokens_BT1[:, :-1])
-        wte_VD = model.wte.embedding[...]
-        return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], CFG.n_vocab)
+        return nnx.merge(graphdef, params).loss(tokens_BT1)
 
     return jax.value_and_grad(loss_fn)(params)
 
@@ -77,7 +73,7 @@ def test_scanning_draws_the_same_dropout(tokens_BT1) -> None:
     params = init_params(cfg, jax.random.key(0))
     tokens, key = tokens_BT1[:, :-1], jax.random.key(1)
     unrolled, scanned = (
-        nnx.merge(build_gpt(cfg, "float32", plain_attention, "none", scan), params).features(
+        nnx.merge(build_model(cfg, "float32", plain_attention, "none", scan), params).features(
             tokens, key
         )
         for scan in (False, True)

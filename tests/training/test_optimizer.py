@@ -10,7 +10,7 @@ from helpers.trees import TINY
 
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.config.presets import load_preset
-from jaxgpt.model.gpt import init_params
+from jaxgpt.model.network import init_params
 from jaxgpt.training.optimizer import (
     decay_mask,
     grad_norm,

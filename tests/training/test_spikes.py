@@ -2,11 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.training.spikes import WINDOW, add_to_history, is_spike, no_history
+from jaxgpt.training.spikes import WINDOW, add_to_history, empty_history, is_spike
 
 
 def history(losses, norms=None):
-    recent = no_history()
+    recent = empty_history()
     for loss, norm in zip(losses, norms if norms is not None else losses, strict=True):
         recent = add_to_history(recent, jnp.float32(loss), jnp.float32(norm))
     return recent
@@ -38,4 +38,4 @@ def test_a_value_is_judged_by_the_mean_and_deviation_of_those_known(known: int) 
 
 def test_nothing_is_a_spike_before_half_a_window() -> None:
     assert not spike(history(NOISE[: WINDOW // 2 - 1]), 1e9, 1e9)
-    assert not spike(no_history(), 1e9, 1e9)
+    assert not spike(empty_history(), 1e9, 1e9)

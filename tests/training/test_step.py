@@ -13,19 +13,19 @@ from jax.extend.core import jaxprs_in_params
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_eval_step, make_train_step
 
-GRAPHDEF = build_gpt(TINY, "float32", plain_attention)
+GRAPHDEF = build_model(TINY, "float32", plain_attention)
 CFG = OptimizerConfig(learning_rate=1e-2, warmup_iters=2)
 
 
 @functools.cache
 def make(accumulation: int, model: ModelConfig = TINY):
     """(state, plain function, jitted step) for A micro-batches."""
-    graphdef = build_gpt(model, "float32", plain_attention)
+    graphdef = build_model(model, "float32", plain_attention)
     schedule = make_schedule(CFG, max_iters=20)
     optimizer = make_optimizer(CFG, schedule, accumulation)
     state = init_state(init_params(model, jax.random.key(0)), optimizer, jax.random.key(1))

@@ -15,8 +15,8 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import cudnn_attention, plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import CHUNK_ROWS, token_losses
+from jaxgpt.model.loss import CHUNK_ROWS
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_train_step
 
@@ -35,7 +35,7 @@ def flash(monkeypatch) -> None:
 
 
 def step_jaxpr(remat: str, scan: bool, attend=plain_attention, dtype="float32", batch=(A, B)):
-    graphdef = build_gpt(CFG, dtype, attend, remat, scan)
+    graphdef = build_model(CFG, dtype, attend, remat, scan)
     optimizer, schedule = OptimizerConfig(), make_schedule(OptimizerConfig(), 10)
     multi_steps = make_optimizer(optimizer, schedule, batch[0])
     accumulator = make_accumulator(optimizer, batch[0])
@@ -49,14 +49,12 @@ def step_jaxpr(remat: str, scan: bool, attend=plain_attention, dtype="float32", 
 
 def forward_jaxpr(head: bool):
     """The forward pass of one micro-batch, up to the loss or to the last block."""
-    graphdef = build_gpt(CFG, "float32", plain_attention)
+    graphdef = build_model(CFG, "float32", plain_attention)
     params = jax.eval_shape(lambda: init_params(CFG, jax.random.key(0)))
 
     def forward(params, tokens_BT1):
         model = nnx.merge(graphdef, params)
-        h_BTD = model.features(tokens_BT1[:, :-1])
-        wte_VD = model.wte.embedding[...]
-        return token_losses(h_BTD, wte_VD, tokens_BT1[:, 1:], CFG.n_vocab) if head else h_BTD
+        return model.token_scores(tokens_BT1)[0] if head else model.features(tokens_BT1[:, :-1])
 
     tokens = jax.ShapeDtypeStruct((B, T + 1), np.uint16)
     return jax.make_jaxpr(forward)(params, tokens).jaxpr
