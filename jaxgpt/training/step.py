@@ -121,12 +121,12 @@ def make_train_step(
 
         norm = grad_norm(opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        bad = ~finite
+        good = finite
         if skip_spikes:
-            bad |= is_spike(state.recent, loss, norm, skip_spikes)
+            good &= ~is_spike(state.recent, loss, norm, skip_spikes)
         # A spike enters the history too, so that a lasting rise stops counting as one.
         recent = jnp.where(finite, add_to_history(state.recent, loss, norm), state.recent)
-        skipped = state.skipped + bad
+        skipped = state.skipped + ~good
         new = TrainState(state.step + 1, skipped, params, opt_state, state.key, state.recent)
         # A step starts with an empty accumulator. Written as zeros, because XLA would keep a copy
         # of the old one during the step: 4 bytes per parameter.
@@ -138,7 +138,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "skipped": skipped,
         }
-        return skip_if_bad(bad, new, old)._replace(recent=recent), metrics
+        return skip_if_bad(good, new, old)._replace(recent=recent), metrics
 
     return train_step
 
@@ -153,8 +153,8 @@ def _update(
     return optax.apply_updates(state.params, updates), opt_state
 
 
-def skip_if_bad(bad: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or if `bad` with the floating-point leaves of `old`; integers always advance.
+def skip_if_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` if `good`, else `new` with the floating-point leaves of `old`: integers always advance.
 
     So a skipped step changes no parameter, moment or accumulator, while every count stays equal to
     the loop's and the next step reads the next batch.
@@ -163,7 +163,7 @@ def skip_if_bad(bad: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     def choose(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(new_leaf.dtype, jnp.floating):
             return new_leaf
-        return jnp.where(bad, old_leaf, new_leaf)
+        return jnp.where(good, new_leaf, old_leaf)
 
     return jax.tree.map(choose, new, old)
 
