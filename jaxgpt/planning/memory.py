@@ -20,6 +20,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.loss import CHUNK_ROWS
+from jaxgpt.model.remat import REMATS
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
@@ -94,32 +95,11 @@ def estimate(cfg: Resolved) -> Need:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    # Bytes in bfloat16 for each token and unit of width, fitted to benchmarks/results/memory.json.
-    per_layer: float  # kept until the layer's backward pass
-    at_the_head: float  # in addition, while the loss is computed
-    in_a_block: float  # in addition, during one block's backward pass
-    per_layer_plain: float  # per_layer with plain attention; and shares of scores_BNTS:
-    scores_per_layer: float
-    scores_in_a_block: float
-    copies: float  # share of the weights with a copy in the matrix products' dtype at the peak
-
-
-KEPT = {
-    # The linear layers' and norms' inputs and outputs.
-    "none": _Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6),
-    # Those of the products and of flash attention; plain attention's are computed again.
-    "light": _Kept(21, 0, 0, 16, 0, 2, copies=0),
-    # The block's input alone.
-    "full": _Kept(2, 10, 38, 2, 0, 3, copies=0.2),
-}
 STACKED = 0.85  # share of the weights that a scan over layers has a second copy of
-DROPOUT_KEPT = {"none": 4.0, "light": 0.6, "full": 0.0}  # the masks, likewise
 
 
 def _transient_bytes(cfg: Resolved) -> dict[str, int]:
-    m, kept = cfg.model, KEPT[cfg.remat]
+    m, kept = cfg.model, REMATS[cfg.remat].kept
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch.batch_size * m.block_size
@@ -136,7 +116,7 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
     per_layer += kept.scores_per_layer * scores
-    per_layer += DROPOUT_KEPT[cfg.remat] * BTD if m.dropout else 0
+    per_layer += kept.dropout * BTD if m.dropout else 0
     at_the_head = kept.at_the_head * BTD + logits
     in_a_block = kept.in_a_block * BTD + kept.scores_in_a_block * scores
     return {
