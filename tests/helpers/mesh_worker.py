@@ -1,6 +1,6 @@
-"""What tests/training/test_sharding.py runs with eight CPU devices: prints one JSON object.
+"""Run by tests/training/test_sharding.py with eight CPU devices; prints one JSON object.
 
-A process of its own, because the number of devices is settled before JAX starts.
+A separate process, because the number of devices must be set before JAX starts.
 """
 
 import json
@@ -32,18 +32,18 @@ MODEL = ModelConfig(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 BATCH, EFFECTIVE = 2, 32
-# Counting up in steps of one, two or three: something to learn.
+# Counting up by one, two or three: something to learn.
 RNG = np.random.default_rng(0)
 STARTS, STRIDES = (
     RNG.integers(0, 50, (STEPS, EFFECTIVE, 1)),
     RNG.integers(1, 4, (STEPS, EFFECTIVE, 1)),
 )
 TOKENS = ((STARTS + STRIDES * np.arange(9)) % 50).astype(np.uint16)
-WINDOWS = TOKENS[0, :21]  # no multiple of what devices hold
+WINDOWS = TOKENS[0, :21]  # not a multiple of the micro-batch
 
 
 class Run:
-    """A tiny training on some mesh; None is one device."""
+    """A tiny training on a mesh; None is a single device."""
 
     def __init__(self, mesh: str | None, scan_layers: bool = False):
         devices, shape = jax.devices(), parse_mesh(mesh)
@@ -80,7 +80,7 @@ class Run:
         return evaluate(eval_step, state.params, WINDOWS, self.global_micro_batch)
 
     def sample(self, state) -> list[int]:
-        """Some likeliest tokens; past the context, where nothing is cached, too."""
+        """Tokens of greedy decoding, within the context (cached) and beyond it (not cached)."""
         sampling, options = Sampling(temperature=0), self.layout.jit_options()
         generator = Generator(
             self.training.graphdef, MODEL.block_size, sampling, chunk=12, jit_options=options
@@ -89,7 +89,7 @@ class Run:
 
 
 def shares(state) -> dict[str, float]:
-    """By path, the share of each array that the first device holds."""
+    """The fraction of each array on the first device, by path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.size
         / leaf.size

@@ -43,7 +43,7 @@ def test_logits_of_padded_rows_are_minus_infinity(model, tokens_BT1) -> None:
     assert np.isfinite(logits_BTV[..., :50]).all()
 
 
-def test_an_untrained_model_is_undecided(tokens_BT1) -> None:
+def test_an_untrained_model_predicts_uniformly(tokens_BT1) -> None:
     cfg = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=64, n_vocab=50)
     model = nnx.merge(
         build_model(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
@@ -138,7 +138,7 @@ def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(use_bias) -> None:
-    """In value, and in the gradients of the input, the norm and the layer."""
+    """In value and in the gradients of input, norm and linear layer."""
     kwargs = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     modules = (
         LayerNorm(16, use_bias),

@@ -37,7 +37,7 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(inputs, chunk_rows: int) 
     np.testing.assert_allclose(dw, 3 * dw0, rtol=1e-5, atol=1e-7)
 
 
-def test_padded_rows_have_no_say_and_no_gradient(inputs) -> None:
+def test_padded_rows_affect_no_loss_and_get_no_gradient(inputs) -> None:
     h_BTD, wte_VD, targets_BT = inputs
     huge = wte_VD.at[N_VOCAB:].set(1e4)
     loss, dw = jax.value_and_grad(mean_cross_entropy, argnums=1)(h_BTD, huge, targets_BT, N_VOCAB)
@@ -74,7 +74,7 @@ def largest_array(jaxpr) -> int:
     return max([*sizes, *inner, 0])
 
 
-def test_mask_padding_leaves_an_unpadded_vocabulary_alone() -> None:
+def test_mask_padding_does_not_change_an_unpadded_vocabulary() -> None:
     logits = jnp.ones((2, 4))
     assert mask_padding(logits, None) is logits
     assert mask_padding(logits, 4) is logits

@@ -27,7 +27,7 @@ WITH_BIAS = dataclasses.replace(TINY, bias=True)
 
 
 def random_params(cfg: ModelConfig):
-    """Parameters that are all random, so that none can be lost or exchanged unseen."""
+    """Random values in every parameter, so that a lost or swapped one is noticed."""
     leaves, tree = jax.tree.flatten(init_params(cfg, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten(
@@ -46,7 +46,7 @@ def imported_logits(folder: Path, tokens_BT) -> np.ndarray:
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_imported_weights_give_the_logits_that_transformers_gave(folder: Path) -> None:
+def test_imported_weights_give_the_logits_of_transformers(folder: Path) -> None:
     golden = np.load(folder / "logits.npz")
     got = imported_logits(folder, golden["tokens"])
     np.testing.assert_allclose(got, golden["logits"], atol=1e-4, rtol=0)
@@ -60,7 +60,7 @@ def test_imported_weights_give_the_logits_that_transformers_gave(folder: Path) -
         ("gelu", "GPT2Model", "5GB"),  # its tensors have no prefix
     ],
 )
-def test_what_transformers_writes_gives_its_logits(tmp_path, activation, kind, shard) -> None:
+def test_files_written_by_transformers_give_its_logits(tmp_path, activation, kind, shard) -> None:
     torch = pytest.importorskip("torch", reason="compared with golden numbers instead")
     transformers = pytest.importorskip("transformers", reason="compared with golden numbers")
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_what_transformers_writes_gives_its_logits(tmp_path, activation, kind, s
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 2, 16), (1, 4, 64), (4, 3, 24)])
-def test_transformers_gives_the_logits_of_what_is_exported(tmp_path, shape, bias, gelu) -> None:
+def test_exported_files_give_the_same_logits_in_transformers(tmp_path, shape, bias, gelu) -> None:
     torch = pytest.importorskip("torch", reason="compared with golden numbers instead")
     transformers = pytest.importorskip("transformers", reason="compared with golden numbers")
     n_layer, n_head, n_embd = shape
@@ -121,7 +121,7 @@ def test_export_and_import_change_no_bit(tmp_path: Path, cfg: ModelConfig) -> No
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_vocabulary_is_cut_to_the_tokenizers(tmp_path: Path) -> None:
+def test_padding_rows_are_not_exported(tmp_path: Path) -> None:
     save_model(tmp_path, TINY, random_params(TINY), eot=49)
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (50, 16)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -130,7 +130,7 @@ def test_the_vocabulary_is_cut_to_the_tokenizers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the first golden model, to be changed."""
+    """A copy of a golden model, to be modified."""
     return Path(shutil.copytree(GOLDEN[-1], tmp_path / "model"))
 
 
@@ -228,7 +228,7 @@ def test_the_context_may_be_shorter_and_the_vocabulary_padded(folder: Path) -> N
         ),
     ],
 )
-def test_another_kind_of_model_is_refused_with_every_reason(folder, values, answers) -> None:
+def test_an_unsupported_model_is_refused_with_every_reason(folder, values, answers) -> None:
     change_config(folder, **values)
     with pytest.raises(FolderError) as refused:
         read_model_config(folder)
