@@ -144,16 +144,16 @@ def _decode(
     cached: bool,
     params: Params,
     state: _Decoding,
-    wanted: jax.Array,
+    count: jax.Array,
 ) -> tuple[_Decoding, jax.Array]:
-    """Draw up to `wanted` tokens: (state, tokens_BC), C = chunk."""
+    """Draw up to `count` tokens: (state, tokens_BC), C = chunk."""
     model = nnx.merge(graphdef, params)
     T = model.cfg.block_size
     Carry = tuple[_Decoding, jax.Array, jax.Array]
 
     def is_unfinished(carry: Carry, within_context: bool) -> jax.Array:
         state, _, drawn = carry
-        more = (drawn < wanted) & ~state.done_B.all()
+        more = (drawn < count) & ~state.done_B.all()
         return more & (state.length <= T) if within_context else more
 
     def step(carry: Carry, features: Features) -> Carry:

@@ -1,6 +1,7 @@
 """Builds the jitted functions of a run from its configuration."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ def build_training(
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
     for_gpu = {**GPU_OPTIONS, **layout.gpu_options} if device.platform == "gpu" else {}
-    options = {**for_gpu, **(compiler_options or {})}
+    jit = partial(jax.jit, compiler_options={**for_gpu, **(compiler_options or {})})
 
     def init() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -81,6 +82,8 @@ def build_training(
 
     like = jax.eval_shape(init)
     shardings = layout.state_shardings(like)
+    eval_step = layout.data_parallel_rows(make_eval_step(graphdef, layout.all_gather))
+    score_step = layout.data_parallel_rows(make_score_step(graphdef, layout.all_gather))
     train_step = make_train_step(
         graphdef,
         multi_steps,
@@ -91,31 +94,22 @@ def build_training(
         layout.data_parallel_gradients,
     )
 
-    def jit_by_rows(step: Callable[..., Any]) -> Any:
-        # Outputs are replicated, because every process reads those of all rows.
-        step = layout.data_parallel_rows(step)
-        return jax.jit(step, compiler_options=options, **layout.jit_options())
-
     return Training(
         graphdef=graphdef,
         block_size=model.block_size,
         attention=attention,
         init=jax.jit(init, out_shardings=shardings),
-        state_like=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            like,
-            shardings,
-        ),
-        train_step=jax.jit(
-            train_step,
-            donate_argnums=0,
-            compiler_options=options,
-            **layout.jit_options((shardings, None)),
-        ),
-        eval_step=jit_by_rows(make_eval_step(graphdef, layout.all_gather)),
-        score_step=jit_by_rows(make_score_step(graphdef, layout.all_gather)),
+        state_like=jax.tree.map(_with_sharding, like, shardings),
+        train_step=jit(train_step, donate_argnums=0, **layout.jit_options((shardings, None))),
+        # Outputs are replicated, because every process reads those of all rows.
+        eval_step=jit(eval_step, **layout.jit_options()),
+        score_step=jit(score_step, **layout.jit_options()),
         tokens_sharding=layout.tokens_sharding,
     )
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:

@@ -171,7 +171,7 @@ def _config_values(cfg: ModelConfig, eot: int) -> dict[str, Any]:
 
 
 def _tensor_name(path: str) -> str:
-    """'blocks/0/attn/c_attn/kernel' is called 'h.0.attn.c_attn.weight' there."""
+    """'blocks/0/attn/c_attn/kernel' is 'h.0.attn.c_attn.weight' in transformers."""
     *modules, leaf = path.split("/")
     name = ".".join("h" if part == "blocks" else part for part in modules)
     return f"{name}.bias" if leaf == "bias" else f"{name}.weight"

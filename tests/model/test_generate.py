@@ -117,8 +117,8 @@ def test_stream_yields_chunks_of_the_requested_total_length(params, generators) 
     stream = generators["top-k"].stream(params, [1], 10, jax.random.key(0), samples=2)
     parts = list(stream)
     assert [part.shape for part in parts] == [(2, 4), (2, 4), (2, 2)]
-    whole = Generator(GRAPHDEF, T, DRAWS["top-k"], chunk=10)
-    expected = whole.generate(params, [1], 10, jax.random.key(0), samples=2)
+    in_one = Generator(GRAPHDEF, T, DRAWS["top-k"], chunk=10)
+    expected = in_one.generate(params, [1], 10, jax.random.key(0), samples=2)
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
     assert generators["top-k"].generate(params, [1], 0, jax.random.key(0), 2).shape == (2, 0)
 
