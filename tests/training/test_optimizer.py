@@ -12,6 +12,7 @@ from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.config.presets import load_preset
 from jaxgpt.model.network import init_params
 from jaxgpt.training.optimizer import (
+    OPTIMIZERS,
     decay_mask,
     grad_norm,
     make_optimizer,
@@ -199,3 +200,19 @@ def test_the_random_bits_differ_between_steps_leaves_and_elements() -> None:
     assert len({draw.tobytes() for draw in draws}) == 4
     assert all(len(set(draw.tolist())) > 990 for draw in draws)
     assert abs(np.mean([draw.mean() for draw in draws]) / 2**31 - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_declared_moments_are_those_in_the_state(name: str) -> None:
+    cfg = OptimizerConfig(optimizer=name)
+    params = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
+    optimizer = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
+    state = jax.eval_shape(optimizer.init, params).inner_opt_state
+
+    def path_of(path) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    found = [path_of(path) for path, _ in jax.tree.leaves_with_path(state)]
+    for path, _ in jax.tree.leaves_with_path(params):
+        count = sum(leaf.endswith("/" + path_of(path)) for leaf in found)
+        assert count == OPTIMIZERS[name].moments(path_of(path)), path_of(path)
