@@ -31,9 +31,9 @@ def attention_plain() -> None:
 
 def loss_full() -> None:
     """A loss that forms all logits of a micro-batch at once, differentiated by JAX."""
-    from jaxgpt.training import step
+    from jaxgpt.model import language_model
 
-    step.mean_cross_entropy = full_loss
+    language_model.mean_cross_entropy = full_loss
 
 
 def full_loss(h_BTD: Any, wte_VD: Any, targets_BT: Any, n_vocab: int | None) -> Any:
@@ -51,7 +51,7 @@ def full_loss(h_BTD: Any, wte_VD: Any, targets_BT: Any, n_vocab: int | None) -> 
 
 def multisteps_plain() -> None:
     """MultiSteps as it comes: its optimizer runs on every micro-batch."""
-    from jaxgpt.training import build, step
+    from jaxgpt.training import build
 
     def make_train_step(graphdef: Any, optimizer: Any, *_: Any) -> Callable:
         import jax
@@ -59,10 +59,7 @@ def multisteps_plain() -> None:
         from flax import nnx
 
         def loss_fn(params: Any, tokens_BT1: Any) -> Any:
-            model = nnx.merge(graphdef, params)
-            h_BTD = model.features(tokens_BT1[:, :-1])
-            wte_VD = model.wte.embedding[...]
-            return step.mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], model.cfg.n_vocab)
+            return nnx.merge(graphdef, params).loss(tokens_BT1)
 
         def micro_step(carry: Any, tokens_BT1: Any) -> tuple[Any, Any]:
             params, opt_state = carry

@@ -19,7 +19,7 @@ import numpy as np
 from jaxgpt.config.presets import load_preset
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.generate import Generator, Sampling
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def measure(preset: str, new_tokens: int, repeats: int) -> dict:
     """Seconds a token, cached and not, and how many times faster the cache is."""
     cfg = load_preset(preset).model
     params = init_params(cfg, jax.random.key(0))
-    graphdef = build_gpt(cfg, "float32", plain_attention)
+    graphdef = build_model(cfg, "float32", plain_attention)
     generators = {
         name: Generator(graphdef, cfg.block_size, Sampling(), chunk=1, cached=name == "cached")
         for name in ("cached", "uncached")

@@ -29,7 +29,7 @@ from jaxgpt.data.task import pick_choices
 from jaxgpt.data.tasks import load_task
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import write_tokenizer
-from jaxgpt.model.gpt import init_params
+from jaxgpt.model.network import init_params
 from jaxgpt.training.scoring import score_rows
 from jaxgpt.training.step import make_score_step
 from jaxgpt.weights.huggingface import save_model

@@ -28,8 +28,7 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import mean_cross_entropy
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.run.device import versions
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_train_step
@@ -46,17 +45,14 @@ Step = Callable[[Any, np.ndarray], tuple[Any, Any]]
 
 def build(model: ModelConfig, accumulation: int) -> dict[str, tuple[Step, Callable[[], Any]]]:
     """name -> (step as it is to be jitted, with its state donated; a new state)."""
-    graphdef = build_gpt(model, "float32", plain_attention)
+    graphdef = build_model(model, "float32", plain_attention)
     schedule = make_schedule(OPTIMIZER, max_iters=1000)
     optimizer = make_optimizer(OPTIMIZER, schedule, accumulation)
     accumulator = make_accumulator(OPTIMIZER, accumulation)
 
     def loss_and_grads(params: Any, tokens_BT1: jax.Array) -> tuple[jax.Array, Any]:
         def loss_fn(params: Any) -> jax.Array:
-            gpt = nnx.merge(graphdef, params)
-            h_BTD = gpt.features(tokens_BT1[:, :-1])
-            wte_VD = gpt.wte.embedding[...]
-            return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], model.n_vocab)
+            return nnx.merge(graphdef, params).loss(tokens_BT1)
 
         return jax.value_and_grad(loss_fn)(params)
 

@@ -21,7 +21,8 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.tokenizer import padded_vocab_size
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import Params, build_gpt
+from jaxgpt.model.blocks import Params
+from jaxgpt.model.network import build_model
 from jaxgpt.weights.huggingface import load_params, read_model_config, save_model
 
 SHAPES = [  # n_layer, n_head, n_embd, n_positions, vocab_size, activation
@@ -70,7 +71,7 @@ def measure(n_layer: int, n_head: int, n_embd: int, T: int, V: int, activation: 
         save_model(second, cfg, params, eot=0)
         _, again = imported(second)
     same = all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
-    got = np.asarray(nnx.merge(build_gpt(cfg, "float32", plain_attention), params)(tokens_BT))
+    got = np.asarray(nnx.merge(build_model(cfg, "float32", plain_attention), params)(tokens_BT))
     return {
         **shape,
         "n_positions": T,

@@ -35,7 +35,7 @@ from jaxgpt.run.console import waiting
 from jaxgpt.run.opening import find_devices
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
-    from jaxgpt.training.layout import OneDevice
+    from jaxgpt.training.layout import Layout
 
 PROG = "python -m jaxgpt.bench"
 WARM_UP_STEPS = 3
@@ -168,20 +168,20 @@ def open_tokens(
 
 
 def make_batches(
-    cfg: Resolved, layout: "OneDevice", loader: WindowLoader | None
+    cfg: Resolved, layout: "Layout", loader: WindowLoader | None
 ) -> tuple[Callable[[int], Any], str]:
     """(step -> tokens_ABT1 uint16 on the devices of `layout`, a description of them)."""
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape = (A, B, cfg.model.block_size + 1)
     if loader is not None:
-        return lambda step: layout.load(
+        return lambda step: layout.load_batch(
             shape, partial(loader.batch, step, A, B)
         ), loader.tokens.name
     rng = np.random.default_rng(cfg.asked.seed)
     # Never all zeros: gathering one row, and a softmax that has learned one answer, cost less.
     drawn = [rng.integers(0, cfg.model.n_vocab or 1, shape, np.uint16) for _ in range(4)]
     return (
-        lambda step: layout.load(shape, lambda rows: drawn[step % len(drawn)][:, rows]),
+        lambda step: layout.load_batch(shape, lambda rows: drawn[step % len(drawn)][:, rows]),
         "random tokens",
     )
 

@@ -185,7 +185,7 @@ def open_training(
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape_ABT1 = (A, B, cfg.model.block_size + 1)
     batches = prefetch(
-        lambda i: layout.load(shape_ABT1, partial(data.loader.batch, i, A, B)),
+        lambda i: layout.load_batch(shape_ABT1, partial(data.loader.batch, i, A, B)),
         step,
         asked.max_iters,
     )

@@ -1,6 +1,7 @@
-"""The shape of the network, and the parameters that follow from it; imports no JAX."""
+"""The network's configuration and the shape of each of its parameters; imports no JAX."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 from tyro.conf import Suppress
@@ -10,12 +11,13 @@ from jaxgpt.config.checks import bad_counts
 from jaxgpt.config.flag_types import IntIfSet, TrueOrFalse
 from jaxgpt.config.roles import Role
 
+Shapes = dict[str, tuple[int, ...]]  # by path in the parameter tree
 Gelu = Literal["tanh", "erf"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of the network: all that the model has to know."""
+    """The architecture: everything the model needs to know."""
 
     n_layer: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # transformer blocks
     n_head: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # attention heads in each block
@@ -35,7 +37,7 @@ class ModelConfig:
     ] = None
 
     def errors(self) -> list[str]:
-        """What is wrong with it, a sentence for each error."""
+        """One sentence for each invalid value."""
         errors = bad_counts(self, "n_layer", "n_head", "n_embd", "block_size")
         if not errors and self.n_embd % self.n_head:
             errors.append(
@@ -54,14 +56,39 @@ class ModelConfig:
         return errors
 
     def parameter_count(self, padding: bool = True) -> int:
-        """Trainable parameters, the tied head counted once (nanoGPT's count adds up the same).
+        """Trainable parameters, the tied head counted once, as nanoGPT counts them.
 
-        Without `padding` only the rows of the embedding that the tokenizer has ids for are counted.
+        Without `padding`, only the embedding rows of ids that the tokenizer can produce.
         """
-        assert self.vocab_size is not None, "resolve the vocabulary before counting"
         rows = self.vocab_size if padding else self.n_vocab or self.vocab_size
-        D, F = self.n_embd, 4 * self.n_embd
-        block = 2 * D + D * 3 * D + D * D + 2 * D * F
-        biases = (2 * D + 3 * D + D + F + D) if self.bias else 0
-        final_norm = 2 * D if self.bias else D
-        return (rows + self.block_size) * D + self.n_layer * (block + biases) + final_norm
+        return sum(parameter_sizes(dataclasses.replace(self, vocab_size=rows)).values())
+
+
+def parameter_shapes(cfg: ModelConfig) -> Shapes:
+    """The shape of each parameter, by its path in the tree: 'blocks/0/attn/c_attn/kernel'."""
+    assert cfg.vocab_size is not None, "resolve the vocabulary first"
+    D, F = cfg.n_embd, 4 * cfg.n_embd
+
+    def layer(path: str, weight: str, *shape: int) -> Shapes:
+        bias = {f"{path}/bias": shape[-1:]} if cfg.bias else {}
+        return {f"{path}/{weight}": shape, **bias}
+
+    shapes: Shapes = {"wte/embedding": (cfg.vocab_size, D), "wpe/embedding": (cfg.block_size, D)}
+    for i in range(cfg.n_layer):
+        block = f"blocks/{i}"
+        shapes |= layer(f"{block}/ln_1", "scale", D)
+        shapes |= layer(f"{block}/attn/c_attn", "kernel", D, 3 * D)
+        shapes |= layer(f"{block}/attn/c_proj", "kernel", D, D)
+        shapes |= layer(f"{block}/ln_2", "scale", D)
+        shapes |= layer(f"{block}/mlp/c_fc", "kernel", D, F)
+        shapes |= layer(f"{block}/mlp/c_proj", "kernel", F, D)
+    return shapes | layer("ln_f", "scale", D)
+
+
+def parameter_sizes(cfg: ModelConfig) -> dict[str, int]:
+    """Elements of each parameter, by path; 'blocks/0/...' has the sum over all blocks."""
+    shapes = parameter_shapes(dataclasses.replace(cfg, n_layer=1))  # so that depth costs no time
+    return {
+        path: math.prod(shape) * (cfg.n_layer if path.startswith("blocks/") else 1)
+        for path, shape in shapes.items()
+    }

@@ -1,1 +1,1 @@
-"""The network: GPT-2 in Flax NNX, its attention, its loss and sampling from it."""
+"""Networks in Flax NNX, attention, loss and text generation."""

@@ -1,10 +1,10 @@
-"""Causal self-attention: which kernel runs on which device, chosen once at start.
+"""Causal self-attention: the kernel for a device, chosen once at start, and the key-value cache.
 
 `jax.nn.dot_product_attention` never chooses cuDNN by itself, and raises instead of falling back.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,50 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def cudnn_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    """Flash attention by cuDNN: no T x T scores. Out_BTNH in the inputs' dtype."""
+    """cuDNN's flash attention, which stores no T x T scores; out_BTNH in the inputs' dtype."""
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn"
     )
 
 
 def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    """Softmax over T x S scores in float32, on any device. Out_BTNH in the inputs' dtype."""
+    """Softmax over T x T scores in float32, on any device; out_BTNH in the inputs' dtype."""
     T = q_BTNH.shape[1]
-    return attention_over(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)))
+    return _masked_attention(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)))
 
 
-def attention_over(
+class LayerCache(NamedTuple):
+    """One layer's keys and values, S = block_size; entries not yet written are masked."""
+
+    k_BSNH: jax.Array
+    v_BSNH: jax.Array
+
+
+Cache = list[LayerCache]  # one per block
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    cache: LayerCache,
+    start: jax.Array | int,
+) -> tuple[jax.Array, LayerCache]:
+    """(out_BTNH, cache with these keys and values) for T tokens that follow `start` cached ones.
+
+    Valid as long as no token changes its position: once the context is full and its first token is
+    dropped, every position changes and the cache is useless.
+    """
+    T, S = q_BTNH.shape[1], cache.k_BSNH.shape[1]
+    k_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSNH, k_BTNH, start, axis=1)
+    v_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSNH, v_BTNH, start, axis=1)
+    visible_TS = jnp.arange(S) <= (start + jnp.arange(T))[:, None]
+    return _masked_attention(q_BTNH, k_BSNH, v_BSNH, visible_TS), LayerCache(k_BSNH, v_BSNH)
+
+
+def _masked_attention(
     q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array
 ) -> jax.Array:
-    """Attention of T positions to those of S keys that `visible_TS` marks; out as above."""
     H = q_BTNH.shape[-1]
     scores_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
@@ -41,9 +69,9 @@ def attention_over(
 def pick_attention(
     platform: str, compute_capability: tuple[int, int], dtype: str, head_width: int
 ) -> tuple[Attend, str]:
-    """The kernel for a device and a sentence that says which one and why.
+    """(kernel for a device, its name and why it was chosen).
 
-    cuDNN's flash attention wants compute capability 8.0, bfloat16, and a head width that is a
+    cuDNN's flash attention needs compute capability 8.0, bfloat16, and a head width that is a
     multiple of 8 and at most 128.
     """
     obstacles = {
@@ -53,13 +81,13 @@ def pick_attention(
         f"head width {head_width} is not a multiple of 8 up to 128": head_width % 8 > 0
         or head_width > 128,
     }
-    for obstacle, is_there in obstacles.items():
-        if is_there:
+    for obstacle, applies in obstacles.items():
+        if applies:
             return plain_attention, f"plain (cuDNN flash attention: {obstacle})"
     return cudnn_attention, "cuDNN flash attention"
 
 
 def compute_capability(device: Any) -> tuple[int, int]:
-    """CUDA compute capability of a `jax.Device`, (0, 0) for one that has none."""
+    """CUDA compute capability of a `jax.Device`, (0, 0) if it has none."""
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
     return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)

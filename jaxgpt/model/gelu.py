@@ -1,7 +1,7 @@
-"""GELU, by tanh or exact, with its own gradient: float32 inside, and only its input saved.
+"""GELU, tanh or exact, with a hand-written gradient: float32 inside, and only its input saved.
 
-Left to automatic differentiation XLA keeps several arrays as wide as the MLP, some of them in
-float32: the largest activations of a layer, several times over.
+With automatic differentiation XLA keeps several arrays as wide as the MLP, some of them in float32:
+several times a layer's largest activation.
 """
 
 import math
@@ -46,18 +46,18 @@ def _exact_slope(x32: jax.Array) -> jax.Array:
     return _phi(x32) + x32 * jnp.exp(-0.5 * x32 * x32) / math.sqrt(2 * math.pi)
 
 
-def _give_gradient(gelu: jax.custom_vjp, slope: Callable[[jax.Array], jax.Array]) -> None:
+def _define_gradient(gelu: jax.custom_vjp, slope: Callable[[jax.Array], jax.Array]) -> None:
     def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return gelu(x), x
 
     def backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-        # Without the barrier XLA finds the forward pass's tanh again and keeps it, in float32.
+        # Without the barrier XLA reuses the forward pass's tanh, and so keeps it, in float32.
         x, dy = jax.lax.optimization_barrier((x, dy))
         return ((dy.astype(jnp.float32) * slope(x.astype(jnp.float32))).astype(x.dtype),)
 
     gelu.defvjp(forward, backward)
 
 
-_give_gradient(gelu, _tanh_slope)
-_give_gradient(exact_gelu, _exact_slope)
+_define_gradient(gelu, _tanh_slope)
+_define_gradient(exact_gelu, _exact_slope)
 GELUS = {"tanh": gelu, "erf": exact_gelu}

@@ -1,10 +1,10 @@
-"""Text from a model: the prompt in one pass, then a compiled loop that draws a token at a time.
+"""Text generation: one forward pass over the prompt, then a compiled loop, one token at a time.
 
-While the text fits the context, a step feeds one token and finds the others in a cache. Past it
-the context slides as nanoGPT's does, every position changes, and a step reads the whole window.
+While the text fits the context, a step computes one token and reads the others from the key-value
+cache. Beyond that the window slides, as nanoGPT's does; every position changes, so each step
+computes the full window.
 
-Letters besides those of gpt.py: P prompt, W the width it is filled up to, L length of a text,
-C tokens of one call, K candidates.
+Axes besides those of gpt.py: P prompt, W prompt padded, C tokens per call, K candidates.
 """
 
 import dataclasses
@@ -17,33 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt.model.cache import Cache, LayerCache, cached_features, empty_cache
-from jaxgpt.model.gpt import GPT, Params
-from jaxgpt.model.loss import mask_padding
+from jaxgpt.model.attention import Cache, LayerCache
+from jaxgpt.model.blocks import Params
+from jaxgpt.model.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from its logits; the defaults are nanoGPT's."""
+    """How a token is drawn from the logits; the defaults are nanoGPT's."""
 
-    temperature: float = 0.8  # logits are divided by it; 0 takes the likeliest token
-    top_k: int | None = 200  # draw from so many of the likeliest tokens only
-    top_p: float | None = None  # draw from the fewest tokens that have this probability together
-    stop_at: int | None = None  # the id that ends a sample, its length filled up with the same id
+    temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
+    top_k: int | None = 200  # draw from this many of the likeliest tokens only
+    top_p: float | None = None  # draw from the fewest tokens that reach this probability together
+    stop_at: int | None = None  # the id that ends a sample, and pads it to the others' length
 
 
 class _Decoding(NamedTuple):
-    """Where generation stands."""
+    """The state of the generation loop."""
 
-    window_BT: jax.Array  # int32, the last block_size tokens; before they are there, any filling
-    length: jax.Array  # (), int32: tokens so far, those that have left the window included
+    window_BT: jax.Array  # int32, the last block_size tokens; anything beyond `length`
+    length: jax.Array  # (), int32: tokens so far, including those that have left the window
     done_B: jax.Array  # bool: has drawn `stop_at`
     cache: Cache
-    keys_B: jax.Array  # a PRNG key a sample; folded with `length`, never advanced
+    keys_B: jax.Array  # one PRNG key per sample; folded with `length`, never advanced
 
 
 class Generator:
-    """Draws continuations of a prompt; compiled once for a number of samples and a chunk."""
+    """Samples continuations of a prompt; compiled once per number of samples."""
 
     def __init__(
         self,
@@ -53,21 +53,20 @@ class Generator:
         *,
         chunk: int,
         cached: bool = True,
-        results: Mapping[str, Any] | None = None,
+        jit_options: Mapping[str, Any] | None = None,
     ):
-        """`chunk` tokens, or fewer, are made by one call of the compiled loop.
+        """One call of the compiled loop generates up to `chunk` tokens.
 
-        `cached` False reads the whole window for each token, which is what the cache is measured
-        and tested against. `results` tells `jax.jit` where results lie when parameters lie on
-        several devices: on all of them.
+        `cached` False computes the full window for each token, the reference that the cache is
+        tested and timed against. `jit_options` are arguments of `jax.jit` (`layout.jit_options`).
         """
         self._chunk = chunk
         self._block_size = block_size
-        out = results or {}
-        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="samples", **out)
-        # The state is donated: its cache is written in place, not copied with each call.
+        options = jit_options or {}
+        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="samples", **options)
+        # The state is donated, so that its cache is updated in place and not copied at each call.
         decode = partial(_decode, graphdef, sampling, chunk, cached)
-        self._decode = jax.jit(decode, donate_argnums=1, **out)
+        self._decode = jax.jit(decode, donate_argnums=1, **options)
 
     def stream(
         self,
@@ -77,13 +76,13 @@ class Generator:
         key: jax.Array,
         samples: int,
     ) -> Iterator[np.ndarray]:
-        """Yield tokens_BC as they are made, int32, B = samples, C = chunk or less at the end.
+        """Yield tokens_BC as they are generated: int32, B = samples, C <= chunk.
 
-        `prompt_P` has at least one token; of more than block_size, the last are seen. Sample b
-        depends on `key` and b and not on how many samples there are. Ends early when every sample
-        has drawn `stop_at`.
+        `prompt_P` has at least one token; of a prompt longer than block_size the model sees the
+        end. Sample b depends on `key` and b, not on the number of samples. Ends early once every
+        sample has drawn `stop_at`.
         """
-        state = self._prefill(params, *_filled_up(prompt_P, self._block_size), key, samples=samples)
+        state = self._prefill(params, *_padded(prompt_P, self._block_size), key, samples=samples)
         left = max_new_tokens
         while left > 0:
             state, tokens_BC = self._decode(params, state, min(left, self._chunk))
@@ -100,15 +99,15 @@ class Generator:
         key: jax.Array,
         samples: int,
     ) -> np.ndarray:
-        """The tokens of `stream` in one array (samples, max_new_tokens or less)."""
+        """The tokens of `stream` in one array (samples, at most max_new_tokens)."""
         parts = self.stream(params, prompt_P, max_new_tokens, key, samples)
         return np.concatenate([np.zeros((samples, 0), np.int32), *parts], axis=1)
 
 
-def _filled_up(prompt_P: Sequence[int], block_size: int) -> tuple[np.ndarray, int]:
-    """(prompt_1W, P): the tokens that fit the context; W a power of two, so that few are compiled.
+def _padded(prompt_P: Sequence[int], block_size: int) -> tuple[np.ndarray, int]:
+    """(prompt_1W, P): the tokens that fit the context, padded to a power of two.
 
-    Causal attention keeps the filling out of sight, and generation writes over it.
+    So few widths are compiled. Causal attention masks the padding, and generation overwrites it.
     """
     seen = np.asarray(prompt_P, np.int32)[-block_size:]
     assert len(seen), "a prompt has at least one token"
@@ -127,7 +126,8 @@ def _prefill(
 ) -> _Decoding:
     model = nnx.merge(graphdef, params)
     W, T = prompt_1W.shape[1], model.cfg.block_size
-    _, cache = cached_features(model, prompt_1W, jnp.zeros((), jnp.int32), empty_cache(model, 1))
+    start = jnp.zeros((), jnp.int32)
+    _, cache = model.cached_features(prompt_1W, start, model.empty_cache(batch=1))
     return _Decoding(
         window_BT=jnp.tile(jnp.pad(prompt_1W, ((0, 0), (0, T - W))), (samples, 1)),
         length=jnp.asarray(length, jnp.int32),
@@ -144,44 +144,47 @@ def _decode(
     cached: bool,
     params: Params,
     state: _Decoding,
-    wanted: jax.Array,
+    count: jax.Array,
 ) -> tuple[_Decoding, jax.Array]:
-    """Draw up to `wanted` tokens: (state, tokens_BC), C = chunk."""
+    """Draw up to `count` tokens: (state, tokens_BC), C = chunk."""
     model = nnx.merge(graphdef, params)
     T = model.cfg.block_size
     Carry = tuple[_Decoding, jax.Array, jax.Array]
 
-    def goes_on(carry: Carry, fits: bool) -> jax.Array:
-        state, _, made = carry
-        more = (made < wanted) & ~state.done_B.all()
-        return more & (state.length <= T) if fits else more
+    def is_unfinished(carry: Carry, within_context: bool) -> jax.Array:
+        state, _, drawn = carry
+        more = (drawn < count) & ~state.done_B.all()
+        return more & (state.length <= T) if within_context else more
 
-    def step(carry: Carry, see: Callable[[GPT, _Decoding], tuple[jax.Array, Cache]]) -> Carry:
-        state, tokens_BC, made = carry
-        h_BD, cache = see(model, state)
-        logits_BV = (h_BD @ model.wte.embedding[...].astype(h_BD.dtype).T).astype(jnp.float32)
+    def step(carry: Carry, features: Features) -> Carry:
+        state, tokens_BC, drawn = carry
+        h_BD, cache = features(model, state)
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.length)
-        next_B = draw(mask_padding(logits_BV, model.cfg.n_vocab), keys_B, sampling)
+        next_B = draw(model.logits(h_BD), keys_B, sampling)
         state = _appended(state, next_B, cache, sampling.stop_at)
-        return state, tokens_BC.at[:, made].set(state.window_BT[:, _last(state)]), made + 1
+        return state, tokens_BC.at[:, drawn].set(state.window_BT[:, _last(state)]), drawn + 1
 
-    filling = jnp.full((len(state.done_B), chunk), sampling.stop_at or 0, jnp.int32)
-    carry = (state, filling, jnp.zeros((), jnp.int32))
+    padding_BC = jnp.full((len(state.done_B), chunk), sampling.stop_at or 0, jnp.int32)
+    carry = (state, padding_BC, jnp.zeros((), jnp.int32))
     if cached:
         carry = jax.lax.while_loop(
-            partial(goes_on, fits=True), partial(step, see=_see_cached), carry
+            partial(is_unfinished, within_context=True),
+            partial(step, features=_cached_features),
+            carry,
         )
     state, tokens_BC, _ = jax.lax.while_loop(
-        partial(goes_on, fits=False), partial(step, see=_see_window), carry
+        partial(is_unfinished, within_context=False),
+        partial(step, features=_window_features),
+        carry,
     )
     return state, tokens_BC
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token for each row, int32 (B,), with one key for each row."""
+    """Draw a token for each row, int32 (B,), with one PRNG key per row."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    # From the likeliest token's, or a temperature close to 0 would divide up to infinity.
+    # Relative to the largest, so that a temperature close to 0 does not overflow.
     logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
     logits_BV = logits_BV / max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
     pick = jax.vmap(jax.random.categorical)
@@ -191,25 +194,29 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Arr
     best_BK, ids_BK = jax.lax.top_k(logits_BV, min(sampling.top_k or V, V))
     if sampling.top_p is not None:
         p_BK = jax.nn.softmax(best_BK)
-        # The token with which the sum passes top_p is still in, so that one always is.
+        # Includes the token at which the sum passes top_p, so that at least one remains.
         likelier_BK = jnp.cumsum(p_BK, axis=-1) - p_BK
         best_BK = jnp.where(likelier_BK < sampling.top_p, best_BK, -jnp.inf)
     return jnp.take_along_axis(ids_BK, pick(keys_B, best_BK)[:, None], axis=1)[:, 0]
 
 
-def _see_cached(model: GPT, state: _Decoding) -> tuple[jax.Array, Cache]:
+# (model, state) -> (h_BD of the newest token, cache)
+Features = Callable[[LanguageModel, _Decoding], tuple[jax.Array, Cache]]
+
+
+def _cached_features(model: LanguageModel, state: _Decoding) -> tuple[jax.Array, Cache]:
     last = _last(state)
     token_B1 = jax.lax.dynamic_slice_in_dim(state.window_BT, last, 1, axis=1)
-    h_B1D, cache = cached_features(model, token_B1, last, state.cache)
+    h_B1D, cache = model.cached_features(token_B1, last, state.cache)
     return h_B1D[:, 0], cache
 
 
-def _see_window(model: GPT, state: _Decoding) -> tuple[jax.Array, Cache]:
+def _window_features(model: LanguageModel, state: _Decoding) -> tuple[jax.Array, Cache]:
     return model.features(state.window_BT)[:, _last(state)], state.cache
 
 
 def _last(state: _Decoding) -> jax.Array:
-    """Where the newest token stands in the window."""
+    """Index of the newest token in the window."""
     return jnp.minimum(state.length, state.window_BT.shape[1]) - 1
 
 

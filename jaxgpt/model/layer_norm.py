@@ -1,7 +1,7 @@
-"""LayerNorm with its own gradient: float32 statistics, and only x and two numbers a row saved.
+"""LayerNorm with a hand-written gradient that saves only x and two float32 numbers per row.
 
-Left to automatic differentiation XLA keeps float32 copies of x and reduces over it more often,
-which costs memory on a GPU and about a tenth of the demo's step on a CPU.
+With automatic differentiation XLA keeps float32 copies of x and reduces over it more often, which
+costs memory on a GPU and about a tenth of the demo's step on a CPU.
 """
 
 import jax
@@ -12,7 +12,7 @@ EPSILON = 1e-5  # GPT-2's; Flax's default is 1e-6
 
 
 class LayerNorm(nnx.Module):
-    """Normalizes the last axis; parameters in float32, output in the dtype of the input."""
+    """Normalizes the last axis; float32 parameters, output in the input's dtype."""
 
     def __init__(self, width: int, use_bias: bool):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))

@@ -1,9 +1,9 @@
 """Next-token cross-entropy fused with the output head, so that [B, T, V] logits never exist.
 
-The rows of a batch are taken a chunk at a time. For each chunk the forward pass forms the logits,
-the loss and at once the gradients of the hidden state and of the embedding; the backward pass only
-scales them. So the head's matrix product is done once, and the largest array is one chunk's logits.
-Rows of the vocabulary that are padding (`n_vocab` and up) stay out of the softmax.
+The rows of a batch are processed in chunks. For each chunk the forward pass computes the logits,
+the loss, and the gradients of the hidden state and of the head; the backward pass only scales them.
+So the head's matrix product runs once, and the largest array is one chunk's logits.
+Padded vocabulary rows (`n_vocab` and up) are excluded from the softmax.
 """
 
 from functools import partial
@@ -11,12 +11,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# Rows whose logits exist at once: 4,096 x 50,304 in bfloat16 are 0.4 GB.
+# Rows in one chunk: logits of 4,096 x 50,304 in bfloat16 take 0.4 GB.
 CHUNK_ROWS = 4096
 
 
 def mask_padding(logits_V: jax.Array, n_vocab: int | None) -> jax.Array:
-    """Logits (..., V) with minus infinity in the rows that no tokenizer id reaches."""
+    """Logits (..., V) with minus infinity for ids that the tokenizer cannot produce."""
     V = logits_V.shape[-1]
     if n_vocab is None or n_vocab == V:
         return logits_V
@@ -26,43 +26,35 @@ def mask_padding(logits_V: jax.Array, n_vocab: int | None) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def mean_cross_entropy(
     h_BTD: jax.Array,
-    wte_VD: jax.Array,
+    head_VD: jax.Array,
     targets_BT: jax.Array,
     n_vocab: int | None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> jax.Array:
-    """Mean loss () in nats over B * T tokens, float32, of the tied head h @ wte.T.
+    """Mean loss () in nats over B * T tokens, float32, of logits h_BTD @ head_VD.T.
 
-    Matrix products run in the dtype of `h_BTD`; logsumexp, loss and the embedding's gradient are
-    float32. Differentiable in `h_BTD` and `wte_VD`.
+    Matrix products run in the dtype of `h_BTD`; logsumexp, loss and the head's gradient are
+    float32. Differentiable in `h_BTD` and `head_VD`.
     """
-    return token_losses(h_BTD, wte_VD, targets_BT, n_vocab, chunk_rows).mean()
-
-
-def token_losses(
-    h_BTD: jax.Array,
-    wte_VD: jax.Array,
-    targets_BT: jax.Array,
-    n_vocab: int | None,
-    chunk_rows: int = CHUNK_ROWS,
-) -> jax.Array:
-    """Loss of each token, losses_BT in nats, float32; not meant to be differentiated."""
-    return token_scores(h_BTD, wte_VD, targets_BT, n_vocab, chunk_rows)[0]
+    return token_scores(h_BTD, head_VD, targets_BT, n_vocab, chunk_rows)[0].mean()
 
 
 def token_scores(
     h_BTD: jax.Array,
-    wte_VD: jax.Array,
+    head_VD: jax.Array,
     targets_BT: jax.Array,
     n_vocab: int | None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[jax.Array, jax.Array]:
-    """(losses_BT, hits_BT): each token's loss, and whether no other token was likelier."""
-    wte_VD = wte_VD.astype(h_BTD.dtype)
+    """(losses_BT, hits_BT): each token's loss in nats, float32, and whether it is the likeliest.
+
+    Not to be differentiated: that would keep the logits of every chunk.
+    """
+    head_VD = head_VD.astype(h_BTD.dtype)
 
     def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_CD, targets_C = chunk
-        losses_C, logits_CV, _ = _log_softmax_parts(h_CD, wte_VD, targets_C, n_vocab)
+        losses_C, logits_CV, _ = _log_softmax_parts(h_CD, head_VD, targets_C, n_vocab)
         return losses_C, logits_CV.argmax(-1) == targets_C
 
     chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
@@ -73,20 +65,20 @@ def token_scores(
 
 def _forward(
     h_BTD: jax.Array,
-    wte_VD: jax.Array,
+    head_VD: jax.Array,
     targets_BT: jax.Array,
     n_vocab: int | None,
     chunk_rows: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
-    w_VD = wte_VD.astype(h_BTD.dtype)
+    w_VD = head_VD.astype(h_BTD.dtype)
 
     def one_chunk(
         dw_VD: jax.Array, chunk: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_CD, targets_C = chunk
         losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
-        # Where the target is -1 the row is filling and has no gradient.
+        # A target of -1 marks a padding row, which has no gradient.
         weight_C = jnp.where(targets_C >= 0, 1 / M, 0.0)
         is_target_CV = jnp.arange(w_VD.shape[0]) == targets_C[:, None]
         p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])
@@ -95,7 +87,7 @@ def _forward(
         dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, h_CD, preferred_element_type=jnp.float32)
         return dw_VD, (losses_C, dh_CD)
 
-    zeros_VD = jnp.zeros(wte_VD.shape, jnp.float32)
+    zeros_VD = jnp.zeros(head_VD.shape, jnp.float32)
     dw_VD, (losses, dh) = jax.lax.scan(one_chunk, zeros_VD, chunks)
     loss = losses.reshape(-1)[:M].mean()
     return loss, (dh.reshape(-1, h_BTD.shape[-1])[:M].reshape(h_BTD.shape), dw_VD)
@@ -117,7 +109,7 @@ mean_cross_entropy.defvjp(_forward, _backward)
 def _log_softmax_parts(
     h_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array, n_vocab: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(losses_C, logits_CV, lse_C) of a chunk; logits in the dtype of `h_CD`, the rest float32."""
+    """(losses_C, logits_CV, logsumexp_C): logits in the dtype of `h_CD`, the others float32."""
     logits_CV = mask_padding(jnp.einsum("CD,VD->CV", h_CD, w_VD), n_vocab)
     lse_C = jax.nn.logsumexp(logits_CV.astype(jnp.float32), axis=-1)
     picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
@@ -127,12 +119,12 @@ def _log_softmax_parts(
 def _in_chunks(
     h_BTD: jax.Array, targets_BT: jax.Array, chunk_rows: int
 ) -> tuple[tuple[jax.Array, jax.Array], int]:
-    """Rows laid end to end and cut: (h (n, C, D), targets (n, C), -1 where filled up), and B*T."""
+    """Flattened rows in n chunks: (h (n, C, D), targets (n, C), -1 for padding rows), and B * T."""
     h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1).astype(jnp.int32)
     M, D = h_MD.shape
     n = -(-M // chunk_rows)
     C = -(-M // n)
-    if filling := n * C - M:
-        h_MD = jnp.pad(h_MD, ((0, filling), (0, 0)))
-        targets_M = jnp.pad(targets_M, (0, filling), constant_values=-1)
+    if padding := n * C - M:
+        h_MD = jnp.pad(h_MD, ((0, padding), (0, 0)))
+        targets_M = jnp.pad(targets_M, (0, padding), constant_values=-1)
     return (h_MD.reshape(n, C, D), targets_M.reshape(n, C)), M

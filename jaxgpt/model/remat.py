@@ -1,28 +1,76 @@
-"""What the backward pass finds in memory and what it computes again.
+"""Rematerialization: what is kept for the backward pass, what is recomputed, and what that costs.
 
-A trap: every stock policy of `jax.checkpoint` runs flash attention a second time, because the
-kernel's softmax statistics are neither a matrix product nor named. `saves_products` keeps them.
+Imports JAX only when a block is built, because the planner reads the costs without it.
 """
 
 from collections.abc import Callable
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from jaxgpt.config.fields import Remat
 
 
-def rematerialized(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`block`, which keeps for its backward pass all it computes ('none'), its matrix products and
-    attention ('light': norms and GELU are computed again), or its input alone ('full')."""
-    if remat == "none":
-        return block
-    policy = saves_products if remat == "light" else jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(block, policy=policy)
+class Kept(NamedTuple):
+    """Memory at a step's peak, fitted to benchmarks/results/memory.json.
+
+    Bytes per token and unit of width, if the dtype is bfloat16. Fields with `scores` are multiples
+    of the float32 attention scores, which exist where attention is plain.
+    """
+
+    per_layer: float  # until the layer's backward pass
+    at_the_head: float  # in addition, while the loss is computed
+    in_a_block: float  # in addition, while one block's backward pass runs
+    per_layer_plain: float  # `per_layer` where attention is plain
+    scores_per_layer: float
+    scores_in_a_block: float
+    copies: float  # share of the weights that exist a second time, in the dtype of the products
+    dropout: float  # per layer, if there is dropout
+
+
+class RematSetting(NamedTuple):
+    """One value of `--remat`."""
+
+    policy: Callable[..., bool] | None  # of `jax.checkpoint`; None: no checkpoint, all is kept
+    work: float  # time of a step relative to one that recomputes nothing
+    kept: Kept
 
 
 def saves_products(primitive: Any, *args: Any, **params: Any) -> bool:
-    """A checkpoint policy: keep linear layers' outputs and what flash attention hands on."""
+    """Checkpoint policy: keep outputs of linear layers and the residuals of flash attention.
+
+    Every stock policy of `jax.checkpoint` runs flash attention a second time, because the kernel's
+    softmax statistics are neither a matrix product nor named.
+    """
+    import jax
+
     is_flash = primitive.name.startswith("dot_product_attention_fwd")
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return is_flash or products(primitive, *args, **params)
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return is_flash or is_product(primitive, *args, **params)
+
+
+def saves_nothing(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Checkpoint policy: keep the block's input only."""
+    return False
+
+
+# In the order in which `--remat auto` tries them.
+REMATS: dict[Remat, RematSetting] = {
+    "none": RematSetting(
+        policy=None, work=1.0, kept=Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6, dropout=4.0)
+    ),
+    # Recomputes norms, GELU and plain attention: little work, but bytes.
+    "light": RematSetting(
+        policy=saves_products, work=1.05, kept=Kept(21, 0, 0, 16, 0, 2, copies=0, dropout=0.6)
+    ),
+    # Recomputes each block's forward pass except its last product.
+    "full": RematSetting(
+        policy=saves_nothing, work=1.2, kept=Kept(2, 10, 38, 2, 0, 3, copies=0.2, dropout=0.0)
+    ),
+}
+
+
+def rematerialized(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`block`, keeping for its backward pass what the policy of `remat` saves."""
+    import jax
+
+    policy = REMATS[remat].policy
+    return block if policy is None else jax.checkpoint(block, policy=policy)

@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 
 from jaxgpt.config.batch import batch_sizes
-from jaxgpt.config.fields import Remat
 from jaxgpt.config.resolved import Resolved
+from jaxgpt.model.remat import REMATS
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import ESTIMATE_ERROR, RESERVE_BYTES, Need, estimate
 from jaxgpt.planning.speed import relative_step_time
 
-REMATS: tuple[Remat, ...] = ("none", "light", "full")
 CHOICES = frozenset({"batch_size", "remat"})  # what may be left to the memory there is
 # GPT-2's own sizes and steps between and beyond them: (n_layer, n_head, n_embd), heads of 64.
 SHAPES = (

@@ -15,14 +15,18 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxgpt.config.architecture import parameter_sizes
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.loss import CHUNK_ROWS
+from jaxgpt.model.remat import REMATS
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
-from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.layout import Layout
+from jaxgpt.training.optimizer import OPTIMIZERS
+from jaxgpt.training.sharding import is_sharded
 
 # Left free in the pool, for cuBLAS's workspace and for fragmentation.
 RESERVE_BYTES = GIB // 2
@@ -66,14 +70,14 @@ def host_bytes(cfg: Resolved) -> int:
 
 
 def _state_bytes(cfg: Resolved, shares: int) -> dict[str, int]:
-    """Of one of the shares that matrices and embeddings are cut into; norms and biases are not."""
-    m, width = cfg.model, jnp.dtype(cfg.optimizer.state_dtype).itemsize
-    assert m.vocab_size is not None
-    in_blocks = 12 * m.n_layer * m.n_embd**2  # of D x 3D, D x D, D x 4D and 4D x D
-    cut = in_blocks + (m.vocab_size + m.block_size) * m.n_embd
-    N = m.parameter_count() - cut + cut // shares
-    # AdamW has two moments, Muon one of the matrices in the blocks.
-    moments = 2 * N - (in_blocks // shares if cfg.optimizer.optimizer == "muon" else 0)
+    """Per device, if matrices and embeddings are sharded over `shares` devices."""
+    moments_of = OPTIMIZERS[cfg.optimizer.optimizer].moments
+    N = moments = 0
+    for path, size in parameter_sizes(cfg.model).items():
+        on_each = size // shares if is_sharded(path) else size
+        N += on_each
+        moments += on_each * moments_of(path)
+    width = jnp.dtype(cfg.optimizer.state_dtype).itemsize
     return {"parameters": 4 * N, "optimizer": width * moments, "accumulator": width * N}
 
 
@@ -91,32 +95,11 @@ def estimate(cfg: Resolved) -> Need:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    # Bytes in bfloat16 for each token and unit of width, fitted to benchmarks/results/memory.json.
-    per_layer: float  # kept until the layer's backward pass
-    at_the_head: float  # in addition, while the loss is computed
-    in_a_block: float  # in addition, during one block's backward pass
-    per_layer_plain: float  # per_layer with plain attention; and shares of scores_BNTS:
-    scores_per_layer: float
-    scores_in_a_block: float
-    copies: float  # share of the weights with a copy in the matrix products' dtype at the peak
-
-
-KEPT = {
-    # The linear layers' and norms' inputs and outputs.
-    "none": _Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6),
-    # Those of the products and of flash attention; plain attention's are computed again.
-    "light": _Kept(21, 0, 0, 16, 0, 2, copies=0),
-    # The block's input alone.
-    "full": _Kept(2, 10, 38, 2, 0, 3, copies=0.2),
-}
 STACKED = 0.85  # share of the weights that a scan over layers has a second copy of
-DROPOUT_KEPT = {"none": 4.0, "light": 0.6, "full": 0.0}  # the masks, likewise
 
 
 def _transient_bytes(cfg: Resolved) -> dict[str, int]:
-    m, kept = cfg.model, KEPT[cfg.remat]
+    m, kept = cfg.model, REMATS[cfg.remat].kept
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch.batch_size * m.block_size
@@ -133,7 +116,7 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
     per_layer += kept.scores_per_layer * scores
-    per_layer += DROPOUT_KEPT[cfg.remat] * BTD if m.dropout else 0
+    per_layer += kept.dropout * BTD if m.dropout else 0
     at_the_head = kept.at_the_head * BTD + logits
     in_a_block = kept.in_a_block * BTD + kept.scores_in_a_block * scores
     return {
@@ -150,7 +133,7 @@ def build_for(
     cfg: Resolved,
     device: Any,
     compiler_options: Mapping[str, Any] | None = None,
-    layout: OneDevice | None = None,
+    layout: Layout | None = None,
 ) -> Training:
     """The training that `cfg` describes, on `device` or over `layout`: what `train` runs and `plan`
     measures."""
@@ -202,7 +185,7 @@ def _bytes_of(compiled: Any) -> int:
     )
 
 
-def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -> Need:
+def compiled_need(cfg: Resolved, device: Any, layout: Layout | None = None) -> Need:
     """Compile the step of `cfg` for cards that need not be present, and read its memory."""
     return need_of(cfg, compile_ahead(cfg, device, layout))
 
@@ -210,7 +193,7 @@ def compiled_need(cfg: Resolved, device: Any, layout: OneDevice | None = None) -
 def compile_ahead(
     cfg: Resolved,
     device: Any,
-    layout: OneDevice | None = None,
+    layout: Layout | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The step of `cfg`, compiled for cards that need not be present."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.config.resolved import Resolved
+from jaxgpt.model.remat import REMATS
 from jaxgpt.planning.gpus import Gpu
 
 
@@ -29,9 +30,6 @@ PUBLISHED_MFU = {
     (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
 }
-# Time of a step relative to remat 'none': 'light' recomputes what costs bytes rather than FLOPs,
-# 'full' the blocks' forward pass except each block's last product.
-REMAT_WORK: dict[Remat, float] = {"none": 1.0, "light": 1.05, "full": 1.2}
 # Each micro-batch, whatever its size, reads the weights and writes and accumulates gradients: some
 # 30 bytes per parameter, which at 90 FLOPs per byte cost as much time as this many tokens.
 TOKENS_LOST_PER_MICRO_BATCH = 450
@@ -68,7 +66,7 @@ def peak_of(gpu: Gpu | None, dtype: str, devices: int) -> float | None:
 
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
     """Time of a step relative to remat none and infinite micro-batches; for ranking only."""
-    return REMAT_WORK[remat] + TOKENS_LOST_PER_MICRO_BATCH / tokens_per_micro_batch
+    return REMATS[remat].work + TOKENS_LOST_PER_MICRO_BATCH / tokens_per_micro_batch
 
 
 def mfu_of(gpu: Gpu) -> Mfu | None:

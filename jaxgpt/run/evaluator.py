@@ -22,15 +22,15 @@ class Evaluator:
         cfg, training, layout = compiled.cfg, compiled.training, compiled.layout
         self._data, self._block_size = data, cfg.model.block_size
         self._micro_batch = cfg.batch.global_micro_batch
-        self._eval_step = layout.from_host(training.eval_step)
-        self._score_step = layout.from_host(training.score_step)
+        self._eval_step = layout.with_sharded_batch(training.eval_step)
+        self._score_step = layout.with_sharded_batch(training.score_step)
         self._sample_tokens = cfg.asked.sample_tokens
         self._generator = Generator(
             training.graphdef,
             self._block_size,
             Sampling(),
             chunk=self._sample_tokens,
-            results=layout.results(None),
+            jit_options=layout.jit_options(),
         )
 
     def scores(self, state: "TrainState") -> dict[str, float]:

@@ -15,7 +15,7 @@ from jaxgpt.planning.gpus import GIB
 from jaxgpt.run.console import waiting
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
-from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.layout import Layout
 
 
 class Compiled(NamedTuple):
@@ -24,14 +24,14 @@ class Compiled(NamedTuple):
     cfg: Resolved  # with the batch_size and remat that fit
     training: Training  # its steps compiled for the run's shapes
     need: memory.Need
-    layout: OneDevice
+    layout: Layout
 
 
 @contextmanager
 def compile_to_fit(
     cfg: Resolved,
     free: Collection[str],
-    layout: OneDevice,
+    layout: Layout,
     processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[Compiled]:
     """Compile the steps of `cfg`, check that they fit, and explain running out of memory inside.
@@ -54,7 +54,7 @@ def compile_to_fit(
 
 
 def _compile_to_fit(
-    cfg: Resolved, free: Collection[str], layout: OneDevice, processes: Processes
+    cfg: Resolved, free: Collection[str], layout: Layout, processes: Processes
 ) -> Compiled:
     device = layout.device
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))
@@ -93,7 +93,7 @@ def _limit(cfg: Resolved, devices: Sequence[Any]) -> int | None:
     return smallest
 
 
-def _compile(cfg: Resolved, layout: OneDevice) -> Compiled:
+def _compile(cfg: Resolved, layout: Layout) -> Compiled:
     training = memory.build_for(cfg, layout.device, layout=layout)
     micro_batch = cfg.batch.global_micro_batch
     train_step = compile_train_step(training, cfg.batch.accumulation, micro_batch)

@@ -128,7 +128,7 @@ class StepSync:
         if self._count > 1:
             import jax
 
-            self._max = jax.jit(lambda requests: requests.max(0), **layout.results(None))
+            self._max = jax.jit(lambda requests: requests.max(0), **layout.jit_options())
 
     def exchange(self, stop: str | None, save: bool, now: bool = False) -> StepRequests:
         """The requests of all processes after the previous step, or with `now` after this one."""
@@ -136,7 +136,7 @@ class StepSync:
             return StepRequests(stop, save)
         requests = np.asarray([signal.Signals[stop] if stop else 0, save], np.int32)
         shape = (self._layout.count, len(requests))
-        sharded = self._layout.load(
+        sharded = self._layout.load_batch(
             shape, lambda rows: np.tile(requests, (len(range(*rows.indices(shape[0]))), 1))
         )
         result, self._pending = self._pending, self._max(sharded)

@@ -12,7 +12,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.model.gpt import Params
+from jaxgpt.model.blocks import Params
 from jaxgpt.run import retention
 from jaxgpt.run.checkpoint_state import abstract, array_specs, differences, from_stored, to_stored
 from jaxgpt.run.integrity import DamagedError, Manifest, verify

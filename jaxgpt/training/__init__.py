@@ -1,1 +1,1 @@
-"""What happens between two steps: the optimizer, the step, checkpoints and metrics."""
+"""One training step: optimizer, sharding, gradient accumulation, evaluation."""

@@ -1,4 +1,4 @@
-"""Validation loss on a fixed set of windows: the same weights always get the same number."""
+"""Validation loss on a fixed set of windows: a deterministic function of the weights."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.data.task import perplexity
-from jaxgpt.model.gpt import Params
+from jaxgpt.model.blocks import Params
 from jaxgpt.training.step import EvalStep, ScoreStep
 
 
@@ -16,12 +16,12 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per token over `windows_WT1` (uint16), `batch_size` windows at a time.
 
-    The last batch is filled up with windows seen before, which are not counted again.
+    The last batch is padded with earlier windows, which are not counted again.
     """
     W = len(windows_WT1)
-    filled = np.arange(-(-W // batch_size) * batch_size) % W
-    batches = filled.reshape(-1, batch_size)
-    # Everything is dispatched before anything is read, so that the device never waits.
+    padded = np.arange(-(-W // batch_size) * batch_size) % W
+    batches = padded.reshape(-1, batch_size)
+    # All batches are dispatched before a loss is read, so that the device never waits.
     losses = [eval_step(params, windows_WT1[rows]) for rows in batches]
     return float(np.concatenate([np.asarray(x, np.float64) for x in losses])[:W].mean())
 
@@ -30,11 +30,11 @@ class TextLoss(NamedTuple):
     """How well a model predicts a text."""
 
     loss: float  # nats per token
-    standard_error: float  # of the loss, windows taken as independent of each other
+    standard_error: float  # of the loss, assuming independent windows
     perplexity: float
     bits_per_byte: float
     tokens: int  # predicted
-    bytes: int  # what they stand for; end-of-text tokens stand for none
+    bytes: int  # of text that these tokens encode; end-of-text tokens encode none
 
 
 def measure_text(
@@ -43,17 +43,17 @@ def measure_text(
     batches: Iterable[np.ndarray],
     byte_lengths_V: np.ndarray,
 ) -> TextLoss:
-    """The loss over batches of windows, each (W, T+1) uint16, all of one shape but the last.
+    """The loss over batches of windows, each (W, T+1) uint16; only the last may be smaller.
 
-    Bits per byte leave the end-of-text tokens out, in nats as in bytes.
+    Bits per byte exclude end-of-text tokens, from the nats as from the bytes.
     """
     means, nats, byte_count, tokens = [], 0.0, 0, 0
     shape: tuple[int, int] | None = None
     for windows_WT1 in batches:
         W, T1 = windows_WT1.shape
         shape = shape or (W, T1)
-        filled_BT1 = np.resize(windows_WT1, shape)  # the last batch; one shape is compiled
-        losses_WT = np.asarray(score_step(params, filled_BT1)[0], np.float64)[:W]
+        padded_BT1 = np.resize(windows_WT1, shape)  # the last batch, so that one shape is compiled
+        losses_WT = np.asarray(score_step(params, padded_BT1)[0], np.float64)[:W]
         lengths_WT = byte_lengths_V[windows_WT1[:, 1:]]
         means.append(losses_WT.mean(axis=1))
         nats += losses_WT[lengths_WT > 0].sum()

@@ -1,7 +1,7 @@
-"""Which devices a run has, and what of it lies where.
+"""Where the state and the batches of a run are placed: on one device, or by `sharding.py` on many.
 
-This is the layout of one device, on which nothing has to be said of sharding; `hardware/mesh.py`
-has that of several, with the same interface.
+Everything that depends on the number of devices goes through this interface, so that the step of
+one device needs no sharding annotations.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,45 +10,45 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.model.gpt import Gather
-from jaxgpt.training.step import Accumulate, Spread, alone
+from jaxgpt.model.blocks import AllGather
+from jaxgpt.training.step import LocalGradients, StepGradients, on_single_device
 
 
-class OneDevice:
-    """Everything on one device."""
+class Layout:
+    """Everything on one device; the base of `MeshLayout`."""
 
-    count: int = 1
-    gpu_options: Mapping[str, Any] = {}  # what XLA is told on top of what every GPU gets
-    gather: Gather | None = None  # makes parameters whole of which a device holds a shard
+    count: int = 1  # devices
+    gpu_options: Mapping[str, Any] = {}  # XLA options in addition to those of every GPU
+    all_gather: AllGather | None = None  # gathers sharded parameters; None if they are replicated
 
     def __init__(self, device: Any):
-        self.device = device  # one of them, like all the others
+        self.device = device  # one of them; all are of the same kind
         self.local_devices = [device]  # those of this process
 
     def state_shardings(self, state: Any) -> Any:
-        """A sharding for each leaf of a state, or of a part of it."""
+        """A sharding for each leaf of a TrainState, or of a part of it."""
         return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(self.device), state)
 
     def tokens_sharding(self, leading: int) -> Any:
-        """Of windows that have so many axes before the batch's."""
+        """The sharding of windows with `leading` axes before the batch axis."""
         return jax.sharding.SingleDeviceSharding(self.device)
 
-    def results(self, shardings: Any) -> dict[str, Any]:
-        """What `jax.jit` is told of a function's results; None stands for all on every device."""
+    def jit_options(self, out_shardings: Any = None) -> dict[str, Any]:
+        """Arguments of `jax.jit` that place the outputs; None replicates them on every device."""
         return {}
 
-    def spread_gradients(self, accumulate: Accumulate) -> Spread:
-        """`accumulate` on the rows of each device, and the mean of what comes of it."""
-        return alone(accumulate)
+    def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
+        """`gradients` on each device's rows, averaged over the devices."""
+        return on_single_device(gradients)
 
-    def spread_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, tokens_BT1)`, whose results have a row for each of B."""
+    def data_parallel_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(params, tokens_BT1)` on each device's rows; its outputs have an axis B."""
         return function
 
-    def load(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> Any:
-        """Windows (..., B, T+1) for a step; `read(rows)` gives those of some rows of B."""
+    def load_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> Any:
+        """A batch of windows (..., B, T+1); `read(rows)` returns the windows of a slice of B."""
         return read(slice(0, shape[-2]))
 
-    def from_host(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step(params, tokens_BT1)` for tokens that every process has all of."""
+    def with_sharded_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step(params, tokens_BT1)` for a NumPy batch that every process has in full."""
         return step

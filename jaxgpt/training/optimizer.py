@@ -1,33 +1,34 @@
-"""The optimizer: nanoGPT's schedule and AdamW as an optax chain, accumulating in MultiSteps.
+"""The optimizer: nanoGPT's schedule and AdamW, or Muon, as an optax chain inside MultiSteps.
 
-MultiSteps is outermost, so the clip sees the averaged gradient (the other order clips each
-micro-batch), and the schedule counts optimizer steps, never micro-batches.
+MultiSteps is outermost, so that the clip sees the averaged gradient (the other order clips each
+micro-batch) and the schedule counts optimizer steps, never micro-batches.
 
 With `state_dtype` bfloat16 a parameter takes 10 bytes instead of 16. Rounded to nearest, AdamW's
 second moment would stop moving: at beta2 0.99 a step changes it by less than half of bfloat16's
-spacing unless the squared gradient is off by a third. It is rounded up or down at random instead,
-so that it is right on average.
+spacing unless the squared gradient differs from it by a third. It is rounded stochastically
+instead, which is unbiased.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxgpt.config.fields import OptimizerConfig
+from jaxgpt.config.fields import Optimizer, OptimizerConfig
 
-GRAD_NORM = "grad_norm"  # the name under which the chain keeps the norm before clipping
-DECAYED = ("kernel", "embedding")  # the last part of the paths of matrices and embeddings
+GRAD_NORM = "grad_norm"  # the key in the chain's state of the norm before clipping
+DECAYED = ("kernel", "embedding")  # last parts of the paths of matrices and embeddings
 
 
 def make_schedule(cfg: OptimizerConfig, max_iters: int) -> optax.Schedule:
     """Learning rate of optimizer step 0, 1, ...: nanoGPT's warm-up and cosine.
 
-    Step i of the warm-up has (i + 1) / (warmup_iters + 1) of the peak. A decay that would end
-    before the warm-up does is over when the warm-up is; `decay_lr` False keeps the peak.
+    Step i of the warm-up has (i + 1) / (warmup_iters + 1) of the peak. If lr_decay_iters is not
+    after the warm-up, min_lr follows it directly; `decay_lr` False keeps the peak.
     """
     first = cfg.learning_rate / (cfg.warmup_iters + 1)
     decay_iters = cfg.lr_decay_iters or max_iters
@@ -47,25 +48,26 @@ def make_schedule(cfg: OptimizerConfig, max_iters: int) -> optax.Schedule:
 def make_optimizer(
     cfg: OptimizerConfig, schedule: optax.Schedule, accumulation: int
 ) -> optax.MultiSteps:
-    """AdamW or Muon behind a clip by global norm, fed the mean of `accumulation` gradients."""
+    """Clip by global norm, then `cfg.optimizer`, on the mean of `accumulation` gradients."""
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     chain = optax.chain(
         optax.snapshot(GRAD_NORM, optax.tree.norm),
         clip,
-        scale_by_moments(cfg),
+        OPTIMIZERS[cfg.optimizer].scale(cfg),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
     return optax.MultiSteps(chain, accumulation, accumulator_dtype=cfg.state_dtype)
 
 
-def scale_by_moments(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """What makes a direction of a gradient: Adam's two moments, or Muon's one for the matrices."""
+def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction, from two moments of the gradient."""
     adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2)
-    if cfg.state_dtype == "bfloat16":
-        adam = stored_in_bfloat16(adam)
-    if cfg.optimizer == "adamw":
-        return adam
+    return stored_in_bfloat16(adam) if cfg.state_dtype == "bfloat16" else adam
+
+
+def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Orthogonalized momentum for the matrices inside blocks, Adam's direction for the rest."""
     # Rounding to nearest is good enough here: a step changes this moment by a twentieth.
     momentum = optax.contrib.scale_by_muon(
         mu_dtype=cfg.state_dtype,
@@ -73,38 +75,54 @@ def scale_by_moments(cfg: OptimizerConfig) -> optax.GradientTransformation:
             lambda _: optax.contrib.MuonDimensionNumbers(), updates
         ),
     )
-    muon = optax.chain(momentum, optax.stateless_with_tree_map(lambda g, _: _like_adam(g)))
-    return optax.partition({"muon": muon, "adam": adam}, orthogonalized)
-
-
-def orthogonalized(params: Any) -> Any:
-    """'muon' for each matrix inside a block, 'adam' for embeddings and vectors."""
-    return jax.tree.map_with_path(
-        lambda path, _: "muon" if _name(path) == "kernel" else "adam", params
+    muon = optax.chain(momentum, optax.stateless_with_tree_map(lambda g, _: _scaled_as_adam(g)))
+    return optax.partition(
+        {"muon": muon, "adam": scale_by_adam(cfg)},
+        lambda params: jax.tree.map_with_path(
+            lambda path, _: "muon" if is_orthogonalized(_joined(path)) else "adam", params
+        ),
     )
 
 
-def _like_adam(update_DF: jax.Array) -> jax.Array:
+def is_orthogonalized(path: str) -> bool:
+    """Whether Muon orthogonalizes a parameter, by its path: the matrices inside blocks."""
+    return path.endswith("kernel")
+
+
+def _scaled_as_adam(update_DF: jax.Array) -> jax.Array:
     # Liu et al., "Muon is Scalable for LLM Training" (2025): an orthogonal matrix has a root mean
-    # square of 1 / sqrt(its longer side), a step of Adam's one of about 0.2. So one learning rate
-    # and one weight decay serve both.
+    # square of 1 / sqrt(its longer side), an Adam step one of about 0.2. Scaled so, one learning
+    # rate and one weight decay serve both.
     return 0.2 * math.sqrt(max(update_DF.shape)) * update_DF
 
 
-def make_accumulator(cfg: OptimizerConfig, accumulation: int) -> optax.MultiSteps:
-    """What `make_optimizer`'s MultiSteps does to its accumulator, and nothing else.
+class OptimizerKind(NamedTuple):
+    """One value of `--optimizer`."""
 
-    It would step on one gradient more than it is ever given, so that after the last one the mean is
-    still there; its inner optimizer has no state.
+    scale: Callable[[OptimizerConfig], optax.GradientTransformation]  # gradient -> direction
+    moments: Callable[[str], int]  # moments kept for a parameter, by its path
+
+
+OPTIMIZERS: dict[Optimizer, OptimizerKind] = {
+    "adamw": OptimizerKind(scale_by_adam, moments=lambda path: 2),
+    "muon": OptimizerKind(scale_by_muon, moments=lambda path: 1 if is_orthogonalized(path) else 2),
+}
+
+
+def make_accumulator(cfg: OptimizerConfig, accumulation: int) -> optax.MultiSteps:
+    """Only the accumulating part of `make_optimizer`'s MultiSteps.
+
+    It would step after `accumulation` + 1 gradients, one more than it gets, so the mean is still in
+    the accumulator after the last one. Its inner optimizer has no state.
     """
     return optax.MultiSteps(optax.identity(), accumulation + 1, accumulator_dtype=cfg.state_dtype)
 
 
 def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, computing in float32 but keeping the floating-point leaves of its state in bfloat16.
+    """`inner` computing in float32, with the floating-point leaves of its state in bfloat16.
 
-    Its state must have a `count`, from which the random bits of the rounding are drawn, so that a
-    resumed run draws the same.
+    Its state must have a `count`: the random bits for rounding are a function of it, so that a
+    resumed run draws the same bits.
     """
 
     def init(params: Any) -> Any:
@@ -125,21 +143,21 @@ def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTra
 
 
 def stochastic_round(x: jax.Array, random: jax.Array) -> jax.Array:
-    """Finite float32 `x` as one of its two neighbours in bfloat16, so that it is x on average.
+    """Round finite float32 `x` up or down to bfloat16 at random, so that the mean result is x.
 
-    `random` holds uint32 of the shape of `x`, of which the upper half is used.
+    `random` is uint32 of the shape of `x`; its upper 16 bits are used.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # bfloat16 is float32's upper half: a carry out of the lower half is a step up.
+    # bfloat16 is float32's upper half: a carry out of the lower half rounds up.
     carried = bits + (random >> 16)
     return jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def random_bits(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Array:
-    """uint32 of a shape, another draw for each count and salt.
+    """Random uint32 of a shape, different for each count and salt.
 
-    A hash of each element's index, Wellons' lowbias32: rounding needs no better, and JAX's own
-    generator, twenty times as many operations for each of hundreds of leaves, takes minutes to
+    A hash of each element's index (Wellons' lowbias32), which is good enough for rounding. JAX's
+    own generator has twenty times as many operations, which for hundreds of leaves take minutes to
     compile.
     """
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
@@ -161,11 +179,11 @@ def _cast_floats(tree: Any, dtype: Any) -> Any:
 
 def decay_mask(params: Any) -> Any:
     """True for each leaf that weight decay applies to: matrices and embeddings, by path."""
-    return jax.tree.map_with_path(lambda path, _: _name(path) in DECAYED, params)
+    return jax.tree.map_with_path(lambda path, _: _joined(path).endswith(DECAYED), params)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path[-1:], simple=True)
+def _joined(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def grad_norm(opt_state: optax.MultiStepsState) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.data.task import Figure, Question, Row, RowScores
 from jaxgpt.data.tasks import TASKS
-from jaxgpt.model.gpt import Params
+from jaxgpt.model.blocks import Params
 from jaxgpt.training.step import ScoreStep
 
 

@@ -1,9 +1,9 @@
-"""Who holds what: the devices of a run as one mesh, and where its state and its tokens lie there.
+"""Training on several devices: how state and batches are sharded over a mesh of them.
 
-`data` devices hold the same share of the state, `fsdp` devices hold a share each; all see rows of
-their own. Every device runs the program that one device alone runs, on its rows (`shard_map`), and
-all that they say to each other is said here: a weight is gathered from its shards when it is
-needed and its gradient summed back into them (`gather`), gradients are averaged once a step.
+The state is replicated along the mesh axis `data` and sharded along `fsdp`; batches are sharded
+along both. Every device runs the single-device program on its rows (`shard_map`). All collectives
+are in this file: a weight is all-gathered when it is used and its gradient reduce-scattered
+(`all_gather`), and gradients are all-reduced once per step.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,84 +16,93 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config.mesh_shape import MeshShape
-from jaxgpt.training.layout import OneDevice
-from jaxgpt.training.step import Accumulate, Spread
+from jaxgpt.training.layout import Layout
+from jaxgpt.training.step import LocalGradients, StepGradients
 
 AXES = ("data", "fsdp")
-# By the last part of a path: matrices and embeddings are cut along their first axis, in parameters,
-# moments and accumulator alike. Norms and biases are too small to be worth a message.
+# Last parts of the paths of sharded leaves: matrices and embeddings, along their first axis, in
+# parameters, moments and accumulator. Norms and biases are too small to be worth a collective.
 SHARDED = ("kernel", "embedding")
-# Gradients in one message: enough to keep a link busy, no more than a few layers.
-JOINED_BYTES = 64 * 2**20
+# Gradients in one reduce-scatter: enough to keep a link busy, no more than a few layers.
+COMBINED_BYTES = 64 * 2**20
 
 
-def make_layout(devices: Sequence[Any], shape: MeshShape) -> OneDevice:
+def make_layout(devices: Sequence[Any], shape: MeshShape) -> Layout:
     """The layout of a run on the first of `devices`, as many as `shape` has."""
     if shape.devices == 1:
-        return OneDevice(devices[0])
-    return OverMesh(devices[: shape.devices], shape)
+        return Layout(devices[0])
+    return MeshLayout(devices[: shape.devices], shape)
 
 
-class OverMesh(OneDevice):
-    """Over several devices."""
+class MeshLayout(Layout):
+    """Replicated along `data`, sharded along `fsdp`."""
 
     def __init__(self, devices: Sequence[Any], shape: MeshShape):
-        """`devices` in the order of their processes, so that each holds neighbouring rows."""
+        """`devices` are in the order of their processes, so that each process has adjacent rows."""
         assert len(devices) == shape.devices
         self.mesh = Mesh(np.asarray(devices).reshape(shape), AXES)
         self.shape, self.count = shape, shape.devices
         local = [d for d in devices if d.process_index == jax.process_index()]
-        self.local_devices = local or list(devices)  # none is here where a step is only compiled
+        self.local_devices = local or list(devices)  # none is local in an ahead-of-time compilation
         self.device = self.local_devices[0]
-        # XLA joins small messages, of which it counts the shards: all layers' gradients would wait
-        # for each other, whole and in float32.
-        joined = {"xla_gpu_reduce_scatter_combine_threshold_bytes": JOINED_BYTES // shape.fsdp}
-        self.gpu_options = joined if shape.fsdp > 1 else {}
-        self.gather = gather if shape.fsdp > 1 else None
+        if shape.fsdp > 1:
+            self.all_gather = all_gather
+            # XLA combines reduce-scatters up to a threshold that counts one shard's bytes: by its
+            # default all layers' gradients would wait for each other, unsharded and in float32.
+            threshold = "xla_gpu_reduce_scatter_combine_threshold_bytes"
+            self.gpu_options = {threshold: COMBINED_BYTES // shape.fsdp}
 
     def state_shardings(self, state: Any) -> Any:
-        """A sharding for each leaf, by its path."""
+        """A sharding for each leaf of a TrainState, or of a part of it, by its path."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs_of(state))
 
     def tokens_sharding(self, leading: int) -> NamedSharding:
-        """Of windows with so many axes before the batch."""
+        """The sharding of windows with `leading` axes before the batch axis."""
         return NamedSharding(self.mesh, _rows(leading))
 
-    def results(self, shardings: Any) -> dict[str, Any]:
-        """What `jax.jit` is told of a function's results; None stands for all on every device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        filled = jax.tree.map(lambda x: x or everywhere, shardings, is_leaf=lambda x: x is None)
-        return {"out_shardings": filled}
+    def jit_options(self, out_shardings: Any = None) -> dict[str, Any]:
+        """Arguments of `jax.jit` that place the outputs; None replicates them on every device."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return {
+            "out_shardings": jax.tree.map(
+                lambda x: x or replicated, out_shardings, is_leaf=lambda x: x is None
+            )
+        }
 
-    def spread_gradients(self, accumulate: Accumulate) -> Spread:
-        """`accumulate` on the rows of each device, and the mean of what comes of it.
+    def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
+        """`gradients` on each device's rows, averaged over the devices.
 
-        Micro-batch a of device d has the number, and so the dropout, that one device alone gives
-        the same rows: a * count + d.
+        Micro-batch a of device d has index a * count + d, and so the dropout, that a single device
+        would give the same rows.
         """
 
         def on_each(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
-            first = jnp.arange(len(tokens_ABT1)) * self.count
-            numbers_A = first + jax.lax.axis_index(AXES)
-            means, loss = accumulate(params, empty, tokens_ABT1, numbers_A, key)
-            return jax.tree.map_with_path(self._mean, means), jax.lax.pmean(loss, AXES)
+            first_A = jnp.arange(len(tokens_ABT1)) * self.count
+            indices_A = first_A + jax.lax.axis_index(AXES)
+            means, loss = gradients(params, empty, tokens_ABT1, indices_A, key)
+            return jax.tree.map_with_path(self._all_reduce, means), jax.lax.pmean(loss, AXES)
 
-        def spread(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
-            held, whole = specs_of(params), PartitionSpec()
+        def step_gradients(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
+            param_specs, replicated = specs_of(params), PartitionSpec()
             return jax.shard_map(
                 on_each,
                 mesh=self.mesh,
-                in_specs=(held, specs_of(empty), _rows(1), whole),
-                out_specs=(held, whole),
+                in_specs=(param_specs, specs_of(empty), _rows(1), replicated),
+                out_specs=(param_specs, replicated),
                 check_vma=False,
             )(params, empty, tokens_ABT1, key)
 
-        return spread
+        return step_gradients
 
-    def spread_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, tokens_BT1)`, whose results have a row for each of B."""
+    def _all_reduce(self, path: Any, gradient: jax.Array) -> jax.Array:
+        # Along fsdp a sharded gradient has been averaged already, by `all_gather`'s backward pass.
+        scattered = self.shape.fsdp > 1 and _is_sharded(path)
+        return jax.lax.pmean(gradient, "data" if scattered else AXES)
 
-        def spread(params: Any, tokens_BT1: jax.Array) -> Any:
+    def data_parallel_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(params, tokens_BT1)` on each device's rows; its outputs have an axis B."""
+
+        def on_all(params: Any, tokens_BT1: jax.Array) -> Any:
             return jax.shard_map(
                 function,
                 mesh=self.mesh,
@@ -102,62 +111,62 @@ class OverMesh(OneDevice):
                 check_vma=False,
             )(params, tokens_BT1)
 
-        return spread
+        return on_all
 
-    def load(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
-        """Windows (..., B, T+1) for a step; `read(rows)` is asked for this process's rows alone."""
+    def load_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
+        """A batch of windows (..., B, T+1); `read(rows)` is called for this process's rows only."""
         sharding = self.tokens_sharding(len(shape) - 2)
         return jax.make_array_from_callback(shape, sharding, lambda index: read((index or ())[-2]))
 
-    def from_host(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step(params, tokens_BT1)` for tokens that every process has all of."""
+    def with_sharded_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step(params, tokens_BT1)` for a NumPy batch that every process has in full."""
         return lambda params, tokens_BT1: step(
-            params, self.load(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
+            params, self.load_batch(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
         )
 
-    def _mean(self, path: Any, leaf: jax.Array) -> jax.Array:
-        # Over fsdp a shard's gradient has been averaged already, by `gather`.
-        summed = self.shape.fsdp > 1 and _is_sharded(path)
-        return jax.lax.pmean(leaf, "data") if summed else jax.lax.pmean(leaf, AXES)
+
+def is_sharded(path: str) -> bool:
+    """Whether a parameter is sharded along `fsdp`, by its path: 'blocks/0/attn/c_attn/kernel'."""
+    return path.rsplit("/", 1)[-1] in SHARDED
+
+
+def _is_sharded(path: Any) -> bool:
+    return is_sharded(jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
 def specs_of(tree: Any) -> Any:
-    """A PartitionSpec for each leaf of parameters, or of anything shaped like them, by its path."""
+    """A PartitionSpec for each leaf, by its path: of parameters, or of moments shaped like them."""
     return jax.tree.map_with_path(
         lambda path, _: PartitionSpec("fsdp") if _is_sharded(path) else PartitionSpec(), tree
     )
 
 
-def gather(shards: Any, dtype: Any) -> Any:
-    """Whole parameters from this device's float32 shards, matrices and embeddings in `dtype`.
+def all_gather(shards: Any, dtype: Any) -> Any:
+    """All-gather this device's float32 shards; matrices and embeddings in `dtype`.
 
-    Cast before they travel. Gradients travel in float32, whatever `dtype`, so that a sum over
-    devices is that of a single device's accumulation.
+    They are cast before they are sent. Gradients are reduce-scattered in float32 whatever `dtype`
+    is, so that the sum over devices equals a single device's accumulation.
     """
     return jax.tree.map_with_path(
-        lambda path, leaf: _gather(leaf, dtype) if _is_sharded(path) else leaf, shards
+        lambda path, leaf: _all_gather(leaf, dtype) if _is_sharded(path) else leaf, shards
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(shard: jax.Array, dtype: Any) -> jax.Array:
+def _all_gather(shard: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.all_gather(shard.astype(dtype), "fsdp", tiled=True)
 
 
-def _gather_forward(shard: jax.Array, dtype: Any) -> tuple[jax.Array, None]:
-    return _gather(shard, dtype), None
+def _all_gather_forward(shard: jax.Array, dtype: Any) -> tuple[jax.Array, None]:
+    return _all_gather(shard, dtype), None
 
 
-def _gather_backward(dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _all_gather_backward(dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     summed = jax.lax.psum_scatter(gradient.astype(jnp.float32), "fsdp", tiled=True)
     return (summed / jax.lax.axis_size("fsdp"),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def _is_sharded(path: Any) -> bool:
-    return jax.tree_util.keystr(path[-1:], simple=True) in SHARDED
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
 def _rows(leading: int) -> PartitionSpec:

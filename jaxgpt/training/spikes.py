@@ -1,25 +1,25 @@
-"""Loss spikes: finite steps that are nevertheless better skipped, for those who ask for it."""
+"""Loss spikes: finite but harmful steps, which `--skip-spikes` skips."""
 
 import jax
 import jax.numpy as jnp
 
-WINDOW = 128  # steps that a spike is judged by, once half of them are there (OLMo-core's numbers)
+WINDOW = 128  # steps in the statistics, which are used once half of them exist (as OLMo-core)
 
 
-def no_history() -> jax.Array:
-    """(2, WINDOW) float32: losses and gradient norms of the newest steps, 0 where there is none."""
+def empty_history() -> jax.Array:
+    """(2, WINDOW) float32: losses and gradient norms of the latest steps, 0 where there is none."""
     return jnp.zeros((2, WINDOW))
 
 
 def add_to_history(recent: jax.Array, loss: jax.Array, norm: jax.Array) -> jax.Array:
-    """`recent` with one step more and the oldest left out."""
+    """`recent` with a new step appended and the oldest dropped."""
     return jnp.concatenate([recent[:, 1:], jnp.stack([loss, norm])[:, None]], axis=1)
 
 
 def is_spike(recent: jax.Array, loss: jax.Array, norm: jax.Array, deviations: float) -> jax.Array:
-    """(), bool: whether loss or norm lies that many standard deviations above the recent mean.
+    """(), bool: whether loss or norm is more than `deviations` standard deviations above the mean.
 
-    Never before WINDOW / 2 steps. As OLMo-core's SkipStepOptimizer, which takes 6 deviations.
+    Always False in the first WINDOW / 2 steps. As OLMo-core's SkipStepOptimizer, which uses 6.
     """
     known = recent > 0
     count = jnp.maximum(known.sum(axis=1), 1)

@@ -1,9 +1,10 @@
-"""GPT-2 as Hugging Face keeps it, config.json and model.safetensors, without torch or transformers.
+"""Reads and writes GPT-2 in Hugging Face's format, without torch or transformers.
 
-Its Conv1D stores matrices as (in, out), as Flax does: nothing is transposed. The rows of our
-embedding that no token reaches are left out on the way there and are zeros on the way back.
+Its Conv1D stores matrices as (in, out), as Flax does, so nothing is transposed. The padding rows of
+the embedding are dropped when writing and filled with zeros when reading.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,20 +14,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxgpt.config.architecture import Gelu, ModelConfig
+from jaxgpt.config.architecture import Gelu, ModelConfig, parameter_shapes
 from jaxgpt.errors import UserError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "transformer."
-HEAD = "lm_head.weight"  # tied to wte.weight, and only sometimes there
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, once kept among the weights
+HEAD = "lm_head.weight"  # tied to wte.weight; some files have it
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files have
 ACTIVATIONS: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 
-# What transformers' GPT2Config means where config.json is silent.
+# GPT2Config's defaults, for keys missing in config.json.
 SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-# The same, of what this network has one way of doing.
+# The same, for options of which this network implements one value only.
 FIXED = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -38,19 +39,19 @@ FIXED = {
 
 
 class FolderError(UserError):
-    """A folder that does not hold a GPT-2; the message names the file, the error and the remedy."""
+    """A folder without a usable GPT-2; the message names the file, the error and the remedy."""
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture that `config.json` tells, all rows of its vocabulary in use.
+    """The architecture in `config.json`; n_vocab is its whole vocabulary.
 
     Raises:
-        FolderError: with everything that makes it another network than ours.
+        FolderError: with every difference from the network implemented here.
     """
     path = folder / CONFIG_FILE
     values = _read_json(path)
     errors = [
-        f"{name} is {json.dumps(values[name])}, and only {json.dumps(fixed)} is known here"
+        f"{name} is {json.dumps(values[name])}, and only {json.dumps(fixed)} is supported"
         for name, fixed in FIXED.items()
         if values.get(name, fixed) != fixed
     ]
@@ -61,10 +62,10 @@ def read_model_config(folder: Path) -> ModelConfig:
         if type(size) is not int
     ]
     if not errors and values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        errors.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is known here")
+        errors.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is supported")
     activation = str(values.get("activation_function", "gelu_new"))
     if activation not in ACTIVATIONS:
-        errors.append(f"activation_function {activation} is none of {', '.join(ACTIVATIONS)}")
+        errors.append(f"activation_function {activation} is not one of {', '.join(ACTIVATIONS)}")
     if not errors:
         cfg = ModelConfig(
             n_layer=sizes["n_layer"],
@@ -73,7 +74,7 @@ def read_model_config(folder: Path) -> ModelConfig:
             block_size=sizes["n_positions"],
             vocab_size=sizes["vocab_size"],
             n_vocab=sizes["vocab_size"],
-            bias=values.get("bias", True) is not False,  # ours: transformers always has them
+            bias=values.get("bias", True) is not False,  # our key; transformers has biases
             gelu=ACTIVATIONS[activation],
         )
         errors = cfg.errors()
@@ -83,18 +84,18 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights under a name that `load_params` looks for."""
+    """Whether a folder has weights that `load_params` can read, by the file's name."""
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
-    """The weights as the nested dict of `init_params`, NumPy arrays in float32.
+    """The weights as the nested dict of `init_params`, float32 NumPy arrays.
 
-    `cfg` is that of `read_model_config`, or has a shorter block_size, a larger vocab_size and a
-    smaller n_vocab.
+    `cfg` comes from `read_model_config`, possibly with a shorter block_size, a larger vocab_size or
+    a smaller n_vocab.
 
     Raises:
-        FolderError: if a tensor is missing, has another shape, or has no place in the network.
+        FolderError: if a tensor is missing, has another shape, or does not belong to the network.
     """
     tensors = {
         name.removeprefix(PREFIX): tensor
@@ -103,35 +104,42 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
     }
     head = tensors.pop(HEAD, None)
     if head is not None and not np.array_equal(head, tensors.get("wte.weight", head)):
-        raise FolderError(f"{folder}: {HEAD} is not wte.weight; only a tied head is known here")
+        raise FolderError(f"{folder}: {HEAD} is not wte.weight; only a tied head is supported")
+    if cfg.n_layer > len(tensors):
+        raise FolderError(
+            f"{folder}: n_layer is {cfg.n_layer} in config.json, but the weights have only "
+            f"{len(tensors)} tensors; the two files are not from the same model"
+        )
     params: dict[str, Any] = {}
-    for name, path_in_tree, shape in _layout(cfg):
+    for path, shape in parameter_shapes(cfg).items():
+        name = _tensor_name(path)
         if name not in tensors:
             raise FolderError(f"{folder}: tensor {name} is missing; download or export it again")
-        _put(params, path_in_tree, _fitted(tensors.pop(name), name, shape, cfg, folder))
-    _refuse_foreign(tensors, cfg, folder)
+        _put(params, path, _resized(tensors.pop(name), name, shape, cfg, folder))
+    _refuse_unknown(tensors, cfg, folder)
     return params
 
 
 def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: int) -> None:
-    """Write `config.json` and `model.safetensors` for a model whose end-of-text id is `eot`.
+    """Write `config.json` and `model.safetensors`; `eot` is the id of the end-of-text token.
 
-    Raises OSError if the disk does not take them.
+    Raises:
+        OSError: if they cannot be written.
     """
     n_vocab = cfg.n_vocab or cfg.vocab_size
     tensors = {}
-    for name, path_in_tree, _ in _layout(cfg):
-        array = np.asarray(_get(params, path_in_tree), np.float32)
+    for path in parameter_shapes(cfg):
+        name, array = _tensor_name(path), np.asarray(_get(params, path), np.float32)
         tensors[PREFIX + name] = np.ascontiguousarray(
             array[:n_vocab] if name == "wte.weight" else array
         )
-    if not cfg.bias:
-        tensors |= {PREFIX + name: np.zeros(n, np.float32) for name, n in _missing_biases(cfg)}
+    for name, shape in _zero_biases(cfg).items():
+        tensors[PREFIX + name] = np.zeros(shape, np.float32)
     try:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:  # which is how it says that a disk is full
+    except SafetensorError as error:  # raised for a full disk, too
         raise OSError(str(error)) from None
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors lets nobody else read it
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
     _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
 
@@ -159,91 +167,71 @@ def _config_values(cfg: ModelConfig, eot: int) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- names, places, shapes
+# ---------------------------------------------------------------- names and shapes
 
 
-def _layout(cfg: ModelConfig) -> Iterator[tuple[str, tuple[str | int, ...], tuple[int, ...]]]:
-    """Every tensor: its name there, its place in our parameters, its shape here."""
-    D = cfg.n_embd
-    yield "wte.weight", ("wte", "embedding"), (cfg.vocab_size or 0, D)
-    yield "wpe.weight", ("wpe", "embedding"), (cfg.block_size, D)
-    for i in range(cfg.n_layer):
-        for norm in ("ln_1", "ln_2"):
-            yield from _pair(cfg, f"h.{i}.{norm}", ("blocks", i, norm), "scale", (D,))
-        for part, linear, shape in (
-            ("attn", "c_attn", (D, 3 * D)),
-            ("attn", "c_proj", (D, D)),
-            ("mlp", "c_fc", (D, 4 * D)),
-            ("mlp", "c_proj", (4 * D, D)),
-        ):
-            place = ("blocks", i, part, linear)
-            yield from _pair(cfg, f"h.{i}.{part}.{linear}", place, "kernel", shape)
-    yield from _pair(cfg, "ln_f", ("ln_f",), "scale", (D,))
+def _tensor_name(path: str) -> str:
+    """'blocks/0/attn/c_attn/kernel' is 'h.0.attn.c_attn.weight' in transformers."""
+    *modules, leaf = path.split("/")
+    name = ".".join("h" if part == "blocks" else part for part in modules)
+    return f"{name}.bias" if leaf == "bias" else f"{name}.weight"
 
 
-def _pair(
-    cfg: ModelConfig,
-    name: str,
-    place: tuple[str | int, ...],
-    weight: str,
-    shape: tuple[int, ...],
-) -> Iterator[tuple[str, tuple[str | int, ...], tuple[int, ...]]]:
-    yield f"{name}.weight", (*place, weight), shape
-    if cfg.bias:
-        yield f"{name}.bias", (*place, "bias"), shape[-1:]
+def _zero_biases(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases that transformers requires and a model without biases does not have."""
+    with_biases = parameter_shapes(dataclasses.replace(cfg, bias=True))
+    missing = with_biases.keys() - parameter_shapes(cfg).keys()
+    return {_tensor_name(path): with_biases[path] for path in missing}
 
 
-def _missing_biases(cfg: ModelConfig) -> Iterator[tuple[str, int]]:
-    """The biases that transformers wants of a model without: name and length."""
-    for name, place, shape in _layout(cfg):
-        if place[0] not in ("wte", "wpe"):
-            yield name.removesuffix("weight") + "bias", shape[-1]
+def _keys(path: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in path.split("/")]
 
 
-def _put(tree: dict, place: tuple[str | int, ...], leaf: np.ndarray) -> None:
-    for key in place[:-1]:
+def _put(tree: dict, path: str, leaf: np.ndarray) -> None:
+    *parents, last = _keys(path)
+    for key in parents:
         tree = tree.setdefault(key, {})
-    tree[place[-1]] = leaf
+    tree[last] = leaf
 
 
-def _get(tree: Any, place: tuple[str | int, ...]) -> Any:
-    for key in place:
+def _get(tree: Any, path: str) -> Any:
+    for key in _keys(path):
         tree = tree[key]
     return tree
 
 
-def _fitted(
+def _resized(
     tensor: np.ndarray, name: str, shape: tuple[int, ...], cfg: ModelConfig, folder: Path
 ) -> np.ndarray:
-    """The tensor in float32: positions cut to the context, the vocabulary filled up with zeros."""
-    cuttable = {"wpe.weight": cfg.block_size, "wte.weight": cfg.n_vocab or 0}
-    least = cuttable.get(name, shape[0])
-    fits = tensor.shape[1:] == shape[1:] and len(tensor) >= least
-    if not fits or (len(tensor) > shape[0] and name not in cuttable):
+    """The tensor in float32, positions cut to block_size, the vocabulary padded with zeros."""
+    least_rows = {"wpe.weight": cfg.block_size, "wte.weight": cfg.n_vocab or 0}
+    fits = tensor.shape[1:] == shape[1:] and len(tensor) >= least_rows.get(name, shape[0])
+    if not fits or (len(tensor) > shape[0] and name not in least_rows):
         raise FolderError(
-            f"{folder}: tensor {name} is {tensor.shape}, and config.json says {shape}; the two "
-            "files are not of the same model"
+            f"{folder}: tensor {name} is {tensor.shape}, but by config.json it is {shape}; the two "
+            "files are not from the same model"
         )
-    fitted = np.zeros(shape, np.float32)
+    resized = np.zeros(shape, np.float32)
     kept = min(len(tensor), shape[0])
-    fitted[:kept] = tensor[:kept]
-    return fitted
+    resized[:kept] = tensor[:kept]
+    return resized
 
 
-def _refuse_foreign(left: Mapping[str, np.ndarray], cfg: ModelConfig, folder: Path) -> None:
-    # A model exported without biases has zeros there, and any other must not lose its own.
-    biases = dict(_missing_biases(cfg)) if not cfg.bias else {}
-    for name, tensor in left.items():
+def _refuse_unknown(tensors: Mapping[str, np.ndarray], cfg: ModelConfig, folder: Path) -> None:
+    # A model without biases is exported with zeros, which may be dropped; trained biases may not.
+    biases = _zero_biases(cfg)
+    for name, tensor in tensors.items():
         if name in biases and tensor.any():
             raise FolderError(
-                f'{folder}: {name} is not zero, and config.json says "bias": false; transformers '
-                'trains biases all the same: if it has, set "bias": true in config.json'
+                f'{folder}: {name} is not zero, but config.json has "bias": false; if transformers '
+                'has trained the biases, set "bias": true in config.json'
             )
         if name not in biases:
             raise FolderError(
-                f"{folder}: tensor {name} has no place in this GPT-2 of {cfg.n_layer} layers "
-                f"(bias {cfg.bias}); config.json is not that of these weights, or it is another "
-                "kind of model"
+                f"{folder}: tensor {name} does not belong to a GPT-2 of {cfg.n_layer} layers "
+                f"(bias {cfg.bias}); config.json is from another model, or this is another kind of "
+                "model"
             )
 
 
@@ -256,24 +244,24 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).exists():
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
-        # Files of this folder and of no other, whoever wrote the index.
-        if foreign := [name for name in names if name in ("", "..") or Path(name).name != name]:
+        # Files of this folder only, whoever wrote the index.
+        if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:
             raise FolderError(
-                f"{folder / INDEX_FILE}: its weight_map names {foreign[0]!r}, which is no file of "
-                "this folder; download or export it again"
+                f"{folder / INDEX_FILE}: its weight_map names {outside[0]!r}, which is not a file "
+                "of this folder; download or export it again"
             )
         return [folder / name for name in sorted(names)]
     found = sorted(path.name for path in folder.iterdir())
     raise FolderError(
-        f"{folder}: has no {WEIGHTS_FILE} (there is: {', '.join(found[:8])}); where there is only "
-        "pytorch_model.bin, load it with transformers and save_pretrained it again"
+        f"{folder} has no {WEIGHTS_FILE} (it has {', '.join(found[:8])}); to convert a "
+        "pytorch_model.bin, load it with transformers and call save_pretrained"
     )
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 if not name.endswith(MASKS):
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
@@ -284,10 +272,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("it holds no table")
+            raise ValueError("not a JSON object")
     except FileNotFoundError:
         raise FolderError(
-            f"{path}: no such file; a Hugging Face folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{path} is missing; a Hugging Face folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise FolderError(f"{path} cannot be read: {error}") from None

@@ -53,8 +53,9 @@ def load_initial_params(weights: Weights, device: Any, like: Any) -> Any:
     """
     import jax
 
-    params = weights.load(device)
-    params["wpe"]["embedding"] = params["wpe"]["embedding"][: like["wpe"]["embedding"].shape[0]]
+    from jaxgpt.model.network import shorten_context
+
+    params = shorten_context(weights.load(device), like)
     # Copies, never aliases: a training step donates its parameters.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like

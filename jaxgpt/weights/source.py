@@ -111,12 +111,12 @@ def prepare_device(device: Device, dtype: Dtype) -> tuple[Any, Dtype]:
 def build_network(weights: Weights, device: Any, dtype: str) -> Any:
     """The network as an `nnx.GraphDef`, with the fastest attention on `device`; imports JAX."""
     from jaxgpt.model.attention import compute_capability, pick_attention
-    from jaxgpt.model.gpt import build_gpt
+    from jaxgpt.model.network import build_model
 
     model = weights.model
     capability = compute_capability(device)
     attend, _ = pick_attention(device.platform, capability, dtype, model.n_embd // model.n_head)
-    return build_gpt(model, dtype, attend)
+    return build_model(model, dtype, attend)
 
 
 def _open_run(out_dir: Path, which: str) -> Weights:
@@ -142,7 +142,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
     def load(device: Any) -> Any:
         import jax
 
-        from jaxgpt.model.gpt import init_params
+        from jaxgpt.model.network import init_params
         from jaxgpt.run.restore import load_params
 
         sharding = jax.sharding.SingleDeviceSharding(device)

@@ -14,7 +14,7 @@ from jaxgpt import bench
 from jaxgpt.config.fields import Config
 from jaxgpt.planning import bench_record as bench_report
 from jaxgpt.planning.speed import model_flops_per_token
-from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.layout import Layout
 
 ROOT = Path(jaxgpt.__file__).parents[1]
 PROMISED = (
@@ -117,7 +117,7 @@ def test_both_peaks_are_told_where_the_device_counts() -> None:
 
 def test_random_tokens_are_the_tokenizers_and_never_the_same_twice_in_a_row() -> None:
     cfg = resolved(Config(), batch_size=2, effective_batch_size=4, block_size=64, n_vocab=257)
-    make_batch, name = bench.make_batches(cfg, OneDevice(jax.devices("cpu")[0]), None)
+    make_batch, name = bench.make_batches(cfg, Layout(jax.devices("cpu")[0]), None)
     first, second = make_batch(0), make_batch(1)
     assert name == "random tokens"
     assert first.shape == (2, 2, 65)

@@ -17,7 +17,7 @@ from jaxgpt.data.token_file import DataError, write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.evaluate import main
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.training.evaluation import measure_text
 from jaxgpt.training.step import make_score_step
@@ -86,7 +86,7 @@ def test_a_run_and_its_export_have_the_same_loss(evaluated, tiny_run: Path, expo
 
 @pytest.mark.filterwarnings("error")  # of a division by no bytes
 def test_the_loss_of_a_text_follows_its_definition() -> None:
-    graphdef = build_gpt(TINY, "float32", plain_attention)
+    graphdef = build_model(TINY, "float32", plain_attention)
     params = init_params(TINY, jax.random.key(0))
     windows_WT1 = np.random.default_rng(0).integers(0, 50, (7, 9)).astype(np.uint16)
     byte_lengths_V = np.arange(50) % 4  # every fourth id stands for nothing, like end of text

@@ -1,6 +1,6 @@
-"""What tests/training/test_sharding.py runs with eight CPU devices: prints one JSON object.
+"""Run by tests/training/test_sharding.py with eight CPU devices; prints one JSON object.
 
-A process of its own, because the number of devices is settled before JAX starts.
+A separate process, because the number of devices must be set before JAX starts.
 """
 
 import json
@@ -23,8 +23,8 @@ from jaxgpt.model.generate import Generator, Sampling
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.training.build import build_training, compile_eval_step, compile_train_step
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.layout import OneDevice
-from jaxgpt.training.sharding import OverMesh
+from jaxgpt.training.layout import Layout
+from jaxgpt.training.sharding import MeshLayout
 
 STEPS, SAVED_AT = 50, 20
 MODEL = ModelConfig(
@@ -32,24 +32,24 @@ MODEL = ModelConfig(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 BATCH, EFFECTIVE = 2, 32
-# Counting up in steps of one, two or three: something to learn.
+# Counting up by one, two or three: something to learn.
 RNG = np.random.default_rng(0)
 STARTS, STRIDES = (
     RNG.integers(0, 50, (STEPS, EFFECTIVE, 1)),
     RNG.integers(1, 4, (STEPS, EFFECTIVE, 1)),
 )
 TOKENS = ((STARTS + STRIDES * np.arange(9)) % 50).astype(np.uint16)
-WINDOWS = TOKENS[0, :21]  # no multiple of what devices hold
+WINDOWS = TOKENS[0, :21]  # not a multiple of the micro-batch
 
 
 class Run:
-    """A tiny training on some mesh; None is one device."""
+    """A tiny training on a mesh; None is a single device."""
 
     def __init__(self, mesh: str | None, scan_layers: bool = False):
         devices, shape = jax.devices(), parse_mesh(mesh)
-        self.layout = OverMesh(devices, shape) if mesh else OneDevice(devices[0])
-        self.held = BATCH * shape.devices
-        self.accumulation = EFFECTIVE // self.held
+        self.layout = MeshLayout(devices, shape) if mesh else Layout(devices[0])
+        self.global_micro_batch = BATCH * shape.devices
+        self.accumulation = EFFECTIVE // self.global_micro_batch
         self.training = build_training(
             MODEL,
             OPTIMIZER,
@@ -62,32 +62,34 @@ class Run:
             remat="full",
             scan_layers=scan_layers,
         )
-        self.step = compile_train_step(self.training, self.accumulation, self.held)
+        self.step = compile_train_step(self.training, self.accumulation, self.global_micro_batch)
 
     def train(self, state, steps):
         losses = []
         for i in steps:
-            windows = TOKENS[i].reshape(self.accumulation, self.held, -1)
-            tokens = self.layout.load(windows.shape, lambda rows, w=windows: w[:, rows])
+            windows = TOKENS[i].reshape(self.accumulation, self.global_micro_batch, -1)
+            tokens = self.layout.load_batch(windows.shape, lambda rows, w=windows: w[:, rows])
             state, metrics = self.step(state, tokens)
             losses.append(float(metrics["loss"]))
         return state, losses
 
     def evaluate(self, state) -> float:
-        eval_step = self.layout.from_host(compile_eval_step(self.training, self.held))
-        return evaluate(eval_step, state.params, WINDOWS, self.held)
+        eval_step = self.layout.with_sharded_batch(
+            compile_eval_step(self.training, self.global_micro_batch)
+        )
+        return evaluate(eval_step, state.params, WINDOWS, self.global_micro_batch)
 
     def sample(self, state) -> list[int]:
-        """Some likeliest tokens; past the context, where nothing is cached, too."""
-        sampling, results = Sampling(temperature=0), self.layout.results(None)
+        """Tokens of greedy decoding, within the context (cached) and beyond it (not cached)."""
+        sampling, options = Sampling(temperature=0), self.layout.jit_options()
         generator = Generator(
-            self.training.graphdef, MODEL.block_size, sampling, chunk=12, results=results
+            self.training.graphdef, MODEL.block_size, sampling, chunk=12, jit_options=options
         )
         return generator.generate(state.params, [1, 2, 3], 12, state.key, samples=1)[0].tolist()
 
 
 def shares(state) -> dict[str, float]:
-    """By path, the share of each array that the first device holds."""
+    """The fraction of each array on the first device, by path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.size
         / leaf.size

@@ -1,4 +1,4 @@
-"""The smallest model of the tests, and equality of pytrees."""
+"""The smallest model in the tests, and a bit-for-bit comparison of pytrees."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ TINY = ModelConfig(
 
 
 def assert_trees_equal(a, b) -> None:
-    """Every leaf of two pytrees is equal bit for bit."""
+    """Assert that all leaves of two pytrees are equal bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -9,9 +9,9 @@ from helpers.trees import TINY
 
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.generate import Generator, Sampling, draw
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 
-GRAPHDEF = build_gpt(TINY, "float32", plain_attention)
+GRAPHDEF = build_model(TINY, "float32", plain_attention)
 T = TINY.block_size
 DRAWS = {
     "greedy": Sampling(temperature=0),
@@ -25,7 +25,7 @@ DRAWS = {
 @pytest.fixture(scope="module")
 def params():
     params = init_params(TINY, jax.random.key(0))
-    return jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)  # decided opinions
+    return jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)  # peaked distributions
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def next_logits(params, window_1T: jax.Array, count: int) -> jax.Array:
 
 
 def greedy(params, prompt: list[int], new: int) -> list[int]:
-    """The likeliest continuation, one whole forward pass a token, cropped as nanoGPT does."""
+    """Greedy decoding by one full forward pass per token, cropped as in nanoGPT."""
     tokens = list(prompt)
     for _ in range(new):
         seen = tokens[-T:]
@@ -57,7 +57,7 @@ def greedy(params, prompt: list[int], new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(T)), list(range(T + 4))])
-def test_greedy_is_the_likeliest_continuation_past_the_context(
+def test_greedy_decoding_equals_full_forward_passes_beyond_the_context_too(
     params, generators, prompt: list[int]
 ) -> None:
     tokens = generators["greedy"].generate(params, prompt, 10, jax.random.key(0), samples=2)
@@ -87,8 +87,8 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(params, generators)
     assert a != c
 
 
-def test_each_position_draws_anew(params, generators) -> None:
-    undecided = jax.tree.map(jnp.zeros_like, params)  # every id is as likely as any other
+def test_each_position_uses_other_random_bits(params, generators) -> None:
+    undecided = jax.tree.map(jnp.zeros_like, params)  # all ids equally likely
     tokens = generators["temperature"].generate(undecided, [1], 40, jax.random.key(0), samples=2)
     assert all(len(set(row)) > 20 for row in tokens.tolist())
     assert (tokens[0] == tokens[1]).mean() < 0.2
@@ -105,7 +105,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(params, generators) -> N
 
 def test_padded_ids_are_never_drawn(params) -> None:
     cfg = dataclasses.replace(TINY, n_vocab=3)
-    graphdef = build_gpt(cfg, "float32", plain_attention)
+    graphdef = build_model(cfg, "float32", plain_attention)
     for top_k, top_p in ((200, None), (None, None), (None, 0.99)):
         sampling = Sampling(temperature=50.0, top_k=top_k, top_p=top_p)
         generator = Generator(graphdef, T, sampling, chunk=50)
@@ -113,17 +113,17 @@ def test_padded_ids_are_never_drawn(params) -> None:
         assert set(np.unique(tokens)) == {0, 1, 2}
 
 
-def test_text_comes_as_it_is_made_and_in_the_length_asked_for(params, generators) -> None:
+def test_stream_yields_chunks_of_the_requested_total_length(params, generators) -> None:
     stream = generators["top-k"].stream(params, [1], 10, jax.random.key(0), samples=2)
     parts = list(stream)
     assert [part.shape for part in parts] == [(2, 4), (2, 4), (2, 2)]
-    whole = Generator(GRAPHDEF, T, DRAWS["top-k"], chunk=10)
-    expected = whole.generate(params, [1], 10, jax.random.key(0), samples=2)
+    in_one = Generator(GRAPHDEF, T, DRAWS["top-k"], chunk=10)
+    expected = in_one.generate(params, [1], 10, jax.random.key(0), samples=2)
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
     assert generators["top-k"].generate(params, [1], 0, jax.random.key(0), 2).shape == (2, 0)
 
 
-def test_a_sample_ends_with_the_token_it_stops_at(params, generators) -> None:
+def test_a_sample_ends_with_its_stop_token(params, generators) -> None:
     free = generators["temperature"].generate(params, [1], 40, jax.random.key(3), samples=2)
     stop_at = int(free[0, 5])
     firsts = [row.tolist().index(stop_at) if stop_at in row else 40 for row in free]
@@ -133,8 +133,8 @@ def test_a_sample_ends_with_the_token_it_stops_at(params, generators) -> None:
     for row, first, expected in zip(tokens, firsts, free, strict=True):
         assert row[: first + 1].tolist() == expected[: first + 1].tolist()
         assert set(row[first + 1 :]) <= {stop_at}
-    alone = generator.generate(params, [1], 40, jax.random.key(3), samples=1)
-    assert firsts[0] < alone.shape[1] <= firsts[0] + 4  # the loop ends, not only the text
+    single = generator.generate(params, [1], 40, jax.random.key(3), samples=1)
+    assert firsts[0] < single.shape[1] <= firsts[0] + 4  # the loop ends early, too
 
 
 def frequencies(sampling: Sampling, probabilities: list[float]) -> np.ndarray:
@@ -161,5 +161,5 @@ def frequencies(sampling: Sampling, probabilities: list[float]) -> np.ndarray:
         (Sampling(temperature=1.0, top_k=3, top_p=0.7), [0, 0, 4 / 7, 3 / 7]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_should_be(sampling, expected) -> None:
+def test_tokens_are_drawn_with_the_right_frequencies(sampling, expected) -> None:
     np.testing.assert_allclose(frequencies(sampling, [0.1, 0.2, 0.4, 0.3]), expected, atol=0.03)

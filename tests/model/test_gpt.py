@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +8,17 @@ import pytest
 from flax import nnx
 from helpers.trees import TINY, assert_trees_equal
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import ModelConfig, parameter_shapes, parameter_sizes
 from jaxgpt.config.presets import load_preset
 from jaxgpt.model.attention import cudnn_attention, pick_attention, plain_attention
-from jaxgpt.model.gpt import GPT, build_gpt, init_params, linear_of_norm, make_linear
+from jaxgpt.model.gpt import GPT
 from jaxgpt.model.layer_norm import LayerNorm, normalize
+from jaxgpt.model.layers import linear_of_norm, make_linear
+from jaxgpt.model.network import build_model, init_params, shorten_context
 
 
 def make_model(cfg: ModelConfig) -> GPT:
-    graphdef = build_gpt(cfg, "float32", plain_attention)
+    graphdef = build_model(cfg, "float32", plain_attention)
     return nnx.merge(graphdef, init_params(cfg, jax.random.key(0)))
 
 
@@ -40,10 +43,10 @@ def test_logits_of_padded_rows_are_minus_infinity(model, tokens_BT1) -> None:
     assert np.isfinite(logits_BTV[..., :50]).all()
 
 
-def test_an_untrained_model_is_undecided(tokens_BT1) -> None:
+def test_an_untrained_model_predicts_uniformly(tokens_BT1) -> None:
     cfg = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=64, n_vocab=50)
     model = nnx.merge(
-        build_gpt(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
+        build_model(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
     )
     log_probs = jax.nn.log_softmax(model(tokens_BT1[:, :8]))
     picked = np.take_along_axis(np.asarray(log_probs), tokens_BT1[:, 1:, None].astype(int), -1)
@@ -62,11 +65,38 @@ def test_an_untrained_model_is_undecided(tokens_BT1) -> None:
         ("gpt2-124m", True, 124_475_904),
     ],
 )
-def test_presets_have_the_size_that_is_told(preset: str, bias: bool, count: int) -> None:
+def test_presets_have_the_documented_size(preset: str, bias: bool, count: int) -> None:
     cfg = load_preset(preset).model
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     assert cfg.bias == bias
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cfg.parameter_count() == count
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_layer": 3, "n_head": 1}, {"n_embd": 24, "block_size": 11, "vocab_size": 90}]
+)
+def test_the_declared_shapes_are_those_of_the_parameters(changes: dict, bias: bool) -> None:
+    cfg = dataclasses.replace(TINY, bias=bias, **changes)
+    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    assert parameter_shapes(cfg) == shapes
+    assert sum(parameter_sizes(cfg).values()) == sum(map(math.prod, shapes.values()))
+
+
+def test_a_shorter_context_keeps_the_first_positions(model, tokens_BT1) -> None:
+    params, shorter = (
+        init_params(cfg, jax.random.key(0))
+        for cfg in (TINY, dataclasses.replace(TINY, block_size=5))
+    )
+    cut = shorten_context(params, shorter)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, shorter)
+    cfg = dataclasses.replace(TINY, block_size=5)
+    got = nnx.merge(build_model(cfg, "float32", plain_attention), cut)(tokens_BT1[:, :5])
+    np.testing.assert_array_equal(got, model(tokens_BT1[:, :5]))
 
 
 def test_initialization_is_nanogpts() -> None:
@@ -107,10 +137,13 @@ def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
-def test_a_norm_worked_into_a_linear_layer_is_the_one_after_the_other(use_bias) -> None:
-    """In value, and in the gradients of the input, the norm and the layer."""
-    cfg = dataclasses.replace(TINY, n_embd=16, bias=use_bias)
-    modules = LayerNorm(16, use_bias), make_linear(cfg, 16, 48, jnp.float32, nnx.Rngs(0))
+def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(use_bias) -> None:
+    """In value and in the gradients of input, norm and linear layer."""
+    kwargs = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    modules = (
+        LayerNorm(16, use_bias),
+        make_linear(16, 48, use_bias=use_bias, init_std=0.02, **kwargs),
+    )
     graphdefs = [nnx.graphdef(module) for module in modules]
     like = [nnx.to_pure_dict(nnx.state(module)) for module in modules]
     keys = iter(jax.random.split(jax.random.key(0), 6))
@@ -137,7 +170,7 @@ def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:
         n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.5
     )
     model = nnx.merge(
-        build_gpt(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
+        build_model(cfg, "float32", plain_attention), init_params(cfg, jax.random.key(0))
     )
     a, b, c = (model.features(tokens_BT1[:, :8], jax.random.key(k)) for k in (1, 1, 2))
     off = model.features(tokens_BT1[:, :8])

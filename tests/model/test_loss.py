@@ -5,7 +5,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_losses
+from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_scores
 
 N_VOCAB, V, D = 50, 64, 16
 
@@ -37,7 +37,7 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(inputs, chunk_rows: int) 
     np.testing.assert_allclose(dw, 3 * dw0, rtol=1e-5, atol=1e-7)
 
 
-def test_padded_rows_have_no_say_and_no_gradient(inputs) -> None:
+def test_padded_rows_affect_no_loss_and_get_no_gradient(inputs) -> None:
     h_BTD, wte_VD, targets_BT = inputs
     huge = wte_VD.at[N_VOCAB:].set(1e4)
     loss, dw = jax.value_and_grad(mean_cross_entropy, argnums=1)(h_BTD, huge, targets_BT, N_VOCAB)
@@ -47,7 +47,7 @@ def test_padded_rows_have_no_say_and_no_gradient(inputs) -> None:
 
 def test_token_losses_average_to_the_mean_loss(inputs) -> None:
     h_BTD, wte_VD, targets_BT = inputs
-    losses_BT = token_losses(h_BTD, wte_VD, targets_BT, N_VOCAB, 7)
+    losses_BT, _ = token_scores(h_BTD, wte_VD, targets_BT, N_VOCAB, 7)
     assert losses_BT.shape == targets_BT.shape
     mean = mean_cross_entropy(h_BTD, wte_VD, targets_BT, N_VOCAB)
     np.testing.assert_allclose(losses_BT.mean(), mean, rtol=1e-6)
@@ -74,7 +74,7 @@ def largest_array(jaxpr) -> int:
     return max([*sizes, *inner, 0])
 
 
-def test_mask_padding_leaves_an_unpadded_vocabulary_alone() -> None:
+def test_mask_padding_does_not_change_an_unpadded_vocabulary() -> None:
     logits = jnp.ones((2, 4))
     assert mask_padding(logits, None) is logits
     assert mask_padding(logits, 4) is logits

@@ -11,8 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.model.attention import cudnn_attention, plain_attention
 from jaxgpt.model.gelu import GELUS
-from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import mean_cross_entropy
+from jaxgpt.model.network import build_model, init_params
 
 CFG = dataclasses.replace(TINY, n_layer=3)
 
@@ -20,19 +19,16 @@ CFG = dataclasses.replace(TINY, n_layer=3)
 def loss_and_grads(
     remat: str, params, tokens_BT1, attend=plain_attention, dtype="float32", scan=False
 ):
-    graphdef = build_gpt(CFG, dtype, attend, remat, scan)
+    graphdef = build_model(CFG, dtype, attend, remat, scan)
 
     def loss_fn(params):
-        model = nnx.merge(graphdef, params)
-        h_BTD = model.features(tokens_BT1[:, :-1])
-        wte_VD = model.wte.embedding[...]
-        return mean_cross_entropy(h_BTD, wte_VD, tokens_BT1[:, 1:], CFG.n_vocab)
+        return nnx.merge(graphdef, params).loss(tokens_BT1)
 
     return jax.value_and_grad(loss_fn)(params)
 
 
 def textbook_loss(params, tokens_BT1) -> jax.Array:
-    """GPT-2 in plain jax.numpy: all logits, automatic gradients, none of the package's modules."""
+    """GPT-2 in plain jax.numpy: full logits, automatic gradients, no module of the package."""
     wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
     T = tokens_BT1.shape[1] - 1
 
@@ -62,13 +58,13 @@ def textbook_loss(params, tokens_BT1) -> jax.Array:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", ["none", "light", "full"])
-def test_loss_and_gradients_are_those_of_the_textbook(remat: str, scan: bool, tokens_BT1) -> None:
+def test_loss_and_gradients_equal_the_textbook_ones(remat: str, scan: bool, tokens_BT1) -> None:
     params = init_params(CFG, jax.random.key(0))
     expected_loss, expected = jax.value_and_grad(textbook_loss)(params, tokens_BT1)
     loss, grads = loss_and_grads(remat, params, tokens_BT1, scan=scan)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        # Relative to the largest of a leaf: some of its elements are sums of nearly nothing.
+        # Relative to the largest element: some elements are sums that nearly cancel.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
@@ -77,7 +73,7 @@ def test_scanning_draws_the_same_dropout(tokens_BT1) -> None:
     params = init_params(cfg, jax.random.key(0))
     tokens, key = tokens_BT1[:, :-1], jax.random.key(1)
     unrolled, scanned = (
-        nnx.merge(build_gpt(cfg, "float32", plain_attention, "none", scan), params).features(
+        nnx.merge(build_model(cfg, "float32", plain_attention, "none", scan), params).features(
             tokens, key
         )
         for scan in (False, True)
@@ -94,7 +90,7 @@ def primitives(jaxpr) -> list[str]:
 
 
 def count(remat: str, what: str) -> int:
-    """How often a primitive appears when the linear layers and attention are differentiated."""
+    """How often a primitive appears in the gradient of the loss."""
     params = init_params(CFG, jax.random.key(0))
     tokens = np.zeros((2, 9), np.uint16)
     jaxpr = jax.make_jaxpr(lambda p: loss_and_grads(remat, p, tokens)[1])(params)
@@ -103,12 +99,12 @@ def count(remat: str, what: str) -> int:
 
 def test_light_recomputes_no_linear_layer_and_full_recomputes_all_but_the_last() -> None:
     none, light, full = (count(remat, "dot_general") for remat in ("none", "light", "full"))
-    # Plain attention's two products have batch axes, so that light computes the scores again.
+    # Plain attention's two products have batch axes, so light recomputes the scores.
     assert none < light <= none + 2 * CFG.n_layer
     assert full >= light + 3 * CFG.n_layer
 
 
-def test_light_keeps_what_flash_attention_hands_to_its_backward_pass(monkeypatch) -> None:
+def test_light_keeps_the_residuals_of_flash_attention(monkeypatch) -> None:
     """Every stock policy of jax.checkpoint runs the kernel's forward pass a second time."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -129,7 +125,7 @@ def test_light_keeps_what_flash_attention_hands_to_its_backward_pass(monkeypatch
 
 @pytest.mark.parametrize("name", ["tanh", "erf"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gelu_and_its_gradient_are_those_of_jax(dtype, name) -> None:
+def test_gelu_and_its_gradient_equal_jax_nn_gelu(dtype, name) -> None:
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"atol": 0.02}
     got, vjp = jax.vjp(GELUS[name], x)

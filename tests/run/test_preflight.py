@@ -15,11 +15,11 @@ from jaxgpt.planning.memory import TooLargeError, estimate
 from jaxgpt.run import preflight
 from jaxgpt.run.preflight import Compiled, compile_to_fit
 from jaxgpt.run.processes import SINGLE_PROCESS
-from jaxgpt.training.layout import OneDevice
+from jaxgpt.training.layout import Layout
 
 CPU = jax.devices("cpu")[0]
 CFG = resolved(Config(model=TINY), batch_size=4, effective_batch_size=8, max_iters=10)
-ONE = OneDevice(CPU)
+ONE = Layout(CPU)
 
 
 def compile_run(cfg=CFG, free=(), processes=SINGLE_PROCESS) -> Compiled:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt
+from jaxgpt.model.network import build_model
 from jaxgpt.weights.huggingface import load_params, read_model_config
 
 torch = pytest.importorskip("torch", reason="nanoGPT's checkpoints are torch's")
@@ -40,7 +40,9 @@ def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(
     convert_nanogpt["convert"](tmp_path / "ckpt.pt", tmp_path / "hf")
 
     cfg = read_model_config(tmp_path / "hf")
-    model = nnx.merge(build_gpt(cfg, "float32", plain_attention), load_params(tmp_path / "hf", cfg))
+    model = nnx.merge(
+        build_model(cfg, "float32", plain_attention), load_params(tmp_path / "hf", cfg)
+    )
     tokens_BT = np.random.default_rng(0).integers(0, 61, (2, 12))
     with torch.no_grad():
         expected = network(torch.tensor(tokens_BT)).logits.numpy()

@@ -15,13 +15,13 @@ ROOT = Path(jaxgpt.__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_accumulation.py"))
 
 
-# Arithmetic as it is written: fused in other ways, as XLA does with another program around it, the
-# same sums and products are rounded differently.
+# No fusion: in a different program XLA fuses the same sums and products differently, which rounds
+# them differently.
 AS_WRITTEN = {"xla_backend_optimization_level": 0}
 
 
 def trained(name: str, accumulation: int, steps: int = 2):
-    """(params, MultiSteps' state) after some steps on the same tokens."""
+    """(params, state of MultiSteps) after `steps` steps on the same tokens."""
     step, init = SCRIPT["build"](TINY, accumulation)[name]
     step, state = jax.jit(step, compiler_options=AS_WRITTEN), init()
     rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def test_the_step_equals_a_plain_loop_over_multisteps_bit_for_bit(accumulation: 
     assert int(opt_state.gradient_step) == int(expected_opt_state.gradient_step) == 2
 
 
-def test_what_is_compared_with_is_the_same_training() -> None:
+def test_the_sum_by_hand_trains_the_same() -> None:
     params, _ = trained("ours", 4)
     by_hand, _ = trained("by hand", 4)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(by_hand), strict=True):
@@ -49,7 +49,7 @@ def test_what_is_compared_with_is_the_same_training() -> None:
 
 @pytest.mark.slow
 def test_a_step_takes_no_longer_than_one_with_a_sum_written_by_hand() -> None:
-    """Within 10 %: the best of three attempts, for what else the machine does."""
+    """Within 10 %, in the best of three attempts, because the machine may be busy."""
     ratios = []
     for _ in range(3):
         seconds = SCRIPT["measure"](SCRIPT["MODEL"], 8, 2, 15, ("ours", "by hand"))

@@ -10,8 +10,9 @@ from helpers.trees import TINY
 
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.config.presets import load_preset
-from jaxgpt.model.gpt import init_params
+from jaxgpt.model.network import init_params
 from jaxgpt.training.optimizer import (
+    OPTIMIZERS,
     decay_mask,
     grad_norm,
     make_optimizer,
@@ -87,7 +88,7 @@ def test_the_clip_sees_the_average_and_not_each_micro_batch() -> None:
     np.testing.assert_allclose(first_moment, [0.0, 0.1 * 0.1], atol=1e-7)
 
 
-def test_a_grad_clip_of_zero_is_off() -> None:
+def test_a_grad_clip_of_zero_turns_clipping_off() -> None:
     cfg = OptimizerConfig(grad_clip=0.0, beta1=0.0)
     params = {"kernel": jnp.zeros(1)}
     tx = make_optimizer(cfg, optax.constant_schedule(1e-3), accumulation=1)
@@ -104,7 +105,7 @@ def test_a_grad_clip_of_zero_is_off() -> None:
         ("gpt2-124m", (50, 124_354_560), (98, 121_344)),
     ],
 )
-def test_the_tensors_that_decay_are_nanogpts(preset: str, decayed, spared) -> None:
+def test_the_decayed_tensors_are_those_of_nanogpt(preset: str, decayed, spared) -> None:
     cfg = load_preset(preset).model
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     mask, sizes = jax.tree.leaves(decay_mask(params)), [x.size for x in jax.tree.leaves(params)]
@@ -133,8 +134,8 @@ def muon_updates(grads, cfg: OptimizerConfig = MUON):
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
-def test_muon_turns_every_direction_of_a_matrix_by_about_the_same(shape) -> None:
-    """By ten times more in the gradient's; and by as much as AdamW would, whatever the shape."""
+def test_muon_updates_every_direction_of_a_matrix_about_equally(shape) -> None:
+    """Though the gradient's differ tenfold; and about as much as AdamW, whatever the shape."""
     u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
     gradient = jnp.asarray((u * np.logspace(-1, 0, min(shape))) @ v, jnp.float32)
     update = muon_updates({"kernel": gradient})["kernel"]
@@ -164,7 +165,7 @@ def test_muon_decays_what_adamw_does_at_the_same_rate() -> None:
             np.testing.assert_allclose(updates[name], expected, rtol=1e-6)
 
 
-def test_rounding_at_random_is_right_on_average_and_never_off_by_more_than_one() -> None:
+def test_stochastic_rounding_is_unbiased_and_rounds_to_a_neighbour() -> None:
     x = jnp.array([1.0, 1.001, -3.14159, 1e-30, 0.0, 255.9], jnp.float32)
     draws = jnp.stack(
         [
@@ -175,13 +176,13 @@ def test_rounding_at_random_is_right_on_average_and_never_off_by_more_than_one()
     below, above = x * (1 - 2**-7), x * (1 + 2**-7)
     low, high = jnp.minimum(below, above), jnp.maximum(below, above)
     assert ((draws >= low) & (draws <= high)).all()
-    assert (draws[:, 0] == 1).all()  # what bfloat16 holds exactly stays
-    # The spread of a mean of 400 draws between neighbours 2^-7 apart: four of its deviations.
+    assert (draws[:, 0] == 1).all()  # exact in bfloat16: not rounded
+    # Four standard deviations of a mean of 400 draws between neighbours 2^-7 apart.
     np.testing.assert_allclose(draws.mean(0), x, rtol=4 * 2**-7 / 2 / 20)
 
 
-def test_a_second_moment_in_bfloat16_does_not_stand_still() -> None:
-    """Rounded to nearest, a steady gradient's square would stop it at a third below its value."""
+def test_a_second_moment_in_bfloat16_reaches_its_value() -> None:
+    """Rounded to nearest, it would stop at a third below the square of a constant gradient."""
     adam = stored_in_bfloat16(optax.scale_by_adam(b1=0.9, b2=0.99))
     grads = {"kernel": jnp.full((64, 64), 0.1)}
     state = adam.init(grads)
@@ -199,3 +200,19 @@ def test_the_random_bits_differ_between_steps_leaves_and_elements() -> None:
     assert len({draw.tobytes() for draw in draws}) == 4
     assert all(len(set(draw.tolist())) > 990 for draw in draws)
     assert abs(np.mean([draw.mean() for draw in draws]) / 2**31 - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_declared_moments_are_those_in_the_state(name: str) -> None:
+    cfg = OptimizerConfig(optimizer=name)
+    params = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
+    optimizer = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
+    state = jax.eval_shape(optimizer.init, params).inner_opt_state
+
+    def path_of(path) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    found = [path_of(path) for path, _ in jax.tree.leaves_with_path(state)]
+    for path, _ in jax.tree.leaves_with_path(params):
+        count = sum(leaf.endswith("/" + path_of(path)) for leaf in found)
+        assert count == OPTIMIZERS[name].moments(path_of(path)), path_of(path)

@@ -13,7 +13,7 @@ from jaxgpt.data.task import Row, pick_choices
 from jaxgpt.data.tasks import load_task
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.scoring import score_rows, score_tasks
 from jaxgpt.training.step import make_score_step
 from jaxgpt.weights.huggingface import save_model
@@ -22,7 +22,7 @@ from jaxgpt.weights.huggingface import save_model
 CFG = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=90, vocab_size=320, n_vocab=257, bias=True
 )
-GRAPHDEF = build_gpt(CFG, "float32", plain_attention)
+GRAPHDEF = build_model(CFG, "float32", plain_attention)
 SCORE_STEP = jax.jit(make_score_step(GRAPHDEF))
 
 

@@ -1,4 +1,4 @@
-"""The step in float32 on the CPU, where equality proves something."""
+"""The step in float32 on the CPU, where results can be compared exactly."""
 
 import dataclasses
 import functools
@@ -13,19 +13,19 @@ from jax.extend.core import jaxprs_in_params
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_eval_step, make_train_step
 
-GRAPHDEF = build_gpt(TINY, "float32", plain_attention)
+GRAPHDEF = build_model(TINY, "float32", plain_attention)
 CFG = OptimizerConfig(learning_rate=1e-2, warmup_iters=2)
 
 
 @functools.cache
 def make(accumulation: int, model: ModelConfig = TINY):
-    """(state, plain function, jitted step) for A micro-batches."""
-    graphdef = build_gpt(model, "float32", plain_attention)
+    """(state, step, jitted step) for A micro-batches."""
+    graphdef = build_model(model, "float32", plain_attention)
     schedule = make_schedule(CFG, max_iters=20)
     optimizer = make_optimizer(CFG, schedule, accumulation)
     state = init_state(init_params(model, jax.random.key(0)), optimizer, jax.random.key(1))
@@ -76,7 +76,7 @@ def test_every_count_is_the_same_integer() -> None:
 
 
 def poison(state, where: str):
-    """A state in which some gradient comes out as `where`."""
+    """A state that makes some gradient `where`: nan or inf."""
     bad = {"nan": jnp.nan, "inf": jnp.inf}[where]
     params = jax.tree.map(lambda x: x, state.params)
     params["ln_f"]["scale"] = params["ln_f"]["scale"].at[0].set(bad)
@@ -85,7 +85,7 @@ def poison(state, where: str):
 
 @pytest.mark.parametrize("where", ["nan", "inf"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_step_that_is_not_finite_is_skipped_whole(where: str, accumulation: int) -> None:
+def test_a_non_finite_step_is_skipped(where: str, accumulation: int) -> None:
     state, _, step = make(accumulation)
     first, second = batches(accumulation, 2)
     state, _ = step(state, first)
@@ -94,7 +94,7 @@ def test_a_step_that_is_not_finite_is_skipped_whole(where: str, accumulation: in
     assert not np.isfinite(float(metrics["loss"]))
     assert int(metrics["skipped"]) == int(after.skipped) == 1
     assert int(after.step) == int(after.opt_state.gradient_step) == 2
-    # Nothing but the counts has moved, and training goes on once the cause is gone.
+    # Only the counts have changed, and training continues once the cause is gone.
     for old, new in zip(jax.tree.leaves(bad), jax.tree.leaves(after), strict=True):
         if jnp.issubdtype(new.dtype, jnp.floating):
             np.testing.assert_array_equal(old, new)
@@ -106,12 +106,12 @@ def test_a_step_that_is_not_finite_is_skipped_whole(where: str, accumulation: in
 
 
 @pytest.mark.parametrize("skip_spikes", [0.0, 6.0])
-def test_a_spike_is_skipped_whole_if_that_is_asked_for_and_remembered(skip_spikes: float) -> None:
+def test_a_spike_is_skipped_if_enabled_and_enters_the_history(skip_spikes: float) -> None:
     state, _, _ = make(1)
     schedule = make_schedule(CFG, max_iters=20)
     optimizer, accumulator = make_optimizer(CFG, schedule, 1), make_accumulator(CFG, 1)
     step = make_train_step(GRAPHDEF, optimizer, accumulator, schedule, skip_spikes)
-    calm = 0.1 + 1e-3 * jnp.tile(jnp.arange(2.0), 64)  # far below what an untrained model has
+    calm = 0.1 + 1e-3 * jnp.tile(jnp.arange(2.0), 64)  # far below an untrained model's
     state = state._replace(recent=jnp.stack([calm, calm]))
     after, metrics = step(state, batches(1, 1)[0])
     assert int(after.skipped) == int(metrics["skipped"]) == bool(skip_spikes)
@@ -181,7 +181,7 @@ def array_sizes(jaxpr) -> list[int]:
     return sizes
 
 
-def test_the_logged_rate_is_the_one_that_was_used() -> None:
+def test_the_logged_rate_is_the_schedules() -> None:
     state, _, step = make(1)
     schedule = make_schedule(CFG, max_iters=20)
     for i, tokens in enumerate(batches(1, 3)):

@@ -1,6 +1,6 @@
-"""What a step computes and holds, read from its jaxpr: guards that need no GPU and no clock.
+"""FLOPs and array sizes of a step, read from its jaxpr: no GPU and no clock needed.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as the loop runs.
+XLA's own cost analysis counts the body of a loop once; here it counts once per iteration.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.model.attention import cudnn_attention, plain_attention
-from jaxgpt.model.gpt import build_gpt, init_params
-from jaxgpt.model.loss import CHUNK_ROWS, token_losses
+from jaxgpt.model.loss import CHUNK_ROWS
+from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
 from jaxgpt.training.step import init_state, make_train_step
 
@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"
 
 @pytest.fixture
 def flash(monkeypatch) -> None:
-    """cuDNN's attention may be traced, if not run, where there is no cuDNN."""
+    """Lets cuDNN's attention be traced, though not run, on a machine without cuDNN."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -35,7 +35,7 @@ def flash(monkeypatch) -> None:
 
 
 def step_jaxpr(remat: str, scan: bool, attend=plain_attention, dtype="float32", batch=(A, B)):
-    graphdef = build_gpt(CFG, dtype, attend, remat, scan)
+    graphdef = build_model(CFG, dtype, attend, remat, scan)
     optimizer, schedule = OptimizerConfig(), make_schedule(OptimizerConfig(), 10)
     multi_steps = make_optimizer(optimizer, schedule, batch[0])
     accumulator = make_accumulator(optimizer, batch[0])
@@ -48,22 +48,20 @@ def step_jaxpr(remat: str, scan: bool, attend=plain_attention, dtype="float32", 
 
 
 def forward_jaxpr(head: bool):
-    """The forward pass of one micro-batch, up to the loss or to the last block."""
-    graphdef = build_gpt(CFG, "float32", plain_attention)
+    """The forward pass of one micro-batch, with or without head and loss."""
+    graphdef = build_model(CFG, "float32", plain_attention)
     params = jax.eval_shape(lambda: init_params(CFG, jax.random.key(0)))
 
     def forward(params, tokens_BT1):
         model = nnx.merge(graphdef, params)
-        h_BTD = model.features(tokens_BT1[:, :-1])
-        wte_VD = model.wte.embedding[...]
-        return token_losses(h_BTD, wte_VD, tokens_BT1[:, 1:], CFG.n_vocab) if head else h_BTD
+        return model.token_scores(tokens_BT1)[0] if head else model.features(tokens_BT1[:, :-1])
 
     tokens = jax.ShapeDtypeStruct((B, T + 1), np.uint16)
     return jax.make_jaxpr(forward)(params, tokens).jaxpr
 
 
 def flops(jaxpr) -> int:
-    """Of matrix products, a loop's as often as it runs."""
+    """FLOPs of all matrix products; those in a loop count once per iteration."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -86,13 +84,13 @@ def shapes(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
-# Products of a block's forward pass that its backward pass does again.
+# FLOPs of the forward pass that the backward pass repeats.
 SCORES = 2 * 2 * B * CFG.n_head * T * T * (CFG.n_embd // CFG.n_head)
-LAST_PRODUCT = 2 * B * T * 4 * CFG.n_embd * CFG.n_embd  # its output is nobody's input again
+LAST_PRODUCT = 2 * B * T * 4 * CFG.n_embd * CFG.n_embd  # its output is not needed again
 BLOCKS = flops(forward_jaxpr(head=False))
 AGAIN = {
     "none": 0,
-    # Plain attention's two products have batch axes, and flash attention keeps what it needs.
+    # The products of plain attention have batch axes; flash attention keeps its residuals.
     "light": CFG.n_layer * SCORES // 2,
     "full": BLOCKS - CFG.n_layer * LAST_PRODUCT,
 }
@@ -100,7 +98,7 @@ AGAIN = {
 
 @BOTH
 @pytest.mark.parametrize("remat", ["none", "light", "full"])
-def test_a_step_computes_three_times_the_forward_pass_and_what_remat_repeats(remat, scan) -> None:
+def test_a_step_costs_three_forward_passes_plus_what_remat_repeats(remat, scan) -> None:
     forward = flops(forward_jaxpr(head=True))
     expected = A * (3 * forward + AGAIN[remat])
     assert flops(step_jaxpr(remat, scan)) == pytest.approx(expected, rel=0.02)
@@ -124,7 +122,7 @@ def test_no_scores_exist_under_flash_attention(remat, scan) -> None:
         return any(shape[-2:] == (T, T) for shape in found)
 
     assert not has_scores(cudnn_attention, "bfloat16")
-    assert has_scores(plain_attention, "float32")  # so that the question is a good one
+    assert has_scores(plain_attention, "float32")  # so the check can fail
 
 
 @BOTH

@@ -1,0 +1,60 @@
+"""Runs a list of blocks: one after the other or by `lax.scan`, rematerialized, all-gathered."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config.fields import Remat
+from jaxgpt.model.remat import rematerialized
+
+Params = dict[str, Any]
+# (sharded float32 parameters, dtype) -> all-gathered parameters, matrices and embeddings in `dtype`
+AllGather = Callable[[Params, Any], Params]
+Keys = list[jax.Array] | list[None]  # one per block; None without dropout
+
+
+def run_unrolled(
+    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, all_gather: AllGather | None
+) -> jax.Array:
+    """x through the blocks, each compiled separately."""
+    for block, key in zip(blocks, keys, strict=True):
+        run = block if all_gather is None else _gathered_when_run(block, all_gather)
+        x_BTD, _ = rematerialized(run, remat)(x_BTD, key)
+    return x_BTD
+
+
+def _gathered_when_run(block: nnx.Module, all_gather: AllGather) -> Callable[..., Any]:
+    # The all-gather is inside the rematerialized function, so that remat repeats it instead of
+    # keeping every block's full parameters for the backward pass.
+    graphdef, shards = nnx.graphdef(block), nnx.to_pure_dict(nnx.state(block, nnx.Param))
+    return lambda x_BTD, key: nnx.merge(graphdef, all_gather(shards, x_BTD.dtype))(x_BTD, key)
+
+
+def run_scanned(
+    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, all_gather: AllGather | None
+) -> jax.Array:
+    """x through the blocks by one `lax.scan` over their stacked parameters.
+
+    Compile time does not grow with depth. The price is a second, stacked copy of all weights and,
+    in the backward pass, of their gradients; matrices are stacked in the dtype of their products.
+    """
+    graphdef = nnx.graphdef(blocks[0])
+    params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in blocks]
+    dtype = x_BTD.dtype if all_gather is None else jnp.float32  # shards are cast when gathered
+    stacked = jax.tree.map(lambda *leaves: _stack(leaves, dtype), *params)
+
+    def one(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
+        params, key = layer
+        params = params if all_gather is None else all_gather(params, x_BTD.dtype)
+        return nnx.merge(graphdef, params)(x_BTD, key)
+
+    stacked_keys = None if keys[0] is None else jnp.stack(keys)
+    return jax.lax.scan(rematerialized(one, remat), x_BTD, (stacked, stacked_keys))[0]
+
+
+def _stack(leaves: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
+    # Scales and biases stay in float32, the dtype they are used in.
+    return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])

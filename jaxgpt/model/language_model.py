@@ -1,0 +1,83 @@
+"""What every network does with its embeddings, blocks and head: features, logits and losses."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Remat
+from jaxgpt.model.attention import Cache, LayerCache
+from jaxgpt.model.blocks import AllGather, run_scanned, run_unrolled
+from jaxgpt.model.layers import dropout
+from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_scores
+
+
+class LanguageModel(nnx.Module):
+    """A decoder that computes in `dtype` and keeps its parameters in float32.
+
+    A subclass creates the parameters: a list `blocks`, a final norm `ln_f`, and what `embed` and
+    `head` read. A block maps (x_BTD, dropout key, its cache, start) to (x_BTD, its new cache).
+    """
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
+        self.cfg = cfg
+        self.dtype = dtype
+        self.remat = remat
+        self.scan_layers = scan_layers
+        self.all_gather: AllGather | None = None  # set where blocks are sharded: `merge_model`
+        self.drop = nnx.Dropout(cfg.dropout)
+
+    def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
+        """The first block's input x_BTD in `dtype`."""
+        raise NotImplementedError
+
+    def head(self) -> jax.Array:
+        """The output matrix head_VD, float32: logits are h_BTD @ head_VD.T."""
+        raise NotImplementedError
+
+    def features(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The final normed hidden state h_BTD in `dtype`; a `key` turns dropout on."""
+        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1]))
+        n = len(self.blocks) + 1
+        keys = [None] * n if key is None else list(jax.random.split(key, n))
+        x_BTD = dropout(self.drop, x_BTD, keys[-1])
+        run = run_scanned if self.scan_layers else run_unrolled
+        return self.ln_f(run(self.blocks, x_BTD, keys[:-1], self.remat, self.all_gather))
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """Next-token logits (..., V) of features (..., D): float32, minus infinity for padding."""
+        logits_BTV = h_BTD @ self.head().astype(h_BTD.dtype).T
+        return mask_padding(logits_BTV.astype(jnp.float32), self.cfg.n_vocab)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Next-token logits_BTV in float32, minus infinity in the padded vocabulary."""
+        return self.logits(self.features(tokens_BT))
+
+    def loss(self, tokens_BT1: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Mean next-token loss () in nats, float32, to be differentiated; `key` is dropout's."""
+        h_BTD = self.features(tokens_BT1[:, :-1], key if self.cfg.dropout else None)
+        return mean_cross_entropy(h_BTD, self.head(), tokens_BT1[:, 1:], self.cfg.n_vocab)
+
+    def token_scores(self, tokens_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(losses_BT in nats, hits_BT): each next token's loss, and whether it is the likeliest."""
+        h_BTD = self.features(tokens_BT1[:, :-1])
+        return token_scores(h_BTD, self.head(), tokens_BT1[:, 1:], self.cfg.n_vocab)
+
+    # ------------------------------------------------------------ generation
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache with room for block_size tokens of `batch` sequences."""
+        cfg = self.cfg
+        zeros = jnp.zeros((batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head), self.dtype)
+        return [LayerCache(zeros, zeros) for _ in range(cfg.n_layer)]
+
+    def cached_features(
+        self, tokens_BT: jax.Array, start: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """(h_BTD, cache) of T tokens that follow `start` cached ones; start + T <= block_size."""
+        x_BTD = self.embed(tokens_BT, start + jnp.arange(tokens_BT.shape[1]))
+        new_cache = []
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x_BTD, layer = block(x_BTD, cache=layer, start=start)
+            new_cache.append(layer)
+        return self.ln_f(x_BTD), new_cache

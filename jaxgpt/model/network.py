@@ -1,0 +1,59 @@
+"""The network of a `ModelConfig` as `(graphdef, params)`; the one place that names its class."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Remat
+from jaxgpt.model.attention import Attend
+from jaxgpt.model.blocks import AllGather, Params
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.language_model import LanguageModel
+
+
+def build_model(
+    cfg: ModelConfig, dtype: Any, attend: Attend, remat: Remat = "none", scan_layers: bool = False
+) -> nnx.GraphDef:
+    """The network without its parameters: `nnx.merge(graphdef, params)` is a LanguageModel."""
+    abstract = nnx.eval_shape(
+        lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat, scan_layers)
+    )
+    return nnx.graphdef(abstract)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters as a plain nested dict of float32 arrays, nanoGPT's distributions."""
+
+    def init(key: jax.Array) -> Params:
+        model = GPT(cfg, jnp.dtype(jnp.float32), _no_attention, nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    return jax.jit(init)(key)
+
+
+def _no_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+    raise AssertionError("a model made for its parameters is not called")
+
+
+def merge_model(
+    graphdef: nnx.GraphDef, params: Params, all_gather: AllGather | None
+) -> LanguageModel:
+    """`nnx.merge(graphdef, params)`; with `all_gather`, of sharded parameters.
+
+    Each block is then all-gathered when it runs, all other parameters here.
+    """
+    if all_gather is None:
+        return nnx.merge(graphdef, params)
+    others = {name: part for name, part in params.items() if name != "blocks"}
+    model = nnx.merge(graphdef, {**params, **all_gather(others, jnp.float32)})
+    model.all_gather = all_gather
+    return model
+
+
+def shorten_context(params: Params, like: Params) -> Params:
+    """`params` with as many learned positions as `like` has, which must not be more."""
+    positions = like["wpe"]["embedding"].shape[0]
+    return {**params, "wpe": {"embedding": params["wpe"]["embedding"][:positions]}}
