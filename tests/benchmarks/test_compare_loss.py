@@ -51,6 +51,7 @@ def test_only_nanogpts_own_seed_line_is_changed():
             compare_loss["with_seed"](other, 7)
 
 
+@pytest.mark.slow
 def test_a_folder_without_nanogpt_ends_with_a_sentence_and_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)],

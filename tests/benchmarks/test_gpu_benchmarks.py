@@ -37,7 +37,8 @@ def test_the_time_that_is_given_is_kept_and_what_is_measured_is_not_measured_aga
     assert run([*flags, "--seconds", "1"]) == 0
 
 
-def test_what_fails_or_lasts_too_long_leaves_its_words_and_no_figures(tmp_path) -> None:
+@pytest.mark.slow
+def test_what_fails_or_takes_too_long_leaves_its_log_and_no_figures(tmp_path) -> None:
     import sys
 
     for program, outcome in (

@@ -49,6 +49,7 @@ def test_a_loop_of_unknown_length_is_refused() -> None:
         SCRIPT["collectives"](PROGRAM.replace("known_trip_count", "trips"))
 
 
+@pytest.mark.slow
 def test_the_estimate_is_as_near_to_the_compiler_as_it_says_on_a_mesh() -> None:
     for row in json.loads(SCRIPT["RESULTS"].read_text())["rows"]:
         case = SCRIPT["Case"](**{field: row[field] for field in CASE_FIELDS})

@@ -15,6 +15,7 @@ convert_nanogpt = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "co
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(
     tmp_path: Path, bias: bool

@@ -53,6 +53,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths() -> None:
     assert labels_of([Path(".")]) == [Path.cwd().name]
 
 
+@pytest.mark.slow
 def test_one_picture_shows_all_runs(runs, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="it draws")
     plot_runs["draw"](runs, tmp_path / "x.svg")
