@@ -67,7 +67,7 @@ def test_one_picture_shows_all_runs(runs, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_answered_in_a_sentence(runs, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere has no metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"nowhere has no metrics\.jsonl, or an empty one"):
         plot_runs["draw"]([tmp_path / "nowhere"], tmp_path / "x.png")
     with pytest.raises(UserError, match=r"must end in \.png or \.svg"):
         plot_runs["draw"](runs, tmp_path / "x.jpg")
