@@ -207,11 +207,12 @@ def commands(here: bool) -> Iterator[str]:
             text, what = _as_run(command, here)
             code, output = _run(text, folder) if text else (0, "")
             seconds = time.monotonic() - begin
-            print(f"{command}\n    {what}, {seconds:.0f} s" if text else f"{command}\n    {what}")
-            sys.stdout.flush()
+            what += f", {seconds:.0f} s" if text else ""
+            print(f"{command}\n    {what}", flush=True)
             ran += what.startswith("ran")
             if code:
-                yield f"{command}\n    exit code {code}\n{output[-2000:]}"
+                print(f"    exit code {code}\n{output[-2000:]}", flush=True)
+                yield f"{command}: exit code {code}"
         print(f"{ran} of {len(listed)} commands ran")
     if not ran:
         yield "no command ran"
