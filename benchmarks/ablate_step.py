@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt import bench
+from jaxgpt.config.command_line import parse_run
+from jaxgpt.planning.gpus import tier_of_this_machine
 from jaxgpt.run.device import prepare_environment
 
 
@@ -115,8 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0 if asked_for_help else 2
     # Variants import JAX, so the environment that bench would prepare is prepared before.
-    cfg = bench.parse(argv[1:])[0]
-    prepare_environment(cfg)
+    asked, _, _ = parse_run(
+        bench.BenchFlags,
+        argv[1:],
+        prog=bench.PROG,
+        description=bench.__doc__ or "",
+        default_preset=tier_of_this_machine,
+    )
+    prepare_environment(asked)
     VARIANTS[argv[0]]()
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -22,8 +22,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -33,6 +31,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from machine import card_bytes, processor
 
 ROOT = Path(__file__).absolute().parents[1]
 BENCH_NANOGPT = Path(__file__).absolute().with_name("bench_nanogpt.py")
@@ -66,7 +66,6 @@ SHAPES = {
     **CPU_SHAPES,
     "tiny": Shape(1, 2, 16, 8, 320, 2, 2),  # to try this script
 }
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
 LOOK_SECONDS = 5.0  # between reads of the card's memory: too rare to slow a run down
 # The one most likely to be best comes last: its run then starts the alternation.
 SETTINGS = {
@@ -288,21 +287,6 @@ def wait(process: subprocess.Popen, timeout: float, on_card: bool) -> tuple[int,
             looked = now
             card = max(filter(None, (card, card_bytes())), default=None)
         time.sleep(0.05)
-
-
-def card_bytes() -> int | None:
-    """Bytes in use on the first card, by nvidia-smi; None if it gives no answer."""
-    try:
-        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10)
-        return int(answer.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Which runs a comparison makes, in which order, and what it makes of them."""
 
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import compare_nanogpt
 import pytest
 
-import jaxgpt
-
-ROOT = Path(jaxgpt.__file__).parents[1]
-SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "compare_nanogpt.py"))
 ARGS = SimpleNamespace(
     nanogpt=Path("nanoGPT"), torch_python="python", device="gpu", rounds=2, windows=5,
     window_seconds=2.0, timeout=300.0, bench_flags="",
@@ -27,10 +23,10 @@ def turns(monkeypatch):
         made.append(command)
         word = next(word for word in speeds if word in command)
         if not speeds[word]:
-            raise SCRIPT["RunError"]("out of memory")
+            raise compare_nanogpt.RunError("out of memory")
         return {**FIGURES, "tokens_per_second": speeds[word]}
 
-    monkeypatch.setitem(SCRIPT["compare"].__globals__, "run", run)
+    monkeypatch.setattr(compare_nanogpt, "run", run)
     return made, speeds
 
 
@@ -56,7 +52,7 @@ def test_the_best_setting_takes_turns_with_ours_side_by_side(
 ) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 400.0, "cudnn": cudnn, "--compile": default}
-    found = SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    found = compare_nanogpt.compare("gpt2-124m-b32", ARGS)
     assert kinds(made) == order
     assert (found["nanogpt_setting"], found["speed_ratio"]) == (setting, ratio)
     assert len(found["runs"]) == len(made)
@@ -68,14 +64,14 @@ def test_the_best_setting_takes_turns_with_ours_side_by_side(
 def test_without_a_setting_that_runs_there_is_no_comparison(turns) -> None:
     made, speeds = turns
     speeds |= {"cudnn": 0.0, "--compile": 0.0}
-    with pytest.raises(SCRIPT["RunError"], match="out of memory"):
-        SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    with pytest.raises(compare_nanogpt.RunError, match="out of memory"):
+        compare_nanogpt.compare("gpt2-124m-b32", ARGS)
     assert kinds(made) == "dc"
 
 
 def test_ours_trains_with_the_optimizer_that_nanogpt_has(turns) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 1.0, "--compile": 1.0}
-    SCRIPT["compare"]("tiny", ARGS)
+    compare_nanogpt.compare("tiny", ARGS)
     ours = next(command for command in made if "jaxgpt.bench" in command)
     assert ours[ours.index("--optimizer") + 1] == "adamw"
