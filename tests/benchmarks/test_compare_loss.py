@@ -64,7 +64,7 @@ def test_a_folder_without_nanogpt_ends_with_a_sentence_and_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_missing_torch_is_told_with_the_remedy(tmp_path, monkeypatch):
+def test_missing_torch_is_reported_with_the_remedy(tmp_path, monkeypatch):
     for name in compare_loss.NANOGPT_FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

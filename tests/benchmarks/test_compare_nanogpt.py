@@ -1,4 +1,4 @@
-"""Which runs a comparison makes, in which order, and what it makes of them."""
+"""The order of runs in a comparison with nanoGPT, and the ratios computed from them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def turns(monkeypatch):
 
 
 def kinds(commands: list[list[str]]) -> str:
-    """A letter a run: j of jaxgpt, d and c of nanoGPT with the default attention and cuDNN's."""
+    """A letter per run: j for jaxgpt, d and c for nanoGPT with default and cuDNN attention."""
     return "".join(
         "j" if "jaxgpt.bench" in command else "c" if "cudnn" in command else "d"
         for command in commands
@@ -42,12 +42,12 @@ def kinds(commands: list[list[str]]) -> str:
     ("default", "cudnn", "order", "setting", "ratio"),
     [
         (100.0, 200.0, "dc" + "jcjc", "compiled, cuDNN attention", 2.0),
-        # The faster one was tried first, and would not stand beside ours.
+        # The faster one ran first, so it runs again next to ours.
         (200.0, 100.0, "dc" + "djdjd", "compiled", 2.0),
         (100.0, 0.0, "dc" + "djdjd", "compiled", 4.0),
     ],
 )
-def test_the_best_setting_takes_turns_with_ours_side_by_side(
+def test_the_best_setting_alternates_with_ours(
     turns, default, cudnn, order, setting, ratio
 ) -> None:
     made, speeds = turns
@@ -61,7 +61,7 @@ def test_the_best_setting_takes_turns_with_ours_side_by_side(
     )
 
 
-def test_without_a_setting_that_runs_there_is_no_comparison(turns) -> None:
+def test_if_no_setting_runs_there_is_no_comparison(turns) -> None:
     made, speeds = turns
     speeds |= {"cudnn": 0.0, "--compile": 0.0}
     with pytest.raises(compare_nanogpt.RunError, match="out of memory"):
@@ -69,7 +69,7 @@ def test_without_a_setting_that_runs_there_is_no_comparison(turns) -> None:
     assert kinds(made) == "dc"
 
 
-def test_ours_trains_with_the_optimizer_that_nanogpt_has(turns) -> None:
+def test_ours_trains_with_nanogpts_optimizer(turns) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 1.0, "--compile": 1.0}
     compare_nanogpt.compare("tiny", ARGS)

@@ -14,7 +14,7 @@ GPU = runpy.run_path(str(ROOT / "benchmarks" / "run_gpu_benchmarks.py"))
 
 
 @pytest.mark.parametrize("trial", [True, False])
-def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(trial) -> None:
+def test_every_measurement_has_its_own_file_and_a_row_in_the_table(trial) -> None:
     parts = ("ceilings", "train", "ablations", "memory")
     args = GPU["parse_args"]([str(ROOT), "--parts", *parts])
     args.parts, args.trial = (*parts, "nanogpt"), trial
@@ -25,7 +25,7 @@ def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(
     assert all(any(path.match(p) for p in SCRIPT["ROWS"]) for path in patterns)
 
 
-def test_the_time_that_is_given_is_kept_and_what_is_measured_is_not_measured_again(
+def test_the_time_limit_is_kept_and_nothing_is_measured_twice(
     tmp_path, capsys, monkeypatch
 ) -> None:
     run = GPU["main"]

@@ -1,4 +1,4 @@
-"""The order of the data: each window once, a function of (seed, step), made ahead of its use."""
+"""The order of the data: each window once, a function of (seed, step), prefetched."""
 
 import itertools
 import threading
@@ -60,7 +60,7 @@ def test_a_sum_that_would_wrap_at_64_bits_keeps_the_bijection(
     np.testing.assert_array_equal(np.sort(shuffled_index(np.arange(11), 11, 1)), np.arange(11))
 
 
-def test_one_seed_for_all_or_one_for_each_give_the_same() -> None:
+def test_a_common_seed_and_a_seed_per_index_agree() -> None:
     i, seeds = np.arange(50), np.repeat(np.arange(5, dtype=np.uint64), 10)
     alone = [shuffled_index(i[10 * s : 10 * s + 10], 50, s) for s in range(5)]
     np.testing.assert_array_equal(shuffled_index(i, 50, seeds), np.concatenate(alone))
@@ -117,7 +117,7 @@ def test_every_token_is_reached() -> None:
         assert set(make_loader(n).windows(0, 1000).ravel().tolist()) == set(range(n))
 
 
-def test_windows_of_several_epochs_can_be_asked_for_at_once() -> None:
+def test_windows_of_several_epochs_can_be_read_at_once() -> None:
     loader = make_loader(n=100)
     together = loader.windows(3, 23)
     alone = np.concatenate([loader.windows(k, 1) for k in range(3, 26)])
