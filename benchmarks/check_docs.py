@@ -98,7 +98,7 @@ def links() -> Iterator[str]:
     """Every linked file, and every path in code quotes that looks like ours, exists."""
     names = "jaxgpt|benchmarks|scripts|tests|configs|docs"
     path_like = re.compile(rf"`((?:{names})/[\w./-]+\.\w+)`")
-    rooms = "|".join(Path(room).name for room in _rooms())
+    rooms = "|".join(room.removeprefix("jaxgpt/") for room in _rooms())
     in_package = re.compile(rf"`((?:{rooms})/\w+\.py)`")
     for page in PAGES:
         text = (ROOT / page).read_text()
@@ -141,16 +141,17 @@ def file_tree() -> str:
     """docs/files.md's lists: every module of every folder with the first line of its docstring."""
     parts = []
     for folder in ("jaxgpt", *sorted(_rooms()), "scripts", "benchmarks"):
-        parts.append(f"\n`{folder}/`\n")
         files = sorted((ROOT / folder).glob("*.py")) + sorted((ROOT / folder).glob("*.sh"))
-        for path in files:
-            if path.name != "__init__.py":
-                parts.append(f"- [`{path.name}`](../{folder}/{path.name}): {_purpose(path)}")
+        modules = [path for path in files if path.name != "__init__.py"]
+        parts += [f"\n`{folder}/`\n"] if modules else []
+        for path in modules:
+            parts.append(f"- [`{path.name}`](../{folder}/{path.name}): {_purpose(path)}")
     return "\n".join(parts) + "\n"
 
 
 def _rooms() -> list[str]:
-    return [f"jaxgpt/{p.name}" for p in (ROOT / "jaxgpt").iterdir() if (p / "__init__.py").exists()]
+    packages = [path.parent.relative_to(ROOT) for path in ROOT.glob("jaxgpt/*/**/__init__.py")]
+    return [package.as_posix() for package in packages]
 
 
 def _purpose(path: Path) -> str:
