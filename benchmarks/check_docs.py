@@ -7,7 +7,7 @@
 
 Commands are the lines of fenced `sh` blocks, in the order of the pages. Each one runs, or the
 reason why it does not is printed: from RULES, or from a comment before its block, `<!-- check:
-skip: reason -->`. The flags of jaxgpt commands that do not run are checked by adding --help.
+skip: reason -->`. Flags of jaxgpt commands that do not run are parsed all the same.
 """
 
 import argparse
@@ -228,8 +228,9 @@ def _as_run(command: Command, here: bool) -> tuple[str | None, str]:
         return rest, f"ran without `{install}`"
     if not command.skip:
         return command.text, "ran"
-    if re.match(r"python -m jaxgpt\.\w+ ", command.text):
-        return f"{command.text} --help", f"skipped: {command.skip}; its flags were checked"
+    if flags := re.match(r"python -m jaxgpt\.(\w+ .*)", command.text):
+        parse = f"python benchmarks/parse_flags.py {flags[1]}"
+        return parse, f"skipped: {command.skip}; its flags were checked"
     return None, f"skipped: {command.skip}"
 
 
