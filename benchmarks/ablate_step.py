@@ -1,9 +1,9 @@
-"""Time the training step with one part of its design exchanged, as `jaxgpt.bench` times it.
+"""Time the training step with one part of its design replaced, as `jaxgpt.bench` times it.
 
     python benchmarks/ablate_step.py attention-plain --preset gpt2-124m --synthetic --json
 
-What follows the variant are flags of `jaxgpt.bench`; the variant is added to its JSON. Parts that
-are flags themselves (--remat, --scan-layers, --deterministic) need no variant: `as-it-is`.
+Arguments after the variant are flags of `jaxgpt.bench`; the variant is added to its JSON. Parts
+that are flags themselves (--remat, --scan-layers, --deterministic) are measured with `as-it-is`.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt import bench
+from jaxgpt.config.command_line import parse_run
+from jaxgpt.planning.gpus import tier_of_this_machine
 from jaxgpt.run.device import prepare_environment
 
 
@@ -26,7 +28,7 @@ def attention_plain() -> None:
     from jaxgpt.model.attention import plain_attention
     from jaxgpt.training import build
 
-    build.pick_attention = lambda *_: (plain_attention, "plain (exchanged)")
+    build.pick_attention = lambda *_: (plain_attention, "plain (replaced)")
 
 
 def loss_full() -> None:
@@ -37,7 +39,7 @@ def loss_full() -> None:
 
 
 def full_loss(h_BTD: Any, wte_VD: Any, targets_BT: Any, n_vocab: int | None) -> Any:
-    """Logits in the dtype of `h_BTD`, all else in float32: the arithmetic of the fused loss."""
+    """Logits in the dtype of `h_BTD`, the rest in float32, as in the fused loss."""
     import jax.numpy as jnp
     import optax
 
@@ -50,7 +52,7 @@ def full_loss(h_BTD: Any, wte_VD: Any, targets_BT: Any, n_vocab: int | None) -> 
 
 
 def multisteps_plain() -> None:
-    """MultiSteps as it comes: its optimizer runs on every micro-batch."""
+    """optax.MultiSteps in a plain loop: the optimizer runs on every micro-batch."""
     from jaxgpt.training import build
 
     def make_train_step(graphdef: Any, optimizer: Any, *_: Any) -> Callable:
@@ -111,14 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{__doc__}\nVariants:\n{described}", file=sys.stdout if asked_for_help else sys.stderr
         )
         return 0 if asked_for_help else 2
-    # The variant imports JAX, before which bench would have set what JAX reads at its start.
-    cfg = bench.parse(argv[1:])[0]
-    prepare_environment(cfg)
+    # Variants import JAX, so the environment that bench would prepare is prepared before.
+    asked, _, _ = parse_run(
+        bench.BenchFlags,
+        argv[1:],
+        prog=bench.PROG,
+        description=bench.__doc__ or "",
+        default_preset=tier_of_this_machine,
+    )
+    prepare_environment(asked)
     VARIANTS[argv[0]]()
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         code = bench.main([*argv[1:], "--json"])
-    print(json.dumps({"variant": argv[0], **json.loads(told.getvalue())}, indent=2))
+    print(json.dumps({"variant": argv[0], **json.loads(output.getvalue())}, indent=2))
     return code
 
 

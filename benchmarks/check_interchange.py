@@ -1,4 +1,4 @@
-"""Check that jaxgpt's shards and those of llm.c and modded-nanogpt are the same files.
+"""Check that jaxgpt, llm.c and modded-nanogpt write the same shards and read each other's.
 
     git clone https://github.com/karpathy/llm.c
     git clone https://github.com/KellerJordan/modded-nanogpt
@@ -6,10 +6,10 @@
     python benchmarks/check_interchange.py --llmc llm.c --modded modded-nanogpt \
         --text /tmp/fineweb-like --torch-python python --json benchmarks/results/interchange.json
 
-The originals' own scripts tokenize the same parquet files (with a `datasets` that reads them from
-disk, since theirs would download FineWeb), and every file must be equal byte for byte, its name
-too. Then each of their readers reads our shards, and ours reads theirs. Needs gcc, and a Python
-with torch for modded-nanogpt's reader; its pinned memory, which takes a GPU, is left out.
+The original scripts tokenize the same parquet files (with a `datasets` that reads them from disk,
+because the real one would download FineWeb), and every file must be equal byte for byte, with the
+same name. Then each of their readers reads our shards, and ours reads theirs. Needs gcc, and a
+Python with torch for modded-nanogpt's reader; its pinned memory, which needs a GPU, is turned off.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COMMAND = (
     "python benchmarks/check_interchange.py --llmc llm.c --modded modded-nanogpt --text TEXT"
 )
 
-# In place of what the originals import and cannot have here: FineWeb, and GPT-2's files by network.
+# Replaces what the originals would download: FineWeb and GPT-2's files.
 DATASETS = """
 import glob, os
 import pyarrow.parquet as pq
@@ -47,7 +47,7 @@ def load_dataset(*_, **__):
 SITE = """
 import tiktoken
 from jaxgpt.data.tokenizer import load_tokenizer
-gpt2 = load_tokenizer("gpt2").bpe  # once: llm.c asks for it anew for each document
+gpt2 = load_tokenizer("gpt2").bpe  # once: llm.c loads it for each document
 tiktoken.get_encoding = lambda name: gpt2
 """
 C_READER = """
@@ -66,14 +66,14 @@ int main(int argc, char **argv) {
 
 
 def run_writer(script: Path, text: Path, work: Path) -> Path:
-    """Run an original's fineweb.py on `text`; returns the folder of its shards."""
+    """Run an original fineweb.py on `text`; returns the folder of its shards."""
     stand_ins = work / "stand-ins"
     stand_ins.mkdir(exist_ok=True)
     (stand_ins / "datasets.py").write_text(DATASETS)
     (stand_ins / "transformers.py").write_text("AutoTokenizer = None\n")
     (stand_ins / "sitecustomize.py").write_text(SITE)
     environ = {**os.environ, "PYTHONPATH": str(stand_ins), "TEXT": str(text)}
-    # A copy, because it writes beside itself.
+    # A copy, because the script writes into its own folder.
     folder = Path(tempfile.mkdtemp(dir=work)) / "data"
     shutil.copytree(script.parent, folder, ignore=shutil.ignore_patterns("*.bin"))
     command = [sys.executable, str(folder / script.name), "-v", "10B", "-s", str(SHARD_TOKENS)]
@@ -82,7 +82,7 @@ def run_writer(script: Path, text: Path, work: Path) -> Path:
 
 
 def functions_of(path: Path, *names: str) -> str:
-    """The source of some functions of a file that cannot be imported as a whole."""
+    """The source of some functions of a file that cannot be imported."""
     tree = ast.parse(path.read_text())
     wanted = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
     assert len(wanted) == len(names), (path, names)
@@ -148,7 +148,7 @@ def our_tokens(path: Path) -> np.ndarray:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of a checkout, or what a file COMMIT beside it says."""
+    """The commit of a checkout, or the contents of a file COMMIT in its folder."""
     if (folder / "COMMIT").exists():
         return (folder / "COMMIT").read_text().strip()
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
@@ -156,7 +156,7 @@ def commit_of(folder: Path) -> str:
 
 
 def check(flags: argparse.Namespace, work: Path) -> dict:
-    """Everything; returns what is recorded. Raises AssertionError at the first difference."""
+    """Run all comparisons; returns the record. Raises AssertionError at the first difference."""
     out = work / "fineweb"
     arguments = [flags.text, "--out", out, "--val-tokens", SHARD_TOKENS]
     prepare([str(a) for a in (*arguments, "--shard-tokens", SHARD_TOKENS)])
@@ -180,7 +180,7 @@ def check(flags: argparse.Namespace, work: Path) -> dict:
     for name, read in readers.items():
         for path in sorted(out.glob("*.bin")):
             theirs, mine = read(path), our_tokens(path)
-            # The C reader gives whole windows of 64 inputs, the last of which needs a target.
+            # The C reader returns complete windows of 64 inputs, the last of which needs a target.
             wanted = len(mine) if "dataloader.h" not in name else (len(mine) - 1) // 64 * 64
             assert len(theirs) == wanted, (name, path, len(theirs), wanted)
             np.testing.assert_array_equal(theirs, mine[:wanted])
@@ -195,13 +195,13 @@ def check(flags: argparse.Namespace, work: Path) -> dict:
 
 
 def main() -> None:
-    """Read the flags, check, and record."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llmc", type=Path, required=True, help="a checkout of llm.c")
-    parser.add_argument("--modded", type=Path, required=True, help="one of modded-nanogpt")
+    parser.add_argument("--modded", type=Path, required=True, help="a checkout of modded-nanogpt")
     parser.add_argument("--text", type=Path, required=True, help="a folder of parquet files")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch")
-    parser.add_argument("--json", type=Path, help="where to record the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         result = check(flags, Path(work))

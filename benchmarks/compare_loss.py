@@ -1,49 +1,46 @@
-"""Train nanoGPT and jaxgpt on the same bytes: which is sooner done, and with what loss?
+"""Train nanoGPT and jaxgpt on the same bytes: time and final loss.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/compare_loss.py nanoGPT --part demo --repeats 3 --json demo.json
     python benchmarks/compare_loss.py nanoGPT --part curve --seeds 3 --json curve.json
 
-`demo` runs nanoGPT's setting for a CPU, as its README has it, and `--preset demo`; the time is that
-of the whole command. `curve` gives both one setting, so that their losses may differ by what seeds
-make them differ. What remains is nanoGPT's erf-GELU against jaxgpt's tanh (less than 5e-4 apart),
-and windows drawn with replacement against windows shuffled.
+`demo` runs nanoGPT's CPU setting, from its README, and `--preset demo`; the time is that of the
+whole command. `curve` gives both the same setting, so that their losses should differ only by seed
+noise. Two differences remain: nanoGPT's erf-GELU against jaxgpt's tanh (less than 5e-4 apart), and
+windows drawn with replacement against shuffled windows.
 
-What the two print cannot be compared: nanoGPT's validation loss is that of a random sample, and its
-`iter 99` is jaxgpt's step 100. So both final models are evaluated here, on each byte of the
-validation split. nanoGPT's folder is only read; it runs in copies, and needs PyTorch.
+The printed losses cannot be compared: nanoGPT's validation loss is of a random sample, and its
+`iter 99` is jaxgpt's step 100. So this script evaluates both final models on every byte of the
+validation split. nanoGPT's folder is only read; copies of it run. nanoGPT needs PyTorch.
 """
 
 import argparse
-import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import pickle
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
+from evaluate_checkpoints import evaluate_jaxgpt, evaluate_nanogpt
+from machine import processor
 
 from jaxgpt.data.sources import embedded_tokens
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.run import folder as resume
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -51,18 +48,18 @@ NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakes
 SEED_LINE = r"torch\.manual_seed\(1337\b"  # in nanoGPT's train.py, which has no flag for it
 
 SHAPE = "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --dropout=0.0"
-# nanoGPT's README on training without a GPU; the config file that it names has the rest.
+# From nanoGPT's README on training without a GPU; the rest is in the config file that it names.
 NANOGPT_CPU = f"--device=cpu --compile=False --eval_iters=20 --log_interval=1 {SHAPE}"
 DEMO_STEPS = 2000
-# Everything is said, so that neither program's defaults and presets matter.
+# Every setting is given, so that neither program's defaults and presets matter.
 CURVE = (
     f"{SHAPE} --bias=False --gradient_accumulation_steps=1 --learning_rate=1e-3 --min_lr=1e-4 "
     "--warmup_iters=100 --weight_decay=0.1 --beta1=0.9 --beta2=0.99 --grad_clip=1.0 "
     "--device=cpu --dtype=float32 --log_interval=1 --eval_iters=3"
 )
 CURVE_STEPS = 1000
-TENTHS = (0, 1, 4, 9)  # of a run, over which the training loss is averaged
-WITHIN = 3  # standard errors; means that lie no further apart agree
+TENTHS = (0, 1, 4, 9)  # parts of a run over which the training loss is averaged
+WITHIN = 3  # standard errors; means closer than this agree
 
 
 class Run(NamedTuple):
@@ -100,10 +97,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT_DIR", help="a clone of nanoGPT")
     parser.add_argument("--part", choices=("demo", "curve", "both"), default="both")
-    parser.add_argument("--repeats", type=int, default=1, help="of the demo, taking turns")
-    parser.add_argument("--seeds", type=int, default=3, help="of the curve, 3 or more")
-    parser.add_argument("--steps", type=int, help="of each run, a multiple of 250; for a trial")
-    parser.add_argument("--work", type=Path, help="new folder in which logs and models stay")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each program in part demo")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of part curve, 3 or more")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each run, a multiple of 250; for trials"
+    )
+    parser.add_argument("--work", type=Path, help="new folder that keeps logs and models")
     parser.add_argument("--json", type=Path, help="file for all results")
     args = parser.parse_args()
     if args.repeats < 1 or args.seeds < 3 or (args.steps or 250) % 250:
@@ -118,18 +117,18 @@ def check_nanogpt(folder: Path) -> None:
     missing = [name for name in NANOGPT_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{folder} is no clone of nanoGPT (there is no {missing[0]}); make one with "
+            f"{folder} is not a clone of nanoGPT ({missing[0]} is missing); run "
             "`git clone https://github.com/karpathy/nanoGPT` and name its folder"
         )
     if importlib.util.find_spec("torch") is None:
-        raise UserError("nanoGPT runs on PyTorch, which is not installed: `pip install torch`")
+        raise UserError("nanoGPT needs PyTorch, which is not installed: `pip install torch`")
 
 
 # The two parts
 
 
 def demo(nanogpt: Path, work: Path, repeats: int, steps: int | None) -> list[dict[str, Any]]:
-    """Taking turns. nanoGPT's checkpoint is its best by its own estimate, not always its last."""
+    """Both programs in turn. nanoGPT's checkpoint is its best by its own estimate, not its last."""
     theirs = (
         f"{NANOGPT_CPU} --max_iters={steps or DEMO_STEPS} --lr_decay_iters={steps or DEMO_STEPS}"
     )
@@ -165,7 +164,7 @@ def curve(nanogpt: Path, work: Path, seeds: int, steps: int) -> list[dict[str, A
 
 
 def standard_errors(a: Sequence[float], b: Sequence[float]) -> float:
-    """Welch's t: how many standard errors b's mean lies above a's; NaN if nothing varies."""
+    """Welch's t: by how many standard errors b's mean exceeds a's; NaN without variance."""
     error = (stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b)) ** 0.5
     return (mean(b) - mean(a)) / error if error else float("nan")
 
@@ -176,8 +175,8 @@ def standard_errors(a: Sequence[float], b: Sequence[float]) -> float:
 def write_data(folder: Path) -> None:
     """The embedded novels as nanoGPT's data, with the byte tokenizer's 257 ids.
 
-    Without meta.pkl nanoGPT would take 50,304 ids. jaxgpt's padded 320 would do it no good: they
-    are no faster there, and nanoGPT has padding in its softmax.
+    Without meta.pkl nanoGPT would use 50,304 ids. jaxgpt's padded 320 would not help it: they are
+    no faster there, and nanoGPT's softmax includes the padding.
     """
     tokenizer = load_tokenizer("byte")
     folder.mkdir(parents=True)
@@ -187,7 +186,7 @@ def write_data(folder: Path) -> None:
 
 
 def run_nanogpt(nanogpt: Path, folder: Path, flags: str, seed: int | None = None) -> Run:
-    """Train a copy of nanoGPT in `folder`; None leaves it its own seed."""
+    """Train a copy of nanoGPT in `folder`; seed None keeps its own."""
     for name in NANOGPT_FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(nanogpt / name, folder / name)
@@ -202,7 +201,7 @@ def run_nanogpt(nanogpt: Path, folder: Path, flags: str, seed: int | None = None
 
 
 def run_jaxgpt(folder: Path, flags: str) -> Run:
-    """Train jaxgpt as this checkout has it, in `folder`."""
+    """Train this checkout of jaxgpt in `folder`."""
     folder.mkdir()
     command = ["-m", "jaxgpt.train", *flags.split(), f"--out_dir={folder / 'out'}"]
     timing = run_logged(command, ROOT, folder / "log.txt")
@@ -213,12 +212,12 @@ def run_jaxgpt(folder: Path, flags: str) -> Run:
 
 
 def with_seed(train: str, seed: int) -> str:
-    """nanoGPT's train.py with another seed; raises UserError if the line is not as it was."""
+    """nanoGPT's train.py with another seed; raises UserError if the line differs."""
     changed, count = re.subn(SEED_LINE, f"torch.manual_seed({seed}", train)
     if count != 1:
         raise UserError(
-            f"nanoGPT's train.py has {count} lines like {SEED_LINE!r} where 1 is expected; take an "
-            "unchanged clone, or --part demo, which leaves the seed alone"
+            f"nanoGPT's train.py has {count} lines like {SEED_LINE!r}, expected 1; use an "
+            "unchanged clone, or --part demo, which does not change the seed"
         )
     return changed
 
@@ -233,7 +232,7 @@ def run_logged(arguments: list[str], folder: Path, log: Path) -> tuple[str, floa
     seconds = time.monotonic() - begin
     if done.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
-        sys.exit(f"the command ended with exit code {done.returncode}; its last lines:\n{tail}")
+        sys.exit(f"exit code {done.returncode}; the last lines of output:\n{tail}")
     return command, seconds, load
 
 
@@ -244,92 +243,14 @@ def read_nanogpt_log(text: str) -> tuple[dict[int, float], float]:
     return {int(i) + 1: float(loss) for i, loss in steps}, float(estimates[-1])
 
 
-# One evaluation for both
-
-
-def mean_loss(context: int, batch_loss: Callable[[np.ndarray], Any]) -> float:
-    """Nats per byte of 'val'; `batch_loss` gives the mean over int64 windows (B, T+1)."""
-    tokens = embedded_tokens(load_tokenizer("byte"))["val"].astype(np.int64)
-    batches = list(consecutive_windows(tokens, context))
-    predicted = [windows[:, 1:].size for windows in batches]
-    return float(np.average([float(batch_loss(x)) for x in batches], weights=predicted))
-
-
-def consecutive_windows(tokens: np.ndarray, context: int, batch: int = 64) -> Iterator[np.ndarray]:
-    """Windows (B, T+1) that predict each of `tokens` but the first once; the last is shorter."""
-    whole = (len(tokens) - 1) // context
-    windows = tokens[np.arange(whole)[:, None] * context + np.arange(context + 1)]
-    for first in range(0, whole, batch):
-        yield windows[first : first + batch]
-    if whole * context < len(tokens) - 1:
-        yield tokens[None, whole * context :]
-
-
-def evaluate_nanogpt(folder: Path) -> tuple[int, int, float]:
-    """(step, context, loss) of a trained copy's checkpoint, by the copy's own model.py."""
-    import torch
-
-    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
-    code = runpy.run_path(str(folder / "model.py"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = code["GPT"](code["GPTConfig"](**saved["model_args"])).eval()
-    model.load_state_dict(saved["model"])
-
-    @torch.no_grad()
-    def batch_loss(windows: np.ndarray) -> Any:
-        tokens = torch.from_numpy(windows)
-        _, loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
-        return loss
-
-    context = saved["model_args"]["block_size"]
-    return saved["iter_num"], context, mean_loss(context, batch_loss)
-
-
-def evaluate_jaxgpt(out_dir: Path) -> tuple[int, int, float]:
-    """(step, context, loss) of a run's newest checkpoint, from the model's logits in float32."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-    import optax
-    from flax import nnx
-
-    from jaxgpt.run.checkpoint import Checkpoints
-    from jaxgpt.training.build import build_training
-
-    cfg = resume.load_saved(out_dir)
-    assert cfg is not None, "the run has ended well"
-    cpu = jax.devices("cpu")[0]
-    training = build_training(  # of which the schedule does not matter here
-        cfg.model,
-        cfg.optimizer,
-        max_iters=1,
-        accumulation=1,
-        dtype="float32",
-        seed=0,
-        device=cpu,
-    )
-    with Checkpoints(out_dir, cfg.keep_checkpoints) as checkpoints:
-        step = checkpoints.latest_step
-        assert step is not None, "every run saves at its end"
-        params = checkpoints.restore(step, training.state_like).state.params
-
-    @jax.jit
-    def batch_loss(tokens_BT1: jax.Array) -> jax.Array:
-        logits_BTV = nnx.merge(training.graphdef, params)(tokens_BT1[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT1[:, 1:]).mean()
-
-    return step, cfg.model.block_size, mean_loss(cfg.model.block_size, batch_loss)
-
-
-# Telling
+# Output
 
 
 def describe(nanogpt: Path) -> dict[str, Any]:
-    """What the numbers depend on besides the commands."""
-    cpuinfo = Path("/proc/cpuinfo")
-    processors = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    """Everything the numbers depend on besides the commands."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": processors[0] if processors else platform.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "jax", "flax", "numpy")},
@@ -361,6 +282,6 @@ def print_comparison(name: str, theirs: Sequence[float], ours: Sequence[float]) 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as fault:
-        print(f"compare_loss.py: {fault}", file=sys.stderr)
+    except UserError as error:
+        print(f"compare_loss.py: {error}", file=sys.stderr)
         sys.exit(2)

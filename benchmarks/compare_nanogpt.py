@@ -1,20 +1,20 @@
-"""The same shapes through nanoGPT's own code and through jaxgpt: tokens a second and memory.
+"""Tokens per second and memory of nanoGPT's own code and of jaxgpt, at the same shapes.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/compare_nanogpt.py nanoGPT --shapes demo --json demo.json           # on a CPU
     python benchmarks/compare_nanogpt.py nanoGPT --device gpu --shapes gpt2-124m-b32      # on a GPU
 
-One process at a time. nanoGPT gets every setting it might be faster with, once; its best then takes
-turns with jaxgpt, and each ratio is of two runs that stood side by side. Settings: eager and
-torch.compile on a CPU; on a GPU torch.compile with PyTorch's own choice of attention and with
-cuDNN's. One that fails, for want of memory say, is recorded as failed and out of the race. Both
-train with AdamW on random tokens, without dropout and biases, at one vocabulary; nanoGPT's GELU is
-erf, jaxgpt's tanh, each as its train command has it.
+One process at a time. nanoGPT runs once in every setting that might be its fastest; its best then
+alternates with jaxgpt, and each ratio is of two adjacent runs. Settings: eager and torch.compile on
+a CPU; on a GPU torch.compile with PyTorch's default attention and with cuDNN's. A setting that
+fails, for lack of memory for instance, is recorded as failed. Both train with AdamW on random
+tokens, without dropout and biases, with the same vocabulary; nanoGPT's GELU is erf, jaxgpt's tanh,
+as in their train commands.
 
-Memory on a GPU is each framework's own count of what was in use at the worst moment, and beside it
-what nvidia-smi says of the card, for which JAX is told to take memory only as it needs it.
+Memory on a GPU is each framework's own count of its peak, and nvidia-smi's figure for the card, for
+which JAX's preallocation is turned off.
 
-`--torch-python` runs nanoGPT with another interpreter, where PyTorch and JAX want different ones.
+`--torch-python` runs nanoGPT with another interpreter, if PyTorch and JAX need different ones.
 """
 
 import argparse
@@ -22,8 +22,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -34,12 +32,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machine import card_bytes, processor
+
 ROOT = Path(__file__).absolute().parents[1]
 BENCH_NANOGPT = Path(__file__).absolute().with_name("bench_nanogpt.py")
 
 
 class Shape(NamedTuple):
-    """A model and how many sequences of it make a step."""
+    """A model, and the sequences in one step."""
 
     n_layer: int
     n_head: int
@@ -64,11 +64,10 @@ CPU_SHAPES = {
 SHAPES = {
     **GPU_SHAPES,
     **CPU_SHAPES,
-    "tiny": Shape(1, 2, 16, 8, 320, 2, 2),  # for a trial of this script
+    "tiny": Shape(1, 2, 16, 8, 320, 2, 2),  # to try this script
 }
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
-LOOK_SECONDS = 5.0  # between two looks at the card's memory: too seldom to slow a run down
-# The likeliest best comes last: its run is then the first of the turns.
+LOOK_SECONDS = 5.0  # between reads of the card's memory: too rare to slow a run down
+# The one most likely to be best comes last: its run then starts the alternation.
 SETTINGS = {
     "cpu": {"eager": (), "compiled": ("--compile",)},
     "gpu": {
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     model = args.nanogpt / "model.py"
-    # Where things lie on this machine is of no use on another.
+    # Paths of this machine mean nothing on another.
     here = {str(args.nanogpt): "NANOGPT_DIR", args.torch_python: "TORCH_PYTHON"}
     words = [here.get(word, word) for word in argv]
     result: dict[str, Any] = {
@@ -96,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.shapes:
         try:
             result["shapes"][name] = compare(name, args)
-        except RunError as fault:
-            sys.exit(str(fault))
-        if args.json:  # after each, so that what ends early leaves what it has
+        except RunError as error:
+            sys.exit(str(error))
+        if args.json:  # after each shape, so that an interrupted command keeps its results
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -110,29 +109,31 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT_DIR", help="a clone of nanoGPT")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="if unset: all of the device's")
-    parser.add_argument("--rounds", type=int, default=2, help="turns that jaxgpt gets")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="default: all shapes for the device"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="runs of jaxgpt")
     parser.add_argument("--windows", type=int, default=5, help="timed windows of each run")
     parser.add_argument("--window-seconds", type=float, default=2.0)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run")
-    parser.add_argument("--torch-python", default=sys.executable, help="the one that has PyTorch")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
     parser.add_argument("--bench-flags", default="", help="more flags for jaxgpt.bench")
     parser.add_argument("--json", type=Path, help="file for all results")
     args = parser.parse_args(argv)
     if not (args.nanogpt / "model.py").is_file():
         parser.error(
-            f"{args.nanogpt} is no clone of nanoGPT (there is no model.py); make one with "
+            f"{args.nanogpt} is not a clone of nanoGPT (model.py is missing); run "
             "`git clone https://github.com/karpathy/nanoGPT` and name its folder"
         )
     if args.rounds < 1 or args.windows < 1 or not args.window_seconds > 0 or not args.timeout > 0:
         parser.error("--rounds, --windows, --window-seconds and --timeout must be above 0")
     try:
         found = subprocess.run([args.torch_python, "-c", "import torch"], capture_output=True)
-    except OSError as fault:
-        parser.error(f"--torch-python {args.torch_python} does not run: {fault.strerror}")
+    except OSError as error:
+        parser.error(f"--torch-python {args.torch_python} does not run: {error.strerror}")
     if found.returncode:
         parser.error(
-            f"nanoGPT runs on PyTorch, which {args.torch_python} cannot import; `pip install "
+            f"nanoGPT needs PyTorch, which {args.torch_python} cannot import; `pip install "
             "torch`, or name an interpreter that has it with --torch-python"
         )
     args.shapes = args.shapes or list(GPU_SHAPES if args.device == "gpu" else CPU_SHAPES)
@@ -140,27 +141,27 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class RunError(Exception):
-    """A run that ended badly; the message has its command and its last words."""
+    """A failed run; the message has its command and its last lines of output."""
 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every setting of nanoGPT, then jaxgpt and the best of them in turn; what came of it.
+    """Run every setting of nanoGPT, then jaxgpt and the best of them in turn.
 
     Raises:
-        RunError: if none of nanoGPT's settings runs, or one of the turns fails.
+        RunError: if none of nanoGPT's settings runs, or a later run fails.
     """
     shape = SHAPES[name]
     tried = [try_nanogpt(shape, setting, args) for setting in SETTINGS[args.device]]
     if all("failed" in run for run in tried):
         raise RunError(tried[-1]["failed"])
     best = max(tried, key=lambda run: run.get("tokens_per_second", 0.0))
-    # Another setting's run may lie between it and ours: it gets one of its own then.
+    # If another setting ran after the best one, the best runs again, next to ours.
     turns = [best if best is tried[-1] else run_nanogpt(shape, best["setting"], args)]
     for _ in range(args.rounds):
         turns += [run_jaxgpt(shape, args), run_nanogpt(shape, best["setting"], args)]
     runs = tried + [run for run in turns if run is not best]
     ours, theirs = turns[1::2], turns[::2]
-    # Every run of ours over the run of theirs before it and the one after.
+    # Each of our runs relative to the nanoGPT runs before and after it.
     ratios = [
         turns[i]["tokens_per_second"] / turns[j]["tokens_per_second"]
         for i in range(1, len(turns), 2)
@@ -196,22 +197,22 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def middle(runs: Sequence[dict[str, Any]], key: str) -> Any:
-    """The median of a figure that all runs have, None where one has none."""
+    """The median of a figure, None if a run lacks it."""
     figures = [run[key] for run in runs]
     return None if None in figures else statistics.median(figures)
 
 
 def try_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[str, Any]:
-    """`run_nanogpt`, or how it failed."""
+    """`run_nanogpt`, or a record of its failure."""
     try:
         return run_nanogpt(shape, setting, args)
-    except RunError as fault:
-        print(f"nanoGPT, {setting}: {fault}", file=sys.stderr)
-        return {"program": "nanoGPT", "setting": setting, "failed": str(fault)}
+    except RunError as error:
+        print(f"nanoGPT, {setting}: {error}", file=sys.stderr)
+        return {"program": "nanoGPT", "setting": setting, "failed": str(error)}
 
 
 def run_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One process of nanoGPT's code."""
+    """One process of nanoGPT."""
     flags = (*SETTINGS[args.device][setting], "--accumulation", str(shape.accumulation))
     device = "cuda" if args.device == "gpu" else "cpu"
     command = [args.torch_python, str(BENCH_NANOGPT), str(args.nanogpt), "--device", device]
@@ -220,7 +221,7 @@ def run_nanogpt(shape: Shape, setting: str, args: argparse.Namespace) -> dict[st
 
 
 def run_jaxgpt(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    """One process of ours."""
+    """One process of jaxgpt."""
     tokenizer = "byte" if shape.vocab_size < 50257 else "gpt2"
     command = [sys.executable, "-m", "jaxgpt.bench", "--preset", "demo", "--synthetic", "--json"]
     flags = ("--gradient-accumulation-steps", str(shape.accumulation), "--tokenizer", tokenizer)
@@ -241,13 +242,13 @@ def windows(args: argparse.Namespace) -> list[str]:
 
 
 def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON that a command prints; where it counts no memory, its largest resident set.
+    """The JSON that a command prints; if it counts no memory, with its largest resident set.
 
     Raises:
-        RunError: if it fails or lasts too long.
+        RunError: if it fails or exceeds --timeout.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Without programs of an earlier run, so that a start costs what it costs.
+    # Without compiled programs of earlier runs, so that each start compiles.
     environment = {**os.environ, "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if args.device == "gpu":
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -268,8 +269,10 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def wait(process: subprocess.Popen, timeout: float, on_card: bool) -> tuple[int, int, int | None]:
-    """(exit code, bytes of the largest resident set, the most that was seen in use on the card) of
-    a process; one that lasts is killed."""
+    """(exit code, bytes of the largest resident set, most bytes seen in use on the card).
+
+    A process that exceeds `timeout` seconds is killed.
+    """
     begin = looked = time.monotonic()
     card: int | None = None
     while True:
@@ -284,21 +287,6 @@ def wait(process: subprocess.Popen, timeout: float, on_card: bool) -> tuple[int,
             looked = now
             card = max(filter(None, (card, card_bytes())), default=None)
         time.sleep(0.05)
-
-
-def card_bytes() -> int | None:
-    """Bytes in use on the first card, by nvidia-smi; None where it does not say."""
-    try:
-        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10)
-        return int(answer.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

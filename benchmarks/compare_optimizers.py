@@ -1,13 +1,13 @@
-"""Which optimizer reaches the lower loss, from the same start and on the same batches?
+"""Compare optimizers from the same initialization and on the same batches.
 
     python benchmarks/compare_optimizers.py --seeds 3 \\
         optimizer=adamw,learning_rate=6e-3 optimizer=muon,learning_rate=6e-3
 
-Trains one small GPT once for each seed and each variant, a comma-separated list of train's flags as
-a preset file would have them, and evaluates each on the same windows as it goes. `--data-dir` takes
-a folder that `jaxgpt.prepare` made, in place of the novels in the package. Runs that are in the
-`--json` file are not done again: a grid of rates and more seeds for the best of them are two
-commands and one file, and a command that was stopped goes on.
+Trains one small GPT for each seed and each variant, a comma-separated list of settings as in a
+preset file, and evaluates each on the same windows during training. `--data-dir` names a folder
+made by `jaxgpt.prepare`, to replace the novels in the package. Runs that are in the `--json` file
+are not repeated, so that a stopped command can be resumed, and a grid of rates can be extended by
+more seeds for the best of them.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def config_of(variant: str, common: Sequence[str], seed: int) -> Resolved:
 
 
 def train(cfg: Resolved, data_dir: Path | None, windows: int) -> dict[str, list[float]]:
-    """One run's curve: steps, and the validation loss at each of them in nats a token."""
+    """One run's curve: steps, and the validation loss at each, in nats per token."""
     tokenizer = load_tokenizer(cfg.tokenizer)
     splits = (open_split(data_dir, split, tokenizer) for split in ("train", "val"))
     train, val = splits
@@ -78,17 +78,19 @@ def train(cfg: Resolved, data_dir: Path | None, windows: int) -> dict[str, list[
 
 
 def load_runs(path: Path | None, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier command recorded; SystemExit if that was of another setting."""
+    """Runs recorded by an earlier command; SystemExit if its setting was another."""
     if path is None or not path.exists():
         return []
     recorded = json.loads(path.read_text())
     if recorded["setting"] != setting:
-        sys.exit(f"{path}: was recorded with {recorded['setting']}, not {setting}; name another")
+        sys.exit(
+            f"{path} was recorded with {recorded['setting']}, not {setting}; name another file"
+        )
     return recorded["runs"]
 
 
 def save_runs(path: Path | None, setting: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Record all runs so far, the command that made the last of them, and what made them."""
+    """Record all runs so far, with the command and versions of the last one."""
     if path is None:
         return
     record = {
@@ -106,11 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train every variant with every seed in turn, and print each one's last loss."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="+", metavar="name=value,...")
-    parser.add_argument("--flags", default="", help="train's flags for all variants, in one word")
-    parser.add_argument("--data-dir", type=Path, help="folder with token shards; else the novels")
-    parser.add_argument("--windows", type=int, default=1200, help="of the validation split")
+    parser.add_argument("--flags", default="", help="flags of train for all variants, quoted")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with token shards; default: the novels"
+    )
+    parser.add_argument("--windows", type=int, default=1200, help="windows of the validation split")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to record the curves")
+    parser.add_argument("--json", type=Path, help="file for the curves")
     args = parser.parse_args(argv)
     text = args.data_dir.name if args.data_dir else "embedded"
     setting = {"flags": args.flags, "text": text, "windows": args.windows}

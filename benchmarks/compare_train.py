@@ -1,11 +1,11 @@
-"""`train` beside `bench`, in turn: is a step as fast with all that a run does around it?
+"""Compare a step of `train`, with all that a run does around it, with a step of `bench`.
 
     python benchmarks/compare_train.py --preset 24gb --dataset embedded --json beside-bench.json
 
-bench, train, bench, on the same flags: those that are not this script's own go to both. Of the run,
-the time from one line of its log to another counts, so that loader, metrics, log and bar are in it,
-and the evaluations at its start and end and their checkpoints are not: `measure_train_overhead.py`
-has what those cost.
+bench, train, bench, with the same flags: all that are not this script's own are passed on. The run
+is timed from one line of its log to another, so that loader, metrics, log and bar are included, and
+the evaluations and checkpoints at its start and end are not: `measure_train_overhead.py` measures
+those.
 """
 
 import argparse
@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).absolute().parents[1]
-LOG_INTERVAL = 10  # a tenth of the presets', so that a minute has lines to time between
+LOG_INTERVAL = 10  # a tenth of the presets', so that a short run has enough lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="of the run, two log lines at least")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="steps of the run, at least two log lines"
+    )
     parser.add_argument("--windows", type=int, default=3, help="timed windows of each bench")
     parser.add_argument("--window-seconds", type=float, default=2.0)
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -57,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(flags: Sequence[str]) -> dict[str, Any]:
-    """What `jaxgpt.bench` says."""
+    """The JSON of `jaxgpt.bench`."""
     return json.loads(run("bench", [*flags, "--json"]))
 
 
 def train(flags: Sequence[str], steps: int) -> float:
-    """Milliseconds a step of `jaxgpt.train`, from its first log line to the last before its end."""
+    """Milliseconds per step of `jaxgpt.train`, from its first log line to its last but one."""
     with tempfile.TemporaryDirectory() as folder:
         own = {"max-iters": steps, "eval-interval": steps, "log-interval": LOG_INTERVAL}
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
@@ -74,7 +76,7 @@ def train(flags: Sequence[str], steps: int) -> float:
 
 
 def run(command: str, flags: Sequence[str]) -> str:
-    """What a command of ours prints; a process of its own, and one at a time."""
+    """The output of a jaxgpt command, run in its own process."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", f"jaxgpt.{command}", *flags],
@@ -83,7 +85,7 @@ def run(command: str, flags: Sequence[str]) -> str:
         env={**os.environ, "PYTHONPATH": path},
     )
     if done.returncode:
-        sys.exit(f"jaxgpt.{command} ended with code {done.returncode}\n{done.stderr}")
+        sys.exit(f"jaxgpt.{command}: exit code {done.returncode}\n{done.stderr}")
     return done.stdout
 
 

@@ -1,9 +1,9 @@
-"""What several hosts of eight H100s would make of a preset, on paper.
+"""Estimate step time and efficiency on several hosts of eight H100s, on paper.
 
     python benchmarks/estimate_scaling.py
 
-A step's time is its computing, as `jaxgpt.plan` predicts it for one card, plus its messages, as
-docs/scaling.md counts them in the compiled program, with nothing of the one done during the other.
+A step takes its computation, as `jaxgpt.plan` predicts it for one card, plus its messages, as
+docs/scaling.md counts them in the compiled program, without overlap.
 """
 
 import sys
@@ -19,34 +19,34 @@ from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import tokens_per_second
 
 A_HOST = 8
-# Bytes a second at which every card of a ring passes on what it has: two thirds of an NVLink
-# generation's 450e9 in each direction; four fifths of a host's links to others, for all its cards.
+# Bytes per second that each card of a ring sends: two thirds of NVLink's 450e9 in each direction;
+# between hosts, four fifths of a host's links, shared by its cards.
 INSIDE = 300e9
 LINKS = {"8 x 400 Gb/s": 0.8 * 8 * 50e9, "1 x 100 Gb/s": 0.8 * 12.5e9}
 
 
 class Seconds(NamedTuple):
-    """Of one step."""
+    """Parts of one step."""
 
     computing: float
-    inside: float  # messages inside hosts
-    between: float  # and between them
+    inside: float  # messages within hosts
+    between: float  # messages between hosts
 
 
 def seconds(cfg: Resolved, hosts: int, between: float) -> Seconds:
-    """A step of `cfg`, whose fsdp stays inside a host."""
+    """A step of `cfg`, whose fsdp axis stays within a host."""
     shape, m = cfg.mesh, cfg.model
     N, A = m.parameter_count(), cfg.batch.accumulation
     ends = ((m.vocab_size or 0) + m.block_size) * m.n_embd
     rate = tokens_per_second(cfg, find_gpu("h100"))
     assert rate is not None
-    # Ring algorithms: a gather or a scatter passes on all but a card's own share, an all-reduce
-    # does both.
+    # Ring algorithms: an all-gather or a reduce-scatter sends all but a card's own share, an
+    # all-reduce does both.
     share = (shape.fsdp - 1) / shape.fsdp
     times = {"none": 1, "light": 2, "full": 2}[cfg.remat]  # a block's weights are gathered
     gathered = 2 * times * (N - ends) + 4 * ends
     inside = A * share * (gathered + 4 * N) / INSIDE
-    # Once a step, over those that hold the same: inside a host if there is but one.
+    # Once per step, over replicas: within a host if there is only one.
     groups = 2 * (shape.data - 1) / shape.data * 4 * N
     if hosts == 1:
         return Seconds(cfg.tokens_per_step / rate, inside + groups / shape.fsdp / INSIDE, 0.0)

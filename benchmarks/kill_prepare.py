@@ -3,9 +3,9 @@
     python benchmarks/build_fineweb_like.py /tmp/fineweb-like --files 3 --megabytes 60
     python benchmarks/kill_prepare.py /tmp/fineweb-like --kills 40
 
-A run that nothing interrupts says what the bytes should be and how long it takes. Then runs are
-killed at moments drawn evenly from that time, each time with another number of workers, until they
-have finished in spite of it; new folders are begun until there have been enough kills.
+An undisturbed run gives the expected bytes and the duration. Then runs are killed at moments drawn
+uniformly from that duration, with another number of workers each time, and started again until they
+finish; new folders follow until there have been enough kills.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def contents(out: Path) -> dict[str, str]:
 
 
 def start(text: Path, out: Path, workers: int) -> subprocess.Popen:
-    """A preparation of `text` into `out`."""
+    """Start preparing `text` into `out`."""
     command = [sys.executable, "-m", "jaxgpt.prepare", str(text), "--out", str(out), *FLAGS]
     return subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.DEVNULL)
 
@@ -36,7 +36,7 @@ def start(text: Path, out: Path, workers: int) -> subprocess.Popen:
 def kill_until_done(
     text: Path, out: Path, draw: random.Random, seconds: float
 ) -> list[dict[str, object]]:
-    """Start and kill until it gets to its end; returns where each kill found it."""
+    """Start and kill until a run finishes; returns a record of each kill."""
     kills: list[dict[str, object]] = []
     while True:
         workers, moment = draw.randint(1, 3), draw.uniform(0, seconds)
@@ -51,7 +51,9 @@ def kill_until_done(
             assert code == 0, code
             return kills
         after = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
-        assert all(after[path] == when for path, when in before.items()), "a shard was written anew"
+        assert all(after[path] == when for path, when in before.items()), (
+            "a finished shard was written again"
+        )
         kills.append(
             {
                 "workers": workers,
@@ -64,12 +66,12 @@ def kill_until_done(
 
 
 def main() -> None:
-    """Read the flags, kill, compare, and record."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to record the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
     draw, kills, runs = random.Random(flags.seed), [], 0
     with tempfile.TemporaryDirectory() as work:

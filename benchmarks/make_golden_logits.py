@@ -1,9 +1,9 @@
-"""Make tests/golden/: small random GPT-2s as transformers saves them, and the logits it gives.
+"""Make tests/golden/: small random GPT-2s saved by transformers, and their logits.
 
     python benchmarks/make_golden_logits.py        # needs torch and transformers
 
-The tests compare ours with these numbers where transformers is not installed. Weights and biases
-are large, so that every part of the network shows in the logits.
+With them, tests compare our logits with transformers' without having it installed. Weights and
+biases are large, so that every part of the network affects the logits.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def random_gpt2(shape: dict[str, int], activation: str) -> transformers.GPT2LMHeadModel:
-    """A GPT-2 whose every parameter is random, biases and norms too."""
+    """A GPT-2 with all parameters random, biases and norms included."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         **shape, activation_function=activation, bos_token_id=0, eos_token_id=0

@@ -1,11 +1,11 @@
-"""What accumulating through optax.MultiSteps costs beside a sum written by hand: nothing.
+"""Compare accumulation through optax.MultiSteps with a sum written by hand.
 
     python benchmarks/measure_accumulation.py --json benchmarks/results/accumulation.json
 
-Three steps of one model on the same tokens, in one process, taking turns:
-ours        a scan that runs MultiSteps' accumulating half, its other half once
-by hand     a scan that adds gradients up, then the same optimizer without MultiSteps
-plain loop  MultiSteps as it comes: its optimizer runs on every micro-batch
+Three steps of one model on the same tokens, in one process, in turn:
+ours        a scan that runs MultiSteps' accumulating half, then its other half once
+by hand     a scan that adds gradients, then the same optimizer without MultiSteps
+plain loop  a scan over MultiSteps: the optimizer runs on every micro-batch
 """
 
 import argparse
@@ -34,7 +34,7 @@ from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_sch
 from jaxgpt.training.step import init_state, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_iters=2)
-# Few tokens to a micro-batch and many parameters, so that what is done with gradients weighs.
+# Few tokens per micro-batch and many parameters, so that work on gradients dominates.
 MODEL = ModelConfig(
     n_layer=4, n_head=4, n_embd=256, block_size=64, vocab_size=320, n_vocab=257, bias=False
 )
@@ -44,7 +44,7 @@ Step = Callable[[Any, np.ndarray], tuple[Any, Any]]
 
 
 def build(model: ModelConfig, accumulation: int) -> dict[str, tuple[Step, Callable[[], Any]]]:
-    """name -> (step as it is to be jitted, with its state donated; a new state)."""
+    """name -> (step, to be jitted with its state donated; function that makes a new state)."""
     graphdef = build_model(model, "float32", plain_attention)
     schedule = make_schedule(OPTIMIZER, max_iters=1000)
     optimizer = make_optimizer(OPTIMIZER, schedule, accumulation)
@@ -94,7 +94,7 @@ def build(model: ModelConfig, accumulation: int) -> dict[str, tuple[Step, Callab
 def measure(
     model: ModelConfig, accumulation: int, batch_size: int, rounds: int, names: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round, the steps taking turns; the first two do not count."""
+    """Seconds of each step in each round, the steps in turn; the first two rounds do not count."""
     shape = (accumulation, batch_size, model.block_size + 1)
     tokens_ABT1 = np.random.default_rng(0).integers(0, model.n_vocab, shape).astype(np.uint16)
     built = build(model, accumulation)

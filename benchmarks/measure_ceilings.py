@@ -1,9 +1,9 @@
-"""What a device can do at best: a large matrix product, and a copy in its memory.
+"""Measure what a device reaches at best: a large matrix product, and a copy in its memory.
 
     python benchmarks/measure_ceilings.py --json benchmarks/results/gpu-ceilings.json
 
-A step's MFU is measured against a data sheet's peak, which no product of any size reaches; this is
-the peak that one does reach.
+MFU is relative to a data sheet's peak, which no matrix product reaches; this is the peak that a
+large product does reach.
 """
 
 import argparse
@@ -26,8 +26,10 @@ from jaxgpt.run.device import versions
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="if unset: the first JAX finds")
-    parser.add_argument("--size", type=int, default=8192, help="of the square matrices")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), help="default: the first that JAX finds"
+    )
+    parser.add_argument("--size", type=int, default=8192, help="width of the square matrices")
     parser.add_argument("--copy-gib", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -36,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--size, --copy-gib and --repeats must be above 0")
     try:
         device = jax.devices(args.device)[0]
-    except RuntimeError as fault:
-        parser.error(f"--device {args.device}, but JAX finds none ({str(fault).splitlines()[0]})")
+    except RuntimeError as error:
+        parser.error(
+            f"--device {args.device}: JAX finds no such device ({str(error).splitlines()[0]})"
+        )
     gpu = lookup_gpu(device.device_kind)
     copied = int(args.copy_gib * GIB)
     with jax.default_device(device):
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "product_size": args.size,
         "product_flops": flops,
         "product_of_peak": flops / gpu.bf16_flops if gpu and gpu.bf16_flops else None,
-        # A byte that is copied is read and written.
+        # Each copied byte is read and written.
         "copy_bytes_per_second": bytes_per_second,
     }
     print(json.dumps(result, indent=1))
@@ -62,19 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def product_seconds(size: int, repeats: int) -> float:
-    """Of a bfloat16 product size x size."""
+    """Seconds of a bfloat16 matrix product, size x size."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     return seconds_of(jax.jit(jnp.matmul), (a, a), repeats)
 
 
 def copy_seconds(nbytes: int, repeats: int) -> float:
-    """Of reading and writing `nbytes`; adding one keeps it from being no work at all."""
+    """Seconds to read and write `nbytes`; adding one keeps XLA from removing the copy."""
     a = jnp.arange(nbytes // 4, dtype=jnp.float32)
     return seconds_of(jax.jit(lambda a: a + 1), (a,), repeats)
 
 
 def seconds_of(f: Callable, arguments: tuple, repeats: int) -> float:
-    """Median seconds of a call, of windows of ten."""
+    """Median seconds of a call, over windows of ten calls."""
     jax.block_until_ready(f(*arguments))
     seconds = []
     for _ in range(repeats):

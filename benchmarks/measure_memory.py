@@ -1,11 +1,12 @@
-"""Compile training steps for cards that need not be here, and write down what memory they need.
+"""Compile training steps for cards that need not be present, and record the memory they need.
 
     pip install -e '.[plan]'
     python benchmarks/measure_memory.py --json benchmarks/results/memory.json
     python benchmarks/measure_memory.py --table        # the README's table, from that file
+    python benchmarks/measure_memory.py --details      # the table of docs/memory.md, likewise
 
-Three lists: every preset on the smallest card of its tier and on those it names; the five tiers
-with each remat; shapes of many sizes, which the estimate of `jaxgpt.plan` is held against.
+Three lists: every preset on the smallest card of its tier and on the cards it names; the five tiers
+with each remat; shapes of many sizes, to check the estimate of `jaxgpt.plan` against.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
-from jaxgpt.planning.gpus import GIB, find_gpu
+from jaxgpt.planning.gpus import GIB, Gpu, find_gpu
 from jaxgpt.planning.new_run import resolve_new
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -51,7 +52,7 @@ ACCUMULATION = 4  # of the free shapes; memory does not depend on it
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One shape for the estimate to be held against."""
+    """One shape to check the estimate against."""
 
     n_layer: int
     n_head: int
@@ -80,7 +81,7 @@ SHAPES = (
 
 
 def runs() -> Iterator[tuple[str, str, Resolved]]:
-    """(list, card, configuration) of everything that is measured."""
+    """(list, card, configuration) of every measurement."""
     for name in preset_names():
         cfg = load_preset(name)
         for gpu in CARDS.get(cfg.vram_gb or 0, ()):
@@ -109,7 +110,7 @@ def _resolved(values: dict[str, Any], accumulation: int) -> Resolved:
 
 
 def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any]:
-    """One measurement, with all that it depends on."""
+    """One measurement with everything it depends on."""
     m = cfg.model
     return {
         "list": kind,
@@ -134,7 +135,7 @@ def config_from(row: dict[str, Any]) -> Resolved:
 
 
 def measure_all(path: Path, only: str | None) -> None:
-    """Measure what `path` does not hold yet, writing after each."""
+    """Measure what is not in `path` yet; write the file after each measurement."""
     target.prepare_environment()
     from jaxgpt.planning import memory
 
@@ -155,36 +156,57 @@ def measure_all(path: Path, only: str | None) -> None:
         path.write_text(text + "\n")
 
 
+def preset_rows(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Resolved, Gpu, int]]:
+    """(configuration, best-known card of its tier, bytes a step needs there), small cards first."""
+    peaks = {(r["preset"], r["gpu"]): r["peak_bytes"] for r in rows if r["list"] == "presets"}
+    asked = [load_preset(name) for name in preset_names()]
+    configs = [resolve_new(one, "bfloat16") for one in asked if one.vram_gb is not None]
+    for cfg in sorted(configs, key=lambda c: (c.asked.vram_gb or 0, c.model.parameter_count())):
+        gpu = find_gpu(CARDS[cfg.asked.vram_gb or 0][-1])
+        yield cfg, gpu, peaks[cfg.asked.preset, gpu.key]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The presets as the README shows them: one line each, on the best-known card of its tier."""
+    """The README's table of presets."""
+    lines = [
+        "| preset | parameters | GiB needed | compiled for | tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for cfg, gpu, peak in preset_rows(rows):
+        cells = (
+            f"`{cfg.asked.preset}`",
+            f"{cfg.model.parameter_count() / 1e6:.1f}M",
+            f"{peak / GIB:.1f}",
+            gpu.name,
+            f"{cfg.total_tokens / 1e9:.1f}B",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def details(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/memory.md: shapes, batches, free memory and predicted days."""
     from jaxgpt.planning.memory import capacity_of
     from jaxgpt.planning.speed import HOUR, tokens_per_second
 
     lines = [
-        "| preset | parameters | n_layer / n_head / n_embd | batch_size x accumulation | remat | "
-        "needs | card: free of its pool | learning_rate | tokens, a parameter | days there |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| preset | n_layer / n_head / n_embd | batch_size x accumulation | remat | card "
+        "| GiB free | learning_rate | tokens per parameter | days |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in preset_names():
-        cfg = resolve_new(load_preset(name), "bfloat16")
-        here = {r["gpu"]: r for r in rows if r["list"] == "presets" and r["preset"] == name}
-        if not here:
-            continue
-        gpu = find_gpu(CARDS[cfg.asked.vram_gb or 0][-1])
-        peak, m = here[gpu.key]["peak_bytes"], cfg.model
-        tokens = cfg.total_tokens
+    for cfg, gpu, peak in preset_rows(rows):
+        m = cfg.model
         rate = tokens_per_second(cfg, gpu)
         cells = (
-            f"`{name}`",
-            f"{m.parameter_count() / 1e6:.1f}M",
+            f"`{cfg.asked.preset}`",
             f"{m.n_layer} / {m.n_head} / {m.n_embd}",
             f"{cfg.batch.batch_size} x {cfg.batch.accumulation}",
             cfg.remat,
-            f"{peak / GIB:.1f} GiB",
-            f"{gpu.name}: {(capacity_of(gpu) - peak) / GIB:.1f} GiB",
+            gpu.name,
+            f"{(capacity_of(gpu) - peak) / GIB:.1f}",
             f"{cfg.optimizer.learning_rate:g}",
-            f"{tokens / 1e9:.1f}B, {tokens / m.parameter_count():.0f}",
-            "?" if rate is None else f"{tokens / rate / HOUR / 24:.1f}",
+            f"{cfg.total_tokens / m.parameter_count():.0f}",
+            "?" if rate is None else f"{cfg.total_tokens / rate / HOUR / 24:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -192,12 +214,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file of results")
     parser.add_argument("--only", choices=("presets", "tiers", "shapes"))
     parser.add_argument("--table", action="store_true", help="print the README's table and stop")
+    parser.add_argument("--details", action="store_true", help="print the table of docs/memory.md")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table(json.loads(args.json.read_text())["rows"]))
+    if args.table or args.details:
+        rows = json.loads(args.json.read_text())["rows"]
+        print(table(rows) if args.table else details(rows))
     else:
         measure_all(args.json, args.only)
     return 0

@@ -1,13 +1,12 @@
-"""Compile training steps for several H100s that are not here: memory, and what they say to each
-other.
+"""Compile training steps for several H100s that need not be present: memory and collectives.
 
     pip install -e '.[plan]'
     python benchmarks/measure_mesh.py          # writes benchmarks/results/mesh.json
     python benchmarks/measure_mesh.py --table  # the table of docs/scaling.md, from that file
 
-Bytes are counted in the compiled program: a collective's result (a reduce-scatter's operand), as
-often as the loops around it go round. On a ring of n devices each sends (n - 1) / n of a gather's
-or scatter's bytes, and twice that of an all-reduce's.
+Bytes are counted in the compiled program: a collective's result (a reduce-scatter's operand), times
+the repetitions of the loops around it. On a ring of n devices each sends (n - 1) / n of the bytes
+of an all-gather or reduce-scatter, and twice that of an all-reduce.
 """
 
 import argparse
@@ -62,7 +61,7 @@ CASES = (
 
 
 def config_of(case: Case) -> Resolved:
-    """The configuration that `train` would have with the flags of the case."""
+    """The configuration of `train` with the flags of the case."""
     asked = with_fields(
         load_preset(case.preset),
         mesh=case.mesh,
@@ -75,7 +74,7 @@ def config_of(case: Case) -> Resolved:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """What the compiler says of one case."""
+    """Memory and collectives of one case, by the compiler."""
     from jaxgpt.planning import memory
     from jaxgpt.training.sharding import make_layout
 
@@ -106,10 +105,7 @@ CALL = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=(\{[^}
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Of each kind of collective in a program's text: how many a step runs, and their bytes.
-
-    Also the largest one's bytes.
-    """
+    """Count, total bytes and largest bytes per step of each kind of collective in a program."""
     found: defaultdict[str, dict[str, float]] = defaultdict(
         lambda: {"count": 0, "bytes": 0, "largest_bytes": 0}
     )
@@ -120,7 +116,7 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
             if (match := COLLECTIVE.search(line)) and times.get(name):
                 size = _bytes(match[1], bool(match[3]))
                 if match[2] == "reduce-scatter" and not match[3]:
-                    size *= _group_size(line)  # of the operand, which this form does not show
+                    size *= _group_size(line)  # the operand's size, which this form does not show
                 kind = found[match[2]]
                 kind["count"] += times[name]
                 kind["bytes"] += times[name] * size
@@ -142,7 +138,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often a step runs each computation that it reaches."""
+    """How often one step runs each computation."""
     times: defaultdict[str, int] = defaultdict(int)
 
     def visit(name: str, factor: int) -> None:
@@ -168,13 +164,13 @@ def _bytes(shapes: str, is_start: bool) -> int:
     ]
     if not is_start:
         return sum(sizes)
-    # ((operands), (results)): of a gather the results are the larger, of a scatter the operands.
+    # ((operands), (results)): an all-gather's results are larger, a reduce-scatter's operands.
     first, second = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
     return max(first, second)
 
 
 def _group_size(line: str) -> int:
-    """How many devices take part in a collective, in any of the ways in which XLA writes that."""
+    """Number of devices in a collective, in any of XLA's notations."""
     if axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))

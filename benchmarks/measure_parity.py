@@ -1,9 +1,9 @@
-"""How far our logits are from transformers' for the same random GPT-2s, in float32.
+"""Compare our logits with transformers' for the same random GPT-2s, in float32.
 
     python benchmarks/measure_parity.py --json benchmarks/results/parity.json
 
-Weights and biases are random, of several shapes, GPT-2's own (124M) among them; each model is saved
-by transformers, imported, exported and imported again. Needs torch and transformers.
+Several shapes with random weights and biases, GPT-2's own (124M) among them; each model is saved by
+transformers, imported, exported and imported again. Needs torch and transformers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SHAPES = [  # n_layer, n_head, n_embd, n_positions, vocab_size, activation
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", help="write the figures into this file")
+    parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     result = {
         "command": "python benchmarks/measure_parity.py",
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(n_layer: int, n_head: int, n_embd: int, T: int, V: int, activation: str) -> dict:
-    """The largest differences for one shape, tokens filling the context."""
+    """The largest difference for one shape, over a full context."""
     torch.manual_seed(0)
     shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": V}
     config = transformers.GPT2Config(
@@ -83,7 +83,7 @@ def measure(n_layer: int, n_head: int, n_embd: int, T: int, V: int, activation: 
 
 
 def imported(folder: Path) -> tuple[ModelConfig, Params]:
-    """A model as --init-from reads it, its vocabulary padded."""
+    """A model as --init-from reads it, with a padded vocabulary."""
     cfg = read_model_config(folder)
     cfg = dataclasses.replace(cfg, vocab_size=padded_vocab_size(cfg.vocab_size or 0))
     return cfg, load_params(folder, cfg)

@@ -1,14 +1,14 @@
-"""How fast `jaxgpt.prepare` tokenizes, beside a bare loop over the same text on the same machine.
+"""Compare the speed of `jaxgpt.prepare` with a bare tokenizing loop over the same text.
 
     python benchmarks/build_fineweb_like.py /tmp/fineweb-like --files 4 --megabytes 400
     python benchmarks/measure_prepare.py /tmp/fineweb-like --pairs 5
 
-The bare loop is `tiktoken.Encoding.encode_to_numpy` over texts that are in memory, and nothing
-else. Preparing is the whole command: starting Python, reading parquet, the end-of-text tokens,
-writing to disk twice, checksums. CPU seconds are compared, of all its processes, because other
-work on a machine moves wall time more; the two take turns, and each pair gives two ratios, with and
-without the CPU seconds of a start (the same command on one short document, beside each pair), which
-a second of FineWeb's 45 minutes would not show.
+The bare loop is only `tiktoken.Encoding.encode_to_numpy` over texts in memory. Preparing is the
+complete command: starting Python, reading parquet, end-of-text tokens, writing to disk twice,
+checksums. The CPU seconds of all processes are compared, because other load on a machine affects
+wall time more. The two run in turn, and each pair gives two ratios, including and excluding the CPU
+seconds of a start (the same command on short documents, next to each pair), which is negligible for
+FineWeb's 45 minutes.
 """
 
 import argparse
@@ -38,7 +38,7 @@ print(size, time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def bare(text: Path) -> tuple[int, float, float]:
-    """Bytes of text, CPU seconds and seconds of the bare loop."""
+    """(bytes of text, CPU seconds, wall seconds) of the bare loop."""
     command = [sys.executable, "-c", BARE, str(text)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     size, cpu, wall = done.stdout.split()
@@ -46,7 +46,7 @@ def bare(text: Path) -> tuple[int, float, float]:
 
 
 def prepare(text: Path, workers: int, own_rule: bool) -> tuple[float, float]:
-    """CPU seconds of all processes and seconds of the whole command."""
+    """(CPU seconds of all processes, wall seconds) of the command."""
     with tempfile.TemporaryDirectory(dir=text.parent) as out:
         flags = ["--out", out + "/out", "--workers", str(workers)]
         if not own_rule:  # FineWeb's: the first tokens
@@ -59,7 +59,7 @@ def prepare(text: Path, workers: int, own_rule: bool) -> tuple[float, float]:
 
 
 def tiny(text: Path) -> Path:
-    """A folder beside `text` with hardly anything to do in it."""
+    """A folder next to `text` with forty short documents."""
     folder = text.with_name(text.name + "-tiny")
     folder.mkdir(exist_ok=True)
     for number in range(40):  # enough for both splits
@@ -68,7 +68,7 @@ def tiny(text: Path) -> Path:
 
 
 def main() -> None:
-    """Read the flags, measure in turns, and record."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
@@ -76,9 +76,9 @@ def main() -> None:
     parser.add_argument(
         "--own-rule",
         action="store_true",
-        help="validation by a hash of each document, as of own text, instead of FineWeb's rule",
+        help="choose validation documents by hash, as for own text, instead of FineWeb's rule",
     )
-    parser.add_argument("--json", type=Path, help="where to record the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
     pairs = []
     for _ in range(flags.pairs):

@@ -1,10 +1,9 @@
-"""How long commands take to answer, and a run to its first step, before and after it was compiled.
+"""Time commands until they answer, and a run until its first step, compiled and from the cache.
 
     python benchmarks/measure_start.py --json benchmarks/results/start.json
 
-Every answer is that of a process of its own, timed from outside. The two starts are
-`jaxgpt.bench` at the 24gb preset's architecture with little to compute, the compile cache empty
-before the first.
+Every answer is from its own process, timed from outside. The two starts are `jaxgpt.bench` with the
+24gb preset's architecture and a small batch; the compile cache is empty before the first.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from typing import Any
 
 from jaxgpt.run.device import versions
 
+ANSWERS = (("help", "--help"), ("mistake", "--no-such-flag"))
 COMMANDS = ("train", "prepare", "plan", "bench", "sample", "evaluate", "export")
 SMALL = "--preset 24gb --device cpu --batch-size 1 --effective-batch-size 1 --synthetic"
 
@@ -30,8 +30,8 @@ SMALL = "--preset 24gb --device cpu --batch-size 1 --effective-batch-size 1 --sy
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7, help="of each answer")
-    parser.add_argument("--run", default=SMALL, help="flags of the run that is started twice")
+    parser.add_argument("--repeats", type=int, default=7, help="measurements of each answer")
+    parser.add_argument("--run", default=SMALL, help="flags of the run to start twice")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "cores": os.cpu_count(),
         "answer_seconds": {
-            name: {what: answer(name, flag, args.repeats) for what, flag in asked()}
+            name: {what: answer(name, flag, args.repeats) for what, flag in ANSWERS}
             for name in COMMANDS
         },
         "run": args.run,
@@ -56,12 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def asked() -> tuple[tuple[str, str], ...]:
-    return ("help", "--help"), ("mistake", "--no-such-flag")
-
-
 def answer(command: str, flag: str, repeats: int) -> float:
-    """Median seconds of a command that does nothing but answer."""
+    """Median seconds until a command has answered a flag."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -71,7 +67,7 @@ def answer(command: str, flag: str, repeats: int) -> float:
 
 
 def start(flags: Sequence[str], cache: str) -> dict[str, Any]:
-    """Seconds from the start of a process to its first step, and what of them is compiling."""
+    """Seconds from the start of a process to its first step, and how many of them compile."""
     command = [sys.executable, "-m", "jaxgpt.bench", "--json", *flags]
     command += ["--windows", "1", "--window-seconds", "0.001"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}

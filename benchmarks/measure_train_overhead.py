@@ -2,17 +2,17 @@
 
     python benchmarks/measure_train_overhead.py --json benchmarks/results/train-overhead.json
 
-`loader`: batches of the 24gb preset (16 x 32 windows of 1,025 tokens) from token files that lie on
-the disk and, as far as Linux can be asked to, not in memory, read one after another.
+`loader`: batches of the 24gb preset (16 x 32 windows of 1,025 tokens), read in order from token
+files that were dropped from Linux's page cache, where it supports that.
 
-`host`: seconds of a step that go into reading its metrics, the log and the progress bar, at the
-preset's log_interval; and the share of a core that drawing the bar takes.
+`host`: seconds per step for reading metrics, the log and the progress bar, at the preset's
+log_interval; and the share of a core that drawing the bar takes.
 
-`checkpoint`: seconds for which the loop stands still while a checkpoint of the preset's model is
-begun (the copy that the background writes from), and until it is on the disk.
+`checkpoint`: seconds for which a checkpoint of the preset's model blocks the loop (while the copy
+that is written in the background is made), and until it is on disk.
 
-No GPU is needed and none is used. The sum is held against the preset's own step on an RTX 4090 at a
-published MFU, as if nothing of it ran beside the device, which the loader and the bar do.
+No GPU is used. The sum is compared with the preset's step on an RTX 4090, predicted from a
+published MFU, as if none of it overlapped with the device's work; the loader and the bar do.
 """
 
 import argparse
@@ -53,9 +53,9 @@ BAR_SECONDS = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=float, default=500e6, help="in the token files")
-    parser.add_argument("--steps", type=int, default=40, help="batches that are read")
-    parser.add_argument("--folder", type=Path, help="where the files are made, on a real disk")
+    parser.add_argument("--tokens", type=float, default=500e6, help="tokens in the files")
+    parser.add_argument("--steps", type=int, default=40, help="batches to read")
+    parser.add_argument("--folder", type=Path, help="folder for the files, on a real disk")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     if args.tokens < 1e6 or args.steps < 1:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_loader(cfg: Resolved, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
-    """Batches from files that were put out of memory, through the thread that `train` reads by."""
+    """Batches from files dropped from the page cache, through the prefetching thread of `train`."""
     rng = np.random.default_rng(0)
     paths = []
     for number in range(max(1, tokens // 100_000_000)):  # the size of a shard
@@ -120,7 +120,7 @@ def measure_loader(cfg: Resolved, folder: Path, tokens: int, steps: int) -> dict
 
 
 def forget(path: Path) -> bool:
-    """Have Linux drop a file from its page cache; whether it can be asked to."""
+    """Ask Linux to drop a file from its page cache; False where it has no such call."""
     if not hasattr(os, "posix_fadvise"):
         return False
     file = os.open(path, os.O_RDONLY)
@@ -133,7 +133,7 @@ def forget(path: Path) -> bool:
 
 
 def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float, float]:
-    """(seconds a step of metrics, log and bar, share of a core that drawing the bar takes)."""
+    """(seconds per step for metrics, log and bar, share of a core for drawing the bar)."""
     device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
     metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
     os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
@@ -158,7 +158,7 @@ def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float,
 
 
 def measure_checkpoint(cfg: Resolved, folder: Path) -> dict[str, float]:
-    """Seconds that saving the state of `cfg` holds the loop up, and until it is on the disk."""
+    """Seconds for which saving the state of `cfg` blocks the loop, and until it is on disk."""
     import jax
 
     from jaxgpt.planning.memory import build_for

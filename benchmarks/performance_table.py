@@ -1,7 +1,7 @@
-"""docs/performance.md's tables, from what was measured: a figure without a file is not in them.
+"""The table of docs/performance.md, made from the files in benchmarks/results/.
 
-python benchmarks/performance_table.py            # prints them
-python benchmarks/performance_table.py --write    # puts them into docs/performance.md
+python benchmarks/performance_table.py                        # prints it
+python benchmarks/check_docs.py --write --only tables         # updates the page
 """
 
 import argparse
@@ -14,25 +14,14 @@ from typing import Any
 
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- python benchmarks/performance_table.py --write -->", "<!-- end -->"
 GIB = 2**30
 Row = tuple[str, ...]
-HEADER = ("what", "where", "jaxgpt", "beside it", "file")
+HEADER = ("what", "where", "jaxgpt", "for comparison", "file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
-    args = parser.parse_args(argv)
-    text = table(RESULTS)
-    if not args.write:
-        print(text)
-        return 0
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
+    print(table(RESULTS))
     return 0
 
 
@@ -74,7 +63,7 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def ablation(r: Mapping[str, Any]) -> Iterator[Row]:
-    """One part of the step exchanged."""
+    """The step with one part replaced."""
     flags = f"{r['remat']} remat, {'scanned' if r['scan_layers'] else 'unrolled'} layers"
     mfu = "" if r["mfu"] is None else f", MFU {r['mfu']:.1%}"
     yield (
@@ -86,7 +75,7 @@ def ablation(r: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def memory_real(r: Mapping[str, Any]) -> Iterator[Row]:
-    """What the step of a preset took, and what it was compiled for."""
+    """Memory of a preset's step, used and compiled."""
     yield (
         f"memory of preset {r['preset']}",
         where(r),
@@ -97,9 +86,9 @@ def memory_real(r: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def ceilings(r: Mapping[str, Any]) -> Iterator[Row]:
-    """What the device can do."""
+    """A matrix product and a copy."""
     yield (
-        f"a bf16 product of {r['product_size']} x {r['product_size']}; a copy",
+        f"a bf16 matrix product of {r['product_size']} x {r['product_size']}; a copy",
         where(r),
         f"{r['product_flops'] / 1e12:,.0f} TFLOP/s",
         f"{r['copy_bytes_per_second'] / 1e9:,.0f} GB/s",
@@ -129,13 +118,13 @@ def optimizers(r: Mapping[str, Any]) -> Iterator[Row]:
         f"validation loss after {steps[-1]:,} steps of the demo, {r['setting']['text']} text, "
         f"with `{r['setting']['flags']}`",
         where(r),
-        in_words(muon),
-        f"{in_words(adamw)}, which Muon has reached by step {sooner:,}",
+        summary(muon),
+        f"{summary(adamw)}, which Muon reaches by step {sooner:,}",
     )
 
 
 def best_variant(runs: Sequence[Mapping[str, Any]], optimizer: str) -> list[Mapping[str, Any]]:
-    """The runs of the learning rate that serves an optimizer best, judged by the first seed."""
+    """The runs at an optimizer's best learning rate, by the first seed."""
     mine = [run for run in runs if run["variant"].startswith(f"optimizer={optimizer},")]
     best = min((run for run in mine if run["seed"] == 0), key=lambda run: run["val_loss"][-1])
     return [run for run in mine if run["variant"] == best["variant"]]
@@ -146,7 +135,7 @@ def mean_curve(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     return [statistics.mean(losses) for losses in zip(*(r["val_loss"] for r in runs), strict=True)]
 
 
-def in_words(runs: Sequence[Mapping[str, Any]]) -> str:
+def summary(runs: Sequence[Mapping[str, Any]]) -> str:
     """A variant and its last loss, with the standard error over its seeds."""
     losses = [run["val_loss"][-1] for run in runs]
     error = statistics.stdev(losses) / len(losses) ** 0.5
@@ -155,13 +144,13 @@ def in_words(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def start(r: Mapping[str, Any]) -> Iterator[Row]:
-    """Answers, and the two starts."""
+    """Time to answer, and the two starts."""
     slowest = max(s for answers in r["answer_seconds"].values() for s in answers.values())
     first, second = r["first_start"], r["second_start"]
     here = where({"device": first["device"], "versions": r["versions"]})
     yield ("`--help` or a mistake, the slowest of seven commands", here, f"{slowest:.2f} s", "")
     yield (
-        f"start to the end of the first step, of which the step is {first['step_ms'] / 1e3:.1f} s: "
+        f"start to the end of the first step, {first['step_ms'] / 1e3:.1f} s of it the step: "
         f"`{r['run']}`",
         here,
         f"{second['first_step_seconds']:.1f} s the second time",
@@ -170,7 +159,7 @@ def start(r: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
-    """What train adds to a step, and how much its loader reads."""
+    """The loader's speed, and what train adds to a step."""
     here = where({"device": "cpu", "versions": r["versions"]})
     loader = r["loader"]
     cold = "cold" if loader["files_were_cold"] else "perhaps warm"
@@ -182,7 +171,7 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
     )
     shares = ", ".join(f"{name} {share:.2%}" for name, share in r["shares"].items())
     yield (
-        "what `train` does beside a step, of the 24gb preset's step "
+        "what `train` adds to a step, as a share of the 24gb preset's step "
         f"({r['step_seconds']:.1f} s, {r['step_seconds_are']})",
         here,
         f"{r['share_together']:.2%}",
@@ -191,13 +180,13 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def train_beside_bench(r: Mapping[str, Any]) -> Iterator[Row]:
-    """A step of a run, and the same step alone."""
+    """A step of train, and the same step in bench."""
     alone = ", ".join(f"{ms:,.1f}" for ms in r["bench_step_ms"])
     yield (
         f"a step of `train` at preset {r['preset']}: {r['batch']}",
         where(r),
         f"{r['train_step_ms']:,.1f} ms",
-        f"of `bench`, before and after: {alone} ms, {r['train_over_bench']:.3f} times its time",
+        f"`bench` before and after: {alone} ms; {r['train_over_bench']:.3f} times its time",
     )
 
 

@@ -1,14 +1,14 @@
-"""Everything that is to be measured on a GPU, in one command that may be stopped and run again.
+"""Run every measurement that needs a GPU, in one command that can be stopped and resumed.
 
-    python benchmarks/run_gpu_benchmarks.py NANOGPT_DIR --seconds 540   # what fits; again for more
+    python benchmarks/run_gpu_benchmarks.py NANOGPT_DIR --seconds 540   # run again for the rest
 
-Each measurement is a process of its own and writes one JSON file; what has one is not measured
-again. --parts chooses: ceilings (what the device can do), nanogpt (every shape beside nanoGPT),
-train (a run's step beside the step alone), ablations (one part of the step exchanged at a time, at
-GPT-2 124M, and what --deterministic costs), memory (what `plan` predicts for a preset, and what its
-step then took).
+Each measurement is its own process and writes one JSON file; a measurement whose file exists is not
+repeated. --parts selects: ceilings (a large matrix product and a copy), nanogpt (every shape beside
+nanoGPT), train (a run's step beside the step alone), ablations (one part of the step replaced at a
+time, at GPT-2 124M, and --deterministic), memory (`plan`'s prediction for a preset, and what its
+step used).
 
---trial runs the same on shapes for any machine, to see that it works.
+--trial runs the same on tiny shapes on any machine.
 """
 
 import argparse
@@ -52,19 +52,19 @@ ABLATIONS = {
     "scheduler-on-remat-full": ("scheduler-on", "--remat full"),
     "triton-gemm-on": ("triton-gemm-on", ""),
     "deterministic": ("as-it-is", "--deterministic=True"),
-    # Once more at the end: what the card's state alone makes of a difference.
+    # Repeated at the end, to show the drift of the card itself.
     "as-it-is-again": ("as-it-is", ""),
 }
-# Seconds that have to be left for a measurement to be begun.
+# Seconds that must be left to start a measurement.
 LEAST, LEAST_BESIDE_NANOGPT = 45.0, 240.0
 
 
 class Job(NamedTuple):
     """One measurement."""
 
-    name: str  # of its file
+    name: str  # its file's name, without .json
     command: list[str]
-    writes: bool  # the file itself; otherwise standard output is it
+    writes: bool  # takes --json; otherwise its standard output is the file
     least: float = LEAST
 
 
@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if outcome != "done":
             failed.append(job.name)
     if left:
-        print(f"no time left for {', '.join(left)}; the same command measures them")
+        print(f"no time left for {', '.join(left)}; run the same command again")
     if failed:
-        print(f"failed: {', '.join(failed)}; what they said is beside their files, *.log")
+        print(f"failed: {', '.join(failed)}; their output is in *.log beside the files")
     return 1 if failed or left else 0
 
 
@@ -100,19 +100,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT_DIR", help="a clone of nanoGPT")
     parts = ("ceilings", "nanogpt", "train", "ablations", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--seconds", type=float, default=540, help="for all of this command")
-    parser.add_argument("--longest", type=float, default=420, help="seconds for one measurement")
-    parser.add_argument("--torch-python", default=sys.executable, help="the one that has PyTorch")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of this command")
+    parser.add_argument("--longest", type=float, default=420, help="time limit of one measurement")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
     parser.add_argument("--trial", action="store_true", help="tiny shapes, on the CPU")
     args = parser.parse_args(argv)
     if "nanogpt" in args.parts and not (args.nanogpt / "model.py").is_file():
-        parser.error(f"{args.nanogpt} is no clone of nanoGPT: there is no model.py")
+        parser.error(f"{args.nanogpt} is not a clone of nanoGPT: model.py is missing")
     return args
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """All measurements of the parts asked for, the most important first."""
+    """All measurements of the selected parts, the most important first."""
     scripts = ROOT / "benchmarks"
     if "ceilings" in args.parts:
         small = ["--size", "64", "--copy-gib", "0.001"] if args.trial else []
@@ -143,25 +143,25 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             bench = [sys.executable, "-m", "jaxgpt.bench", "--preset", preset, "--json"]
             yield Job(f"memory-real-{preset}", [*bench, *shlex.split(SHORT)], writes=False)
             plan = [sys.executable, "-m", "jaxgpt.plan", "--preset", preset, "--json"]
-            card = ["--gpu", "h200"] if args.trial else []  # if unset, the one in this machine
+            card = ["--gpu", "h200"] if args.trial else []  # default: the card in this machine
             yield Job(f"memory-plan-{preset}", [*plan, *card], writes=False)
 
 
 def measure(job: Job, path: Path, seconds: float) -> str:
-    """Run one; 'done', or how it ended. Its file is there only if it was done."""
+    """Run one; returns 'done', or how it ended. Only then does its file exist."""
     log, part = path.with_suffix(".log"), path.with_suffix(".part")
     command = [*job.command, "--json", str(part)] if job.writes else job.command
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search}
-    with log.open("w") as said, (log if job.writes else part).open("a") as out:
+    with log.open("w") as errors, (log if job.writes else part).open("a") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=said, env=environment, start_new_session=True
+            command, stdout=out, stderr=errors, env=environment, start_new_session=True
         )
         try:
             code = process.wait(seconds)
             outcome = "done" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            # With all that it started: what is left would hold the card's memory.
+            # With its children, which would keep the card's memory.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             outcome = f"stopped after {seconds:.0f} seconds"

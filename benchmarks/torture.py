@@ -1,13 +1,12 @@
-"""Kill runs with `kill -9` at random moments, resume them, and see that nothing is lost.
+"""Kill runs with `kill -9` at random moments, resume them, and check that nothing is lost.
 
     python benchmarks/torture.py --kills 100 --json benchmarks/results/torture.json
 
-Runs the real command line on the demo's text, with a small model and many checkpoints, so that
-there is much to hit. Of four kills one falls into the start of a process, one anywhere in its
-training, and two are held back until a save is under way. Half of the processes also save between
-evaluations, while they train. A run that was killed must go on from its newest finished checkpoint,
-repeat one checkpoint interval at most, and end with the bits and the losses of one that nothing
-disturbed. Exit code 1 and a sentence if not.
+Runs the real command line on the demo's text, with a small model and many checkpoints. Of four
+kills one hits the start of a process, one any moment of its training, and two a save. Half of the
+processes also save between evaluations, while they train. A killed run must resume from its newest
+finished checkpoint, repeat at most one checkpoint interval, and end with the bits and losses of an
+undisturbed run. Otherwise the exit code is 1.
 """
 
 import argparse
@@ -44,38 +43,38 @@ FLAGS = [
     *("--optimizer", "adamw", "--warmup-iters", "200"),
     *("--eval-interval", str(INTERVAL), "--eval-iters", "2", "--sample-tokens", "0"),
 ]
-RUN_KILLS = 10  # about as many as it takes to get through one run
+RUN_KILLS = 10  # about as many as one run takes to finish
 OFTEN = ["--checkpoint-minutes", "0.01"]  # some saves between two evaluations
-# Seconds on a machine at rest, and on a busy one, where later kills hit the steps after it.
+# Seconds, on an idle machine and on a busy one; there, later kills hit the steps after a save.
 QUICKEST_SAVE, LONGEST_SAVE = 0.1, 1.5
 
 
 @dataclasses.dataclass
 class Kill:
-    """What one kill found."""
+    """The state of a run when it was killed."""
 
-    seconds: float  # after the process was started
+    seconds: float  # since the process started
     step: int | None  # the last step in the log, None before the first
     saved: int | None  # the newest finished checkpoint
-    hit: str  # what was going on
+    hit: str  # what the process was doing
 
     @property
     def repeated(self) -> int:
-        """Steps that the resumed run does again."""
+        """Steps that the resumed run repeats."""
         return (self.step or 0) - (self.saved or 0)
 
 
 class TortureError(Exception):
-    """Something was lost; the message says what."""
+    """Something was lost; the message names it."""
 
 
 def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--work", type=Path, help="folder in which the runs stay")
+    parser.add_argument("--work", type=Path, help="folder that keeps the runs")
     args = parser.parse_args()
     if args.kills < 1:
         parser.error("--kills must be 1 or more")
@@ -83,8 +82,8 @@ def main() -> int:
         work = args.work or Path(scratch)
         try:
             result = torture(work, args.kills, random.Random(args.seed))
-        except TortureError as fault:
-            print(f"torture: {fault}", file=sys.stderr)
+        except TortureError as error:
+            print(f"torture: {error}", file=sys.stderr)
             return 1
     print(json.dumps(result, indent=1))
     if args.json:
@@ -93,7 +92,7 @@ def main() -> int:
 
 
 def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill `kills` times over as many runs as that takes; the last one is left to its end."""
+    """Kill `kills` times, over as many runs as needed; each run then finishes."""
     started = time.monotonic()
     undisturbed = work / "undisturbed"
     seconds_to_first_step, seconds_of_training = run_to_end(undisturbed)
@@ -114,17 +113,17 @@ def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
                 case turn:
                     longest = QUICKEST_SAVE if turn == 1 else LONGEST_SAVE
                     kill = kill_one(out_dir, flags, into_save=moment * longest)
-            if kill is None:  # it got to its end: the machine is quicker than it was
+            if kill is None:  # it finished first: the machine has become faster
                 seconds_to_first_step /= 2
                 seconds_of_training /= 2
                 break
             done.append(kill)
             check(kill)
-            told = f"kill {len(done)}: run {runs}, {kill.hit}, step {kill.step}, saved {kill.saved}"
-            print(told, flush=True)
+            line = f"kill {len(done)}: run {runs}, {kill.hit}, step {kill.step}, saved {kill.saved}"
+            print(line, flush=True)
         run_to_end(out_dir)
         if contents(out_dir) != expected:
-            raise TortureError(f"{out_dir} does not end as {undisturbed} does")
+            raise TortureError(f"{out_dir} differs from {undisturbed} at its end")
     return {
         "kills": len(done),
         "runs, each bit-identical to the undisturbed one": runs,
@@ -144,18 +143,18 @@ def kill_one(
     after_first_step: float | None = None,
     into_save: float | None = None,
 ) -> Kill | None:
-    """Start or resume a run and kill it; None if it had got to its end by then.
+    """Start or resume a run and kill it; None if it finished first.
 
-    One of three clocks says when, in seconds: from the start of the process, from the first step
-    that it logs, or from the first save that it has under way.
+    The moment is given in seconds by one of three clocks: since the start of the process, since
+    the first step in its log, or since its first save began.
     """
     log, saved_before = out_dir / METRICS_FILE, finished_steps(out_dir / FOLDER)
     left_before = unfinished(out_dir)
-    said_before = log_of(out_dir).stat().st_size if log_of(out_dir).exists() else 0
+    log_size = log_of(out_dir).stat().st_size if log_of(out_dir).exists() else 0
     process = start(out_dir, flags)
     began, began_at = time.monotonic(), time.time()
     if after_first_step is not None:
-        # Resuming cuts the log at the checkpoint, so the first step is the next one after it.
+        # Resuming truncates the log at the checkpoint, so its first step is the one after it.
         first = (saved_before[-1] if saved_before else 0) + 1
         wait(process, lambda: f'"step": {first},' in last_lines(log, began_at))
     if into_save is not None:
@@ -167,8 +166,8 @@ def kill_one(
     if code == 0:
         return None
     if code != -9:
-        raise TortureError(f"{out_dir} ended with exit code {code}: see {log_of(out_dir)}")
-    check_start(out_dir, said_before, saved_before[-1] if saved_before else 0)
+        raise TortureError(f"{out_dir}: exit code {code}, see {log_of(out_dir)}")
+    check_start(out_dir, log_size, saved_before[-1] if saved_before else 0)
     steps = finished_steps(out_dir / FOLDER)
     logged = [record["step"] for record in read_metrics(out_dir / METRICS_FILE)]
     return Kill(
@@ -180,22 +179,22 @@ def kill_one(
 
 
 def check(kill: Kill) -> None:
-    """Raises TortureError if more is lost than may be."""
+    """Raises TortureError if more than one interval is lost."""
     # No step is taken past an evaluation before its checkpoint is on disk.
     if kill.repeated > INTERVAL:
         raise TortureError(f"{kill.repeated} steps are repeated after {kill}")
 
 
-def check_start(out_dir: Path, said_before: int, saved: int) -> None:
-    """Raises TortureError if the newest process went on from elsewhere than what was saved."""
-    said = " ".join(log_of(out_dir).read_bytes()[said_before:].decode(errors="replace").split())
-    went_on = re.search(r", from (?:step ([\d,]+)|the start) to step", said)
-    if went_on and int((went_on[1] or "0").replace(",", "")) != saved:
-        raise TortureError(f"{out_dir} went on {went_on[0]!r}, and {saved} was saved")
+def check_start(out_dir: Path, log_size: int, saved: int) -> None:
+    """Raises TortureError if the newest process did not resume from the newest checkpoint."""
+    printed = " ".join(log_of(out_dir).read_bytes()[log_size:].decode(errors="replace").split())
+    resumed = re.search(r", from (?:step ([\d,]+)|the start) to step", printed)
+    if resumed and int((resumed[1] or "0").replace(",", "")) != saved:
+        raise TortureError(f"{out_dir} resumed {resumed[0]!r}, but step {saved} was saved")
 
 
 def unfinished(out_dir: Path) -> set[tuple[str, int]]:
-    """(name, inode) of each folder of a save or deletion that is under way or was when killed."""
+    """(name, inode) of each folder of an unfinished save or deletion."""
     found = set()
     for path in (out_dir / FOLDER).glob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -205,7 +204,7 @@ def unfinished(out_dir: Path) -> set[tuple[str, int]]:
 
 
 def what_was_hit(left: set[tuple[str, int]], has_log: bool) -> str:
-    """In words, what the killed process was at."""
+    """What the killed process was doing."""
     names = {name for name, _ in left}
     if any("orbax-checkpoint-tmp" in name and "deleted" not in name for name in names):
         return "a save under way, being written"
@@ -217,14 +216,14 @@ def what_was_hit(left: set[tuple[str, int]], has_log: bool) -> str:
 
 
 def last_lines(log: Path, since: float) -> str:
-    """The end of a log, empty if nothing was written to it since then."""
+    """The end of a log, empty if nothing was written to it since `since`."""
     try:
         if log.stat().st_mtime < since:
             return ""
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 20_000))
             return file.read().decode(errors="replace")
-    except FileNotFoundError:  # a new run begins its log anew
+    except FileNotFoundError:  # a new run creates its log
         return ""
 
 
@@ -246,18 +245,18 @@ def log_of(out_dir: Path) -> Path:
 
 
 def run_to_end(out_dir: Path) -> tuple[float, float]:
-    """Seconds to the first step and from there to the end; TortureError if it does not end well."""
+    """Seconds to the first step and from there to the end; TortureError if it fails."""
     process = start(out_dir)
     began = time.monotonic()
     wait(process, (out_dir / METRICS_FILE).exists)
     first_step = time.monotonic()
     if process.wait() != 0:
-        raise TortureError(f"{out_dir} ended with code {process.returncode}: {log_of(out_dir)}")
+        raise TortureError(f"{out_dir}: exit code {process.returncode}, see {log_of(out_dir)}")
     return first_step - began, time.monotonic() - first_step
 
 
 def contents(out_dir: Path) -> dict[str, Any]:
-    """What a run has come to: every array of its last checkpoint as bytes, and every loss."""
+    """Every array of a run's last checkpoint as bytes, and every loss."""
     newest = out_dir / FOLDER / str(finished_steps(out_dir / FOLDER)[-1])
     verify(newest)
     tree = ocp.load_checkpointables(newest)["state"]

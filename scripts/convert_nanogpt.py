@@ -2,8 +2,8 @@
 
     python scripts/convert_nanogpt.py out/ckpt.pt --to my-nanogpt       # needs torch
 
-The file is a pickle and is read by torch's weights-only loader, which runs no code in it. nanoGPT
-computes with the exact GELU, and so does the result.
+The file is a pickle and is read by torch's weights-only loader, which runs no code from it. The
+result uses the exact GELU, as nanoGPT does.
 """
 
 import argparse
@@ -19,20 +19,20 @@ from jaxgpt.data.tokenizer_files import write_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.weights.huggingface import save_model
 
-COMPILED = "_orig_mod."  # before every name, where torch.compile was at work
-# nanoGPT pads GPT-2's 50,257 ids to 50,304 and leaves the others in its softmax; no text has them.
+COMPILED = "_orig_mod."  # torch.compile's prefix of every name
+# nanoGPT pads GPT-2's 50,257 ids to 50,304; no text contains the others.
 PADDED_GPT2 = 50_304
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="nanoGPT's ckpt.pt")
-    parser.add_argument("--to", type=Path, required=True, help="the folder to write; a new one")
+    parser.add_argument("--to", type=Path, required=True, help="new folder to write")
     args = parser.parse_args()
     try:
         convert(args.checkpoint, args.to)
-    except UserError as fault:
-        print(f"{parser.prog}: {fault}", file=sys.stderr)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -40,16 +40,16 @@ def convert(checkpoint: Path, folder: Path) -> None:
     """Read `checkpoint` and write `folder`.
 
     Raises:
-        UserError: if it is not there, is none of nanoGPT's, or the folder is in the way.
+        UserError: if it is missing, is not nanoGPT's, or the folder exists.
     """
     if folder.exists():
-        raise UserError(f"--to {folder} is there already; name another folder")
+        raise UserError(f"--to {folder} already exists; name another folder")
     args, weights = read_checkpoint(checkpoint)
     try:
         cfg = model_config(args)
         params = to_params(cfg, weights)
-    except KeyError as fault:
-        raise UserError(f"{checkpoint} is no ckpt.pt of nanoGPT: it has no {fault}") from None
+    except KeyError as error:
+        raise UserError(f"{checkpoint} is not a ckpt.pt of nanoGPT: {error} is missing") from None
     gpt2 = load_tokenizer("gpt2")
     is_gpt2 = cfg.n_vocab == gpt2.n_vocab
     try:
@@ -57,14 +57,14 @@ def convert(checkpoint: Path, folder: Path) -> None:
         save_model(folder, cfg, params, eot=gpt2.eot if is_gpt2 else 0)
         if is_gpt2:
             write_tokenizer(folder, gpt2, cfg.block_size)
-    except OSError as fault:
-        raise UserError(f"--to {folder} cannot be written: {fault}") from None
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be written: {error}") from None
     shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}"
     print(f"{folder}: {shape}, {cfg.n_vocab:,} ids")
     if not is_gpt2:
         print(
-            "its vocabulary is not GPT-2's and lies in nanoGPT's meta.pkl: transformers loads the "
-            "weights, jaxgpt has no tokenizer for them"
+            "its vocabulary is in nanoGPT's meta.pkl, not GPT-2's: transformers loads the weights, "
+            "jaxgpt has no tokenizer for them"
         )
 
 
@@ -73,27 +73,27 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         import torch
     except ImportError:
-        raise UserError("nanoGPT's files are read by torch: pip install torch") from None
+        raise UserError("reading nanoGPT's files needs PyTorch: pip install torch") from None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as fault:
-        raise UserError(f"{path} cannot be read: {fault}") from None
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as fault:
-        # One sentence: the next would be torch's advice to load it with its code.
-        reason = (str(fault).strip().splitlines() or ["it is empty"])[0].partition(". ")[0]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        # Only torch's first sentence: the next one advises loading with code execution.
+        reason = (str(error).strip().splitlines() or ["it is empty"])[0].partition(". ")[0]
         raise UserError(
-            f"{path} is no ckpt.pt of nanoGPT ({type(fault).__name__}: {reason})"
+            f"{path} is not a ckpt.pt of nanoGPT ({type(error).__name__}: {reason})"
         ) from None
     parts = checkpoint if isinstance(checkpoint, dict) else {}
     args, state = parts.get("model_args"), parts.get("model")
     if not isinstance(args, dict) or not isinstance(state, dict):
-        raise UserError(f"{path} is no ckpt.pt of nanoGPT: it has no model_args and no model")
+        raise UserError(f"{path} is not a ckpt.pt of nanoGPT: model_args or model is missing")
     tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
     return args, {name.removeprefix(COMPILED): x.float().numpy() for name, x in tensors.items()}
 
 
 def model_config(args: dict) -> ModelConfig:
-    """The architecture that nanoGPT's model_args tell."""
+    """The architecture in nanoGPT's model_args."""
     rows = args["vocab_size"]
     return ModelConfig(
         n_layer=args["n_layer"],

@@ -2,7 +2,7 @@
 
     python scripts/plot_runs.py runs/24gb runs/second --to curves.png    # or .svg; needs matplotlib
 
-One picture, whose three parts share their x: optimizer steps, or with --x tokens what the runs saw.
+One picture of three parts that share their x-axis: optimizer steps, or with --x tokens, tokens.
 """
 
 import argparse
@@ -17,19 +17,19 @@ from jaxgpt.errors import UserError
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
 FORMATS = (".png", ".svg")
-POINTS = 1000  # in one curve; where there are more, each is the mean of its neighbours
+POINTS = 1000  # in one curve; longer curves are averaged over neighbouring points
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--to", type=Path, default=Path("curves.png"), help="a .png or .svg")
     parser.add_argument("--x", choices=("step", "tokens"), default="step")
     args = parser.parse_args()
     try:
         draw(args.runs, args.to, args.x)
-    except UserError as fault:
-        print(f"{parser.prog}: {fault}", file=sys.stderr)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
     print(args.to)
 
@@ -38,7 +38,7 @@ def draw(runs: list[Path], to: Path, x: str = "step") -> None:
     """Write the picture.
 
     Raises:
-        UserError: if a run has no metrics, the picture's format is another, or it cannot be drawn.
+        UserError: if a run has no metrics, the format is unknown, or matplotlib is missing.
     """
     if to.suffix not in FORMATS:
         raise UserError(f"--to {to} must end in {' or '.join(FORMATS)}")
@@ -46,7 +46,7 @@ def draw(runs: list[Path], to: Path, x: str = "step") -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("it is drawn by matplotlib: pip install -e '.[plot]'") from None
+        raise UserError("plotting needs matplotlib: pip install -e '.[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -68,16 +68,16 @@ def draw(runs: list[Path], to: Path, x: str = "step") -> None:
         part.grid(alpha=0.3)
     try:
         figure.savefig(to, dpi=110)
-    except OSError as fault:
-        raise UserError(f"--to {to} cannot be written: {fault}") from None
+    except OSError as error:
+        raise UserError(f"--to {to} cannot be written: {error}") from None
     pyplot.close(figure)
 
 
 def read_curves(run: Path, x: str) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-    """A function from a tag to its (x, y), from the metrics of a run."""
+    """A function from a tag to its (x_P, y_P), read from the metrics of a run."""
     records = read_metrics(run / METRICS_FILE)
     if not records:
-        raise UserError(f"{run} has no {METRICS_FILE} with anything in it; is it a run's folder?")
+        raise UserError(f"{run} has no {METRICS_FILE}, or an empty one; is it a run's folder?")
     tokens = tokens_per_step(run) if x == "tokens" else 1
 
     def curve(tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -89,22 +89,22 @@ def read_curves(run: Path, x: str) -> Callable[[str], tuple[np.ndarray, np.ndarr
 
 
 def labels_of(runs: list[Path]) -> list[str]:
-    """What runs are called: their folders' names, or their whole paths where two names are one."""
+    """The runs' folder names, or their paths if two names are equal."""
     names = [run.absolute().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def tokens_per_step(run: Path) -> int:
-    """What one optimizer step of the run sees."""
+    """Tokens in one optimizer step of the run."""
     try:
         values = json.loads((run / "config.json").read_text(encoding="utf-8"))
         return int(values["effective_batch_size"] * values["block_size"])
-    except (OSError, ValueError, KeyError) as fault:
-        raise UserError(f"{run / 'config.json'} cannot be read: {fault}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run / 'config.json'} cannot be read: {error}") from None
 
 
 def thinned(y_P: np.ndarray) -> np.ndarray:
-    """(P,) values, or the means of neighbours if there are more than POINTS."""
+    """(P,) values, or means of neighbouring values if there are more than POINTS."""
     if len(y_P) <= POINTS:
         return y_P
     return np.array([part.mean() for part in np.array_split(y_P, POINTS)])

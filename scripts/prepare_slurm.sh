@@ -5,8 +5,8 @@
 #     sbatch --dependency=afterok:$prepare --wrap "python -m jaxgpt.prepare --merge data/fineweb350B"
 #
 # Each task of the array finds its rank in Slurm's variables and tokenizes an eighth of the files.
-# A task that is killed or requeued goes on where it stopped, so submitting the array again after a
-# time limit is all it takes. HF_TOKEN raises the Hub's limit on requests.
+# A task that was killed or requeued resumes where it stopped: after a time limit, submit the array
+# again. HF_TOKEN raises the Hub's limit on requests.
 #SBATCH --job-name=prepare
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -21,5 +21,5 @@ set -euo pipefail
 
 out=${1:?folder for the shards, on the shared disk}
 
-# exec: Slurm's warning before the time limit then reaches Python, which stops between two batches.
+# exec, so that Slurm's signal before the time limit reaches Python, which stops between batches.
 exec python -m jaxgpt.prepare fineweb --name sample-350BT --out "$out"

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# One run as two processes on this machine, without a GPU: what several machines do, to be seen and
-# broken at home.
+# One run as two processes on this machine, without a GPU: to try what several machines do.
 #
 #     scripts/train_two_processes.sh --max-iters 200
-#     kill PID of one of them: both save at the same step, and the same command goes on
-#     kill -9 PID of one: the other leaves within a minute, and the same command goes on
+#     kill PID of one of them: both save at the same step, and the same command resumes
+#     kill -9 PID of one: the other exits within a minute, and the same command resumes
 #
-# On real machines every process gets the address of the first, that number and its own.
+# On several machines every process gets the address of process 0, the number of processes, its own id.
 set -euo pipefail
 
 address=127.0.0.1:${PORT:-9876}
@@ -18,13 +17,13 @@ for process in 0 1; do
     pids+=($!)
     echo "process $process is PID $!"
 done
-# What a script starts in the background does not hear Ctrl-C.
+# A script's background processes ignore Ctrl-C.
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 code=0
 for pid in "${pids[@]}"; do
     status=0
     wait "$pid" || status=$?
-    while kill -0 "$pid" 2>/dev/null; do # the wait was interrupted, the process goes on
+    while kill -0 "$pid" 2>/dev/null; do # the wait was interrupted, the process is still running
         status=0
         wait "$pid" || status=$?
     done

@@ -29,6 +29,13 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)  # of no effect here, and the default in children
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes for `-n auto`: none where files are named, because each takes seconds to start."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(os.cpu_count() or 1, 8)
+
+
 @pytest.fixture(scope="session")
 def tokens_BT1() -> np.ndarray:
     """Six windows of random tokens, (6, 9) uint16."""

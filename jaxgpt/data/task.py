@@ -5,16 +5,20 @@ separately, and only the completion's tokens count. Everything here is NumPy; th
 rows in `training/scoring.py`.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import numpy as np
 
-from jaxgpt.data.tokenizer import Tokenizer
+if TYPE_CHECKING:  # the command line needs the table, and must not wait for NumPy
+    import numpy as np
+
+    from jaxgpt.data.tokenizer import Tokenizer
 
 
 class Row(NamedTuple):
@@ -61,6 +65,8 @@ class Task:
 
 def tokenize_row(context: str, completion: str, tokenizer: Tokenizer) -> Row:
     """The row of a context and its completion."""
+    import numpy as np
+
     before, after = tokenizer.encode(context), tokenizer.encode(completion)
     if not len(before):  # the first scored token needs one before it
         before = np.array([tokenizer.eot], np.uint16)
@@ -69,6 +75,8 @@ def tokenize_row(context: str, completion: str, tokenizer: Tokenizer) -> Row:
 
 def pick_choices(questions: Sequence[Question], scores: RowScores) -> tuple[np.ndarray, np.ndarray]:
     """(by_sum_Q, by_mean_Q): index of the row with the lowest summed and the lowest mean loss."""
+    import numpy as np
+
     by_sum, by_mean, start = [], [], 0
     for question in questions:
         rows = slice(start, start + len(question.rows))
@@ -80,6 +88,8 @@ def pick_choices(questions: Sequence[Question], scores: RowScores) -> tuple[np.n
 
 def multiple_choice_figures(questions: Sequence[Question], scores: RowScores) -> dict[str, Figure]:
     """`acc` picks the choice with the lowest summed loss, `acc_norm` with the lowest mean loss."""
+    import numpy as np
+
     labels_Q = np.array([question.label for question in questions])
     by_sum_Q, by_mean_Q = pick_choices(questions, scores)
     return {"acc": accuracy(by_sum_Q == labels_Q), "acc_norm": accuracy(by_mean_Q == labels_Q)}

@@ -1,16 +1,16 @@
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import compare_loss
+import evaluate_checkpoints
 import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare_loss.py"
-compare_loss = runpy.run_path(str(SCRIPT))
+SCRIPT = Path(compare_loss.__file__)
 
 NANOGPT_LOG = """\
 step 0: train loss 5.6106, val loss 5.6129
@@ -24,7 +24,7 @@ iter 2: loss 3.5100, time 90.10ms, mfu -100.00%
 
 @pytest.mark.parametrize("length", [12, 13, 14, 200])
 def test_every_token_but_the_first_is_predicted_once_in_order(length):
-    batches = list(compare_loss["consecutive_windows"](np.arange(length), 4, batch=3))
+    batches = list(evaluate_checkpoints.consecutive_windows(np.arange(length), 4, batch=3))
     predicted = [token for windows in batches for token in windows[:, 1:].ravel()]
     assert predicted == list(range(1, length))
     assert all((windows[:, :-1] + 1 == windows[:, 1:]).all() for windows in batches)
@@ -32,25 +32,26 @@ def test_every_token_but_the_first_is_predicted_once_in_order(length):
 
 
 def test_nanogpts_iterations_are_counted_as_steps():
-    losses, estimate = compare_loss["read_nanogpt_log"](NANOGPT_LOG)
+    losses, estimate = compare_loss.read_nanogpt_log(NANOGPT_LOG)
     assert losses == {1: 5.6080, 2: pytest.approx(float("nan"), nan_ok=True), 3: 3.5100}
     assert estimate == 3.4998
 
 
 def test_standard_errors_are_those_of_the_difference_of_two_means():
     # Variances 1 and 4 of three values each: the error is sqrt(1/3 + 4/3).
-    errors = compare_loss["standard_errors"]([1.0, 2.0, 3.0], [5.0, 7.0, 9.0])
+    errors = compare_loss.standard_errors([1.0, 2.0, 3.0], [5.0, 7.0, 9.0])
     assert errors == pytest.approx(5 / (5 / 3) ** 0.5)
 
 
 def test_only_nanogpts_own_seed_line_is_changed():
     train = "x = 1\ntorch.manual_seed(1337 + seed_offset)\n"
-    assert compare_loss["with_seed"](train, 7) == "x = 1\ntorch.manual_seed(7 + seed_offset)\n"
+    assert compare_loss.with_seed(train, 7) == "x = 1\ntorch.manual_seed(7 + seed_offset)\n"
     for other in ("torch.manual_seed(42)", train + train, ""):
         with pytest.raises(UserError, match="seed"):
-            compare_loss["with_seed"](other, 7)
+            compare_loss.with_seed(other, 7)
 
 
+@pytest.mark.slow
 def test_a_folder_without_nanogpt_ends_with_a_sentence_and_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)],
@@ -63,10 +64,10 @@ def test_a_folder_without_nanogpt_ends_with_a_sentence_and_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_missing_torch_is_told_with_the_remedy(tmp_path, monkeypatch):
-    for name in compare_loss["NANOGPT_FILES"]:
+def test_missing_torch_is_reported_with_the_remedy(tmp_path, monkeypatch):
+    for name in compare_loss.NANOGPT_FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install torch"):
-        compare_loss["check_nanogpt"](tmp_path)
+        compare_loss.check_nanogpt(tmp_path)

@@ -1,15 +1,11 @@
-"""Which runs a comparison makes, in which order, and what it makes of them."""
+"""The order of runs in a comparison with nanoGPT, and the ratios computed from them."""
 
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import compare_nanogpt
 import pytest
 
-import jaxgpt
-
-ROOT = Path(jaxgpt.__file__).parents[1]
-SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "compare_nanogpt.py"))
 ARGS = SimpleNamespace(
     nanogpt=Path("nanoGPT"), torch_python="python", device="gpu", rounds=2, windows=5,
     window_seconds=2.0, timeout=300.0, bench_flags="",
@@ -27,15 +23,15 @@ def turns(monkeypatch):
         made.append(command)
         word = next(word for word in speeds if word in command)
         if not speeds[word]:
-            raise SCRIPT["RunError"]("out of memory")
+            raise compare_nanogpt.RunError("out of memory")
         return {**FIGURES, "tokens_per_second": speeds[word]}
 
-    monkeypatch.setitem(SCRIPT["compare"].__globals__, "run", run)
+    monkeypatch.setattr(compare_nanogpt, "run", run)
     return made, speeds
 
 
 def kinds(commands: list[list[str]]) -> str:
-    """A letter a run: j of jaxgpt, d and c of nanoGPT with the default attention and cuDNN's."""
+    """A letter per run: j for jaxgpt, d and c for nanoGPT with default and cuDNN attention."""
     return "".join(
         "j" if "jaxgpt.bench" in command else "c" if "cudnn" in command else "d"
         for command in commands
@@ -46,17 +42,17 @@ def kinds(commands: list[list[str]]) -> str:
     ("default", "cudnn", "order", "setting", "ratio"),
     [
         (100.0, 200.0, "dc" + "jcjc", "compiled, cuDNN attention", 2.0),
-        # The faster one was tried first, and would not stand beside ours.
+        # The faster one ran first, so it runs again next to ours.
         (200.0, 100.0, "dc" + "djdjd", "compiled", 2.0),
         (100.0, 0.0, "dc" + "djdjd", "compiled", 4.0),
     ],
 )
-def test_the_best_setting_takes_turns_with_ours_side_by_side(
+def test_the_best_setting_alternates_with_ours(
     turns, default, cudnn, order, setting, ratio
 ) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 400.0, "cudnn": cudnn, "--compile": default}
-    found = SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    found = compare_nanogpt.compare("gpt2-124m-b32", ARGS)
     assert kinds(made) == order
     assert (found["nanogpt_setting"], found["speed_ratio"]) == (setting, ratio)
     assert len(found["runs"]) == len(made)
@@ -65,17 +61,17 @@ def test_the_best_setting_takes_turns_with_ours_side_by_side(
     )
 
 
-def test_without_a_setting_that_runs_there_is_no_comparison(turns) -> None:
+def test_if_no_setting_runs_there_is_no_comparison(turns) -> None:
     made, speeds = turns
     speeds |= {"cudnn": 0.0, "--compile": 0.0}
-    with pytest.raises(SCRIPT["RunError"], match="out of memory"):
-        SCRIPT["compare"]("gpt2-124m-b32", ARGS)
+    with pytest.raises(compare_nanogpt.RunError, match="out of memory"):
+        compare_nanogpt.compare("gpt2-124m-b32", ARGS)
     assert kinds(made) == "dc"
 
 
-def test_ours_trains_with_the_optimizer_that_nanogpt_has(turns) -> None:
+def test_ours_trains_with_nanogpts_optimizer(turns) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 1.0, "--compile": 1.0}
-    SCRIPT["compare"]("tiny", ARGS)
+    compare_nanogpt.compare("tiny", ARGS)
     ours = next(command for command in made if "jaxgpt.bench" in command)
     assert ours[ours.index("--optimizer") + 1] == "adamw"

@@ -83,7 +83,7 @@ def test_help_explains_each_section_by_what_it_is(shown_help):
     # A comment above a field is also taken for the fields that follow it without a blank line.
     text = " ".join(shown_help("--help")[0].split())
     assert text.count("a name from configs/") == 1
-    assert "The shape of the network" in text
+    assert "The architecture: everything the model needs to know" in text
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

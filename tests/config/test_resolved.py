@@ -12,7 +12,7 @@ from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Origin, load_config, padded_vocab_size, resolve
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "config-0.1.json"
+GOLDEN = Path(__file__).parent / "config-0.1.json"
 
 
 def test_the_tokenizer_and_the_devices_fill_in_what_was_left_open():

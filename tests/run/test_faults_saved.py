@@ -64,7 +64,7 @@ def test_where_no_checkpoint_is_sound_the_run_is_neither_resumed_nor_begun_anew(
 def test_what_resume_says_is_done(run, tmp_path, refused) -> None:
     """Row 15."""
     before = sorted(run.rglob("*"))
-    assert "of which step 8 is saved" in refused(run, "--max-iters", "9", "--resume", "never")
+    assert "saved at step 8" in refused(run, "--max-iters", "9", "--resume", "never")
     assert "no finished checkpoint" in refused(tmp_path / "new", "--resume=must")
     assert not (tmp_path / "new").exists()
     (run / "checkpoints" / "8" / "state" / "_METADATA").write_text("{}")

@@ -15,10 +15,9 @@ convert_nanogpt = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "co
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(
-    tmp_path: Path, bias: bool
-) -> None:
+def test_a_converted_checkpoint_gives_the_original_logits(tmp_path: Path, bias: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="it computes what nanoGPT would")
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 61}
@@ -50,13 +49,13 @@ def test_a_converted_checkpoint_gives_the_logits_of_the_network_it_was(
 
 
 @pytest.mark.parametrize(("rows", "ids"), [(50_304, 50_257), (50_257, 50_257), (65, 65)])
-def test_ids_that_no_text_has_are_left_out(rows: int, ids: int) -> None:
+def test_padded_ids_are_left_out(rows: int, ids: int) -> None:
     args = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False}
     cfg = convert_nanogpt["model_config"]({**args, "vocab_size": rows})
     assert (cfg.n_vocab, cfg.gelu, cfg.bias) == (ids, "erf", False)
 
 
-def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_nanogpts_checkpoint_is_refused(tmp_path: Path) -> None:
     convert = convert_nanogpt["convert"]
     with pytest.raises(UserError, match="cannot be read"):
         convert(tmp_path / "ckpt.pt", tmp_path / "hf")
@@ -69,10 +68,10 @@ def test_what_is_no_checkpoint_of_nanogpt_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}, "model_args": 3}, tmp_path / "number.pt")
     (tmp_path / "nothing.pt").touch()
     for name in ("text", "part", "empty", "code", "tensor", "other", "number", "nothing"):
-        with pytest.raises(UserError, match=rf"{name}\.pt is no ckpt\.pt of nanoGPT") as refused:
+        with pytest.raises(UserError, match=rf"{name}\.pt is not a ckpt\.pt of nanoGPT") as refused:
             convert(tmp_path / f"{name}.pt", tmp_path / "hf")
         assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "hf").exists()
     (tmp_path / "hf").mkdir()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert(tmp_path / "ckpt.pt", tmp_path / "hf")

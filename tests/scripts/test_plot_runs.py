@@ -46,13 +46,14 @@ def test_long_curves_are_thinned_by_means() -> None:
     assert (len(thin), thin[0], thin.mean()) == (1000, 4.5, y_P.mean())
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths() -> None:
+def test_runs_of_the_same_name_are_labelled_by_their_paths() -> None:
     labels_of = plot_runs["labels_of"]
     assert labels_of([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
     assert labels_of([Path("monday/a"), Path("friday/a")]) == ["monday/a", "friday/a"]
     assert labels_of([Path(".")]) == [Path.cwd().name]
 
 
+@pytest.mark.slow
 def test_one_picture_shows_all_runs(runs, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="it draws")
     plot_runs["draw"](runs, tmp_path / "x.svg")
@@ -65,8 +66,8 @@ def test_one_picture_shows_all_runs(runs, tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes_are_answered_in_a_sentence(runs, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere has no metrics\.jsonl"):
+def test_mistakes_are_reported_in_one_sentence(runs, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere has no metrics\.jsonl, or an empty one"):
         plot_runs["draw"]([tmp_path / "nowhere"], tmp_path / "x.png")
     with pytest.raises(UserError, match=r"must end in \.png or \.svg"):
         plot_runs["draw"](runs, tmp_path / "x.jpg")

@@ -4,19 +4,23 @@ Every module in this package is a task: its `TASK` is all that the flags of `tra
 their tables and their logs know of it. A new task is a new module.
 """
 
+from __future__ import annotations
+
 import codecs
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from jaxgpt.data.task import Question, Row, Task
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import FormatError, decode_json
+
+if TYPE_CHECKING:
+    from jaxgpt.data.tokenizer import Tokenizer
 
 TASKS: dict[str, Task] = {
     module.name: import_module(f"{__name__}.{module.name}").TASK

@@ -1,9 +1,15 @@
 """HellaSwag: which of four endings follows, scored as in llm.c's dev/data/hellaswag.py."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from jaxgpt.data.task import Question, Task, multiple_choice_figures, tokenize_row
-from jaxgpt.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxgpt.data.tokenizer import Tokenizer
 
 
 class Record(msgspec.Struct):

@@ -1,11 +1,16 @@
 """LAMBADA: the last word of a passage, cut off as in EleutherAI's lm-evaluation-harness."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from jaxgpt.data.task import Figure, Question, RowScores, Task, accuracy, perplexity, tokenize_row
-from jaxgpt.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxgpt.data.tokenizer import Tokenizer
 
 
 class Record(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""docs/performance.md shows what was measured, and nothing else."""
+"""The list of measurements on a GPU: one file each, in the time given, and how they end."""
 
 import json
 import runpy
@@ -13,33 +13,8 @@ SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "performance_table.py"))
 GPU = runpy.run_path(str(ROOT / "benchmarks" / "run_gpu_benchmarks.py"))
 
 
-def test_the_page_shows_what_was_measured() -> None:
-    assert SCRIPT["table"](SCRIPT["RESULTS"]) in SCRIPT["PAGE"].read_text()
-
-
-def test_the_step_is_no_slower_than_nanogpts_on_a_cpu() -> None:
-    found = {}
-    for path in SCRIPT["RESULTS"].glob("speed-cpu-*.json"):
-        for name, shape in json.loads(path.read_text())["shapes"].items():
-            newest = not shape["versions"]["jax"].startswith("0.10")
-            found[name, newest] = shape["speed_ratio"]
-    assert found.keys() == {(name, new) for name in ("demo", "6L-384") for new in (False, True)}
-    assert all(ratio >= (1.0 if newest else 0.9) for (_, newest), ratio in found.items())
-
-
-def test_what_is_accumulated_and_answered_stays_within_its_bar() -> None:
-    read = {name: json.loads((SCRIPT["RESULTS"] / f"{name}.json").read_text()) for name in FILES}
-    assert read["accumulation"]["ours_over_by_hand"] < 1.1
-    assert max(s for a in read["start"]["answer_seconds"].values() for s in a.values()) < 0.5
-    assert read["train-overhead"]["share_together"] < 0.02
-    assert read["train-overhead"]["loader"]["tokens_per_second"] > 2e6
-
-
-FILES = ("accumulation", "start", "train-overhead")
-
-
 @pytest.mark.parametrize("trial", [True, False])
-def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(trial) -> None:
+def test_every_measurement_has_its_own_file_and_a_row_in_the_table(trial) -> None:
     parts = ("ceilings", "train", "ablations", "memory")
     args = GPU["parse_args"]([str(ROOT), "--parts", *parts])
     args.parts, args.trial = (*parts, "nanogpt"), trial
@@ -50,7 +25,7 @@ def test_every_measurement_has_a_file_of_its_own_and_a_row_where_it_has_figures(
     assert all(any(path.match(p) for p in SCRIPT["ROWS"]) for path in patterns)
 
 
-def test_the_time_that_is_given_is_kept_and_what_is_measured_is_not_measured_again(
+def test_the_time_limit_is_kept_and_nothing_is_measured_twice(
     tmp_path, capsys, monkeypatch
 ) -> None:
     run = GPU["main"]
@@ -62,7 +37,8 @@ def test_the_time_that_is_given_is_kept_and_what_is_measured_is_not_measured_aga
     assert run([*flags, "--seconds", "1"]) == 0
 
 
-def test_what_fails_or_lasts_too_long_leaves_its_words_and_no_figures(tmp_path) -> None:
+@pytest.mark.slow
+def test_what_fails_or_takes_too_long_leaves_its_log_and_no_figures(tmp_path) -> None:
     import sys
 
     for program, outcome in (
