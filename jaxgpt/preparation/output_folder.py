@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from jaxgpt.config.launchers import find_launched_rank
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
 from jaxgpt.files import FolderLock
 from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
 from jaxgpt.preparation.inputs import kind_of
-from jaxgpt.run.launchers import find_launched_rank
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgpt.config.launchers import Launcher, find_host_rank, find_launcher, local_cards
 from jaxgpt.errors import UserError, first_line, report_error
-from jaxgpt.run.launchers import Launcher, find_host_rank, find_launcher, local_cards
 
 # Seconds without a heartbeat after which a process counts as dead, and the others exit.
 HEARTBEAT_SECONDS = 30

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jaxgpt.run.launchers import HostRank, find_host_rank, find_launcher, local_cards
+from jaxgpt.config.launchers import HostRank, find_host_rank, find_launcher, local_cards
 
 SRUN = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NTASKS": "20", "SLURM_STEP_NUM_TASKS": "20"}
 
