@@ -14,9 +14,12 @@ import pytest
 from helpers.events import tags_by_step
 from helpers.runs import SMALL, last_params, losses, train
 
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.run.processes import StepRequests
 from jaxgpt.run.tensorboard_events import event_files
+from jaxgpt.train import Due, due_after
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +218,19 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(number, tmp_p
     a, b = (list(losses(out_dir).items())[-5:] for out_dir in (tmp_path, tmp_path / "b"))
     assert a == b
     assert last_params(tmp_path) == last_params(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("step", "requests", "due"),
+    [
+        (3, StepRequests(), Due(evaluate=False, save=False, stop=False)),
+        (4, StepRequests(), Due(evaluate=True, save=True, stop=False)),
+        (10, StepRequests(), Due(evaluate=True, save=True, stop=False)),  # the last step
+        (3, StepRequests(save=True), Due(evaluate=False, save=True, stop=False)),
+        (3, StepRequests(stop="SIGTERM"), Due(evaluate=False, save=True, stop=True)),
+        (8, StepRequests(stop="SIGINT", save=True), Due(evaluate=True, save=True, stop=True)),
+    ],
+)
+def test_what_is_due_after_a_step(step: int, requests: StepRequests, due: Due) -> None:
+    asked = with_fields(Config(), max_iters=10, eval_interval=4)
+    assert due_after(step, asked, requests) == due
