@@ -32,7 +32,7 @@ from jaxgpt.planning.gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
-from jaxgpt.run.opening import find_devices
+from jaxgpt.run.opening import find_devices, load_step
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.training.layout import Layout
@@ -48,8 +48,8 @@ class BenchFlags(RunFlags):
     """How long to measure, and the form of the result; `train`'s flags describe the run."""
 
     synthetic: bool = False  # random tokens, even if the preset's data exists
-    windows: int = 5  # windows of steps that are timed
-    window_seconds: float = 2.0  # the shortest a window may be
+    windows: int = 5  # number of timed windows, each of several steps
+    window_seconds: float = 2.0  # least duration of a window
     json: bool = False  # print one JSON object
     profile: PathIfSet = None  # folder for a trace of a few steps, for TensorBoard or Perfetto
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str], started: float) -> int:
-    """Measure what argv says, and print it. Raises UserError.
+    """Measure the run that argv describes, and print the result. Raises UserError.
 
     `started` is when the command was started, by perf_counter.
     """
@@ -156,7 +156,7 @@ def open_tokens(
     """The loader of a run; None for random tokens, if no data exists and none was named.
 
     Raises:
-        DataError: if the data that the flags name is not there or damaged.
+        DataError: if the data that the flags name is missing or damaged.
     """
     embedded = asked.dataset == "embedded"
     named = bool({"data_dir", "dataset"} & set(given))
@@ -171,14 +171,11 @@ def make_batches(
     cfg: Resolved, layout: "Layout", loader: WindowLoader | None
 ) -> tuple[Callable[[int], Any], str]:
     """(step -> tokens_ABT1 uint16 on the devices of `layout`, a description of them)."""
-    A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
-    shape = (A, B, cfg.model.block_size + 1)
     if loader is not None:
-        return lambda step: layout.load_batch(
-            shape, partial(loader.batch, step, A, B)
-        ), loader.tokens.name
+        return partial(load_step, cfg, layout, loader), loader.tokens.name
+    shape = (cfg.batch.accumulation, cfg.batch.global_micro_batch, cfg.model.block_size + 1)
     rng = np.random.default_rng(cfg.asked.seed)
-    # Never all zeros: gathering one row, and a softmax that has learned one answer, cost less.
+    # Not all zeros: looking up one row, and a softmax that has learned one answer, are cheaper.
     drawn = [rng.integers(0, cfg.model.n_vocab or 1, shape, np.uint16) for _ in range(4)]
     return (
         lambda step: layout.load_batch(shape, lambda rows: drawn[step % len(drawn)][:, rows]),

@@ -1,7 +1,7 @@
-"""Errors of users and errors of ours, and how every command ends with them.
+"""User errors and bugs, and how every command ends on them.
 
-Exit codes: 0 done; 2 something for the user to fix, explained in a sentence; 1 a bug of ours, with
-its traceback; 130 interrupted by Ctrl-C (128 and the signal's number).
+Exit codes: 0 done; 2 an error that the user can fix, explained in a sentence; 1 a bug, with its
+traceback; 130 interrupted by Ctrl-C (128 and the signal's number).
 """
 
 import json
@@ -20,7 +20,7 @@ import msgspec
 BUG, USER_ERROR, INTERRUPTED = 1, 2, 130
 DECODE_ERRORS = (
     *(UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, msgspec.DecodeError),
-    RecursionError,  # of a parser, by input that is nested too deeply
+    RecursionError,  # raised by parsers for input that is nested too deeply
 )
 
 
@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 def run_command(prog: str, command: Callable[[], int]) -> int:
     """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
 
-    A reader of the output that left, as in `| head`, is no error; others go to `report_error`.
+    A closed pipe, as in `| head`, is no error; all other errors go to `report_error`.
 
     Raises:
         SystemExit: with code 2, for an error that a user can cause.
@@ -47,7 +47,7 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
     try:
         code = command()
         if sys.stdout is not None:
-            sys.stdout.flush()  # or Python would at exit, where nothing catches its error
+            sys.stdout.flush()  # otherwise Python does at exit, where nothing catches an error
         return code
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
@@ -61,7 +61,7 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
 def report_error(prog: str, error: BaseException) -> int:
     """Print a sentence, or the traceback of a bug, to standard error; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        # A line of its own: the terminal has just shown ^C, or text is being written.
+        # On a new line: the terminal has just shown ^C, or the current line is unfinished.
         print(f"\n{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)
     message = _explain(error)
@@ -79,9 +79,9 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "out of memory; close other programs, or ask for less at a time"
+        return "out of memory; close other programs, or process less at a time"
     if isinstance(error, DECODE_ERRORS):
-        return f"input cannot be decoded: {first_line(error)}; check the files that it reads"
+        return f"input cannot be decoded: {first_line(error)}; check the input files"
     if isinstance(error, UnicodeEncodeError):
         return f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8"
     if isinstance(error, OSError) and error.strerror is not None:
@@ -105,7 +105,7 @@ def _reader_has_left() -> bool:
 
 
 def discard(descriptor: int) -> None:
-    """Send all further output to nowhere: Python would fail at exit if it could not write it."""
+    """Redirect a descriptor to the null device, so that flushing it at exit cannot fail."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), descriptor)
 
@@ -132,14 +132,14 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 @contextmanager
 def explain_out_of_memory(remedy: Callable[[], str]) -> Iterator[None]:
-    """Turn XLA's error of a full device into a sentence, followed by `remedy()`.
+    """Turn XLA's out-of-memory error into a sentence that ends with `remedy()`.
 
     Raises:
         UserError: in place of XLA's error.
     """
     try:
         yield
-    except RuntimeError as error:  # XLA's is one of these
+    except RuntimeError as error:  # the base class of XLA's
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"the device's memory is full: {first_line(error)}\n{remedy()}") from None

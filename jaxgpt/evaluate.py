@@ -42,11 +42,11 @@ class EvaluateFlags(WeightsFlags):
 
     dataset: TextIfSet = None  # a folder under data/, or 'embedded'; if unset, the run's own
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
-    # how many tokens of the validation split, from its start; 0: all of it; if unset, 10,485,760
+    # tokens of the validation split to use, from its start; 0: all; if unset, 10,485,760
     val_tokens: IntIfSet = None
     as_in_training: bool = False  # use the windows of the run's own evaluations instead
     skip_loss: bool = False  # score the tasks only
-    batch_size: int = 8  # sequences the device holds at a time
+    batch_size: int = 8  # sequences the device processes at a time
     json: bool = False  # print JSON instead of a table
     tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 

@@ -32,7 +32,7 @@ class ExportFlags:
 
     out_dir: PathIfSet = None  # the run to export
     to: PathIfSet = None  # the folder to write; must be new or empty
-    checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
+    checkpoint: str = "latest"  # latest, best (by validation loss), or a step
 
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""

@@ -1,7 +1,7 @@
 """Reading, writing and locking our own files: atomic, durable, and decoded strictly.
 
-Every file of ours appears complete or not at all, and survives a power failure. JSON reaches no
-code that indexes it before it has the declared type.
+Every file of ours appears complete or not at all, and survives a power failure. JSON is checked
+against a declared type before any code indexes it.
 """
 
 import datetime
@@ -31,14 +31,14 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file s
 
 
 class FormatError(UserError):
-    """JSON of another type than declared, or damaged; names the key and the expected type."""
+    """JSON that is corrupt or not of the declared type; names the key and the expected type."""
 
 
 @contextmanager
 def atomic_write(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """A binary file to write, which becomes `path` once it is on disk; after an error nothing is.
+    """Open a binary file that becomes `path` once it is on disk; after an error it is deleted.
 
-    Until then it has the name `partial`, by default `path` and .tmp. Raises OSError.
+    Until then it is named `partial`, by default `path` with .tmp appended. Raises OSError.
     """
     partial = partial or path.with_name(path.name + ".tmp")
     try:
@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk, where the file system supports that."""
+    """Flush a folder's entries to disk, if the file system supports that."""
     if os.name == "nt":  # where a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -93,13 +93,13 @@ def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> 
 
 
 def decode_json(data: bytes, kind: type[T]) -> T:
-    """`data` as a value of the declared `kind`, a `msgspec.Struct` or any annotation it knows.
+    """Decode JSON as a declared type: a `msgspec.Struct` or any other that msgspec supports.
 
-    Parsed by `json`: msgspec's own parser refuses the lone surrogates by which Python writes file
+    `json` parses it: msgspec's own parser rejects the lone surrogates by which Python writes file
     names that are not UTF-8.
 
     Raises:
-        FormatError: for anything else, whatever the bytes.
+        FormatError: if the bytes are anything else.
     """
     try:
         return msgspec.convert(json.loads(data), type=kind)
@@ -127,7 +127,7 @@ class FolderLock:
     """One writer to a folder: `with FolderLock(folder, "--out-dir") as lock: lock.take()`.
 
     The operating system holds the lock (flock) and releases it when the process ends, however it
-    ends. The lock file only names the holder, so one that a killed process left is no obstacle.
+    ends. The lock file only names the holder, so one left by a killed process does no harm.
     The filelock package is not used: older versions truncate the holder's file, and without flock
     it either fails or leaves a marker that outlives a killed process.
     """
@@ -156,7 +156,7 @@ class FolderLock:
             holder = _Holder(os.getpid(), socket.gethostname(), since)
             os.write(self._file, msgspec.json.encode(holder))
         except BlockingIOError:
-            raise LockedError(self._in_use()) from None
+            raise LockedError(self._in_use_message()) from None
         except OSError as error:
             raise UserError(
                 f"{self._flag} {self._path.parent}: cannot be locked ({error}); choose another "
@@ -209,7 +209,7 @@ class FolderLock:
         except FileNotFoundError:
             return False
 
-    def _in_use(self) -> str:
+    def _in_use_message(self) -> str:
         try:
             holder = decode_json(self._path.read_bytes(), _Holder)
             who = f"process {holder.pid} on {holder.host}, since {holder.since}"

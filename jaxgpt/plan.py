@@ -1,8 +1,8 @@
 """What fits a card, and how long it takes: `python -m jaxgpt.plan --gpu rtx4090`.
 
 The card need not be present: the step that `train` would run is compiled for it. Every figure is
-labelled as compiled, estimated or published. The flags of `train` describe the run; none of its
-files are read.
+labelled as compiled, estimated or published. `train`'s flags describe the run; no data, weights or
+run folders are read.
 """
 
 import dataclasses
@@ -35,18 +35,18 @@ class PlanFlags(RunFlags):
     """What to plan for, and the form of the answer; `train`'s flags describe the run."""
 
     gpu: TextIfSet = None  # the card: rtx4090, 'A100 80GB', ...; if unset, the one in this machine
-    vram: FloatIfSet = None  # in place of --gpu: memory in GB of a card that --gpu does not know
-    # how many such cards; --mesh says how the state is sharded, if unset not at all
+    vram: FloatIfSet = None  # memory in GB of a card that --gpu does not know
+    # number of cards; --mesh says how the state is sharded over them, by default not at all
     devices: IntIfSet = None
     fit: bool = False  # choose the batch_size and remat that fit and should train fastest
-    # find the model and token count that make best use of these hours
+    # find the model and token count with the lowest predicted loss after so many hours
     hours: FloatIfSet = None
     json: bool = False  # print one JSON object
-    # arithmetic instead of the compiler: instant, within 10 %
+    # estimate memory instead of compiling: instant, within 10 %
     estimate: bool = False
 
 
-MOST_DEVICES = 65536  # more than anybody has
+MAX_DEVICES = 65536
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer the question that the flags ask, as tables or as JSON. Raises UserError."""
+    """Plan what the flags describe, and print tables or JSON. Raises UserError."""
     asked, flags, given = parse_run(
         PlanFlags,
         argv,
@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> int:
 def _planner(gpu: Gpu, estimate: bool, mesh: MeshShape) -> "Planner":
     from jaxgpt.planning.planner import Planner
 
-    why_estimated = "as asked for" if estimate else target.obstacle(gpu)
+    why_estimated = "--estimate was given" if estimate else target.obstacle(gpu)
     try:
         return Planner(gpu, why_estimated, waiting, mesh)
     except target.NoCompilerError as error:
@@ -92,7 +92,7 @@ def _planner(gpu: Gpu, estimate: bool, mesh: MeshShape) -> "Planner":
 
 
 def _answer(
-    asked: Config, flags: "PlanFlags", given: Collection[str], planner: "Planner"
+    asked: Config, flags: PlanFlags, given: Collection[str], planner: "Planner"
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     """The answer, and the function that prints it."""
     cfg = planner.resolve(asked)
@@ -107,8 +107,8 @@ def _answer(
     return planner.overview(cfg), tables.print_overview
 
 
-def _check_hours(flags: "PlanFlags", given: Collection[str], mesh: MeshShape) -> None:
-    """Raises ConfigError for flags that --hours does not go with."""
+def _check_hours(flags: PlanFlags, given: Collection[str], mesh: MeshShape) -> None:
+    """Raises ConfigError for flags that cannot be given with --hours."""
     if flags.hours is None:
         return
     if not 0 < flags.hours < math.inf:
@@ -121,13 +121,13 @@ def _check_hours(flags: "PlanFlags", given: Collection[str], mesh: MeshShape) ->
 
 
 def _mesh(asked: Config, devices: int | None) -> MeshShape:
-    """The mesh that is asked about.
+    """The mesh to plan for.
 
     Raises:
         ConfigError: if --devices is not the number that --mesh has.
     """
-    if devices is not None and not 1 <= devices <= MOST_DEVICES:
-        raise ConfigError(f"--devices {devices} must be between 1 and {MOST_DEVICES}")
+    if devices is not None and not 1 <= devices <= MAX_DEVICES:
+        raise ConfigError(f"--devices {devices} must be between 1 and {MAX_DEVICES}")
     shape = parse_mesh(asked.mesh) if asked.mesh else MeshShape(data=devices or 1)
     if devices not in (None, shape.devices):
         raise ConfigError(
@@ -148,10 +148,10 @@ def _tier(values: dict[str, str | None]) -> str:
 
 
 def _card(name: str | None, vram: float | None) -> Gpu:
-    """The card that is asked about.
+    """The card to plan for.
 
     Raises:
-        UserError: if none is named and none is here, or both ways of naming one are used.
+        UserError: if both flags are given, or neither and this machine has no card.
     """
     if name is not None and vram is not None:
         raise ConfigError("--gpu and --vram both describe the card; give one")

@@ -19,7 +19,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import EOT_TEXT
-from jaxgpt.errors import explain_out_of_memory, run_command
+from jaxgpt.errors import explain_out_of_memory, run_command, warn
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
         generator = Generator(network, weights.model.block_size, sampling, chunk=STREAM_CHUNK)
         params = weights.load(device)
         count = weights.model.parameter_count(padding=False)
-        say(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
+        warn(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
         for turn, prompt in enumerate(prompts):
             key = jax.random.fold_in(jax.random.key(flags.seed), turn)
             tokens = prompt_tokens(prompt, weights)
@@ -149,12 +149,12 @@ def typed_prompts() -> Iterator[str]:
     """
     with suppress(ImportError):  # gives `input` line editing and a history
         import readline  # noqa: F401
-    say("Ctrl-C ends a text, Ctrl-D the conversation; each prompt starts afresh")
+    warn("Ctrl-C ends a text, Ctrl-D the conversation; each prompt starts afresh")
     while True:
         try:
             yield input("> ")
         except EOFError:
-            say("")
+            warn("")
             return
         except KeyboardInterrupt:  # it drops the line typed so far
             print()
@@ -169,7 +169,7 @@ def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
     ids = [*first, *(id for part in others for id in (tokenizer.eot, *part))] or [tokenizer.eot]
     context = weights.model.block_size
     if len(ids) > context:
-        say(f"the prompt has {len(ids):,} tokens; the model sees the last {context:,} of them")
+        warn(f"the prompt has {len(ids):,} tokens; the model sees the last {context:,} of them")
     return ids
 
 
@@ -190,12 +190,7 @@ def write_texts(
         print(f"{SEPARATOR}\n{prompt}{text.feed(tokens_L)}{text.end()}")
     sys.stdout.flush()
     seconds, tokens = time.perf_counter() - start, sum(text.tokens for text in texts)
-    say(f"{tokens:,} tokens in {seconds:.1f} s, including compilation")
-
-
-def say(text: str) -> None:
-    """Print a message to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    warn(f"{tokens:,} tokens in {seconds:.1f} s, including compilation")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Train a GPT: `python -m jaxgpt.train --preset 24gb`. The same command resumes it.
 
 One pass of the loop is one optimizer step; `step` counts the completed steps, and is the name of
-checkpoints and the x of every curve. JAX is imported after the command line is understood, because
-that takes seconds that a typo or `--help` should not cost.
+checkpoints and the x of every curve. JAX is imported after the command line is parsed: that
+takes seconds, and a typo or `--help` should be answered at once.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.errors import run_command, warn
 from jaxgpt.files import FolderLock
-from jaxgpt.planning.gpus import tier_of_this_machine, visible_cards
+from jaxgpt.planning.gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output
-from jaxgpt.run.opening import Data, find_devices, open_data, open_run
+from jaxgpt.run.opening import Data, find_devices, load_step, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, connect
 from jaxgpt.run.signals import StopRequest
 from jaxgpt.run.watchdog import StallWatch
@@ -48,8 +48,8 @@ class TrainFlags(RunFlags):
 
     # HOST:PORT of process 0, for several processes; not needed under Slurm, Open MPI, Kubernetes
     coordinator_address: TextIfSet = None
-    num_processes: IntIfSet = None  # how many processes the run has, likewise
-    process_id: IntIfSet = None  # which of them this is: 0, 1, ...
+    num_processes: IntIfSet = None  # number of processes; given with --coordinator-address
+    process_id: IntIfSet = None  # index of this process: 0, 1, ...
 
 
 @unfailing_output()
@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
         hardware.prepare_environment(asked)
         prepare_compile_cache(warn)
         data = open_data(asked, origin)
-        processes = stack.enter_context(connect(address, hardware.import_jax, visible_cards))
+        processes = stack.enter_context(connect(address, hardware.import_jax, count_visible_cards))
         tell = start_process(processes, lock, stack)
         jax = hardware.import_jax()
 
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
         result = train(training, state, resumed_step, StepSync(processes, layout), stop)
         if result is None:
             return 0
-        checkpoints.close()  # before anyone is told that it is done
+        checkpoints.close()  # before reporting success
         training.reporter.close()
         report.print_finished(asked, PROG, argv, checkpoints.best, result)
     return 0
@@ -115,7 +115,7 @@ def run(argv: Sequence[str]) -> int:
 def start_process(
     processes: Processes, lock: FolderLock, stack: ExitStack
 ) -> Callable[[str], object]:
-    """Lock the run's folder, or be silent beside the process that does; returns what warns."""
+    """The main process locks the run's folder, the others print nothing; returns how to warn."""
     if processes.is_main:
         lock.take()  # before JAX takes the card's memory from the run that has the lock
         return warn
@@ -182,13 +182,7 @@ def open_training(
     log = stack.enter_context(MetricsLog(cfg.out_dir, resumed_step, tell) if is_main else NoLog())
     saver = Saver(checkpoints, log, cfg, data.identity)
     log.hparams(cfg.flat(), metrics=("val/loss",))
-    A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
-    shape_ABT1 = (A, B, cfg.model.block_size + 1)
-    batches = prefetch(
-        lambda i: layout.load_batch(shape_ABT1, partial(data.loader.batch, i, A, B)),
-        step,
-        asked.max_iters,
-    )
+    batches = prefetch(partial(load_step, cfg, layout, data.loader), step, asked.max_iters)
     console = stack.enter_context(RunConsole(step, asked.max_iters, asked.eval_interval))
     return Training(
         cfg=cfg,
@@ -202,7 +196,7 @@ def open_training(
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     evaluate: bool
     save: bool  # evaluations save as well
@@ -227,7 +221,7 @@ def train(
         saver.begin(state)
         result = report.Result(reporter.evaluated(step, run.evaluator.scores(state)))
         saver.finish(result.val_loss)
-        saver.wait()  # whoever cannot save learns it before hours are spent
+        saver.wait()  # a run that cannot save fails now, not after hours
     unread: Metrics | None = None  # of the newest step: reading them would wait for the device
     run.watch.begin("step")
     for tokens_ABT1 in run.batches:
@@ -238,7 +232,7 @@ def train(
                 reporter.stopped(step, requests.stop)
                 return None
         state, metrics = run.train_step(state, tokens_ABT1)
-        if unread is not None:  # the step before's: reading them now, the device has work
+        if unread is not None:  # of the step before; the device computes this step meanwhile
             reporter.log_if_due(step, reporter.read(step, unread))
         step, unread = step + 1, metrics
 
@@ -259,11 +253,11 @@ def train(
         else:
             reporter.log_if_due(step, scalars)
         saver.finish(result.val_loss if due.evaluate else None)
-        if due.evaluate:  # after the save, which a failure here must not take along
+        if due.evaluate:  # after `finish`, so that a failure here cannot lose the save
             result = result._replace(sample=reporter.sampled(step, run.evaluator.sample(state)))
         if due.evaluate and step < asked.max_iters and not due.stop:
             run.watch.begin("save")
-            saver.settle()  # before the next interval, or a kill would cost two
+            saver.settle()  # before the next interval, or a kill could lose two
         reporter.leave_out_pause(due.evaluate)
         run.watch.begin("step")
     return result

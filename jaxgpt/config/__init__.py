@@ -1,1 +1,1 @@
-"""What a run is asked to be: fields, presets, command line. Imports no JAX."""
+"""The configuration of a run: fields, presets, command line. Imports no JAX."""

@@ -23,13 +23,13 @@ class ModelConfig:
     n_head: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # attention heads in each block
     n_embd: Annotated[int, Role.FIXED, Role.PLANNED] = 768  # model width, a multiple of n_head
     block_size: Annotated[int, Role.FIXED] = 1024  # context length in tokens
-    # rows of the embedding; if unset, the tokenizer's ids, padded to a multiple of 64
+    # rows of the embedding; if unset, the size of the tokenizer, padded to a multiple of 64
     vocab_size: Annotated[IntIfSet, Role.FIXED, Role.INHERITED] = None
-    # on embeddings and on each block's two outputs; not on attention weights
+    # dropout rate, on embeddings and on the outputs of attention and MLP; not on attention weights
     dropout: Annotated[float, Role.TUNABLE] = 0.0
     # biases in linear layers and layer norms (GPT-2: True)
     bias: Annotated[TrueOrFalse, Role.FIXED] = False
-    # the MLP's: tanh as in GPT-2, or exact (erf) as in nanoGPT
+    # GELU of the MLP: tanh approximation as in GPT-2, or exact (erf) as in nanoGPT
     gelu: Annotated[Gelu, Role.FIXED] = "tanh"
     # Ids the tokenizer can produce. Rows beyond them are padding, masked out of every softmax.
     n_vocab: Annotated[
@@ -49,7 +49,7 @@ class ModelConfig:
         if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
             errors.append(
                 f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
-                f"({self.n_vocab or 'at least 1'}); leave it out to have it chosen"
+                f"({self.n_vocab or 'at least 1'}); leave it out to derive it from the tokenizer"
             )
         elif self.vocab_size is not None:
             errors += bad_counts(self, "vocab_size")
@@ -86,8 +86,8 @@ def parameter_shapes(cfg: ModelConfig) -> Shapes:
 
 
 def parameter_sizes(cfg: ModelConfig) -> dict[str, int]:
-    """Elements of each parameter, by path; 'blocks/0/...' has the sum over all blocks."""
-    shapes = parameter_shapes(dataclasses.replace(cfg, n_layer=1))  # so that depth costs no time
+    """Elements of each parameter, by path; 'blocks/0/...' counts all blocks."""
+    shapes = parameter_shapes(dataclasses.replace(cfg, n_layer=1))  # for speed
     return {
         path: math.prod(shape) * (cfg.n_layer if path.startswith("blocks/") else 1)
         for path, shape in shapes.items()

@@ -1,21 +1,23 @@
-"""Batch arithmetic: how one optimizer step's sequences are divided over devices and micro-batches.
+"""Batch arithmetic: one optimizer step's sequences, divided over devices and micro-batches.
 
     effective_batch_size = batch_size x devices x accumulation
 
 `batch_size` is what one device processes at a time and sets memory; `effective_batch_size` is what
-one optimizer step sees and sets the training. This is the only place that divides one by another.
+one optimizer step sees and determines the training. No other module divides one by the other.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from jaxgpt.config.checks import ConfigError
 
 
-class BatchError(ValueError):
-    """Sizes that do not divide; the message names them and the nearest sizes that do."""
+class BatchError(ConfigError):
+    """Sizes that do not divide evenly; the message names them and the nearest that do."""
 
 
 class Batch(NamedTuple):
-    """One optimizer step's sequences, divided."""
+    """How the sequences of one optimizer step are divided."""
 
     batch_size: int  # sequences per device and micro-batch
     devices: int
@@ -67,7 +69,7 @@ def effective_of_accumulation(
     """The effective batch of nanoGPT's gradient_accumulation_steps, which counts all devices.
 
     Raises:
-        BatchError: if `effective` is given and is another number.
+        BatchError: if `effective` is given and differs.
     """
     product = accumulation * batch_size
     if effective not in (None, product):
@@ -76,6 +78,21 @@ def effective_of_accumulation(
             f"not effective_batch_size {effective}; give one of the two"
         )
     return product
+
+
+def fields_of_accumulation(
+    accumulation: int | None, batch_size: int | Literal["auto"], effective: int | None
+) -> dict[str, int | None]:
+    """Fields with gradient_accumulation_steps converted to effective_batch_size.
+
+    {} if it is unset or does not go with the other two, an error that `Config` reports.
+    """
+    if accumulation is None or accumulation < 1 or batch_size == "auto":
+        return {}
+    product = accumulation * batch_size
+    if effective not in (None, product):
+        return {}
+    return {"effective_batch_size": product, "gradient_accumulation_steps": None}
 
 
 def divisors(value: int) -> list[int]:
@@ -90,7 +107,7 @@ def nearest_multiple(value: int, of: int) -> int:
 
 
 def _nearest(effective: int, batch_size: int, devices: int) -> str:
-    """Sizes that would divide, as the end of a message."""
+    """The end of a message: sizes that divide evenly."""
     near = f"the nearest that is: {nearest_multiple(effective, batch_size * devices)}"
     if effective % devices == 0:
         return f"{near}, or use batch_size {_largest(effective // devices, batch_size)}"

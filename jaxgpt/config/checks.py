@@ -1,4 +1,4 @@
-"""Checks of fields that several sections share, and the error that they end in."""
+"""Checks that several sections share, and the error for an invalid configuration."""
 
 import difflib
 import math
@@ -7,15 +7,16 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 
-# JAX counts steps in 32 bits, and keeps no more of a seed.
+# JAX counts steps in 32 bits, and truncates seeds to them.
 LARGEST = 2**31 - 1
 
 
 class ConfigError(UserError):
-    """What a user asked for cannot be done; the message names the field, the reason, the remedy."""
+    """An invalid configuration; the message names the field, the reason and the remedy."""
 
 
 def bad_counts(section: Any, *names: str, least: int = 1) -> list[str]:
+    """A sentence for each integer that is out of range."""
     values = {name: getattr(section, name) for name in names}
     return [
         f"{name} {value} must be at least {least}"
@@ -27,6 +28,7 @@ def bad_counts(section: Any, *names: str, least: int = 1) -> list[str]:
 
 
 def bad_amounts(section: Any, *names: str) -> list[str]:
+    """A sentence for each number that is negative or not finite."""
     values = {name: getattr(section, name) for name in names}
     return [
         f"{name} {value:g} must be finite and at least 0"

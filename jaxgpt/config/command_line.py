@@ -1,7 +1,7 @@
-"""From argv to one frozen `Config`: which preset, which flags, and what follows from them.
+"""From argv to one frozen `Config`: preset, flags, and the fields derived from them.
 
-Everything here happens before JAX is imported, which takes seconds that a typo should not cost.
-tyro parses, suggests and prints `--help`; what is added are answers to nanoGPT's habits.
+Runs before JAX is imported: that takes seconds, and a typo should be reported at once. tyro parses,
+suggests and prints `--help`; this module adds answers to flags that only nanoGPT has.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
-from jaxgpt.config.batch import effective_of_accumulation
+from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config
 from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
@@ -26,22 +26,22 @@ STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags(Config):
-    """What argv says; a command with flags of its own has a subclass with a field for each."""
+    """The flags that configure a run; a command with flags of its own has a subclass."""
 
     def __post_init__(self) -> None:
-        pass  # checked when it has become a Config
+        pass  # checked once it is a Config
 
 
 Own = TypeVar("Own", bound=RunFlags)
 
 
 class Flags(Protocol):
-    """The flags of a command that describes no run: a dataclass that checks itself."""
+    """The flags of a command that needs no run's configuration: a dataclass that checks itself."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def errors(self) -> list[str]:
-        """What is wrong with them, a sentence for each error."""
+        """A sentence for each error."""
 
 
 Command = TypeVar("Command", bound=Flags)
@@ -55,16 +55,17 @@ def parse_run(
     description: str,
     default_preset: Callable[[], str | None],
 ) -> tuple[Config, Own, frozenset[str]]:
-    """(what is asked for, all flags, the names of those given) of a command that describes a run.
+    """Parse the command line of a command that needs a run's configuration.
 
-    `default_preset` is asked for a preset's name when `argv` has none; None lists the presets.
+    `default_preset` names the preset if `argv` does not; if it returns None, that is an error.
+    Returns (the run's configuration, all flags, the names of those in `argv`).
     tyro ends the process with exit code 2 for a flag that it cannot read.
 
     Raises:
         ConfigError: for values that do not go together, and for nanoGPT's flags.
     """
     flags = given_flags(argv)
-    _refuse_habits(argv, flags)
+    _refuse_nanogpt_flags(argv, flags)
     preset = flags.get("preset") or default_preset()
     if preset is None and {"-h", "--help"} & set(argv):
         preset = Config.preset
@@ -81,10 +82,10 @@ def parse_run(
         description=f"{description}\n\nDefaults are those of preset {base.preset}. The presets:\n"
         + describe_presets(),
         default=flags_type(**fields),
-        args=_apart(argv),
+        args=_split_at_equals(argv),
         config=STYLE,
     )
-    return _asked(draft, base, flags), draft, frozenset(flags)
+    return _to_config(draft, base, flags), draft, frozenset(flags)
 
 
 def parse_command(
@@ -95,33 +96,34 @@ def parse_command(
     description: str,
     instead: Mapping[str, str] | None = None,
 ) -> Command:
-    """The flags of a command that describes no run; a mistake ends the process with exit code 2.
+    """Parse the flags of a command that needs no run's configuration; exits with 2 on an error.
 
-    `kind` is a dataclass whose field comments are the help; its `errors()` says what is wrong.
-    `instead` answers nanoGPT's flags by name.
+    `kind` is a dataclass whose field comments are the help texts. `instead` has the remedy for each
+    of nanoGPT's flags, by name.
     """
     flags = given_flags(argv)
     errors = [f"--{n} is nanoGPT's; {text}" for n, text in (instead or {}).items() if n in flags]
     if errors := errors or _empty_values(flags):
         fail(prog, "\n".join(errors))
-    parsed = tyro.cli(kind, prog=prog, description=description, args=_apart(argv), config=STYLE)
+    words = _split_at_equals(argv)
+    parsed = tyro.cli(kind, prog=prog, description=description, args=words, config=STYLE)
     if errors := parsed.errors():
         fail(prog, "\n".join(errors))
     return parsed
 
 
-def _apart(argv: Sequence[str]) -> list[str]:
-    """argv with `--flag=value` as two words: tyro would look for flags similar to the whole."""
+def _split_at_equals(argv: Sequence[str]) -> list[str]:
+    """argv with `--flag=value` as two words, or tyro would suggest flags similar to the whole."""
     words: list[str] = []
     for arg in argv:
         flag, equals, value = arg.partition("=")
-        apart = arg.startswith("--") and equals and not value.startswith("-")
-        words += [flag, value] if apart else [arg]
+        split = arg.startswith("--") and equals and not value.startswith("-")
+        words += [flag, value] if split else [arg]
     return words
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
-    """The flags in argv by the names of their fields, each with the last value given to it."""
+    """The flags in argv by field name, each with its last value."""
     flags: dict[str, str | None] = {}
     for arg, following in zip_longest(argv, argv[1:]):
         if arg.startswith("--"):
@@ -131,8 +133,8 @@ def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
     return flags
 
 
-def _refuse_habits(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
-    """Raises ConfigError for what only nanoGPT has, all at once, and for empty values."""
+def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
+    """Raises ConfigError for all flags that only nanoGPT has and all empty values at once."""
     errors = [
         f"--{name}{'=' + value if value else ''} {answer}"
         for name, value in flags.items()
@@ -148,16 +150,17 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
     # As a path '' would be the current folder. A prompt may be empty.
     empty = [name for name, value in flags.items() if value == "" and name != "prompt"]
     if flags.get("preset", "given") is None:
-        empty.append("preset")  # or a machine's own tier would be taken
+        empty.append("preset")  # else the tier of this machine's card would be used
     return [f"--{name.replace('_', '-')} needs a value" for name in empty]
 
 
-def _asked(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Config:
-    """The flags as a Config, with what follows from other fields filled in, checked as a whole."""
+def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Config:
+    """The flags as a checked Config, with the fields that are derived from others."""
     fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(Config)}
     if draft.batch_size == "auto" and "remat" not in flags:
         fields["remat"] = "auto"
-    fields |= _effective_batch(draft, flags)
+    effective = draft.effective_batch_size if "effective_batch_size" in flags else None
+    fields |= fields_of_accumulation(draft.gradient_accumulation_steps, draft.batch_size, effective)
     fields["eval_windows"] = draft.eval_iters * base.batch_size_or(DEFAULT_BATCH_SIZE)
     fields["out_dir"] = _expanded(draft.out_dir or Path("runs") / Path(draft.preset).stem)
     if draft.data_dir is not None:
@@ -165,18 +168,6 @@ def _asked(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Co
     elif draft.dataset != "embedded":
         fields["data_dir"] = Path("data") / draft.dataset
     return Config(**fields)
-
-
-def _effective_batch(draft: RunFlags, flags: Mapping[str, str | None]) -> dict[str, int | None]:
-    """gradient_accumulation_steps as the effective batch; Config reports what is wrong with it."""
-    accumulation = draft.gradient_accumulation_steps
-    if accumulation is None or accumulation < 1 or draft.batch_size == "auto":
-        return {}
-    effective = draft.effective_batch_size if "effective_batch_size" in flags else None
-    product = effective_of_accumulation(accumulation, draft.batch_size)
-    if effective not in (None, product):
-        return {}
-    return {"effective_batch_size": product, "gradient_accumulation_steps": None}
 
 
 def _expanded(path: Path) -> Path:

@@ -1,8 +1,9 @@
-"""What a run is asked to be: frozen dataclasses, each field with its roles, and their checks.
+"""The configuration of a run: frozen dataclasses, the roles of each field, and their checks.
 
 A value comes from a default here, is overridden by `configs/<preset>.toml` (`presets.py`) and then
-by the command line (`command_line.py`), and never changes after that: what the tokenizer, the
-machine and an earlier run make of it is another object (`resolved.py`). Field names are nanoGPT's.
+by the command line (`command_line.py`), and never changes after that: values that depend on the
+tokenizer, the machine or an earlier start are in another object (`resolved.py`). Field names are
+nanoGPT's.
 """
 
 import dataclasses
@@ -36,28 +37,29 @@ DEFAULT_BATCH_SIZE = 32
 class OptimizerConfig:
     """AdamW or Muon, the schedule and the clipping."""
 
-    # muon: the blocks' matrices by orthogonalized momentum, the rest by AdamW, at one learning rate
+    # muon: orthogonalized momentum for the blocks' matrices, AdamW for the rest, both at the same
+    # learning rate
     optimizer: Annotated[Optimizer, Role.FIXED] = "adamw"
     learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4  # peak, after the warm-up
-    min_lr: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-5  # where the cosine ends
-    # False keeps the peak after the warm-up
+    min_lr: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-5  # at the end of the decay
+    # decay by a cosine; False keeps the peak learning rate
     decay_lr: Annotated[TrueOrFalse, Role.TUNABLE] = True
-    # steps of linear warm-up; a run may be shorter
+    # steps of linear warm-up; may exceed max_iters
     warmup_iters: Annotated[int, Role.TUNABLE] = 2000
     # step at which min_lr is reached; if unset, max_iters
     lr_decay_iters: Annotated[IntIfSet, Role.TUNABLE, Role.INHERITED, Role.PLANNED] = None
-    # on matrices and embeddings, never on biases and norms
+    # of matrices and embeddings, never of biases and norms
     weight_decay: Annotated[float, Role.TUNABLE] = 0.1
     beta1: Annotated[float, Role.TUNABLE] = 0.9  # decay of AdamW's first moment
     beta2: Annotated[float, Role.TUNABLE] = 0.99  # decay of AdamW's second moment
     # largest global norm of the averaged gradient; 0 switches clipping off
     grad_clip: Annotated[float, Role.TUNABLE] = 1.0
-    # of the optimizer's moments and the gradient accumulator; bfloat16 needs 10 bytes per parameter
-    # instead of 16
+    # dtype of the optimizer's moments and the gradient accumulator; bfloat16 needs 10 bytes per
+    # parameter instead of 16
     state_dtype: Annotated[StateDtype, Role.FIXED] = "float32"
 
     def errors(self) -> list[str]:
-        """What is wrong with it, a sentence for each error."""
+        """A sentence for each invalid value."""
         errors = [
             *bad_counts(self, "warmup_iters", least=0),
             *bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
@@ -80,9 +82,9 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run as it was asked for."""
+    """A run as the user asked for it."""
 
-    # a name from configs/, or a TOML file of your own; if unset, the tier of the card found
+    # a name from configs/, or a TOML file of your own; if unset, the tier of this machine's card
     preset: Annotated[
         str, Role.TUNABLE, Role.DERIVED, Role.SILENT, Role.IMPLIED, arg(help_behavior_hint="")
     ] = "24gb"
@@ -92,15 +94,15 @@ class Config:
     tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
-    # Hub, or a folder, a run's too (its newest checkpoint); they bring their architecture and
-    # tokenizer, block_size may be shorter
+    # Hub, or a folder: a run's (its newest checkpoint) or one with config.json and
+    # model.safetensors; they determine architecture and tokenizer, but block_size may be shorter
     init_from: Annotated[TextIfSet, Role.FIXED, Role.INHERITED] = None
 
     # a folder under data/, or 'embedded' for the text in the package
     dataset: Annotated[str, Role.FIXED] = "fineweb"
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
-    # what made the tokens: gpt2, byte, or a tiktoken name
+    # gpt2, byte, or the name of a tiktoken encoding; the one that the data was tokenized with
     tokenizer: Annotated[str, Role.FIXED] = "gpt2"
 
     batch_size: Annotated[
@@ -115,26 +117,26 @@ class Config:
     ] = DEFAULT_BATCH_SIZE
     # sequences in one optimizer step
     effective_batch_size: Annotated[int, Role.FIXED] = 512
-    # micro-batches in one step, those of all devices together as in nanoGPT; sets
-    # effective_batch_size when given in its place
+    # micro-batches in one step, summed over all devices as in nanoGPT; an alternative to
+    # effective_batch_size, which it sets
     gradient_accumulation_steps: Annotated[
         IntIfSet, Role.TUNABLE, Role.SILENT, Role.IMPLIED, Role.PLANNED
     ] = None
     max_iters: Annotated[int, Role.TUNABLE, Role.PLANNED] = 50000  # optimizer steps in all
-    # of the initialization, the data's order and dropout
+    # seed of the initialization, the data's order and dropout
     seed: Annotated[int, Role.FIXED] = 1337
-    # skip a step whose loss or gradient norm lies this many standard deviations above those of the
-    # 128 steps before it, 6 for instance; 0 skips only what is not finite
+    # skip a step whose loss or gradient norm is more than this many standard deviations, say 6,
+    # above the mean of the last 128 steps; 0 skips only steps that are not finite
     skip_spikes: Annotated[float, Role.TUNABLE] = 0.0
 
     # steps between evaluations; each one also saves a checkpoint
     eval_interval: Annotated[int, Role.TUNABLE] = 1000
-    # batches in one evaluation, of the preset's batch_size
+    # batches in one evaluation, each of the preset's batch_size
     eval_iters: Annotated[int, Role.FIXED] = 200
     log_interval: Annotated[int, Role.TUNABLE] = 100  # steps between lines in the log
-    # the longest time between two checkpoints
+    # longest time between two checkpoints
     checkpoint_minutes: Annotated[float, Role.TUNABLE, Role.LOCAL] = 15.0
-    # newest checkpoints kept, besides the best
+    # how many of the newest checkpoints to keep, besides the best
     keep_checkpoints: Annotated[int, Role.TUNABLE, Role.LOCAL] = 2
     # length of the text sampled for TensorBoard at each evaluation; 0: none
     sample_tokens: Annotated[int, Role.TUNABLE] = 200
@@ -142,22 +144,22 @@ class Config:
     # folder for everything the run writes; if unset, runs/<preset>
     out_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
     # auto: resume from the newest checkpoint in out_dir, or start if there is none; must: resume
-    # from the newest or fail; never: start, and refuse a folder that has a run
+    # from the newest or fail; never: start, or fail if out_dir has a run
     resume: Annotated[Resume, Role.TUNABLE, Role.LOCAL, Role.SILENT] = "auto"
-    # on a GPU, the same bits in every run: no autotuning, no atomics; costs speed (docs/faults.md)
+    # bit-identical runs on a GPU: no autotuning, no atomics, so slower (docs/faults.md)
     deterministic: Annotated[TrueOrFalse, Role.TUNABLE] = False
-    # several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four devices
-    # (docs/scaling.md); if unset, data-parallel on all there are
+    # use of several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four
+    # devices; if unset, data-parallel on all of them (docs/scaling.md)
     mesh: Annotated[TextIfSet, Role.TUNABLE] = None
-    # a preset made for a card's memory needs a GPU unless this is cpu
+    # auto: a GPU if there is one, required by presets made for a card; cpu: train on the CPU
     device: Annotated[Device, Role.TUNABLE, Role.LOCAL, Role.IMPLIED] = "auto"
-    # of the matrix products: bfloat16 on a GPU that has it, else float32
+    # dtype of the matrix products; auto: bfloat16 on a GPU that has it, else float32
     dtype: Annotated[Dtype, Role.TUNABLE] = "auto"
-    # what the backward pass recomputes to save memory: none; light: norms and GELU (some 5 % more
+    # what the backward pass recomputes to save memory: none; light: norms and GELU (about 5 % more
     # work, a third less memory); full: whole blocks (a fifth more work, the least memory); auto:
     # the first of these that fits
     remat: Annotated[Remat, Role.TUNABLE, Role.PLANNED] = "none"
-    # one compiled block for all layers: many times quicker to compile, a little more memory
+    # compile one block for all layers: many times faster to compile, a little more memory
     scan_layers: Annotated[TrueOrFalse, Role.TUNABLE] = False
     # Windows of the validation split in one evaluation: eval_iters of the preset's batch_size, so
     # that a smaller --batch-size evaluates the same windows.
@@ -183,14 +185,14 @@ class Config:
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
             )
         errors += [
-            f"{name} {str(path)!r} has a zero byte in it, which no file system takes"
+            f"{name} {str(path)!r} contains a NUL byte, which no file system allows"
             for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
             if "\0" in str(path)
         ]
         if self.dataset == "embedded" and self.data_dir is not None:
             errors.append(
                 f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "
-                "package; give dataset another name as well"
+                "package; set another dataset as well"
             )
         if errors:
             raise ConfigError("\n".join(errors))
@@ -220,7 +222,7 @@ class Config:
 
     @property
     def open_choices(self) -> frozenset[str]:
-        """Which of batch_size and remat are left to the memory there is."""
+        """Which of batch_size and remat are chosen by the available memory."""
         return frozenset(name for name in ("batch_size", "remat") if getattr(self, name) == "auto")
 
     @property

@@ -7,7 +7,7 @@ from tyro.conf import FlagConversionOff, arg
 
 
 def unless_none(default: str) -> str:
-    # A field's comment says what follows where it is unset; `--help` need not add "default: None".
+    # A field's comment says what happens if it is unset; `--help` need not add "default: None".
     return "" if default == "None" else f"(default: {default})"
 
 

@@ -1,7 +1,7 @@
-"""Launchers, which start a process as one of several, and what they tell it about the others.
+"""Launchers of several processes (Slurm, Open MPI, ...), known by their environment variables.
 
 JAX finds the other processes of a training run itself (`jax.distributed.initialize`), but gives
-each process one card, that of its number on the host, even if there are more cards than processes.
+each process only one card, even if its host has more cards than processes.
 """
 
 import os
@@ -14,7 +14,7 @@ class Launcher(NamedTuple):
     """The environment variables that a launcher sets."""
 
     name: str
-    mark: str  # the launcher is known by this variable
+    mark: str  # a variable that identifies the launcher
     rank: str | None  # which process this is; None where only JAX finds out
     size: str | None  # how many there are; None where only JAX finds out
     first: str | None = None  # the lowest rank, 0 if not given
@@ -102,7 +102,7 @@ def find_host_rank(launcher: Launcher | None) -> HostRank | None:
     return HostRank(_number("SLURM_LOCALID", 0), tasks[node], _number("SLURM_GPUS_ON_NODE", 0))
 
 
-def local_cards(here: HostRank, visible: int) -> tuple[int, ...]:
+def share_of_cards(here: HostRank, visible: int) -> tuple[int, ...]:
     """The indices of the cards that a process uses, of those it sees; () for all of them.
 
     Args:

@@ -1,4 +1,4 @@
-"""Answers to settings that nanoGPT has and jaxgpt has not, or spells otherwise."""
+"""Answers to settings that only nanoGPT has, or that it spells differently."""
 
 # Settings of nanoGPT that mean nothing here, and what to use instead.
 NANOGPT_SETTINGS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from jaxgpt.config.batch import effective_of_accumulation
+from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, did_you_mean
 from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config, flat_fields, names_with, with_fields
 from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
@@ -47,7 +47,9 @@ def load_preset(name: str) -> Config:
     path = Path(name) if is_path else presets_dir() / f"{name}.toml"
     source = name if is_path else path.name
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows begins with a BOM
+        values = tomllib.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # without a BOM, which Windows writes
     except FileNotFoundError:
         raise ConfigError(_no_such_preset(name)) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -58,7 +60,7 @@ def load_preset(name: str) -> Config:
 
 
 def preset_for_memory(gigabytes: float) -> str:
-    """The tier of a card with that much memory: the largest one that is not larger than it."""
+    """The tier of a card with that much memory: the largest that it can hold."""
     tiers = {"80gb": 80, "48gb": 48, "24gb": 24, "16gb": 16}
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
     fitting = [name for name, size in tiers.items() if gigabytes >= 0.93 * size]
@@ -98,22 +100,15 @@ def config_from(values: Mapping[str, Any], source: str, known: Collection[str]) 
                 errors.append(f"{key} = {_shown(value)}: {error}")
     if not errors:
         try:
-            return with_fields(Config(), **_with_effective_batch(decoded))
+            decoded |= fields_of_accumulation(
+                decoded.get("gradient_accumulation_steps"),
+                decoded.get("batch_size", DEFAULT_BATCH_SIZE),
+                decoded.get("effective_batch_size"),
+            )
+            return with_fields(Config(), **decoded)
         except ValueError as error:
             errors = str(error).splitlines()
     raise ConfigError("\n".join(f"{source}: {error}" for error in errors))
-
-
-def _with_effective_batch(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with gradient_accumulation_steps, given alone, as effective_batch_size."""
-    accumulation = values.get("gradient_accumulation_steps")
-    batch_size = values.get("batch_size", DEFAULT_BATCH_SIZE)
-    if not accumulation or accumulation < 0 or batch_size == "auto":
-        return values  # whose errors `Config` reports
-    effective = effective_of_accumulation(
-        accumulation, batch_size, values.get("effective_batch_size")
-    )
-    return {**values, "effective_batch_size": effective, "gradient_accumulation_steps": None}
 
 
 def _decode(value: object, annotation: Any) -> Any:
@@ -135,7 +130,7 @@ def _decode_path(kind: type, value: object) -> Path:
 
 
 def _plain(error: str, annotation: Any) -> str:
-    """msgspec's message without its quotes; choices are listed, and the nearest is named."""
+    """msgspec's message without backticks; for a Literal, the choices and the nearest one."""
     if error.startswith("Invalid enum value"):
         choices = [word for word in _members(annotation) if isinstance(word, str)]
         word = error.partition("'")[2].rpartition("'")[0]
@@ -152,9 +147,9 @@ def _members(annotation: Any) -> list[Any]:
 
 def _unknown(key: str, value: object, known: Collection[str]) -> str:
     if key == "preset":
-        return "unknown key 'preset'; a preset cannot build on another, copy what it should share"
+        return "unknown key 'preset'; a preset cannot extend another: copy the keys it should share"
     if isinstance(value, dict):
-        return f"unknown table [{key}]; keys stand at the top, under no table"
+        return f"unknown table [{key}]; put its keys at the top level"
     return f"unknown key '{key}'{did_you_mean(key, known)}"
 
 
@@ -174,5 +169,5 @@ def _no_such_preset(name: str) -> str:
     near = did_you_mean(Path(name).stem if name.endswith(".toml") else name, _packaged())
     if name.endswith(".toml"):
         return f"--preset {name}: no such file{near}"
-    others = f"There are these, and files ending in .toml:\n{describe_presets()}"
+    others = f"Name one of these, or a file ending in .toml:\n{describe_presets()}"
     return f"--preset {name}: no such preset{near}\n{others}"

@@ -1,10 +1,10 @@
-"""What a run is: what was asked for, with nothing left open. Made once, by `resolve`.
+"""The resolved configuration of a run, with every value decided. Made once, by `resolve`.
 
     asked (`Config`)  ->  resolved (`Resolved`)  ->  running
 
-The tokenizer fills in the vocabulary, the devices the mesh and the dtype, an earlier run of the
-folder the fields that a run keeps. `batch_size` and `remat` that were left to the memory there is
-begin at their smallest, and `planning/fit.py` makes a copy with what fits.
+The tokenizer decides the vocabulary, the devices the mesh and the dtype, and a resumed run keeps
+some of its own values. Where `batch_size` or `remat` is auto, it is first set to what needs the
+least memory; `planning/fit.py` then makes a copy with the best that fits.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from jaxgpt.config.presets import config_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import FormatError, decode_json
 
-# In a config.json, and not read back: the first follows from other fields, the second is no more.
+# Keys of config.json that are not read: the first is derived, older versions wrote the second.
 NOT_READ = {"gradient_accumulation_steps", "auto_batch_size"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """Everything about a run. The sections go to the parts that need them."""
+    """Everything about a run; each module gets the section that it needs."""
 
     asked: Config  # for the fields that nothing but the user decides
     model: ModelConfig  # vocab_size and n_vocab set
@@ -97,14 +97,14 @@ class Origin:
 
     @classmethod
     def of(cls, asked: Config) -> "Origin":
-        """That of a new run with random weights."""
+        """The origin of a new run with random weights."""
         return cls(model=asked.model, tokenizer=asked.tokenizer)
 
 
 def resolve(
     asked: Config, origin: Origin, *, n_vocab: int, mesh: MeshShape, dtype: Dtype
 ) -> Resolved:
-    """What `asked` comes to with this tokenizer and these devices.
+    """`asked`, resolved for a tokenizer and devices.
 
     Args:
         asked: what argv and TOML say.
@@ -124,10 +124,7 @@ def resolve(
     if errors := [*model.errors(), *_undivided(model, mesh)]:
         raise ConfigError("\n".join(errors))
     decay_end = asked.optimizer.lr_decay_iters or kept.get("lr_decay_iters") or asked.max_iters
-    try:
-        batch = divide_batch(asked.effective_batch_size, asked.batch_size_or(1), mesh.devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    batch = divide_batch(asked.effective_batch_size, asked.batch_size_or(1), mesh.devices)
     windows = asked.eval_windows or asked.eval_iters * batch.batch_size
     return Resolved(
         asked=asked,
@@ -147,8 +144,8 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
     """'bfloat16' or 'float32' for the matrix products on a device.
 
     Raises:
-        ConfigError: if bfloat16 is asked of a GPU that has no instructions for it; XLA would accept
-            it and compute by slow detours.
+        ConfigError: if bfloat16 is asked for on a GPU without instructions for it; XLA would accept
+            it and emulate them slowly.
     """
     has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
     if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
@@ -167,7 +164,7 @@ def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
 
 
 def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:
-    """A sentence for each size that fsdp has to divide and does not."""
+    """A sentence for each size that fsdp must divide but does not."""
     sizes = {"n_embd": model.n_embd, "vocab_size": model.vocab_size or 0}
     sizes["block_size"] = model.block_size
     return [
@@ -185,7 +182,7 @@ def load_config(path: Path) -> Resolved:
     """Read back the `config.json` of a run.
 
     Raises:
-        ConfigError: if the file is unreadable or holds what this version does not know.
+        ConfigError: if the file cannot be read, or a key or value in it is unknown.
     """
     try:
         values = decode_json(path.read_bytes(), dict[str, Any])
@@ -198,7 +195,7 @@ def resolved_from(values: dict[str, Any], source: str) -> Resolved:
     """A run's configuration from its flat values, as `Resolved.flat` and older versions wrote them.
 
     Raises:
-        ConfigError: if there are values that this version does not know, naming `source`.
+        ConfigError: if a key or value is unknown; the message names `source`.
     """
     values = {name: value for name, value in values.items() if name not in NOT_READ}
     asked = config_from(values, source, flat_fields().keys())
@@ -206,5 +203,5 @@ def resolved_from(values: dict[str, Any], source: str) -> Resolved:
     origin = Origin(model=asked.model, tokenizer=asked.tokenizer, init_from=asked.init_from)
     missing = [name for name in ("vocab_size", "n_vocab", "eval_windows") if not values.get(name)]
     if n_vocab is None or missing:
-        raise ConfigError(f"{source}: has no {' and no '.join(missing)}; it is not a run's own")
+        raise ConfigError(f"{source}: has no {' and no '.join(missing)}, so no run has written it")
     return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=asked.dtype)

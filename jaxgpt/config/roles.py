@@ -1,9 +1,9 @@
-"""What a configuration field is: the roles that stand beside its type.
+"""The roles of a configuration field, given with its type.
 
     learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4
 
-Every rule about fields (what a resumed run keeps, what a preset may set, what a model card shows)
-is computed from these; no other module lists field names. Each field has exactly one of FIXED,
+Every rule about fields (which ones a resumed run keeps, a preset may set, a model card shows) is
+computed from these; no other module lists field names. Each field has exactly one of FIXED,
 PINNED and TUNABLE, and any of the others.
 """
 

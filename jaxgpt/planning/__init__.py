@@ -1,1 +1,1 @@
-"""What a step needs on a card, and how long it takes there."""
+"""How much memory a step needs on a card, and how long it takes there."""

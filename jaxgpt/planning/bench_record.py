@@ -1,4 +1,4 @@
-"""The record of a measurement: how it was made, and its figures."""
+"""The record of a benchmark: its settings and its figures."""
 
 import datetime
 import statistics
@@ -15,7 +15,7 @@ MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16
 
 
 def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
-    """What was run, where and when."""
+    """The settings of a benchmark: the run, the device, the versions and the date."""
     m = cfg.model
     shape = {name: getattr(m, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return {
@@ -71,7 +71,7 @@ def memory(device: Any, compiled: int) -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """A short table."""
+    """Print a record as a table."""
     r = result
     spread = (max(r["step_ms_windows"]) - min(r["step_ms_windows"])) / r["step_ms"]
     rows = {
@@ -82,7 +82,7 @@ def print_result(result: dict[str, Any]) -> None:
         "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
         f"of {r['steps_per_window']} steps, spread {spread:.1%}",
         "speed": f"{r['tokens_per_second']:,.0f} tokens/s",
-        "MFU": "none: the card's bfloat16 peak is unknown, or the dtype is another"
+        "MFU": "unknown: the card's bfloat16 peak is not known, or the dtype is not bfloat16"
         if r["mfu"] is None
         else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
         "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"

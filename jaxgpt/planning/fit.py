@@ -15,7 +15,7 @@ from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import ESTIMATE_ERROR, RESERVE_BYTES, Need, estimate
 from jaxgpt.planning.speed import relative_step_time
 
-CHOICES = frozenset({"batch_size", "remat"})  # what may be left to the memory there is
+CHOICES = frozenset({"batch_size", "remat"})  # fields that can be chosen by the available memory
 # GPT-2's own sizes and steps between and beyond them: (n_layer, n_head, n_embd), heads of 64.
 SHAPES = (
     *((4, 4, 256), (6, 6, 384), (8, 8, 512), (10, 10, 640), (12, 12, 768), (14, 14, 896)),
@@ -43,7 +43,7 @@ def best_fit(
         cfg: the run; its effective batch is kept.
         capacity: bytes of the device's pool.
         measure: decides what fits; called for few candidates.
-        free: which of batch_size and remat are chosen; the other is kept.
+        free: which of batch_size and remat to choose; the other is kept.
     """
     for candidate in _candidates(cfg, free):
         guess = estimate(candidate)
@@ -67,22 +67,22 @@ def _candidates(cfg: Resolved, free: Collection[str]) -> Iterator[Resolved]:
 
 
 def ladder(cfg: Resolved) -> Iterator[Resolved]:
-    """`cfg` in every shape of the ladder, largest first."""
+    """`cfg` with every one of SHAPES, largest first."""
     for n_layer, n_head, n_embd in reversed(SHAPES):
         model = dataclasses.replace(cfg.model, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         yield dataclasses.replace(cfg, model=model)
 
 
 def largest_model(cfg: Resolved, capacity: int, measure: Measure = estimate) -> Fitting | None:
-    """The largest shape of the ladder that trains in `capacity` bytes, its state in bfloat16."""
+    """The largest of SHAPES that trains in `capacity` bytes, its state in bfloat16."""
     optimizer = dataclasses.replace(cfg.optimizer, state_dtype="bfloat16")
     shapes = ladder(dataclasses.replace(cfg, optimizer=optimizer))
     fitting = (best_fit(shape, capacity, measure) for shape in shapes)
     return next((found for found in fitting if found), None)
 
 
-def too_small(cfg: Resolved, device_name: str, capacity: int) -> str:
-    """The message for a model that fits the device with no batch_size and remat."""
+def does_not_fit(cfg: Resolved, device_name: str, capacity: int) -> str:
+    """The message for a model that fits the device with none of batch_size and remat."""
     least = estimate(cfg.with_choice(1, "full"))
     return (
         f"{cfg.asked.preset} does not fit {device_name}: it needs at least about "
@@ -91,24 +91,24 @@ def too_small(cfg: Resolved, device_name: str, capacity: int) -> str:
     )
 
 
-def advice(cfg: Resolved, capacity: int) -> str:
-    """The flags with which `cfg` would fit into `capacity` bytes."""
+def flags_that_fit(cfg: Resolved, capacity: int) -> str:
+    """The end of a message: flags with which `cfg` should fit into `capacity` bytes."""
     found = best_fit(cfg, capacity)
     if found is None:
-        return too_small(cfg, "this device", capacity)
+        return does_not_fit(cfg, "this device", capacity)
     return (
         f"This should fit, and trains the same: --batch-size {found.cfg.batch.batch_size} --remat "
         f"{found.cfg.remat}   (or --batch-size auto)"
     )
 
 
-def smaller(cfg: Resolved) -> str:
-    """The flags to try when `cfg` has run out of memory: a fifth less by estimate."""
+def flags_after_out_of_memory(cfg: Resolved) -> str:
+    """The end of a message: flags that need a fifth less memory than `cfg`, by estimate."""
     less = int(0.8 * estimate(cfg).peak_bytes / (1 - ESTIMATE_ERROR)) + RESERVE_BYTES
     found = best_fit(cfg, less)
     if found is None or found.cfg == cfg:
         return "No smaller batch_size or remat is left; use a smaller model."
     return (
-        "Another program may use a part of it. These flags need less, and train the same: "
+        "Another program may use a part of it. These flags need less memory and train the same: "
         f"--batch-size {found.cfg.batch.batch_size} --remat {found.cfg.remat}"
     )

@@ -33,7 +33,7 @@ POOL_SHARE = 0.92
 class Gpu:
     """One card, as its vendor and its driver describe it."""
 
-    key: str  # how our flags and presets call it
+    key: str  # our name for it, in flags and presets
     name: str
     memory_bytes: int  # all of it, as `nvidia-smi` reports memory.total
     sms: int  # streaming multiprocessors in use
@@ -42,12 +42,12 @@ class Gpu:
     bf16_flops: float | None  # dense peak per second; None without bf16 tensor cores
     compute_capability: tuple[int, int]
     source: str  # where SMs, clock, bandwidth and peak were read
-    spellings: tuple[str, ...]  # other names as `_spell` writes them, sizes left out
+    spellings: tuple[str, ...]  # other names, as `_normalize` returns them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalCard:
-    """A card in this machine, as its driver calls it."""
+    """A card in this machine, by its driver's name for it."""
 
     name: str
     memory_bytes: int
@@ -76,18 +76,18 @@ def _gpu(
         bf16_flops=None if teraflops is None else teraflops * 1e12,
         compute_capability=capability,
         source=source,
-        spellings=(_spell(name)[0], *spellings),
+        spellings=(_normalize(name)[0], *spellings),
     )
 
 
-_BRANDS = ("nvidia", "geforce", "tesla", "generation", "")  # say nothing about which card it is
+_BRANDS = ("nvidia", "geforce", "tesla", "generation", "")  # do not distinguish cards
 
 
-def _spell(name: str) -> tuple[str, int | None]:
-    """What `name` means: brand, case and punctuation gone, and the size in GB taken out.
+def _normalize(name: str) -> tuple[str, int | None]:
+    """(`name` without brand, case, punctuation and size, the size in GB).
 
     'NVIDIA GeForce RTX 4090', 'rtx4090' and '4090' are all ('4090', None); 'A100-SXM4-80GB' is
-    ('a100sxm4', 80). Words that make another card of it ('Laptop', 'SUPER', 'D') stay.
+    ('a100sxm4', 80). Words that denote another card ('Laptop', 'SUPER', 'D') stay.
     """
     text = name.lower().replace("_", " ")
     size = re.search(r"\b(\d+)[\s-]?gb?\b", text)
@@ -154,14 +154,14 @@ GPUS: tuple[Gpu, ...] = (
 
 
 def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
-    """The card that a person names: 'rtx4090', '4090', 'A100-SXM4-80GB', 'Tesla T4', ...
+    """The card that a user means: 'rtx4090', '4090', 'A100-SXM4-80GB', 'Tesla T4', ...
 
     Args:
         name: case, punctuation and brand do not matter; a size such as '80GB' may be part of it.
         memory_bytes: all of the card's memory; distinguishes cards of one name.
 
     Raises:
-        UserError: if no card or more than one answers to the name, with the nearest names.
+        UserError: if no card or more than one matches; the message has the nearest names.
     """
     found = _matches(name, memory_bytes)
     if len(found) == 1:
@@ -169,18 +169,18 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
     if found:
         keys = " or ".join(gpu.key for gpu in found)
         raise UserError(f"GPU {name!r} could be {keys}; say which")
-    namesakes = _matches(_spell(name)[0], None)
-    if namesakes:
-        sizes = ", ".join(f"{g.key} ({g.memory_bytes / GIB:.0f} GiB)" for g in namesakes)
+    other_sizes = _matches(_normalize(name)[0], None)
+    if other_sizes:
+        sizes = ", ".join(f"{g.key} ({g.memory_bytes / GIB:.0f} GiB)" for g in other_sizes)
         raise UserError(f"GPU {name!r} is not known with that much memory; known: {sizes}")
     known = {spelling: gpu.key for gpu in GPUS for spelling in (gpu.key, *gpu.spellings)}
-    near = difflib.get_close_matches(_spell(name)[0], known, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(_normalize(name)[0], known, n=5, cutoff=0.5)
     keys = ", ".join(dict.fromkeys(known[s] for s in near)) or ", ".join(g.key for g in GPUS)
     raise UserError(f"unknown GPU {name!r}; {'did you mean' if near else 'known'}: {keys}")
 
 
 def unnamed_card(gigabytes: float) -> Gpu:
-    """A card of which only the memory is known: compiled for as an RTX 3090, without a peak."""
+    """A card known only by its memory: treated as an RTX 3090 whose peak FLOP/s are unknown."""
     like = find_gpu("rtx3090")
     return dataclasses.replace(
         like,
@@ -194,18 +194,18 @@ def unnamed_card(gigabytes: float) -> Gpu:
 
 
 def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:
-    """The card a driver (`jax.Device.device_kind`) names, or None where the table has no such one.
+    """The card with a driver's name for it (`jax.Device.device_kind`); None if not in the table.
 
-    Never a similar one: a laptop's RTX 4090 and an H100 NVL have other chips or clocks than
-    their namesakes, and a wrong peak would give a wrong MFU. One name can stand
-    for two cards (an RTX 3080 has 10 or 12 GB), which `memory_bytes` distinguishes.
+    Never a similar card: a laptop's RTX 4090 and an H100 NVL have other chips or clocks than the
+    cards they are named after, and a wrong peak would give a wrong MFU. Two cards can share a name
+    (an RTX 3080 has 10 or 12 GB); `memory_bytes` distinguishes them.
     """
     found = _matches(device_kind, memory_bytes)
     return found[0] if len(found) == 1 else None
 
 
 def _matches(name: str, memory_bytes: int | None) -> list[Gpu]:
-    spelling, size_gb = _spell(name)
+    spelling, size_gb = _normalize(name)
     found = [gpu for gpu in GPUS if spelling in gpu.spellings]
     for wanted in (memory_bytes, size_gb and size_gb * GIB):
         # ECC takes 1/16 and a driver some more, so a nominal size is met within 8 %.
@@ -214,7 +214,7 @@ def _matches(name: str, memory_bytes: int | None) -> list[Gpu]:
 
 
 def local_cards() -> list[LocalCard]:
-    """The NVIDIA cards in this machine by nvidia-smi; [] if it is absent, broken or hangs.
+    """The NVIDIA cards that nvidia-smi lists; [] if it is absent, broken or hangs.
 
     All of them: neither CUDA_VISIBLE_DEVICES nor a scheduler's share is taken into account.
     """
@@ -236,18 +236,18 @@ def visible_card() -> LocalCard | None:
     """The first card visible to a program: of those in CUDA_VISIBLE_DEVICES, if that is set."""
     cards = local_cards()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    # Anything but a number is a UUID or names no card; the first card is used in its place.
+    # Anything but a valid index (a UUID, for example) counts as the first card.
     index = int(first) if first.isdecimal() and int(first) < len(cards) else 0
     return cards[index] if cards else None
 
 
 def tier_of_this_machine() -> str | None:
-    """The preset for the card that a run would get, None without one."""
+    """The preset for the card that a run would use; None without a card."""
     card = visible_card()
     return preset_for_memory(card.memory_bytes / GIB) if card else None
 
 
-def visible_cards() -> int:
+def count_visible_cards() -> int:
     """How many cards are visible to a program: those in CUDA_VISIBLE_DEVICES, if that is set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:

@@ -1,11 +1,11 @@
-"""What one training step needs of a card's memory, and a run of the host's.
+"""The memory that a training step needs on a card, and a run on the host.
 
 `compiled_need` compiles the very step that `train` runs and reads XLA's figure. `estimate` is
-arithmetic, for where there is no compiler or a hundred shapes to try; it is compared with the
-compiler by `benchmarks/measure_memory.py`, and a test keeps it within ESTIMATE_ERROR.
+arithmetic, for machines without the compiler and for comparing a hundred shapes.
+`benchmarks/measure_memory.py` compares the two, and a test keeps them within ESTIMATE_ERROR.
 
-Neither includes memory outside JAX's pool (the CUDA context, the desktop), for which `capacity_of`
-leaves a share of the card.
+Neither includes memory outside JAX's pool (the CUDA context, the desktop); `capacity_of` leaves a
+share of the card for it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class TooLargeError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes that a run needs, and how they are known."""
+    """Bytes that a run needs, and how they were determined."""
 
     peak_bytes: int  # on the device, at the peak of a step
     host_bytes: int  # in the host's memory, while a checkpoint is written
@@ -95,7 +95,7 @@ def estimate(cfg: Resolved) -> Need:
     )
 
 
-STACKED = 0.85  # share of the weights that a scan over layers has a second copy of
+STACKED = 0.85  # share of the weights that a scan over layers copies
 
 
 def _transient_bytes(cfg: Resolved) -> dict[str, int]:
@@ -161,7 +161,7 @@ def need_of(cfg: Resolved, train_step: Any, eval_step: Any = None) -> Need:
         peak = max(peak, _bytes_of(eval_step) + sum(kept.values()) - kept["parameters"])
     parts = {**kept, **_transient_bytes(cfg)}
     del parts["workspace"]
-    # The compiler reports only the total: exact items come first, estimated ones share the rest.
+    # The compiler reports only the total: the estimated items share what the exact ones leave.
     left = peak - sum(kept.values())
     parts["logits"] = min(parts["logits"], left)
     parts["activations"] = min(parts["activations"], left - parts["logits"])
@@ -224,7 +224,7 @@ def host_available() -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            # Files in the cache are counted as used, but are given back when memory is wanted.
+            # The page cache counts as used, but is freed when memory is needed.
             stats = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
             used = int((group / "memory.current").read_text()) - int(stats["inactive_file"])
             available.append(int(limit) - used)

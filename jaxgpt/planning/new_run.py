@@ -1,4 +1,4 @@
-"""A run that nobody has started, resolved for a card; imports no JAX."""
+"""A new run, resolved for a card; imports no JAX."""
 
 from jaxgpt.config.fields import Config, Dtype
 from jaxgpt.config.mesh_shape import ONE_DEVICE, MeshShape
@@ -7,6 +7,6 @@ from jaxgpt.data.tokenizer import load_tokenizer
 
 
 def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Resolved:
-    """`asked` as a new run with random weights. Raises ConfigError if it does not divide."""
+    """`asked` as a new run with random weights. Raises ConfigError as `resolve` does."""
     n_vocab = load_tokenizer(asked.tokenizer).n_vocab
     return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)

@@ -1,7 +1,7 @@
 """Answers about one card: what a run needs there, what fits it, and what is best in given hours.
 
-Each answer is a dict of JSON values. Where XLA's compiler for the card is installed, answers are
-compiled; long lists are estimated first, and say so.
+Each answer is a dict of JSON values, compiled if XLA's compiler for the card is installed. Long
+lists are estimated, and labelled so.
 """
 
 import dataclasses
@@ -63,12 +63,12 @@ class Planner:
             return memory.compiled_need(cfg, layout.device, layout)
 
     def one(self, cfg: Resolved, free: Collection[str]) -> dict[str, Any]:
-        """One run, itemized. Of batch_size and remat, those in `free` are chosen."""
+        """One run, itemized; `free` names which of batch_size and remat to choose."""
         if not free:
             return self.record(cfg, self.need(cfg))
         found = fit.best_fit(cfg, self.capacity, self.need, free)
         if found is None:
-            raise UserError(fit.too_small(cfg, self.gpu.name, self.capacity))
+            raise UserError(fit.does_not_fit(cfg, self.gpu.name, self.capacity))
         return self.record(found.cfg, found.need)
 
     def overview(self, cfg: Resolved) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Planner:
             raise UserError(
                 f"{hours:g} hours are too short for one step on this card: {self.gpu.name}"
                 if fitting
-                else fit.too_small(cfg, self.gpu.name, self.capacity)
+                else fit.does_not_fit(cfg, self.gpu.name, self.capacity)
             )
         for choice in sorted(choices, key=lambda choice: choice.loss):
             found = fit.best_fit(choice.fitting.cfg, self.capacity, self.need)
@@ -117,7 +117,7 @@ class Planner:
             if best:
                 break
         else:
-            raise UserError(fit.too_small(cfg, self.gpu.name, self.capacity))
+            raise UserError(fit.does_not_fit(cfg, self.gpu.name, self.capacity))
         return {
             **self.record(best.fitting.cfg, best.fitting.need),
             "hours_given": hours,

@@ -1,4 +1,4 @@
-"""How long training takes on a card, and the best use of the hours there are.
+"""How long training takes on a card, and the loss it reaches.
 
 Both are predictions. Speed is the card's peak times an MFU that somebody published for its
 architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al. 2024 refitted it.
@@ -70,7 +70,7 @@ def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
 
 
 def mfu_of(gpu: Gpu) -> Mfu | None:
-    """The MFU to expect on a card; None if its bfloat16 peak is unknown or it has none."""
+    """The MFU to expect on a card; None if that or its bfloat16 peak is unknown."""
     return None if gpu.bf16_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
 
 

@@ -1,4 +1,4 @@
-"""The planner's answers as tables for people."""
+"""Print the planner's answers as tables."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxgpt.planning.gpus import GIB
 from jaxgpt.run.console import duration
 
-GIB = 2**30
 COLOURS = {
     "parameters": "blue",
     "optimizer": "cyan",
@@ -75,7 +75,7 @@ def print_hours(answer: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "[dim]The loss is a prediction: the scaling law of Hoffmann et al. 2022 as refitted by "
-        "Besiroglu et al. 2024, on their data; it ranks, it does not promise.[/dim]"
+        "Besiroglu et al. 2024, on their data. Use it to rank models, not to predict a loss.[/dim]"
     )
     console.print(_facts(answer))
     _print_command(console, answer)
@@ -182,7 +182,7 @@ def _print_command(console: Console, record: dict[str, Any]) -> None:
         console.print("[red]It does not fit.[/red] This should (estimated; --fit compiles it):")
         console.print(f"  {record['command_that_fits']}", style="bold")
     else:
-        console.print("[red]It does not fit, whatever its batch_size and remat.[/red]")
+        console.print("[red]It does not fit with any batch_size and remat.[/red]")
 
 
 def _how(record: dict[str, Any]) -> str:

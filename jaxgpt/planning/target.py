@@ -16,7 +16,7 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # Compiler options in addition to a training step's own: autotuning needs the card.
 AHEAD_OF_TIME_OPTIONS = {"xla_gpu_autotune_level": 0}
 OLDEST = (7, 5)  # compute capability that CUDA 13 still compiles for
-# Shared memory in bytes of a multiprocessor, and what one block may ask of it; resident threads.
+# Per multiprocessor: bytes of shared memory, the most that one block may use, resident threads.
 # CUDA C++ Programming Guide, table of technical specifications per compute capability.
 CHIPS = {
     (7, 5): (65536, 65536, 1024),
@@ -27,21 +27,21 @@ CHIPS = {
     (10, 0): (233472, 232448, 2048),
     (12, 0): (102400, 101376, 1536),
 }
-# The compiled program's speed may depend on it, its memory does not.
+# It may affect the compiled program's speed, but not its memory.
 L2_CACHE_BYTES = 6 * 2**20
 CUDNN = (9, 10, 0)
 CARDS_PER_HOST = 8  # connected by NVLink
 
 
 class NoCompilerError(UserError):
-    """Nothing can be compiled for a card on this machine; the message says why."""
+    """This machine cannot compile for a card; the message says why."""
 
 
 def prepare_environment() -> None:
     """Keep JAX from looking for a card; call before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    # XLA warns of a step that nearly fills the card, and of a slow compilation.
+    # Hides XLA's warnings about a step that nearly fills the card, and about slow compilation.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -63,7 +63,7 @@ def card_device(gpu: Gpu) -> Any:
 
 
 def card_devices(gpu: Gpu, count: int) -> Any:
-    """`count` such devices, connected with each other.
+    """`count` devices like `card_device`'s, connected with each other.
 
     Raises:
         NoCompilerError: if the plugin is missing, does not start, or does not know the card.
@@ -73,19 +73,18 @@ def card_devices(gpu: Gpu, count: int) -> Any:
         raise NoCompilerError(reason)
     from jax.experimental import topologies
 
-    hosts, alone = divmod(count, CARDS_PER_HOST)
-    shape = f"1x1x{count}" if alone or not hosts else f"1x{hosts}x{CARDS_PER_HOST}"
+    hosts, remainder = divmod(count, CARDS_PER_HOST)
+    shape = f"1x1x{count}" if remainder or not hosts else f"1x{hosts}x{CARDS_PER_HOST}"
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=describe(gpu), topology=shape
+            platform="cuda", topology_name="", target_config=target_config(gpu), topology=shape
         )
     except Exception as error:  # the plugin raises several types, all with XLA's message
-        line = first_line(error)
-        raise NoCompilerError(f"the CUDA compiler does not start ({line[:200]})") from None
+        raise NoCompilerError(f"the CUDA compiler does not start ({first_line(error)})") from None
     return topology.devices
 
 
-def describe(gpu: Gpu) -> str:
+def target_config(gpu: Gpu) -> str:
     """The card as XLA's GpuTargetConfigProto in text format."""
     major, minor = gpu.compute_capability
     shared, shared_by_block, threads = CHIPS[gpu.compute_capability]

@@ -90,7 +90,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        if self.processes.count > 1:  # `close` would wait for the others, which are elsewhere
+        if self.processes.count > 1:  # `close` would wait for processes that may never call it
             return
         with suppress(Exception):  # the error that ended the run matters more
             self.close()
@@ -150,11 +150,12 @@ class Checkpoints:
         done: Future[None] = Future()
         try:
             with self.processes.fail_together():
-                # Somebody may have deleted it.
+                # The user may have deleted it.
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if self.processes.is_main:
-                    retention.clear(self.folder)
-                retention.check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(stored)))
+                    retention.remove_leftovers(self.folder)
+                size = sum(x.nbytes for x in jax.tree.leaves(stored))
+                retention.check_free_space(self.folder, size)
             written = ocp.save_checkpointables_async(
                 self._orbax.path / str(step), {"state": stored}
             )
@@ -270,7 +271,7 @@ class Checkpoints:
             f"step {step:,} could not be saved in {self.folder} ({reason_of(error)}); {kept}; "
             "check that the disk has space and is writable"
         )
-        if latest is None:  # a run that cannot save is not worth its time
+        if latest is None:  # without any checkpoint, training would be in vain
             raise CheckpointError(f"{self._failure}, or choose another --out-dir")
         if report:
             self._on_error(f"{self._failure}; training continues, and saves again when it is due")

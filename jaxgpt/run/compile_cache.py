@@ -35,7 +35,7 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
         return
     named = os.environ.get(FOLDER)
     folder = Path(named) if named else default_folder()
-    if named and "://" in named:  # JAX reads it from somewhere else
+    if named and "://" in named:  # not on this file system
         return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def is_intact(entry: bytes) -> bool:
         return True
     try:
         zstandard.ZstdDecompressor().decompress(entry)
-    except (zstandard.ZstdError, MemoryError, OverflowError):  # a corrupt size is huge
+    except (zstandard.ZstdError, MemoryError, OverflowError):  # a corrupt size field may be huge
         return False
     return True
 

@@ -1,6 +1,6 @@
 """Output of a running command: a live bar on a terminal, plain lines anywhere else.
 
-rich is never given text of the user's as markup: a path may well contain [/b] or :cat:.
+User text is never printed as rich markup: a path may well contain [/b] or :cat:.
 """
 
 import sys
@@ -45,7 +45,7 @@ class Pace:
         self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
 
     def leave_out_pause(self, evaluated: bool = True) -> None:
-        """Leave out the time since the last lap, which an evaluation or only a save took."""
+        """Leave out the time since the last lap, of a save or (`evaluated`) an evaluation."""
         now = time.monotonic()
         if evaluated:
             self._pause = now - (self._since or now)
@@ -62,7 +62,7 @@ class Pace:
 
 
 def make_bar(console: Console, left: str) -> Progress:
-    """A bar as wide as the terminal, between `left` and the task's `status`; none elsewhere."""
+    """A progress bar between `left` and the task's `status`; only on a terminal."""
     return Progress(
         TextColumn(left),
         BarColumn(bar_width=None),
@@ -138,7 +138,7 @@ class Unfailing:
             self._stream.flush()
 
     def finish(self) -> None:
-        """Discard what could not be written: Python would make it the exit code of the process."""
+        """Discard what could not be written, or flushing it at exit would change the exit code."""
         try:
             self._stream.flush()
         except OSError:
@@ -148,8 +148,8 @@ class Unfailing:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """No print inside fails: a long run must not end because a pipe has no reader, a terminal was
-    closed, or the disk under its log is full.
+    """Inside, printing never fails: a long run must not end because a pipe or a terminal was
+    closed, or the disk with its log is full.
     """
     out, err = (Unfailing(stream) if stream else None for stream in (sys.stdout, sys.stderr))
     try:

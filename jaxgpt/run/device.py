@@ -17,7 +17,7 @@ MEMORY_SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
 )
-# No atomics, and no autotuning: it may choose other kernels in each run.
+# No atomics, and no autotuning, which may choose other kernels in each run.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
@@ -52,7 +52,7 @@ def import_jax() -> Any:
     """
     try:
         import jax
-    except (ImportError, RuntimeError, AttributeError) as error:  # jaxlib too old is the second
+    except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: jaxlib is too old
         names = ("jax", "jaxlib", "numpy", *(name.replace("_", "-") for name in PLUGINS))
         found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run looks at at every evaluation: validation loss, tasks, and a text sampled from it."""
+"""A run's evaluations: validation loss, tasks, and a sampled text."""
 
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ class Evaluator:
         return {"val/loss": loss, **task_scalars(scores)}
 
     def sample(self, state: "TrainState") -> str:
-        """A text of sample_tokens tokens, another at each step; '' where none is asked for."""
+        """A text of sample_tokens tokens, different at each step; '' if sample_tokens is 0."""
         if not self._sample_tokens:
             return ""
         key = jax.random.fold_in(state.key, state.step)

@@ -1,4 +1,4 @@
-"""Start or resume: what a run's folder says about the run that is asked for.
+"""Start or resume: compares the run in a folder with the configuration asked for.
 
 `config.json` holds the configuration the run was last started with, and so does every checkpoint.
 A field's role (`config/roles.py`) says whether it may change when the run resumes.
@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 
 
 def check_same_run(asked: Config, origin: Origin) -> None:
-    """Check that `asked` is the run that `origin` has saved, as far as argv and TOML say.
+    """Check, before it is resolved, that `asked` is the saved run that `origin` has.
 
     Raises:
         ConfigError: if it is another run, with a table of the differences.
@@ -42,7 +42,7 @@ def check_checkpoint(resolved: Resolved, restored: dict[str, Any], source: str) 
 
 
 def changes(resolved: Resolved, saved: Resolved) -> list[str]:
-    """'name old -> new' for each setting that a resumed run has been given anew."""
+    """'name old -> new' for each setting that has changed since the run was saved."""
     new, old = resolved.flat(), saved.flat()
     shown = names_with(Role.TUNABLE) - names_with(Role.SILENT)
     names = [name for name in flat_fields() if name in shown and old[name] != new[name]]
@@ -150,7 +150,7 @@ def _refuse_differences(
     raise ConfigError(
         "\n".join(
             [
-                f"{out_dir} holds another run; resume it with its own settings, or start this one "
+                f"{out_dir} has another run; resume it with its own settings, or start this one "
                 "elsewhere with --out-dir. Architecture, tokenizer, data, seed, effective batch "
                 "and evaluation cannot change; --batch-size, --max-iters and the intervals can:",
                 f"  {'':<22} {'the run':>12} {'asked for':>12}",

@@ -5,6 +5,7 @@ Shared by `train` and `bench`. Everything but `find_devices` happens before JAX 
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def open_data(asked: Config, origin: Origin) -> Data:
     """The training and the validation split and the evaluation tasks, checked.
 
     Raises:
-        UserError: if something of it is missing, damaged, or made with another tokenizer.
+        UserError: if any of it is missing, damaged, or made with another tokenizer.
     """
     tokenizer = load_tokenizer(origin.tokenizer)
     model = dataclasses.replace(origin.model, n_vocab=tokenizer.n_vocab)
@@ -102,3 +103,10 @@ def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved,
     device = layout.device
     dtype = choose_dtype(asked.dtype, device.platform, compute_capability(device))
     return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=dtype), layout
+
+
+def load_step(cfg: Resolved, layout: Any, loader: WindowLoader, step: int) -> Any:
+    """The tokens of one step on the devices of `layout`: tokens_ABT1, uint16."""
+    A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
+    shape_ABT1 = (A, B, cfg.model.block_size + 1)
+    return layout.load_batch(shape_ABT1, partial(loader.batch, step, A, B))

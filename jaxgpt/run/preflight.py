@@ -1,7 +1,7 @@
-"""Before the first step: everything compiled, and compared with the memory there is.
+"""Before the first step: compile everything, and compare it with the available memory.
 
-A run that does not fit ends here, with its figures and with flags that would fit, before hours are
-spent.
+A run that does not fit ends here, with its figures and with flags that would fit, and not after
+hours of training.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -38,15 +38,15 @@ def compile_to_fit(
 
     Args:
         cfg: the run.
-        free: which of batch_size and remat are chosen by what fits.
+        free: which of batch_size and remat to choose by what fits.
         layout: its devices.
-        processes: of several all choose the same.
+        processes: of the run; all make the same choice.
 
     Raises:
         UserError: with what is needed, what there is, and the flags that would fit.
     """
     running = cfg
-    with explain_out_of_memory(lambda: fit.smaller(running)):
+    with explain_out_of_memory(lambda: fit.flags_after_out_of_memory(running)):
         with waiting("compiling the training step"):
             compiled = _compile_to_fit(cfg, free, layout, processes)
         running = compiled.cfg
@@ -69,13 +69,13 @@ def _compile_to_fit(
         _check_device(compiled, limit)
     elif limit is None:
         raise memory.TooLargeError(
-            f"{device.device_kind} does not report its memory, so nothing can be chosen by it; "
+            f"{device.device_kind} does not report its memory, so it cannot choose for you; "
             "give --batch-size and --remat"
         )
     else:
         found = fit.best_fit(cfg, limit, need, free)
         if found is None:
-            raise memory.TooLargeError(fit.too_small(cfg, device.device_kind, limit))
+            raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, limit))
         compiled = tried[found.cfg]
     if device.platform != "cpu":
         _check_host(compiled.need)
@@ -113,7 +113,7 @@ def _check_device(compiled: Compiled, limit: int | None) -> None:
     raise memory.TooLargeError(
         f"a step needs {need.peak_bytes / GIB:.2f} GiB (batch_size {cfg.batch.batch_size}, remat "
         f"{cfg.remat}, compiled for this device), and there are {limit / GIB:.2f} GiB.\n"
-        f"{fit.advice(cfg, limit)}"
+        f"{fit.flags_that_fit(cfg, limit)}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgpt.config.launchers import Launcher, find_host_rank, find_launcher, local_cards
+from jaxgpt.config.launchers import Launcher, find_host_rank, find_launcher, share_of_cards
 from jaxgpt.errors import UserError, first_line, report_error
 
 # Seconds without a heartbeat after which a process counts as dead, and the others exit.
@@ -26,7 +26,7 @@ START_SECONDS, END_SECONDS = 300, 30
 
 
 class Address(NamedTuple):
-    """JAX's names for where to connect, and as which process; None is for JAX to find out."""
+    """Where to connect, and as which process, under JAX's names; JAX finds out what is None."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -147,12 +147,12 @@ class StepSync:
 
 
 def connect(
-    address: Address, import_jax: Callable[[], Any], visible_cards: Callable[[], int]
+    address: Address, import_jax: Callable[[], Any], count_cards: Callable[[], int]
 ) -> Processes:
     """Connect to the other processes of the run, if there are any, before JAX looks for devices.
 
-    `visible_cards` counts the cards that this process sees. A single process, by its flags or its
-    launcher, uses all of them.
+    `count_cards` counts the cards that this process sees. A process that its flags or its launcher
+    make the only one uses all of them.
 
     Raises:
         UserError: if the address is wrong or incomplete, or not all processes connect.
@@ -168,7 +168,7 @@ def connect(
     try:
         jax.distributed.initialize(
             **address._asdict(),
-            local_device_ids=here and local_cards(here, visible_cards()),
+            local_device_ids=here and share_of_cards(here, count_cards()),
             cluster_detection_method=None if launcher else "deactivate",
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,

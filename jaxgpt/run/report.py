@@ -56,8 +56,8 @@ class Reporter:
         self._console.step(step, values["train/loss"], self._pace)
         scalars = {**values, **self._speed(), **hardware.memory_in_use(self._device)}
         try:
-            if told := self._skips.note(step, values):
-                self._console.say(told)
+            if message := self._skips.note(step, values):
+                self._console.say(message)
         except DivergedError:
             self._log.scalars(step, scalars)
             raise
@@ -79,7 +79,7 @@ class Reporter:
         return values
 
     def leave_out_pause(self, evaluated: bool) -> None:
-        """Leave the time since the last `read`, an evaluation's or a save's, out of the speed."""
+        """Leave the time since the last `read`, for an evaluation or a save, out of the speed."""
         self._pace.leave_out_pause(evaluated)
 
     def evaluated(
@@ -106,7 +106,7 @@ class Reporter:
         self._console.say(text)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar."""
         self._console.stop()
 
 
@@ -173,7 +173,7 @@ def _mesh_prefix(cfg: Resolved) -> str:
 
 
 def print_changes(changes: Sequence[str]) -> None:
-    """Print which settings a resumed run has been given new values for."""
+    """Print the settings that have changed since the run was saved."""
     if changes:
         print(f"Changed since the run was saved: {', '.join(changes)}")
 
@@ -182,8 +182,8 @@ def print_finished(
     asked: Config, prog: str, argv: Sequence[str], best: tuple[int, float] | None, result: Result
 ) -> None:
     """Print the result, a sample, and what to do next."""
-    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
-    print(f"\nDone: {asked.max_iters:,} steps, validation loss {result.val_loss:.4f}{best_is}")
+    loss = f"validation loss {result.val_loss:.4f}{_best(best)}"
+    print(f"\nDone: {asked.max_iters:,} steps, {loss}")
     if result.sample:
         print(f"\nA sample of what it writes:\n\n{result.sample.strip()}")
     print(f"\nNext:\n{_next_commands(asked, prog, argv, asked.max_iters)}")
@@ -192,15 +192,18 @@ def print_finished(
 def print_finished_before(
     cfg: Config, prog: str, argv: Sequence[str], step: int, best: tuple[int, float] | None
 ) -> None:
-    """Print the result of a run that is finished already, and how to continue it or start anew."""
+    """Print the result of a run that had finished before, and how to continue or start anew."""
     assert cfg.out_dir is not None
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
     if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
-    best_is = "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
-    print(f"{cfg.out_dir} is finished: {step:,} steps{result}{best_is}")
+    print(f"{cfg.out_dir} is finished: {step:,} steps{result}{_best(best)}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
+
+
+def _best(best: tuple[int, float] | None) -> str:
+    return "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
 
 
 def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:

@@ -1,7 +1,7 @@
 """Reading checkpoints back, the whole state or the parameters only, through Orbax.
 
-Orbax casts from one dtype to another and loads flipped bits without an error, and raises a dozen
-kinds of exceptions for what does not fit: everything is checked first, and they become a sentence.
+Orbax casts from one dtype to another and loads flipped bits without an error, so everything is
+checked first. For a tree that does not fit it raises a dozen kinds of exceptions, which become one.
 """
 
 import re
@@ -80,7 +80,7 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
             saved = orbax.path / folder.name
             params = ocp.load_checkpointables(saved, {"state": {"params": like}})
         return jax.tree.map(_check_shape, params["state"]["params"], like)
-    except Exception as error:  # Orbax raises a dozen kinds for what does not fit
+    except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):
             raise
         raise CheckpointError(

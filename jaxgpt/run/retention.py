@@ -41,28 +41,28 @@ def best_step(folder: Path) -> tuple[int, float] | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all finished checkpoints but the newest `keep` and the best; calls `clear` first."""
-    clear(folder)
+    """Delete all finished checkpoints but the newest `keep` and the best; and all leftovers."""
+    remove_leftovers(folder)
     steps, best = finished_steps(folder), best_step(folder)
     for step in steps[:-keep]:
         if best is None or step != best[0]:
             remove(folder / str(step))
 
 
-def clear(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Delete the leftovers of failed saves; call it between saves.
 
-    A thread of Orbax may still be writing after its save has failed, and put back what was
-    deleted. That is deleted next time.
+    After a failed save a thread of Orbax may still be writing and recreate what was deleted; the
+    next call deletes that.
     """
     for path in _leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_free_space(folder: Path, needed: int) -> None:
     """Raises OSError if fewer than `needed` bytes are free.
 
-    A failed write would tell too, but a disk that is full to the last byte takes no metrics either.
+    The write would fail as well, but would leave no space for the metrics.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -70,7 +70,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint's folder; at no moment is a partial one taken for a checkpoint."""
+    """Delete a checkpoint's folder; a partly deleted one never counts as a checkpoint."""
     doomed = path.with_name(path.name.removesuffix(DELETED) + DELETED)
     if path != doomed:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 
 
 def remove_failed(folder: Path, step: int) -> None:
-    """Delete what a failed save of `step` wrote, which takes the room that is missing."""
+    """Delete what a failed save of `step` wrote, to free its space."""
     with suppress(OSError):
         for path in folder.glob(f"{step}*"):
             if path.name.partition(".")[0] == str(step) and path.suffix != DAMAGED:

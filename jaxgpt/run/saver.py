@@ -1,4 +1,4 @@
-"""A run's saves: checkpoints, with metrics and configuration, in the order that loses nothing."""
+"""A run's saves: checkpoints, metrics and configuration, in an order in which nothing is lost."""
 
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -28,26 +28,26 @@ class Saver:
         """Begin to save `state`, whose arrays may be donated as soon as this returns."""
         self._checkpoints.begin(state, config=self._cfg.flat(), data=self._data)
         if self._checkpoints.processes.is_main and not (self._cfg.out_dir / CONFIG_FILE).exists():
-            with suppress(ConfigError):  # somebody deleted it; what fails now may work next time
+            with suppress(ConfigError):  # the user deleted it; the next save tries again
                 save_config(self._cfg)
 
     def finish(self, val_loss: float | None) -> None:
-        """Make a checkpoint of the save that has begun; `val_loss` None if not evaluated."""
+        """Complete the save under way as a checkpoint; `val_loss` is None without an evaluation."""
         self._log.flush()  # first, so that a checkpoint's metrics are never missing
         self._checkpoints.finish(val_loss)
 
     def is_due(self) -> bool:
-        """Whether to begin a save for the sake of time alone."""
+        """Whether checkpoint_minutes require a save now."""
         return self._checkpoints.due(self._cfg.asked.checkpoint_minutes)
 
     def poll(self) -> None:
-        """Report a save that has failed since it was started."""
+        """Report the save under way if it has failed."""
         self._checkpoints.poll()
 
     def settle(self) -> None:
-        """Return when the newest save is on disk or has failed."""
+        """Wait until the newest save is on disk or has failed."""
         self._checkpoints.settle()
 
     def wait(self) -> None:
-        """Return when the newest save is on disk; CheckpointError if it is not."""
+        """Wait until the newest save is on disk; CheckpointError if it failed."""
         self._checkpoints.wait()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxgpt.errors import UserError
 
-IN_A_ROW = 10  # the run is not expected to recover
+IN_A_ROW = 10  # after so many, the run is not expected to recover
 
 
 class DivergedError(UserError):

@@ -1,7 +1,7 @@
 """TensorBoard's event files: their names, and the events in them (TFRecord).
 
-tensorboardX provides the protocol buffers but not the writer: an error ends SummaryWriter's thread
-unseen, and ten events later `add_scalar` blocks.
+tensorboardX's protocol buffers are used, its SummaryWriter is not: an error ends its thread
+silently, and ten events later `add_scalar` blocks.
 """
 
 import socket

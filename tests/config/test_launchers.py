@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jaxgpt.config.launchers import HostRank, find_host_rank, find_launcher, local_cards
+from jaxgpt.config.launchers import HostRank, find_host_rank, find_launcher, share_of_cards
 
 SRUN = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NTASKS": "20", "SLURM_STEP_NUM_TASKS": "20"}
 
@@ -83,4 +83,4 @@ def test_a_process_knows_its_place_on_its_host(variables, values, here) -> None:
     ],
 )
 def test_processes_of_a_host_share_the_cards_that_all_of_them_see(here, visible, cards) -> None:
-    assert local_cards(here, visible) == cards
+    assert share_of_cards(here, visible) == cards

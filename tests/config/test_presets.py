@@ -236,12 +236,12 @@ def test_what_a_run_finds_out_cannot_be_set_in_a_file(toml, key):
 
 
 def test_a_preset_that_builds_on_another_is_answered_with_what_to_do(toml):
-    assert "copy what it should share" in refusal(toml("preset = '24gb'"))
+    assert "copy the keys it should share" in refusal(toml("preset = '24gb'"))
 
 
 def test_tables_are_answered_with_where_keys_stand(toml):
     message = refusal(toml("[model]\nn_layer = 3"))
-    assert "unknown table [model]; keys stand at the top" in message
+    assert "unknown table [model]; put its keys at the top level" in message
 
 
 @pytest.mark.parametrize(

@@ -62,16 +62,16 @@ def test_the_ladder_goes_up_and_keeps_heads_of_64() -> None:
 
 @pytest.mark.parametrize("capacity", [GIB, 6 * GIB])
 def test_advice_names_flags_that_fit_or_says_that_none_do(capacity) -> None:
-    text = fit.advice(CFG, capacity)
+    text = fit.flags_that_fit(CFG, capacity)
     assert ("--batch-size" in text) == (capacity > GIB)
     assert ("does not fit" in text) == (capacity == GIB)
 
 
 def test_after_running_out_of_memory_less_is_tried() -> None:
-    text = fit.smaller(CFG)
+    text = fit.flags_after_out_of_memory(CFG)
     words = text.split()
     B, remat = int(words[words.index("--batch-size") + 1]), words[words.index("--remat") + 1]
     assert 512 % B == 0
     tried = CFG.with_choice(B, remat)
     assert estimate(tried).peak_bytes < 0.85 * estimate(CFG).peak_bytes
-    assert "smaller model" in fit.smaller(CFG.with_choice(1, "full"))
+    assert "smaller model" in fit.flags_after_out_of_memory(CFG.with_choice(1, "full"))

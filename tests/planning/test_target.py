@@ -11,7 +11,7 @@ def test_every_card_is_described_or_known_to_be_too_old(gpu, monkeypatch) -> Non
         assert "no longer targets" in target.obstacle(gpu)
         return
     assert target.obstacle(gpu) is None
-    text = target.describe(gpu)
+    text = target.target_config(gpu)
     assert f"core_count: {gpu.sms} " in text
     assert f"device_memory_size: {gpu.memory_bytes}\n" in text
     major, minor = gpu.compute_capability

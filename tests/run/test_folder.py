@@ -113,7 +113,7 @@ def test_what_may_change_is_taken_from_the_command_line(name):
 @pytest.mark.parametrize("name", sorted(OTHER_RUN))
 def test_what_makes_another_run_is_refused_with_both_values(name):
     first, columns, *rows = refusal(with_fields(ASKED, **{name: OTHER_RUN[name]}))
-    assert first.startswith("runs/mine holds ")
+    assert first.startswith("runs/mine has another run; ")
     assert "--out-dir" in first
     assert columns.split() == ["the", "run", "asked", "for"]
     assert [row.split() for row in rows] == [[name, str(SAVED.flat()[name]), str(OTHER_RUN[name])]]
