@@ -69,8 +69,8 @@ def _compile_to_fit(
         _check_device(compiled, limit)
     elif limit is None:
         raise memory.TooLargeError(
-            f"{device.device_kind} does not report its memory, so it cannot choose for you; "
-            "give --batch-size and --remat"
+            f"{device.device_kind} does not report its memory, so batch_size and remat cannot be "
+            "auto; give --batch-size and --remat"
         )
     else:
         found = fit.best_fit(cfg, limit, need, free)

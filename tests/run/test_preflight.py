@@ -54,7 +54,7 @@ def test_a_step_that_does_not_fit_is_refused_with_figures_and_flags(machine, mon
     with pytest.raises(TooLargeError, match=r"a step needs .* GiB \(batch_size 4, remat none"):
         compile_run()
     machine(1000)
-    monkeypatch.setattr(preflight.fit, "advice", lambda cfg, limit: f"less than {limit}")
+    monkeypatch.setattr(preflight.fit, "flags_that_fit", lambda cfg, limit: f"less than {limit}")
     with pytest.raises(TooLargeError, match="less than 0"):
         compile_run()
 
@@ -102,7 +102,7 @@ def test_running_out_all_the_same_is_told_in_words() -> None:
     page = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n" + 99 * "x\n"
     with (
         pytest.raises(UserError, match=r"is full: .*allocate 9 bytes\.\n.*--batch-size"),
-        explain_out_of_memory(lambda: fit.smaller(CFG)),
+        explain_out_of_memory(lambda: fit.flags_after_out_of_memory(CFG)),
     ):
         raise RuntimeError(page)
     with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(str):
