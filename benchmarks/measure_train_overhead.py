@@ -135,7 +135,7 @@ def forget(path: Path) -> bool:
 def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float, float]:
     """(seconds per step for metrics, log and bar, share of a core for drawing the bar)."""
     device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
-    metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": 0}
+    metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped_steps": 0}
     os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
     with (
         open(os.devnull, "w") as nowhere,

@@ -7,7 +7,7 @@ architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al
 import math
 from typing import NamedTuple
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import ModelConfig, parameter_sizes
 from jaxgpt.config.fields import Remat
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.model.remat import REMATS
@@ -49,7 +49,9 @@ def model_flops_per_token(model: ModelConfig) -> int:
     GPT-2 124M has N = 123,587,328, hence 854,770,176.
     """
     D, T = model.n_embd, model.block_size
-    return 6 * (model.parameter_count() - T * D) + 12 * model.n_layer * D * T
+    sizes = parameter_sizes(model)
+    N = sum(sizes.values()) - sizes.get("wpe/embedding", 0)
+    return 6 * N + 12 * model.n_layer * D * T
 
 
 def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float) -> float:

@@ -21,14 +21,6 @@ if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
     from jaxgpt.run.opening import Data
     from jaxgpt.run.preflight import Compiled
 
-# Names of the step's metrics in the log.
-LOGGED_AS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "skipped": "train/skipped_steps",
-}
-
 
 class Reporter:
     """Shows each step's metrics on the console and writes them to the log."""
@@ -51,7 +43,7 @@ class Reporter:
         Raises:
             DivergedError: if too many steps in a row were skipped.
         """
-        values = {LOGGED_AS[name]: float(value) for name, value in metrics.items()}
+        values = {f"train/{name}": float(value) for name, value in metrics.items()}
         self._pace.lap()
         self._console.step(step, values["train/loss"], self._pace)
         scalars = {**values, **self._speed(), **hardware.memory_in_use(self._device)}

@@ -107,8 +107,9 @@ def make_train_step(
     that `optimizer` accumulates. A step is skipped if its loss or gradient is not finite or, unless
     `skip_spikes` is 0, more than that many standard deviations above the recent ones. Metrics are
     scalars: `loss` in nats (mean over the step's tokens), `grad_norm` before clipping,
-    `learning_rate`, `skipped` (steps skipped so far). On several devices `data_parallel` averages
-    the gradients over them, and `all_gather` gathers sharded parameters.
+    `learning_rate`, `skipped_steps` (so far); all are logged, as `train/loss` and so on. On several
+    devices `data_parallel` averages the gradients over them, and `all_gather` gathers sharded
+    parameters.
     """
     step_gradients = data_parallel(make_gradients(graphdef, accumulator, all_gather))
 
@@ -136,7 +137,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": schedule(state.step),
-            "skipped": skipped,
+            "skipped_steps": skipped,
         }
         return skip_if_bad(good, new, old)._replace(recent=recent), metrics
 

@@ -125,8 +125,13 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
 
     Raises:
         OSError: if they cannot be written.
+        FolderError: if the network is another than GPT-2.
     """
     n_vocab = cfg.n_vocab or cfg.vocab_size
+    _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
+    exported = dataclasses.replace(cfg, vocab_size=n_vocab, n_vocab=n_vocab, dropout=0.0)
+    if read_model_config(folder) != exported:
+        raise FolderError("only GPT-2 can be exported, and this is another network")
     tensors = {}
     for path in parameter_shapes(cfg):
         name, array = _tensor_name(path), np.asarray(_get(params, path), np.float32)
@@ -140,7 +145,6 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
     except SafetensorError as error:  # raised for a full disk, too
         raise OSError(str(error)) from None
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
-    _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
 
 

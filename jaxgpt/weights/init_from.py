@@ -6,12 +6,17 @@ from typing import Any
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import Config
+from jaxgpt.config.fields import Config, names_with
 from jaxgpt.config.resolved import Origin, Resolved
+from jaxgpt.config.roles import Role
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
 # Fields of ModelConfig that the weights determine; block_size may be shorter than theirs.
-FROM_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "gelu", "vocab_size")
+FROM_WEIGHTS = tuple(
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name in names_with(Role.FIXED) and f.name != "block_size"
+)
 
 
 def find_origin(
@@ -35,7 +40,7 @@ def find_origin(
         weights = open_weights(WeightsFlags(init_from=init_from))
         model, tokenizer = weights.model, weights.tokenizer.name
     _check_architecture(asked, init_from, model, tokenizer, given)
-    adopted = {name: getattr(model, name) for name in (*FROM_WEIGHTS, "n_vocab")}
+    adopted = {name: getattr(model, name) for name in FROM_WEIGHTS}
     block_size = min(asked.model.block_size, model.block_size)
     origin = Origin(
         model=dataclasses.replace(asked.model, **adopted, block_size=block_size),

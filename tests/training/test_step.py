@@ -92,7 +92,7 @@ def test_a_non_finite_step_is_skipped(where: str, accumulation: int) -> None:
     bad = poison(state, where)
     after, metrics = step(bad, second)
     assert not np.isfinite(float(metrics["loss"]))
-    assert int(metrics["skipped"]) == int(after.skipped) == 1
+    assert int(metrics["skipped_steps"]) == int(after.skipped) == 1
     assert int(after.step) == int(after.opt_state.gradient_step) == 2
     # Only the counts have changed, and training continues once the cause is gone.
     for old, new in zip(jax.tree.leaves(bad), jax.tree.leaves(after), strict=True):
@@ -114,7 +114,7 @@ def test_a_spike_is_skipped_if_enabled_and_enters_the_history(skip_spikes: float
     calm = 0.1 + 1e-3 * jnp.tile(jnp.arange(2.0), 64)  # far below an untrained model's
     state = state._replace(recent=jnp.stack([calm, calm]))
     after, metrics = step(state, batches(1, 1)[0])
-    assert int(after.skipped) == int(metrics["skipped"]) == bool(skip_spikes)
+    assert int(after.skipped) == int(metrics["skipped_steps"]) == bool(skip_spikes)
     assert int(after.step) == 1
     moved = [
         bool((a != b).any())

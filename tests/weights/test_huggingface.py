@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.network import build_model, init_params
+from jaxgpt.weights import huggingface
 from jaxgpt.weights.huggingface import (
     FolderError,
     load_params,
@@ -191,6 +192,15 @@ def test_an_index_may_not_name_files_of_another_folder(folder: Path, name: str |
 def test_a_failed_write_raises_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         save_model(tmp_path / "nowhere", TINY, random_params(TINY), eot=7)
+
+
+def test_a_network_that_its_config_json_does_not_describe_is_not_exported(
+    tmp_path, monkeypatch
+) -> None:
+    of_gpt2 = huggingface._config_values(TINY, eot=7)
+    monkeypatch.setattr(huggingface, "_config_values", lambda cfg, eot: {**of_gpt2, "bias": True})
+    with pytest.raises(FolderError, match="only GPT-2 can be exported"):
+        save_model(tmp_path, TINY, random_params(TINY), eot=7)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
