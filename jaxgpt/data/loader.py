@@ -99,10 +99,7 @@ class WindowLoader:
         return self._starts(np.arange(first, first + count, dtype=np.uint64))
 
     def _read(self, k: np.ndarray) -> np.ndarray:
-        starts = self._starts(k)
-        windows = self.tokens.windows(starts, self.block_size + 1)
-        self.tokens.check_ids(windows, starts, self.n_vocab)
-        return windows
+        return self.tokens.checked_windows(self._starts(k), self.block_size + 1, self.n_vocab)
 
     def _starts(self, k: np.ndarray) -> np.ndarray:
         epoch, place = np.divmod(k, np.uint64(self.windows_per_epoch))
@@ -129,9 +126,7 @@ def evaluation_windows(
     available = (len(tokens) - 1) // block_size
     count = min(count, available)
     starts = np.arange(count) * available // count * block_size
-    windows = tokens.windows(starts, block_size + 1)
-    tokens.check_ids(windows, starts, n_vocab)
-    return windows
+    return tokens.checked_windows(starts, block_size + 1, n_vocab)
 
 
 def first_windows(
@@ -146,9 +141,7 @@ def first_windows(
     count = min(count, (len(tokens) - 1) // block_size)
     for first in range(0, count, batch_size):
         starts = np.arange(first, min(first + batch_size, count)) * block_size
-        windows = tokens.windows(starts, block_size + 1)
-        tokens.check_ids(windows, starts, n_vocab)
-        yield windows
+        yield tokens.checked_windows(starts, block_size + 1, n_vocab)
 
 
 def _check_length(tokens: TokenStream, block_size: int) -> None:

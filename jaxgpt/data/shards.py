@@ -88,6 +88,12 @@ class TokenStream:
             f"was made with another tokenizer: prepare the text again with {PREPARE}"
         )
 
+    def checked_windows(self, starts: np.ndarray, length: int, n_vocab: int) -> np.ndarray:
+        """`windows`, with `check_ids`."""
+        windows = self.windows(starts, length)
+        self.check_ids(windows, starts, n_vocab)
+        return windows
+
     def check_all_ids(self, n_vocab: int) -> None:
         """`check_ids` of every token; reads everything."""
         for start, chunk in self.chunks():
@@ -195,7 +201,7 @@ def _check_or_sample_ids(tokens: TokenStream, files: list[TokenFile], n_vocab: i
     firsts = np.cumsum(lengths) - lengths
     starts = firsts[:, None] + fractions * np.maximum(lengths - SAMPLE_TOKENS, 0)[:, None]
     starts = np.minimum(starts.ravel().astype(np.int64), len(tokens) - SAMPLE_TOKENS)
-    tokens.check_ids(tokens.windows(starts, SAMPLE_TOKENS), starts, n_vocab)
+    tokens.checked_windows(starts, SAMPLE_TOKENS, n_vocab)
 
 
 def split_of(path: Path) -> str | None:

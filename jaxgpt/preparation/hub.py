@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import DATASETS
-from jaxgpt.preparation.hub_retry import retry_request
+from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
 # The folders of FineWeb's configurations; a dump, as CC-MAIN-2024-10, is in data/ under its name.
@@ -46,11 +46,8 @@ def list_dataset(
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
     else:
-        what = f"data set {repo!r}"
-        paths = retry_request(
-            lambda: _files_of_configuration(repo, name, split, commit), what, say, first=True
-        )
-        found = retry_request(lambda: _paths_info(repo, paths, commit), what, say, first=True)
+        paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit), say)
+        found = _request(repo, lambda: _paths_info(repo, paths, commit), say)
     return Listing(commit, _inputs(found, repo))
 
 
@@ -58,12 +55,7 @@ def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -
     """The commit of a data set's `revision`; raises UserError."""
     from huggingface_hub import HfApi
 
-    info = retry_request(
-        lambda: HfApi().dataset_info(repo, revision=revision, timeout=20),
-        f"data set {repo!r}",
-        say,
-        first=True,
-    )
+    info = _request(repo, lambda: HfApi().dataset_info(repo, revision=revision, timeout=20), say)
     assert info.sha is not None
     return info.sha
 
@@ -74,17 +66,16 @@ def list_files(
     """The files in a folder of a data set, with path, size and lfs, sorted; raises UserError."""
     from huggingface_hub import HfApi
 
-    found = retry_request(
-        lambda: list(
-            HfApi().list_repo_tree(
-                repo, folder, recursive=True, revision=commit, repo_type="dataset"
-            )
-        ),
-        f"data set {repo!r}",
-        say,
-        first=True,
-    )
+    def tree() -> list[Any]:
+        options: dict[str, Any] = {"revision": commit, "repo_type": "dataset"}
+        return list(HfApi().list_repo_tree(repo, folder, recursive=True, **options))
+
+    found = _request(repo, tree, say)
     return sorted((file for file in found if hasattr(file, "size")), key=lambda file: file.path)
+
+
+def _request(repo: str, request: Callable[[], T], say: Callable[[str], object]) -> T:
+    return retry_request(request, f"data set {repo!r}", say, first=True)
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:

@@ -176,22 +176,21 @@ def _files_of(argument: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path)
     if path.exists():
-        if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read only once
-            raise UserError(_unreadable_error(path))
-        return [_absolute(path)]
-    if glob.has_magic(argument):
+        files = [path]
+    elif glob.has_magic(argument):
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         files = [match for match in matches if match.is_file()]
         if not files:
             raise UserError(f"{argument}: no file matches; give a path to {READABLE}")
-        for file in files:
-            if kind_of(str(file)) is None:
-                raise UserError(_unreadable_error(file))
-        return [_absolute(file) for file in files]
-    raise UserError(
-        f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a data "
-        "set of the Hub as fineweb, fineweb-edu or owner/name"
-    )
+    else:
+        raise UserError(
+            f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a "
+            "data set of the Hub as fineweb, fineweb-edu or owner/name"
+        )
+    for file in files:
+        if kind_of(str(file)) is None or not file.is_file():  # a pipe can be read only once
+            raise UserError(_unreadable_error(file))
+    return [_absolute(file) for file in files]
 
 
 def _absolute(path: Path) -> Path:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +32,22 @@ AHEAD = 3
 Locate = Callable[[Input], Path | None]  # where an input can be read, None while it is downloading
 
 
-@dataclass
 class SharedProgress:
-    """Totals that the workers add to and the parent reads."""
+    """Totals of documents, tokens and bytes: the workers add to them, the parent reads them."""
 
-    documents: Any  # multiprocessing values
-    tokens: Any
-    bytes: Any
+    def __init__(self, context: Any):
+        self._totals = context.Array("q", 3)
 
-    @classmethod
-    def zero(cls, context: Any) -> "SharedProgress":
-        """Totals at zero."""
-        return cls(*(context.Value("q", 0) for _ in range(3)))
+    def add(self, *batch: int) -> None:
+        """Add a batch's documents, tokens and bytes."""
+        with self._totals.get_lock():
+            for i, count in enumerate(batch):
+                self._totals[i] += count
 
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Add a batch."""
-        for total, more in ((self.documents, documents), (self.tokens, tokens), (self.bytes, size)):
-            with total.get_lock():
-                total.value += more
+    def read(self) -> tuple[int, int, int]:
+        """(documents, tokens, bytes)."""
+        documents, tokens, size = self._totals[:]
+        return documents, tokens, size
 
 
 @contextmanager
@@ -104,8 +101,7 @@ def run_units(
     `release` is called with each input that is no longer needed.
     """
     units = plan.units()
-    context = multiprocessing.get_context("spawn")
-    progress = SharedProgress.zero(context)
+    progress = SharedProgress(multiprocessing.get_context("spawn"))
     assembler.write_complete_shards()
     pending = assembler.pending_units()
     if assembler.finished:
@@ -133,8 +129,8 @@ def run_units(
                     if not uses[path]:
                         release(inputs[path])
             assembler.write_complete_shards()
-            done = console.done_before + progress.bytes.value
-            console.update(done, progress.tokens.value, progress.documents.value, note)
+            documents, tokens, size = progress.read()
+            console.update(console.done_before + size, tokens, documents, note)
 
 
 def _is_near(number: int, running: dict[Future[Record], int], workers: int) -> bool:
