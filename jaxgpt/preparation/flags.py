@@ -85,14 +85,13 @@ class PrepareFlags:
     rank: IntIfSet = None
     """rank of this process among --world-size; by default from Slurm, torchrun or Open MPI"""
     world_size: IntIfSet = None
-    """number of processes, on one or several machines, that divide the input; --merge joins their
-    shards"""
+    """number of processes that divide the input; --merge joins their shards"""
     merge: bool = False
     """write the manifest of a folder in which all ranks have finished"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
     unit_bytes: Count = "256M"
-    """bytes of text that a worker processes at a time; a kill costs each worker at most these"""
+    """bytes of text in a unit of work; a kill costs each worker at most one unit"""
 
     def errors(self) -> list[str]:
         """A sentence for each error in the flags."""
