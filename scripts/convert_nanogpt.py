@@ -8,7 +8,6 @@ result uses the exact GELU, as nanoGPT does.
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import write_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, fail
 from jaxgpt.weights.huggingface import save_model
 
 COMPILED = "_orig_mod."  # torch.compile's prefix of every name
@@ -32,8 +31,7 @@ def main() -> None:
     try:
         convert(args.checkpoint, args.to)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(parser.prog, str(error))
 
 
 def convert(checkpoint: Path, folder: Path) -> None:

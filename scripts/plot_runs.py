@@ -7,13 +7,12 @@ One picture of three parts that share their x-axis: optimizer steps, or with --x
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, fail
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
 FORMATS = (".png", ".svg")
@@ -29,8 +28,7 @@ def main() -> None:
     try:
         draw(args.runs, args.to, args.x)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(parser.prog, str(error))
     print(args.to)
 
 

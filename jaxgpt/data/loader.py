@@ -20,7 +20,7 @@ from jaxgpt.data.token_file import PREPARE, DataError
 Batch = TypeVar("Batch")
 
 MASK_64 = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's step from one key to the next
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's increment
 JOIN_SECONDS = 10  # a read that hangs on a lost disk must not stop a run from ending
 ROUNDS = 12  # over 20,000 seeds all orders of six windows are equally frequent; with 8 they are not
 
@@ -99,16 +99,13 @@ class WindowLoader:
         return self._starts(np.arange(first, first + count, dtype=np.uint64))
 
     def _read(self, k: np.ndarray) -> np.ndarray:
-        starts = self._starts(k)
-        windows = self.tokens.windows(starts, self.block_size + 1)
-        self.tokens.check_ids(windows, starts, self.n_vocab)
-        return windows
+        return self.tokens.checked_windows(self._starts(k), self.block_size + 1, self.n_vocab)
 
     def _starts(self, k: np.ndarray) -> np.ndarray:
         epoch, place = np.divmod(k, np.uint64(self.windows_per_epoch))
         epoch_seed = _mix(_mix(np.array([self.seed & MASK_64], np.uint64)) + epoch)
-        room = len(self.tokens) - self.block_size * self.windows_per_epoch
-        offset = _mix(epoch_seed) % room
+        n_offsets = len(self.tokens) - self.block_size * self.windows_per_epoch
+        offset = _mix(epoch_seed) % n_offsets
         index = shuffled_index(place, self.windows_per_epoch, epoch_seed)
         return (offset + index * self.block_size).astype(np.int64)
 
@@ -129,9 +126,7 @@ def evaluation_windows(
     available = (len(tokens) - 1) // block_size
     count = min(count, available)
     starts = np.arange(count) * available // count * block_size
-    windows = tokens.windows(starts, block_size + 1)
-    tokens.check_ids(windows, starts, n_vocab)
-    return windows
+    return tokens.checked_windows(starts, block_size + 1, n_vocab)
 
 
 def first_windows(
@@ -146,9 +141,7 @@ def first_windows(
     count = min(count, (len(tokens) - 1) // block_size)
     for first in range(0, count, batch_size):
         starts = np.arange(first, min(first + batch_size, count)) * block_size
-        windows = tokens.windows(starts, block_size + 1)
-        tokens.check_ids(windows, starts, n_vocab)
-        yield windows
+        yield tokens.checked_windows(starts, block_size + 1, n_vocab)
 
 
 def _check_length(tokens: TokenStream, block_size: int) -> None:
@@ -167,7 +160,7 @@ def prefetch(
     """An iterator over make_batch(start), ..., make_batch(stop - 1), prefetched on a thread.
 
     Use it as `with prefetch(make_batch, start, stop) as batches:`. At most `depth` batches are
-    queued. An exception of make_batch is raised again here, at its step; leaving the block ends
+    queued. An exception of make_batch is raised here, at its step; leaving the block ends
     the thread.
     """
     assert depth >= 1, "a queue of size 0 is unbounded"
@@ -176,9 +169,9 @@ def prefetch(
 
     def work() -> None:
         for step in range(start, stop):
-            made = _make_future(make_batch, step)
-            ready.put(made)
-            if closed.is_set() or made.exception():
+            future = _make_future(make_batch, step)
+            ready.put(future)
+            if closed.is_set() or future.exception():
                 return
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
@@ -196,9 +189,9 @@ def prefetch(
 
 
 def _make_future(make_batch: Callable[[int], Batch], step: int) -> Future[Batch]:
-    made: Future[Batch] = Future()
+    future: Future[Batch] = Future()
     try:
-        made.set_result(make_batch(step))
+        future.set_result(make_batch(step))
     except BaseException as error:
-        made.set_exception(error)
-    return made
+        future.set_exception(error)
+    return future

@@ -1,4 +1,4 @@
-"""manifest.json: what the shards in a folder are, and how to check that they still are.
+"""manifest.json: a record of the shards in a folder, and checks of the shards against it.
 
 `jaxgpt.prepare` writes it last, so a folder that has one is complete. Folders without one (llm.c's,
 modded-nanogpt's, nanoGPT's) can be trained on too, but there is nothing to check their files
@@ -32,7 +32,7 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, order=True, forbid_u
     file: str
     split: Split
     tokens: Count
-    documents: Count  # that begin in it
+    documents: Count  # that begin in this shard
     sha256: str
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Splits(msgspec.Struct, frozen=True):
 
 
 class Documents(msgspec.Struct, frozen=True, kw_only=True):
-    """How many documents were used, and how many were skipped for which reason."""
+    """The number of documents used, and of those skipped by reason."""
 
     used: Count
     skipped: dict[str, Count]
@@ -92,7 +92,7 @@ class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of manifest.json. `documents` and `token_count` are of prepared text only."""
+    """The contents of manifest.json; only prepared text has `documents` and `token_count`."""
 
     version: int = VERSION
     jaxgpt: str = ""  # the version that wrote it
@@ -123,13 +123,13 @@ def load_manifest(data_dir: Path) -> Manifest | None:
     """The manifest of a folder, None if there is none.
 
     Raises:
-        DataError: if it cannot be read, is not of the declared types or is of another version.
+        DataError: if it cannot be read, has another version, or has fields of another type.
     """
     return read_manifest(data_dir / MANIFEST, Manifest, _remedy(data_dir))
 
 
 def read_manifest(path: Path, kind: type[M], remedy: str) -> M | None:
-    """As `load_manifest`, for a manifest under any name and of a narrower type."""
+    """As `load_manifest`, for any file name and any subclass."""
     try:
         content = path.read_bytes()
         version = decode_json(content, _Version).version
@@ -171,7 +171,7 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def unfinished_error(data_dir: Path) -> str | None:
-    """What remains to be done before a folder without a manifest is complete, None for nothing."""
+    """For a folder without a manifest: an error if its preparation is unfinished, else None."""
     if any(data_dir.glob("manifest-*-of-*.json")):
         return (
             f"{data_dir}: was prepared by several processes; merge their shards with {PREPARE} "
@@ -225,7 +225,7 @@ def checksum_errors(
 
 
 def count_documents(file: TokenFile, eot: int) -> int:
-    """The number of end-of-text tokens in a file, that is of documents that begin in it."""
+    """The number of end-of-text tokens in a file: one for each document that begins in it."""
     chunks = TokenStream([file], str(file.path)).chunks()
     return sum(int(np.count_nonzero(chunk == eot)) for _, chunk in chunks)
 

@@ -29,11 +29,11 @@ MAPPED_AT_ONCE = 512
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample, which has 0.27B more
+SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample (exactly: 10.27B)
 
 
 class TokenStream:
-    """Token files or arrays as one sequence; opening it reads nothing and takes no memory."""
+    """Token files or arrays as one sequence; opening it reads nothing."""
 
     def __init__(self, parts: Sequence[TokenFile | np.ndarray], name: str):
         self.name = name  # for messages
@@ -88,6 +88,12 @@ class TokenStream:
             f"was made with another tokenizer: prepare the text again with {PREPARE}"
         )
 
+    def checked_windows(self, starts: np.ndarray, length: int, n_vocab: int) -> np.ndarray:
+        """`windows`, with `check_ids`."""
+        windows = self.windows(starts, length)
+        self.check_ids(windows, starts, n_vocab)
+        return windows
+
     def check_all_ids(self, n_vocab: int) -> None:
         """`check_ids` of every token; reads everything."""
         for start, chunk in self.chunks():
@@ -133,8 +139,8 @@ def load_split(
 
     Headers and sizes of all files are checked. Ids are all checked in small data and sampled in
     large data, where reading 200 GB would take too long: check every batch too
-    (`TokenStream.check_ids`). Raises DataError; without files, with the command that makes
-    `tokens_wanted`.
+    (`TokenStream.check_ids`). Raises DataError; if there are no files, its message has the command
+    that makes `tokens_wanted`.
     """
     files, errors = [], []
     for path in find_files(data_dir, split, tokens_wanted):
@@ -176,7 +182,7 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
 
 
 def prepare_command(data_dir: Path, tokens: int | None) -> str:
-    """The command that makes `tokens` training tokens in `data_dir`, of FineWeb if named so."""
+    """The command that makes `tokens` training tokens in `data_dir`, FineWeb if named so."""
     out = "" if data_dir == Path("data/fineweb") else f" --out {data_dir}"
     if "fineweb" not in data_dir.name.lower():
         return f"{PREPARE} YOUR_TEXT{out}"
@@ -195,11 +201,11 @@ def _check_or_sample_ids(tokens: TokenStream, files: list[TokenFile], n_vocab: i
     firsts = np.cumsum(lengths) - lengths
     starts = firsts[:, None] + fractions * np.maximum(lengths - SAMPLE_TOKENS, 0)[:, None]
     starts = np.minimum(starts.ravel().astype(np.int64), len(tokens) - SAMPLE_TOKENS)
-    tokens.check_ids(tokens.windows(starts, SAMPLE_TOKENS), starts, n_vocab)
+    tokens.checked_windows(starts, SAMPLE_TOKENS, n_vocab)
 
 
 def split_of(path: Path) -> str | None:
-    """The last word of a file name that is a split: 'val' for fineweb_val_000000.bin."""
+    """The split in a file's name, the last one if it has both: fineweb_val_000000.bin is 'val'."""
     words = re.split("[^a-z]+", path.name)
     return next((word for word in reversed(words) if word in ("train", "val")), None)
 

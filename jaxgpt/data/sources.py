@@ -1,7 +1,7 @@
 """Tokens to train on: the embedded text, or the shards in a folder.
 
-The end-of-text token is *before* each document (llm.c's convention): wherever a stream is cut, it
-is clear where documents begin, and sampling can start from that token.
+The end-of-text token is *before* each document (llm.c's convention), so that it marks where a
+document begins, and sampling can start from it.
 """
 
 from pathlib import Path

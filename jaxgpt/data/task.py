@@ -1,4 +1,4 @@
-"""What an evaluation task is: its records become rows of tokens, its rows' scores become figures.
+"""An evaluation task turns records into rows of tokens, and the rows' scores into figures.
 
 Rows are scored as completions, as llm.c scores HellaSwag: context and completion are tokenized
 separately, and only the completion's tokens count. Everything here is NumPy; the model scores the
@@ -47,7 +47,7 @@ class Figure(NamedTuple):
     """A result of a task."""
 
     value: float
-    standard_error: float | None = None  # of a share of the questions
+    standard_error: float | None = None  # if the value is a share of the questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Task:
     file: str  # name of the published jsonl file, for --help
     hub: Mapping[str, str]  # where it is on the Hugging Face Hub: arguments of load_dataset
     record: type[msgspec.Struct]  # the fields of a record that are used
-    # (record, tokenizer) -> its question; a ValueError says what is wrong with the record
+    # (record, tokenizer) -> its question; raises ValueError for a wrong record
     question: Callable[[Any, Tokenizer], Question]
     # (questions, scores of all their rows in order) -> figures by name
     figures: Callable[[Sequence[Question], RowScores], dict[str, Figure]]

@@ -1,4 +1,4 @@
-"""Token ids to text while they are generated."""
+"""Turns token ids into text while they are generated."""
 
 import codecs
 from itertools import takewhile
@@ -9,7 +9,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes one text a few ids at a time; the bytes of an incomplete character wait."""
+    """Decodes one text, a few ids at a time, and buffers the bytes of an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer, stop_at: int | None):
         self.tokens = 0  # decoded so far, without `stop_at`

@@ -26,7 +26,7 @@ FOREIGN_MAGICS = {
     20240522: "llm.c's HellaSwag questions",
 }
 HEADERLESS_NAMES = ("train.bin", "val.bin")
-LARGEST_ID = np.iinfo(np.uint16).max
+LARGEST_ID = np.iinfo(np.uint16).max  # in a token file
 
 PREPARE = "python -m jaxgpt.prepare"  # the command that makes such files
 
@@ -43,7 +43,7 @@ def refuse(errors: Sequence[str]) -> None:
 
 
 class TokenFile(NamedTuple):
-    """The position of the tokens in one file."""
+    """A file, and where its tokens are."""
 
     path: Path
     offset: int  # bytes before the first token

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxgpt.data.embedded import load_embedded
+from jaxgpt.data.token_file import LARGEST_ID
 from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import tiktoken
 
 EOT_TEXT = "<|endoftext|>"
-LARGEST_ID = np.iinfo(np.uint16).max  # in a token file
 
 # Rejected by name, before a useless download (tiktoken 0.14).
 LARGE_VOCABULARIES = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
@@ -45,7 +45,7 @@ BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  
 class Tokenizer:
     """A vocabulary of `n_vocab` ids, the end-of-text id `eot` among them.
 
-    Two tokenizers have the same `sha256` exactly if every id stands for the same bytes in both.
+    Two tokenizers have the same `sha256` if and only if every id has the same bytes in both.
     """
 
     name: str

@@ -33,9 +33,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     _write(folder / "vocab.json", json.dumps(ids))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     _write(folder / "tokenizer.json", json.dumps(_tokenizer_json(ids, merges)))
-    of_gpt2 = tokenizer.bpe is not None
     config = {
-        "tokenizer_class": "GPT2Tokenizer" if of_gpt2 else "PreTrainedTokenizerFast",
+        "tokenizer_class": "GPT2Tokenizer"
+        if tokenizer.bpe is not None
+        else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT),

@@ -1,4 +1,4 @@
-"""Runs a list of blocks: one after the other or by `lax.scan`, rematerialized, all-gathered."""
+"""Runs a list of blocks, unrolled or by `lax.scan`, with rematerialization and all-gathers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ Keys = list[jax.Array] | list[None]  # one per block; None without dropout
 def run_unrolled(
     blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, all_gather: AllGather | None
 ) -> jax.Array:
-    """x through the blocks, each compiled separately."""
+    """x through the blocks, unrolled: each is compiled by itself."""
     for block, key in zip(blocks, keys, strict=True):
         run = block if all_gather is None else _gathered_when_run(block, all_gather)
         x_BTD, _ = rematerialized(run, remat)(x_BTD, key)

@@ -43,7 +43,7 @@ class _Decoding(NamedTuple):
 
 
 class Generator:
-    """Samples continuations of a prompt; compiled once per number of samples."""
+    """Samples continuations of a prompt; compiled for each number of samples."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Yield tokens_BC as they are generated: int32, B = samples, C <= chunk.
 
-        `prompt_P` has at least one token; of a prompt longer than block_size the model sees the
-        end. Sample b depends on `key` and b, not on the number of samples. Ends early once every
+        `prompt_P` has at least one token; the model sees only the last block_size of
+        them. Sample b depends on `key` and b, not on the number of samples. Ends early once every
         sample has drawn `stop_at`.
         """
         state = self._prefill(params, *_padded(prompt_P, self._block_size), key, samples=samples)
@@ -107,7 +107,8 @@ class Generator:
 def _padded(prompt_P: Sequence[int], block_size: int) -> tuple[np.ndarray, int]:
     """(prompt_1W, P): the tokens that fit the context, padded to a power of two.
 
-    So few widths are compiled. Causal attention masks the padding, and generation overwrites it.
+    So only a few widths are compiled. Causal attention masks the padding, and generation
+    overwrites it.
     """
     seen = np.asarray(prompt_P, np.int32)[-block_size:]
     assert len(seen), "a prompt has at least one token"

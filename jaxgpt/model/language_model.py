@@ -24,7 +24,7 @@ class LanguageModel(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.scan_layers = scan_layers
-        self.all_gather: AllGather | None = None  # set where blocks are sharded: `merge_model`
+        self.all_gather: AllGather | None = None  # set by `merge_model` for sharded parameters
         self.drop = nnx.Dropout(cfg.dropout)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def _no_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    raise AssertionError("a model made for its parameters is not called")
+    raise AssertionError("a model built for its parameters only was called")
 
 
 def merge_model(
@@ -54,6 +54,6 @@ def merge_model(
 
 
 def shorten_context(params: Params, like: Params) -> Params:
-    """`params` with as many learned positions as `like` has, which must not be more."""
+    """`params` cut to the number of learned positions of `like`, which must not have more."""
     positions = like["wpe"]["embedding"].shape[0]
     return {**params, "wpe": {"embedding": params["wpe"]["embedding"][:positions]}}

@@ -12,14 +12,14 @@ from jaxgpt.config.fields import Remat
 class Kept(NamedTuple):
     """Memory at a step's peak, fitted to benchmarks/results/memory.json.
 
-    Bytes per token and unit of width, if the dtype is bfloat16. Fields with `scores` are multiples
-    of the float32 attention scores, which exist where attention is plain.
+    Bytes per token and unit of width, in bfloat16. Fields with `scores` are multiples of the
+    float32 attention scores, which only plain attention stores.
     """
 
     per_layer: float  # until the layer's backward pass
     at_the_head: float  # in addition, while the loss is computed
     in_a_block: float  # in addition, while one block's backward pass runs
-    per_layer_plain: float  # `per_layer` where attention is plain
+    per_layer_plain: float  # `per_layer` with plain attention
     scores_per_layer: float
     scores_in_a_block: float
     copies: float  # share of the weights that exist a second time, in the dtype of the products
@@ -57,7 +57,7 @@ REMATS: dict[Remat, RematSetting] = {
     "none": RematSetting(
         policy=None, work=1.0, kept=Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6, dropout=4.0)
     ),
-    # Recomputes norms, GELU and plain attention: little work, but bytes.
+    # Recomputes norms, GELU and plain attention: many bytes for little work.
     "light": RematSetting(
         policy=saves_products, work=1.05, kept=Kept(21, 0, 0, 16, 0, 2, copies=0, dropout=0.6)
     ),

@@ -1,12 +1,12 @@
-"""Cutting shards from the parts: the tokens of all units in the order of the inputs.
+"""Cuts shards from the parts (`tokenize.py`), in the order of the inputs.
 
-A shard is written as soon as all its tokens are there, atomically, and never changed again. Parts
-that are completely in shards are deleted.
+A shard is written once all its tokens exist, atomically, and never changes. Parts whose tokens are
+all in shards are deleted.
 """
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from jaxgpt.preparation.tokenize import iterate_tokens, part_path
 
 @dataclass(frozen=True)
 class Output:
-    """A split, and the range of tokens of a part that it consists of."""
+    """A split: tokens [start, stop) of a stream, to its end if `stop` is None."""
 
     split: Split
-    part: str
+    stream: str
     start: int
     stop: int | None
 
@@ -56,10 +56,10 @@ class Assembler:
         self._round_ends = plan.round_ends()
         self._n_units = self._round_ends[-1] if self._round_ends else 0
         self._records = {record.number: record for record in self._units.entries}
-        # Where each unit's tokens end in the stream of its part, up to the first unfinished unit.
-        self._ends: dict[str, list[int]] = {output.part: [0] for output in self._outputs}
-        self._refuse_other_parts()
-        self._kept = dict.fromkeys(self._ends, 0)  # the first unit whose part may still exist
+        # By stream: where each unit's tokens end, up to the first unfinished unit.
+        self._ends: dict[str, list[int]] = {output.stream: [0] for output in self._outputs}
+        self._refuse_other_streams()
+        self._kept = dict.fromkeys(self._ends, 0)  # by stream: the first unit whose part may exist
         self._tokens_in, self._shards_in = Counter[str](), Counter[str]()  # by split
         for shard in self.shards:
             self._add_to_totals(shard)
@@ -77,6 +77,11 @@ class Assembler:
     def tokens_done(self) -> int:
         """The tokens in finished shards."""
         return self._tokens_in.total()
+
+    @property
+    def empty_splits(self) -> list[str]:
+        """The splits without a token."""
+        return [split for split in ("train", "val") if not self._tokens_in[split]]
 
     @property
     def finished(self) -> bool:
@@ -108,11 +113,11 @@ class Assembler:
                 self._delete_used_parts()
 
     def delete_parts(self) -> None:
-        """Delete the parts that are left when all shards are written."""
+        """Delete the parts that remain when all shards are written."""
         for path in self._parts.iterdir():
             path.unlink()
 
-    def _refuse_other_parts(self) -> None:
+    def _refuse_other_streams(self) -> None:
         for record in self._units.entries:
             if record.tokens.keys() != self._ends.keys():
                 raise UserError(
@@ -122,18 +127,18 @@ class Assembler:
                 )
 
     def _extend_ends(self) -> None:
-        for part, ends in self._ends.items():
+        for stream, ends in self._ends.items():
             while (record := self._records.get(len(ends) - 1)) is not None:
-                ends.append(ends[-1] + record.tokens[part])
+                ends.append(ends[-1] + record.tokens[stream])
 
     def _position(self, output: Output) -> int:
-        """Where the next shard of a split begins in the stream of its part."""
+        """Where the next shard of a split begins in its stream."""
         return output.start + self._tokens_in[output.split]
 
     def _last_needed(self) -> int | None:
         """The unit in which the limit is reached, None if it is not reached yet."""
         train = self._outputs[-1]
-        ends = self._ends[train.part]
+        ends = self._ends[train.stream]
         if train.stop is None:
             return None
         stop = max(train.stop, self._position(train))  # an earlier run may have had no limit
@@ -143,14 +148,14 @@ class Assembler:
         """Where a split ends, None if that is not known yet."""
         if output.stop is not None:
             return output.stop
-        ends, last = self._ends[output.part], self._last_needed()
+        ends, last = self._ends[output.stream], self._last_needed()
         if last is not None:
             return ends[last + 1]
         return ends[-1] if len(ends) == self._n_units + 1 else None
 
     def _next_shard_end(self, output: Output) -> int | None:
         """Where the next shard ends, None if it cannot be written yet."""
-        position, ends = self._position(output), self._ends[output.part]
+        position, ends = self._position(output), self._ends[output.stream]
         borders = [ends[k] for k in self._round_ends if k < len(ends)]
         borders += [position + self._plan.settings.shard_tokens, self._split_end(output) or 0]
         stop = min(border for border in borders if border > position)
@@ -161,8 +166,8 @@ class Assembler:
 
     def _is_finished(self, output: Output) -> bool:
         stop, position = self._split_end(output), self._position(output)
-        all_done = len(self._ends[output.part]) == self._n_units + 1
-        if all_done and position >= self._ends[output.part][-1]:
+        all_done = len(self._ends[output.stream]) == self._n_units + 1
+        if all_done and position >= self._ends[output.stream][-1]:
             return True
         return stop is not None and position >= stop
 
@@ -178,7 +183,7 @@ class Assembler:
 
         def pieces() -> Iterator[np.ndarray]:
             nonlocal documents
-            for piece in self._tokens(output.part, start, stop):
+            for piece in self._tokens(output.stream, start, stop):
                 documents += int(np.count_nonzero(piece == self._eot))
                 yield piece
 
@@ -199,21 +204,21 @@ class Assembler:
         self._tokens_in[shard.split] += shard.tokens
         self._shards_in[shard.split] += 1
 
-    def _tokens(self, part: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        ends = self._ends[part]
+    def _tokens(self, stream: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        ends = self._ends[stream]
         unit = bisect_right(ends, start) - 1
         while start < stop:
             first, last = ends[unit : unit + 2]
             end = min(stop, last)
-            path = part_path(self._parts, unit, part)
+            path = part_path(self._parts, unit, stream)
             yield from iterate_tokens(path, start - first, end - first)
             unit, start = unit + 1, end
 
     def _adopt_unrecorded_shards(self) -> None:
-        """Record a shard that was complete when a kill came before its line in the journal.
+        """Record a shard that a killed run wrote but did not record.
 
-        Raises UserError for a file whose tokens are not the next ones, which stay in the parts
-        until that line is written.
+        Its tokens are still in the parts, which are deleted after recording. Raises UserError for
+        a file with other tokens.
         """
         for output in self._outputs:
             path = self._out / self._next_name(output)
@@ -228,12 +233,12 @@ class Assembler:
                 self._record_shard(path.name, output, file.length, documents, sha256_of(path))
 
     def _has_next_tokens(self, file: TokenFile, output: Output) -> bool:
-        stream, start = TokenStream([file], str(file.path)), self._position(output)
-        if start + file.length > self._ends[output.part][-1]:
+        tokens, start = TokenStream([file], str(file.path)), self._position(output)
+        if start + file.length > self._ends[output.stream][-1]:
             return False
         compared = 0
-        for piece in self._tokens(output.part, start, start + file.length):
-            if not np.array_equal(stream.window(compared, len(piece)), piece):
+        for piece in self._tokens(output.stream, start, start + file.length):
+            if not np.array_equal(tokens.window(compared, len(piece)), piece):
                 return False
             compared += len(piece)
         return True
@@ -252,33 +257,27 @@ class Assembler:
                 ends = None  # no shard has tokens from beyond a gap
                 continue
             if ends is not None:
-                ends = {part: end + record.tokens[part] for part, end in ends.items()}
-            for part in self._ends:
-                path = part_path(self._parts, number, part)
-                there = path.exists() and path.stat().st_size == 2 * record.tokens[part]
-                if not there and (ends is None or not self._is_used(part, ends[part])):
+                ends = {stream: end + record.tokens[stream] for stream, end in ends.items()}
+            for stream in self._ends:
+                path = part_path(self._parts, number, stream)
+                intact = path.exists() and path.stat().st_size == 2 * record.tokens[stream]
+                if not intact and (ends is None or not self._is_used(stream, ends[stream])):
                     self._records.pop(number, None)
             if number not in self._records:
                 ends = None
 
-    def _is_used(self, part: str, end: int) -> bool:
+    def _is_used(self, stream: str, end: int) -> bool:
         """Whether all tokens before `end` are in shards."""
-        outputs = [output for output in self._outputs if output.part == part]
+        outputs = [output for output in self._outputs if output.stream == stream]
         return all(
             self._position(o) >= end or (o.split == "val" and o.stop == self._position(o))
             for o in outputs
         )
 
     def _delete_used_parts(self) -> None:
-        for part, ends in self._ends.items():
-            while self._kept[part] < len(ends) - 1 and self._is_used(
-                part, ends[self._kept[part] + 1]
+        for stream, ends in self._ends.items():
+            while self._kept[stream] < len(ends) - 1 and self._is_used(
+                stream, ends[self._kept[stream] + 1]
             ):
-                part_path(self._parts, self._kept[part], part).unlink(missing_ok=True)
-                self._kept[part] += 1
-
-
-def empty_splits(assembler: Assembler) -> Sequence[str]:
-    """The splits without a token."""
-    found = {shard.split for shard in assembler.shards}
-    return [split for split in ("train", "val") if split not in found]
+                part_path(self._parts, self._kept[stream], stream).unlink(missing_ok=True)
+                self._kept[stream] += 1

@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from jaxgpt.errors import UserError, first_line
 
 CHUNK = 1 << 20  # bytes read at a time
-ZSTD_CHUNK = 1 << 8  # of .zst: 12 bytes can decompress to 128 KB, so a chunk's output is unbounded
+ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
 PIECE = 1 << 20  # characters encoded at a time
 
 SampleBy = Literal["document", "paragraph", "line"]
@@ -74,10 +74,10 @@ Document = str | LongText | Skip
 
 
 class Batch(NamedTuple):
-    """Some documents of a slice, and their bytes in the file."""
+    """Some documents of a slice."""
 
     documents: list[Document]
-    bytes: int
+    bytes: int  # of the file that they take
     token_count: int | None  # the sum of FineWeb's column of this name, if there is one
 
 
@@ -94,10 +94,10 @@ def to_document(text: str | bytes | None, options: ReadOptions) -> Document:
 
 
 def pieces(document: str | LongText) -> Iterator[str]:
-    """A document in pieces of at most a million characters with the same tokens.
+    """Cut a document into pieces of at most a million characters, without changing its tokens.
 
     GPT-2's pattern ends a word before every space or newline that follows another character, so
-    pieces end there. Only a million characters without such a place are cut anywhere.
+    pieces end there. A million characters without such a place are cut anywhere.
     """
     if isinstance(document, str) and len(document) <= PIECE:
         yield document

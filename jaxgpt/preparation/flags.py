@@ -64,17 +64,17 @@ class PrepareFlags:
     ready: bool = False
     """download ready-made GPT-2 tokens instead of text"""
     tokens: Count = None
-    """with --ready: how many training tokens"""
+    """with --ready: download at least this many training tokens"""
     tokenizer: str = "gpt2"
     """gpt2, byte, or a tiktoken encoding with at most 65,536 tokens"""
     text_column: str = "text"
     """column or JSON key with the text"""
     sample_by: Literal["document", "paragraph", "line"] = "document"
-    """how a .txt file becomes documents: the file is one, or each paragraph, or each line"""
+    """what a document of a .txt file is: the complete file, a paragraph or a line"""
     encoding_errors: Literal["skip", "replace"] = "skip"
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
     val_tokens: Count = None
-    """use the first so many tokens for validation; default for FineWeb: 100M, as in llm.c"""
+    """use the first N tokens for validation; default for FineWeb: 100M, as in llm.c"""
     val_fraction: FloatIfSet = None
     """use this fraction of the documents for validation, chosen by their hash; default for all
     other text: 0.1 below 100 MB, 0.01 above"""
@@ -85,13 +85,13 @@ class PrepareFlags:
     rank: IntIfSet = None
     """rank of this process among --world-size; by default from Slurm, torchrun or Open MPI"""
     world_size: IntIfSet = None
-    """number of machines that share the input; --merge joins their shards"""
+    """number of processes that divide the input; --merge joins their shards"""
     merge: bool = False
     """write the manifest of a folder in which all ranks have finished"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
     unit_bytes: Count = "256M"
-    """text that a worker processes at a time; a kill costs each worker at most this much"""
+    """bytes of text in a unit of work; a kill costs each worker at most one unit"""
 
     def errors(self) -> list[str]:
         """A sentence for each error in the flags."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import DATASETS
-from jaxgpt.preparation.hub_retry import retry_request
+from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
 # The folders of FineWeb's configurations; a dump, as CC-MAIN-2024-10, is in data/ under its name.
@@ -40,19 +40,14 @@ def list_dataset(
     repo: str, name: str | None, split: str, revision: str | None, say: Callable[[str], object]
 ) -> Listing:
     """The files of a data set's configuration `name`; raises UserError."""
-    from huggingface_hub import HfApi
-
     commit = find_commit(repo, revision, say)
     if repo in DATASETS.values() and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
     else:
-        what, api = f"data set {repo!r}", HfApi()
-        paths = retry_request(
-            lambda: _files_of_configuration(repo, name, split, commit), what, say, first=True
-        )
-        found = retry_request(lambda: _paths_info(api, repo, paths, commit), what, say, first=True)
+        paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit), say)
+        found = _request(repo, lambda: _paths_info(repo, paths, commit), say)
     return Listing(commit, _inputs(found, repo))
 
 
@@ -60,12 +55,7 @@ def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -
     """The commit of a data set's `revision`; raises UserError."""
     from huggingface_hub import HfApi
 
-    info = retry_request(
-        lambda: HfApi().dataset_info(repo, revision=revision, timeout=20),
-        f"data set {repo!r}",
-        say,
-        first=True,
-    )
+    info = _request(repo, lambda: HfApi().dataset_info(repo, revision=revision, timeout=20), say)
     assert info.sha is not None
     return info.sha
 
@@ -76,17 +66,16 @@ def list_files(
     """The files in a folder of a data set, with path, size and lfs, sorted; raises UserError."""
     from huggingface_hub import HfApi
 
-    found = retry_request(
-        lambda: list(
-            HfApi().list_repo_tree(
-                repo, folder, recursive=True, revision=commit, repo_type="dataset"
-            )
-        ),
-        f"data set {repo!r}",
-        say,
-        first=True,
-    )
+    def tree() -> list[Any]:
+        options: dict[str, Any] = {"revision": commit, "repo_type": "dataset"}
+        return list(HfApi().list_repo_tree(repo, folder, recursive=True, **options))
+
+    found = _request(repo, tree, say)
     return sorted((file for file in found if hasattr(file, "size")), key=lambda file: file.path)
+
+
+def _request(repo: str, request: Callable[[], T], say: Callable[[str], object]) -> T:
+    return retry_request(request, f"data set {repo!r}", say, first=True)
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
@@ -121,7 +110,7 @@ def _files_of_configuration(repo: str, name: str | None, split: str, commit: str
         raise UserError(f"data set {repo!r}: has no data files; check the name") from None
     except ValueError as error:  # an unknown configuration, or none where one must be chosen
         raise UserError(f"data set {repo!r}: {' '.join(str(error).split())}; use --name") from None
-    except RuntimeError as error:  # it needs a script of its own, which is no longer supported
+    except RuntimeError as error:  # it needs a loading script, which datasets no longer supports
         raise UserError(f"data set {repo!r}: {first_line(error)}; {PARQUET_COPY}") from None
     splits = builder.config.data_files or {}
     if split not in splits:
@@ -133,11 +122,13 @@ def _files_of_configuration(repo: str, name: str | None, split: str, commit: str
     return [str(path).split(marker, 1)[-1] for path in splits[split]]
 
 
-def _paths_info(api: Any, repo: str, paths: list[str], commit: str) -> list[Any]:
+def _paths_info(repo: str, paths: list[str], commit: str) -> list[Any]:
+    from huggingface_hub import HfApi
+
     found: list[Any] = []
     for start in range(0, len(paths), 500):
         some = paths[start : start + 500]
-        found += api.get_paths_info(repo, some, revision=commit, repo_type="dataset")
+        found += HfApi().get_paths_info(repo, some, revision=commit, repo_type="dataset")
     return found
 
 
@@ -156,7 +147,7 @@ def download(
     """
     from huggingface_hub import hf_hub_download
 
-    # Not all versions of the client check that, and the server chooses the names.
+    # The server chooses the names, and some versions of the client do not check them.
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(
             f"data set {repo!r}: has a file {path!r}, which is outside the data set's folder and "
@@ -197,7 +188,10 @@ class Downloads:
             threading.Thread(target=self._work, daemon=True).start()
 
     def local(self, needed: Input) -> Path | None:
-        """The path of a downloaded file, None before; raises what its download raised."""
+        """The path of a downloaded file, None while it is downloading.
+
+        Raises what its download raised.
+        """
         place = self._places[needed.path]
         for item in self._order[place : place + DOWNLOADS_AHEAD]:
             if item.path not in self._futures:

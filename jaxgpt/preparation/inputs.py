@@ -1,4 +1,4 @@
-"""The input files, and the units of work they are grouped into.
+"""Finds the input files, and groups them into units of work.
 
 Units depend on the paths and sizes of the inputs only, not on contents or the number of workers.
 So "unit 12" is the same in a killed run and in the run that resumes it.
@@ -33,7 +33,7 @@ TEXT_IN_PARQUET, TEXT_IN_COMPRESSED = 1.56, 3.0
 TEXT_BYTES_PER_TOKEN = 4.6  # GPT-2's BPE on FineWeb
 
 UNIT_BYTES = 256_000_000  # of text: 14 s of work, the most that a kill costs a worker
-EDGE = 1 << 16  # bytes at both ends of a file that are part of its checksum
+EDGE = 1 << 16  # bytes at each end of a file that its checksum covers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Input:
 
     @property
     def name(self) -> str:
-        """Its name in messages and in the manifest, without the folders of this machine."""
+        """Its file name, for messages and the manifest."""
         return Path(self.path).name
 
     @property
@@ -176,28 +176,27 @@ def _files_of(argument: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path)
     if path.exists():
-        if kind_of(str(path)) is None or not path.is_file():  # a pipe can be read only once
-            raise UserError(_unreadable_error(path))
-        return [_absolute(path)]
-    if glob.has_magic(argument):
+        files = [path]
+    elif glob.has_magic(argument):
         matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         files = [match for match in matches if match.is_file()]
         if not files:
             raise UserError(f"{argument}: no file matches; give a path to {READABLE}")
-        for file in files:
-            if kind_of(str(file)) is None:
-                raise UserError(_unreadable_error(file))
-        return [_absolute(file) for file in files]
-    raise UserError(
-        f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a data "
-        "set of the Hub as fineweb, fineweb-edu or owner/name"
-    )
+    else:
+        raise UserError(
+            f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a "
+            "data set of the Hub as fineweb, fineweb-edu or owner/name"
+        )
+    for file in files:
+        if kind_of(str(file)) is None or not file.is_file():  # a pipe can be read only once
+            raise UserError(_unreadable_error(file))
+    return [_absolute(file) for file in files]
 
 
 def _absolute(path: Path) -> Path:
-    """The target of a link, or the link itself if only the link's name has a known suffix.
+    """The target of a link, or the link itself if only its own name has a known suffix.
 
-    The Hub's cache consists of such links.
+    Links in the Hub's cache are such: their targets are named by hash.
     """
     target = path.resolve()
     return target if kind_of(target.name) else path.parent.resolve() / path.name
@@ -216,7 +215,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _texts_under(folder: Path) -> Iterator[Path]:
-    """Files with a known name, except in hidden folders and in folders of tokens."""
+    """Files with a known suffix, except in hidden folders and in folders of tokens."""
     for parent, folders, names in os.walk(folder):
         here = [Path(parent, name) for name in folders if not name.startswith(".")]
         folders[:] = [path.name for path in here if not _contains_tokens(path)]

@@ -19,7 +19,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A unit of work that is done."""
 
     number: Count
-    tokens: dict[str, Count]  # by part
+    tokens: dict[str, Count]  # by stream
     documents: Count
     skipped: dict[str, Count]  # by reason
     examples: dict[str, str]  # a file for each reason

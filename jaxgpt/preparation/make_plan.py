@@ -29,12 +29,12 @@ SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of
 def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -> Plan:
     """The plan of the folder: the old one if this command resumes it, or a new one.
 
-    Raises UserError if the folder was begun with other inputs or settings.
+    Raises UserError if the folder was started with other inputs or settings.
     """
     path = folder.work / "plan.json"
     if (folder.work / "ready.json").exists():
         raise UserError(f"{folder.out}: contains ready-made shards; choose another --out for text")
-    # A plan without results was a mistake, as a wrong column name, and is replaced.
+    # A plan without results may have been a mistake, such as a wrong column, and is replaced.
     old = None if nothing_finished(folder.work) else Plan.load(path)
     if is_hub_name(flags.inputs):
         return _plan_for_hub(flags, folder, tokenizer, old, path)
@@ -149,8 +149,8 @@ def _refuse_hub_flags(flags: PrepareFlags) -> None:
         given["--split"] = flags.split
     if names := [name for name, value in given.items() if value is not None]:
         raise UserError(
-            f"{' and '.join(names)}: only for data sets of the Hub, and {flags.inputs[0]} is "
-            "none; leave them out"
+            f"{' and '.join(names)}: only for data sets of the Hub, which {flags.inputs[0]} is "
+            "not; leave them out"
         )
 
 

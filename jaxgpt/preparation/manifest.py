@@ -1,4 +1,4 @@
-"""The manifest of what was prepared, by one process or by several on several machines."""
+"""The manifest of prepared text: made by one process, or merged from those of several ranks."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
 
 
 class TextManifest(Manifest, frozen=True, kw_only=True):
-    """A manifest of prepared text, which a rank's is too."""
+    """The manifest of prepared text, of a folder or of one rank."""
 
     documents: Documents
     shard_tokens: int
@@ -45,7 +45,7 @@ class TextManifest(Manifest, frozen=True, kw_only=True):
 def text_manifest(
     plan: Plan, tokenizer: Tokenizer, shards: Sequence[ShardEntry], records: Sequence[Record]
 ) -> TextManifest:
-    """The manifest of prepared text. It has no dates and no folders: equal for equal work."""
+    """Make the manifest, without dates and folders: the same work makes the same manifest."""
     s = plan.settings
     inputs = [item for round in plan.rounds for item in round]
     lines = "\n".join(f"{item.name} {item.size} {item.check}" for item in inputs)
@@ -63,7 +63,6 @@ def text_manifest(
     validation = Validation(rule="first tokens", tokens=s.val_tokens)
     if s.val_fraction is not None:
         validation = Validation(rule="hash of the document", fraction=s.val_fraction)
-    examples = {k: Path(v).name for r in reversed(records) for k, v in r.examples.items()}
     return TextManifest(
         jaxgpt=version("jaxgpt"),
         source=source,
@@ -72,18 +71,14 @@ def text_manifest(
         shard_tokens=s.shard_tokens,
         splits=total_splits(shards),
         shards=sorted(shards),
-        documents=Documents(
-            used=sum(record.documents for record in records),
-            skipped=_sum_by_reason([record.skipped for record in records]),
-            skipped_for_example=dict(sorted(examples.items())),
-        ),
+        documents=_sum_documents([_documents_of(record) for record in records]),
         # The column counts GPT-2's tokens; another tokenizer's differ without an error.
         token_count=_compare_counts(records) if tokenizer.name == "gpt2" else None,
     )
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
-    """What a manifest says of a tokenizer."""
+    """The entry of a tokenizer in a manifest."""
     t = tokenizer
     return TokenizerEntry(name=t.name, sha256=t.sha256, n_vocab=t.n_vocab, eot=t.eot)
 
@@ -101,25 +96,45 @@ def total_splits(shards: Sequence[ShardEntry]) -> Splits:
     return Splits(train=total("train"), val=total("val"))
 
 
-def _sum_by_reason(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    total = Counter[str]()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
+def _documents_of(record: Record) -> Documents:
+    examples = {reason: Path(path).name for reason, path in record.examples.items()}
+    return Documents(used=record.documents, skipped=record.skipped, skipped_for_example=examples)
+
+
+def _sum_documents(parts: Sequence[Documents]) -> Documents:
+    """The sums of the counts, and the first example of each reason."""
+    skipped, examples = Counter[str](), dict[str, str]()
+    for part in parts:
+        skipped.update(part.skipped)
+        examples = part.skipped_for_example | examples
+    return Documents(
+        used=sum(part.used for part in parts),
+        skipped=dict(sorted(skipped.items())),
+        skipped_for_example=dict(sorted(examples.items())),
+    )
 
 
 def _compare_counts(records: Sequence[Record]) -> TokenCount | None:
-    """FineWeb's own count and ours, over the units that have one; None where none has."""
-    counted = [record for record in records if record.token_count is not None]
-    if not counted:
+    """The source's own token counts and ours, over the units that have them; None without any."""
+    return _sum_counts(
+        [
+            (record.token_count, sum(record.tokens.values()) - record.documents)
+            for record in records
+            if record.token_count is not None
+        ]
+    )
+
+
+def _sum_counts(counts: Sequence[tuple[int, int]]) -> TokenCount | None:
+    """The sums of (source's count, ours), None for none."""
+    if not counts:
         return None
-    theirs = sum(record.token_count or 0 for record in counted)
-    ours = sum(sum(record.tokens.values()) - record.documents for record in counted)
+    theirs, ours = map(sum, zip(*counts, strict=True))
     return TokenCount(source_says=theirs, tokens_minus_documents=ours, equal=theirs == ours)
 
 
 def manifest_name(rank: int, world_size: int) -> str:
-    """manifest.json, or where there are several processes the name of this one's."""
+    """manifest.json; with several processes, the name of this rank's manifest."""
     if world_size == 1:
         return MANIFEST
     return f"manifest-{rank:03d}-of-{world_size:03d}.json"
@@ -163,9 +178,8 @@ def _load_ranks(out: Path) -> list[TextManifest]:
             "first, and copy what the ranks wrote into one folder"
         )
     if len(sizes) > 1:
-        raise UserError(
-            f"{out}: contains ranks of {' and of '.join(map(str, sorted(sizes)))}; keep one set"
-        )
+        found_sizes = " and ".join(map(str, sorted(sizes)))
+        raise UserError(f"{out}: contains manifests of world sizes {found_sizes}; keep one set")
     world_size = sizes.pop()
     if missing := sorted(set(range(world_size)) - {rank for rank, _ in numbers}):
         raise UserError(
@@ -183,28 +197,18 @@ def _join(out: Path, manifests: Sequence[TextManifest]) -> TextManifest:
                 f"{out}: the ranks differ in {name}; prepare them again with the same flags"
             )
     shards = [shard for manifest in manifests for shard in manifest.shards]
-    examples: dict[str, str] = {}
-    for manifest in reversed(manifests):
-        examples |= manifest.documents.skipped_for_example
     counts = [m.token_count for m in manifests if m.token_count is not None]
-    theirs = sum(count.source_says for count in counts)
-    ours = sum(count.tokens_minus_documents for count in counts)
-    total = TokenCount(source_says=theirs, tokens_minus_documents=ours, equal=theirs == ours)
     return msgspec.structs.replace(
         first,
         splits=total_splits(shards),
         shards=sorted(shards),
-        documents=Documents(
-            used=sum(manifest.documents.used for manifest in manifests),
-            skipped=_sum_by_reason([manifest.documents.skipped for manifest in manifests]),
-            skipped_for_example=dict(sorted(examples.items())),
-        ),
-        token_count=total if counts else None,
+        documents=_sum_documents([manifest.documents for manifest in manifests]),
+        token_count=_sum_counts([(c.source_says, c.tokens_minus_documents) for c in counts]),
     )
 
 
 def _comparable(manifest: Manifest, name: str) -> Any:
-    """A value in which all ranks must agree; commits of equal files may differ."""
+    """A value that must be equal in all ranks; two commits may have equal files."""
     value = getattr(manifest, name)
     return {k: v for k, v in value.items() if k != "commit"} if name == "source" else value
 

@@ -1,4 +1,4 @@
-"""The folder for the shards: which one it is, which rank works on it, its lock, its free space."""
+"""The folder for the shards: its name, its lock, its free space, and the rank that fills it."""
 
 import glob
 import os
@@ -54,7 +54,7 @@ def open_output_folder(flags: PrepareFlags) -> Iterator[OutputFolder]:
 
 
 def _has_plan(work: Path) -> bool:
-    """Whether a command in this folder, or one of its ranks, got as far as to know its input."""
+    """Whether a preparation of this folder, or of one of its ranks, got as far as a plan."""
     return any(work.rglob("plan.json")) or any(work.rglob("ready.json"))
 
 
@@ -65,7 +65,7 @@ def _refuse_other_world_size(out: Path, world_size: int) -> None:
         sizes.add(1)
     if others := sizes - {world_size}:
         raise UserError(
-            f"{out}: was begun with --world-size {others.pop()}, not {world_size}; continue with "
+            f"{out}: was started with --world-size {others.pop()}, not {world_size}; continue with "
             "that, or choose another folder with --out"
         )
 
@@ -132,7 +132,7 @@ def _valid_rank(rank: int, world_size: int, origin: str) -> tuple[int, int, str]
 
 
 def check_free_space(out: Path, needed: int) -> str:
-    """The free space of a disk, as text; raises UserError if it is less than `needed` bytes."""
+    """The free space at `out`, as text; raises UserError if it is less than `needed` bytes."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(

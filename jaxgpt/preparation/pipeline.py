@@ -12,7 +12,7 @@ from jaxgpt.data.manifest import MANIFEST, size_errors
 from jaxgpt.data.token_file import refuse
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.assemble import Assembler, empty_splits
+from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input
@@ -29,8 +29,8 @@ from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.workers import AHEAD, Locate, run_units
 from jaxgpt.run.console import duration, print_table
 
-# GPT-2's BPE on one core of a server. Measured on a smaller machine:
-# benchmarks/results/prepare-throughput.json.
+# GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
+# machine's.
 TEXT_BYTES_PER_CORE_SECOND = 18e6
 DOWNLOADS_AT_ONCE = 4  # files of the Hub that may be on disk at the same time
 
@@ -94,7 +94,7 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> TextManifest:
         stale.unlink(missing_ok=True)
     _tokenize(flags, folder, plan, assembler, limit)
     records = assembler.used_records()
-    if world_size == 1 and (missing := empty_splits(assembler)):
+    if world_size == 1 and (missing := assembler.empty_splits):
         raise UserError(empty_split_error(out, plan.settings, missing[0], records))
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
     manifest.save(path)
@@ -103,7 +103,7 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> TextManifest:
 
 
 def _delete_temporary_files(folder: OutputFolder, assembler: Assembler) -> None:
-    assembler.delete_parts()  # a limit leaves some, and downloads too
+    assembler.delete_parts()  # a limit leaves parts and downloads
     shutil.rmtree(folder.work / DOWNLOADS, ignore_errors=True)
 
 

@@ -47,7 +47,7 @@ class Settings:
     tokenizer_sha256: str
     options: ReadOptions
     shard_tokens: Positive
-    val_tokens: Positive | None  # validation is the first so many tokens ...
+    val_tokens: Positive | None  # validation is this many tokens at the start ...
     val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
     unit_bytes: Positive
     rank: Count = 0
@@ -118,7 +118,7 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
             )
         if named[path] != item:
             raise UserError(
-                f"{path}: has changed since {out} was begun (it had {item.size:,} bytes and "
+                f"{path}: has changed since {out} was started (it had {item.size:,} bytes and "
                 f"checksum {item.check}, and now has {named[path].size:,} and "
                 f"{named[path].check}); restore the file, or choose another folder with --out"
             )
@@ -129,7 +129,7 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
 
 
 def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path) -> None:
-    """Raises UserError, naming every difference, if `out` was begun from something else."""
+    """Raises UserError, naming every difference, if `out` was started with something else."""
     was, now = _flags_of(plan.source, plan.settings), _flags_of(source, settings)
     differences = [
         f"{_flag_name(name)} {was.get(name)}, not {now[name]}"
@@ -138,15 +138,15 @@ def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path
     ]
     if differences:
         raise UserError(
-            f"{out}: was begun with {', '.join(differences)}; a folder has one source and one "
+            f"{out}: was started with {', '.join(differences)}; a folder has one source and one "
             "set of flags: choose another folder with --out"
         )
 
 
 def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
     flat = {**msgspec.to_builtins(source), **msgspec.to_builtins(settings)}
-    # A revision stays at the commit it had at first; the size of a unit changes no token; the
-    # options are listed one by one.
+    # A preparation keeps its first commit, unit sizes change no token, and options are listed one
+    # by one.
     hidden = {"commit", "options", "unit_bytes", "prefix"}
     return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
 

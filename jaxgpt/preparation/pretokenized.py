@@ -144,13 +144,14 @@ def _is_missing(out: Path, entry: ShardEntry | None) -> bool:
 
 
 def _shards_by_name(journal: Journal[ShardEntry]) -> dict[str, ShardEntry]:
+    """The newest entry of each shard."""
     return {entry.file: entry for entry in journal.entries}
 
 
 def _adopt_unrecorded_shards(
     out: Path, files: Sequence[Any], journal: Journal[ShardEntry], tokenizer: Tokenizer
 ) -> None:
-    """Record shards that were complete when a kill came before their line in the journal."""
+    """Record shards that a killed run downloaded but did not record."""
     known = _shards_by_name(journal)
     for name in map(_file_name, files):
         if name not in known and (out / name).exists():

@@ -25,10 +25,10 @@ from jaxgpt.preparation.documents import (
 )
 from jaxgpt.preparation.inputs import Input, Slice
 
-ROWS = 1024  # documents per batch: enough for a small overhead, 4 MB of web text
+ROWS = 1024  # documents per batch, 4 MB of web text: overhead is small
 BATCH_BYTES = 1 << 24  # fewer rows if they are long
 MAX_TOKEN_COUNT = 1 << 53  # of one document
-IN_MEMORY = 1 << 24  # bytes; a longer text file is read as a stream, twice
+IN_MEMORY = 1 << 24  # bytes of text; a longer file is read as a stream, twice
 
 
 def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -64,7 +64,10 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
                 _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
             ):
                 yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter for a column's name
+    except (
+        pa.ArrowException,
+        UnicodeDecodeError,
+    ) as error:  # UnicodeDecodeError: in a column's name
         raise UserError(
             f"{slice.path}: is not a parquet file, or is corrupt ({first_line(error)}); copy or "
             "download it again"
@@ -175,7 +178,7 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
 
 
 def _check_first_lines(records: list[Any], line: bytes, slice: Slice, options: ReadOptions) -> None:
-    """Raises UserError if the file is a JSON array, or if no first line has the text column."""
+    """Raises UserError if the file is a JSON array, or if its first lines lack the text column."""
     if line.lstrip().startswith(b"["):
         raise UserError(
             f"{slice.path}: is a JSON array, not one object per line; convert it with jq -c '.[]'"
@@ -191,7 +194,7 @@ def _parse_line(line: bytes, options: ReadOptions) -> Any:
         return json.loads(line.decode(errors=options.decode_errors))
     except UnicodeDecodeError:
         return Skip.NOT_UTF8
-    except (ValueError, RecursionError):  # the latter for ten thousand brackets
+    except (ValueError, RecursionError):  # RecursionError: deeply nested
         return Skip.MALFORMED
 
 
@@ -223,7 +226,7 @@ def _file_as_document(chunks: Iterable[bytes], path: str, options: ReadOptions) 
 
 
 def _join_up_to(limit: int, chunks: Iterable[bytes]) -> bytes | None:
-    """All chunks joined; None if they are longer than `limit`, which a small file can unpack to."""
+    """All chunks joined, None if they are longer than `limit` bytes."""
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:

@@ -1,8 +1,9 @@
-"""Encoding one unit of work: its documents become tokens in files of their own.
+"""Encodes one unit of work: its documents become tokens in files of their own, the parts.
 
-The files ("parts") contain bare uint16 tokens, with the end-of-text token before each document.
-The parent process cuts the shards from them in order (`assemble.py`), so the shards do not depend
-on how the work was divided.
+Parts contain bare uint16 tokens, with the end-of-text token before each document. All units' parts
+in order are a stream: 'train' and 'val' if documents are assigned to splits, else 'all'. The parent
+process cuts the shards from the streams (`assemble.py`), so they do not depend on how the work was
+divided.
 """
 
 import os
@@ -17,13 +18,7 @@ import numpy as np
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write
-from jaxgpt.preparation.documents import (
-    LongText,
-    ReadOptions,
-    Skip,
-    fraction_of,
-    pieces,
-)
+from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
 from jaxgpt.preparation.inputs import Unit
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
@@ -38,12 +33,12 @@ class Job(NamedTuple):
     number: int
     unit: Unit
     options: ReadOptions
-    val_fraction: float | None  # None: one part gets all tokens, and the parent splits them
+    val_fraction: float | None  # None: the parent divides the stream 'all' into splits
     folder: Path
 
 
 class Part:
-    """The file for the tokens of one unit and one split."""
+    """The file with one unit's tokens of one stream."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer):
         self._file, self._tokenizer = file, tokenizer
@@ -86,9 +81,9 @@ class Part:
             self.write()
 
 
-def part_path(folder: Path, number: int, part: str) -> Path:
-    """The file with the tokens of unit `number` until they are in shards."""
-    return folder / f"{number:06d}.{part}"
+def part_path(folder: Path, number: int, stream: str) -> Path:
+    """The part of unit `number`."""
+    return folder / f"{number:06d}.{stream}"
 
 
 def tokenize_unit(
@@ -99,13 +94,14 @@ def tokenize_unit(
     `advance` gets the documents, tokens and bytes of each batch. Raises UserError for an input
     that cannot be read.
     """
-    names = ("all",) if job.val_fraction is None else ("train", "val")
+    streams = ("all",) if job.val_fraction is None else ("train", "val")
     counts = Counter[str]()
     examples: dict[str, str] = {}
     token_counts: list[int | None] = []
     with ExitStack() as stack:
         parts = {
-            name: Part(stack.enter_context(_part_file(job, name)), tokenizer) for name in names
+            stream: Part(stack.enter_context(_part_file(job, stream)), tokenizer)
+            for stream in streams
         }
         for slice in job.unit:
             for documents, size, token_count in read_slice(slice, job.options):
@@ -116,7 +112,7 @@ def tokenize_unit(
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_part_of(document, job.val_fraction)].add(document)
+                    parts[_stream_of(document, job.val_fraction)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
@@ -126,7 +122,7 @@ def tokenize_unit(
             part.write()
     return Record(
         number=job.number,
-        tokens={name: part.tokens for name, part in parts.items()},
+        tokens={stream: part.tokens for stream, part in parts.items()},
         documents=counts.pop("documents", 0),
         skipped=dict(sorted(counts.items())),
         examples=examples,
@@ -135,13 +131,13 @@ def tokenize_unit(
     )
 
 
-def _part_file(job: Job, name: str) -> AbstractContextManager[BinaryIO]:
-    path = part_path(job.folder, job.number, name)
+def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
+    path = part_path(job.folder, job.number, stream)
     # With the process id: a worker that outlives a killed parent may still write the same part.
     return atomic_write(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
 
 
-def _part_of(document: str | LongText, val_fraction: float | None) -> str:
+def _stream_of(document: str | LongText, val_fraction: float | None) -> str:
     if val_fraction is None:
         return "all"
     return "val" if fraction_of(document) < val_fraction else "train"

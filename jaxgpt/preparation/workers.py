@@ -1,4 +1,4 @@
-"""Worker processes: the parent's loop, which hands out units and cuts shards, and a worker's part.
+"""Worker processes encode units; the parent's loop hands these out and cuts shards.
 
 Only the parent writes shards and journals. A killed worker costs its unit and nothing else.
 """
@@ -9,11 +9,11 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,28 @@ from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
 
-
-@dataclass
-class SharedProgress:
-    """Totals that the workers add to and the parent reads."""
-
-    documents: Any  # multiprocessing values
-    tokens: Any
-    bytes: Any
-
-    @classmethod
-    def zero(cls, context: Any) -> "SharedProgress":
-        """Totals at zero."""
-        return cls(*(context.Value("q", 0) for _ in range(3)))
-
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Add a batch."""
-        for total, more in ((self.documents, documents), (self.tokens, tokens), (self.bytes, size)):
-            with total.get_lock():
-                total.value += more
-
-
 # Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
 AHEAD = 3
 
 Locate = Callable[[Input], Path | None]  # where an input can be read, None while it is downloading
+
+
+class SharedProgress:
+    """Totals of documents, tokens and bytes: the workers add to them, the parent reads them."""
+
+    def __init__(self, context: Any):
+        self._totals = context.Array("q", 3)
+
+    def add(self, *batch: int) -> None:
+        """Add a batch's documents, tokens and bytes."""
+        with self._totals.get_lock():
+            for i, count in enumerate(batch):
+                self._totals[i] += count
+
+    def read(self) -> tuple[int, int, int]:
+        """(documents, tokens, bytes)."""
+        documents, tokens, size = self._totals[:]
+        return documents, tokens, size
 
 
 @contextmanager
@@ -104,13 +101,12 @@ def run_units(
     `release` is called with each input that is no longer needed.
     """
     units = plan.units()
-    context = multiprocessing.get_context("spawn")
-    progress = SharedProgress.zero(context)
+    progress = SharedProgress(multiprocessing.get_context("spawn"))
     assembler.write_complete_shards()
     pending = assembler.pending_units()
     if assembler.finished:
         return
-    uses = _count_uses(units, pending)
+    uses = Counter(path for number in pending for path in _inputs_of(units[number]))
     running: dict[Future[Record], int] = {}
     with worker_pool(min(workers, len(pending)), plan.settings.tokenizer, progress) as pool:
         while not assembler.finished:
@@ -127,11 +123,14 @@ def run_units(
             for future in _wait_for_some(running):
                 number = running.pop(future)
                 assembler.add(_result(future))
-                for item in _no_longer_used(units[number], uses):
-                    release(item)
+                inputs = _inputs_of(units[number])
+                uses.subtract(inputs.keys())
+                for path in inputs:
+                    if not uses[path]:
+                        release(inputs[path])
             assembler.write_complete_shards()
-            done = console.done_before + progress.bytes.value
-            console.update(done, progress.tokens.value, progress.documents.value, note)
+            documents, tokens, size = progress.read()
+            console.update(console.done_before + size, tokens, documents, note)
 
 
 def _is_near(number: int, running: dict[Future[Record], int], workers: int) -> bool:
@@ -168,20 +167,8 @@ def _locate_job(
     return Job(number, tuple(located), s.options, s.val_fraction, work / "parts")
 
 
-def _count_uses(units: list[Unit], pending: list[int]) -> dict[str, int]:
-    """How many of the pending units read each input."""
-    uses: dict[str, int] = {}
-    for number in pending:
-        for path in {slice.input.path for slice in units[number]}:
-            uses[path] = uses.get(path, 0) + 1
-    return uses
-
-
-def _no_longer_used(unit: Unit, uses: dict[str, int]) -> list[Input]:
-    inputs = {slice.input.path: slice.input for slice in unit}
-    for path in inputs:
-        uses[path] -= 1
-    return [item for path, item in inputs.items() if uses[path] == 0]
+def _inputs_of(unit: Unit) -> dict[str, Input]:
+    return {slice.input.path: slice.input for slice in unit}
 
 
 _worker: list[Any] = []  # in a worker: its tokenizer and progress

@@ -23,11 +23,11 @@ from jaxgpt.training.step import (
 )
 
 GPU_OPTIONS = {
-    # It overlaps collectives, of which one GPU has none, and to do so schedules recomputation
-    # earlier, which gives back the memory that rematerialization saved.
+    # It overlaps collectives, which one GPU does not have, by scheduling recomputation earlier,
+    # which undoes what rematerialization saves.
     "xla_gpu_enable_latency_hiding_scheduler": False,
-    # With matrix products left to cuBLAS a step takes the memory that the planner reads without the
-    # card (fused into Triton kernels: 5.0 GiB instead of 3.7, 24gb preset with full remat).
+    # With cuBLAS a step takes the memory that the planner reads from a compilation without the
+    # card. With Triton the 24gb preset with full remat took 5.0 GiB instead of 3.7.
     "xla_gpu_enable_triton_gemm": False,
 }
 
@@ -63,8 +63,8 @@ def build_training(
 ) -> Training:
     """Build the functions of a run; nothing is compiled, computed or allocated yet.
 
-    Without `layout` everything is on `device`. `compiler_options` are added to those that every
-    GPU gets.
+    Without `layout` everything is on `device`. `compiler_options` are added to the
+    options of every GPU.
     """
     layout = layout or Layout(device)
     attend, attention = pick_attention(

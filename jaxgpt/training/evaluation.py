@@ -19,8 +19,7 @@ def evaluate(
     The last batch is padded with earlier windows, which are not counted again.
     """
     W = len(windows_WT1)
-    padded = np.arange(-(-W // batch_size) * batch_size) % W
-    batches = padded.reshape(-1, batch_size)
+    batches = (np.arange(-(-W // batch_size) * batch_size) % W).reshape(-1, batch_size)
     # All batches are dispatched before a loss is read, so that the device never waits.
     losses = [eval_step(params, windows_WT1[rows]) for rows in batches]
     return float(np.concatenate([np.asarray(x, np.float64) for x in losses])[:W].mean())
@@ -45,7 +44,7 @@ def measure_text(
 ) -> TextLoss:
     """The loss over batches of windows, each (W, T+1) uint16; only the last may be smaller.
 
-    Bits per byte exclude end-of-text tokens, from the nats as from the bytes.
+    Bits per byte exclude end-of-text tokens, both their nats and their bytes.
     """
     means, nats, byte_count, tokens = [], 0.0, 0, 0
     shape: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""Where the state and the batches of a run are placed: on one device, or by `sharding.py` on many.
+"""The placement of state and batches: here on one device, in `sharding.py` on several.
 
 Everything that depends on the number of devices goes through this interface, so that the step of
 one device needs no sharding annotations.
@@ -22,7 +22,7 @@ class Layout:
     all_gather: AllGather | None = None  # gathers sharded parameters; None if they are replicated
 
     def __init__(self, device: Any):
-        self.device = device  # one of them; all are of the same kind
+        self.device = device  # any of them; all are of one kind
         self.local_devices = [device]  # those of this process
 
     def state_shardings(self, state: Any) -> Any:

@@ -68,7 +68,7 @@ def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Orthogonalized momentum for the matrices inside blocks, Adam's direction for the rest."""
-    # Rounding to nearest is good enough here: a step changes this moment by a twentieth.
+    # Rounding to nearest suffices here: a step changes this moment by a twentieth.
     momentum = optax.contrib.scale_by_muon(
         mu_dtype=cfg.state_dtype,
         weight_dimension_numbers=lambda updates: jax.tree.map(

@@ -51,7 +51,7 @@ def score_rows(
 def _batches(
     rows: Sequence[Row], block_size: int, batch_size: int
 ) -> Iterator[tuple[list[int], int]]:
-    """(indices of up to `batch_size` rows, their common width in positions)."""
+    """(indices of up to `batch_size` rows, the width that they are padded to)."""
     by_width: dict[int, list[int]] = {}
     for r, row in enumerate(rows):
         needed = len(row.tokens) - 1

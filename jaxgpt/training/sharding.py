@@ -28,7 +28,7 @@ COMBINED_BYTES = 64 * 2**20
 
 
 def make_layout(devices: Sequence[Any], shape: MeshShape) -> Layout:
-    """The layout of a run on the first of `devices`, as many as `shape` has."""
+    """The layout of a run on the first `shape.devices` of `devices`."""
     if shape.devices == 1:
         return Layout(devices[0])
     return MeshLayout(devices[: shape.devices], shape)
@@ -72,8 +72,8 @@ class MeshLayout(Layout):
     def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
         """`gradients` on each device's rows, averaged over the devices.
 
-        Micro-batch a of device d has index a * count + d, and so the dropout, that a single device
-        would give the same rows.
+        Micro-batch a of device d has index a * count + d, as the same rows would on a single
+        device, and therefore the same dropout.
         """
 
         def on_each(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:

@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     if rows < tokenizer.n_vocab:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.n_vocab:,} ids, but its vocab_size is only "
-            f"{rows:,}; its files are not of one model"
+            f"{rows:,}; its files are from different models"
         )
     vocab_size = padded_vocab_size(rows)
     return dataclasses.replace(cfg, vocab_size=vocab_size, n_vocab=tokenizer.n_vocab), tokenizer

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
 
 # GPT2Config's defaults, for keys missing in config.json.
 SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-# The same, for options of which this network implements one value only.
+# The same, for options of which this network implements only the default.
 FIXED = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -43,7 +43,7 @@ class FolderError(UserError):
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture in `config.json`; n_vocab is its whole vocabulary.
+    """The architecture in `config.json`; n_vocab is its vocab_size.
 
     Raises:
         FolderError: with every difference from the network implemented here.

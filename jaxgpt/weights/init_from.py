@@ -61,7 +61,7 @@ def load_initial_params(weights: Weights, device: Any, like: Any) -> Any:
     from jaxgpt.model.network import shorten_context
 
     params = shorten_context(weights.load(device), like)
-    # Copies, never aliases: a training step donates its parameters.
+    # A copy, never an alias, because a training step donates its parameters.
     return jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding, may_alias=False), params, like
     )

@@ -187,5 +187,5 @@ def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, 
 def _copy_to(device: Any, params: Any) -> Any:
     import jax
 
-    # Copies, never aliases of host memory: a training step donates its parameters.
+    # A copy, never an alias of host memory, because a training step donates its parameters.
     return jax.device_put(params, device, may_alias=False)

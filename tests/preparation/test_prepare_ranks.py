@@ -58,7 +58,7 @@ def test_another_number_of_processes_is_refused(
     ranked = ("--rank", "0", "--world-size", "3")
     for folder, flags, was in ((out, (), 2), (out, ranked, 2), (alone, ranked, 1)):
         message = refusal(capsys, fineweb_like, "--out", folder, *SMALL, *flags)
-        assert f"was begun with --world-size {was}, not" in message
+        assert f"was started with --world-size {was}, not" in message
 
 
 def test_too_many_ranks_for_the_input_are_refused(

@@ -87,7 +87,7 @@ def test_an_input_that_has_changed_since_is_refused(
     changed = texts / "07.txt"
     changed.write_text(changed.read_text().replace("7", "8"))  # as long as it was
     message = refusal(capsys, texts, "--out", tmp_path / "out")
-    assert f"{changed}: has changed since {tmp_path / 'out'} was begun" in message
+    assert f"{changed}: has changed since {tmp_path / 'out'} was started" in message
 
 
 def test_after_a_mistake_without_results_the_folder_can_be_reused(

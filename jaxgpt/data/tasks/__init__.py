@@ -1,7 +1,7 @@
 """The evaluation tasks, by name, and how their questions are loaded.
 
-Every module in this package is a task: its `TASK` is all that the flags of `train` and `evaluate`,
-their tables and their logs know of it. A new task is a new module.
+Every module in this package is a task. Flags, tables and logs of `train` and `evaluate` follow from
+its `TASK`, so a new task is a new module.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASKS: dict[str, Task] = {
     module.name: import_module(f"{__name__}.{module.name}").TASK
     for module in iter_modules(__path__)
 }
-FROM_DATASETS = "datasets"  # in place of a file: download it with the library of that name
+FROM_DATASETS = "datasets"  # in place of a file name: download with the library `datasets`
 
 
 class TaskError(UserError):
@@ -76,7 +76,7 @@ def _flag(name: str) -> str:
 
 
 def _records(name: str, source: str) -> Iterator[tuple[str, Any]]:
-    """Where each record stands, and the record."""
+    """(location for messages, record) of each record."""
     task = TASKS[name]
     if source == FROM_DATASETS:
         for index, values in enumerate(_download(name)):
