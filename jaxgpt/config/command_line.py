@@ -157,7 +157,7 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
 def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Config:
     """The flags as a checked Config, with the fields that are derived from others."""
     fields = {f.name: getattr(draft, f.name) for f in dataclasses.fields(Config)}
-    if draft.batch_size == "auto" and "remat" not in flags:
+    if draft.batch_size == "auto" and "batch_size" in flags and "remat" not in flags:
         fields["remat"] = "auto"
     effective = draft.effective_batch_size if "effective_batch_size" in flags else None
     fields |= fields_of_accumulation(draft.gradient_accumulation_steps, draft.batch_size, effective)

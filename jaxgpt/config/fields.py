@@ -207,10 +207,13 @@ class Config:
             devices = parse_mesh(self.mesh).devices
             if errors := bad_counts(self, *reversed(counts)):
                 return errors
-            if self.gradient_accumulation_steps is not None and self.batch_size != "auto":
-                effective_of_accumulation(
-                    self.gradient_accumulation_steps, self.batch_size, self.effective_batch_size
-                )
+            if (accumulation := self.gradient_accumulation_steps) is not None:
+                if self.batch_size == "auto":
+                    return [
+                        f"gradient_accumulation_steps {accumulation} needs a batch_size that is a "
+                        "number; with auto, give effective_batch_size"
+                    ]
+                effective_of_accumulation(accumulation, self.batch_size, self.effective_batch_size)
             divide_batch(self.effective_batch_size, self.batch_size_or(1), devices)
         except ValueError as error:
             return [str(error)]

@@ -131,8 +131,8 @@ def _decode_path(kind: type, value: object) -> Path:
 
 def _plain(error: str, annotation: Any) -> str:
     """msgspec's message without backticks; for a Literal, the choices and the nearest one."""
-    if error.startswith("Invalid enum value"):
-        choices = [word for word in _members(annotation) if isinstance(word, str)]
+    choices = [word for word in _members(annotation) if isinstance(word, str)]
+    if choices:
         word = error.partition("'")[2].rpartition("'")[0]
         number = "a whole number or " if int in _members(annotation) else ""
         return f"expected {number}one of {', '.join(choices)}{did_you_mean(word, choices)}"

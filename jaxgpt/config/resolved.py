@@ -21,12 +21,10 @@ from jaxgpt.config.fields import (
     Remat,
     flat_fields,
     flat_values,
-    names_with,
     with_fields,
 )
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.presets import config_from
-from jaxgpt.config.roles import Role
 from jaxgpt.files import FormatError, decode_json
 
 # Keys of config.json that are not read: the first is derived, older versions wrote the second.
@@ -118,12 +116,14 @@ def resolve(
             the effective batch, or fsdp does not divide the model.
     """
     saved = origin.saved
-    kept = {} if saved is None else {n: saved.flat()[n] for n in names_with(Role.INHERITED)}
-    rows = origin.model.vocab_size or kept.get("vocab_size") or padded_vocab_size(n_vocab)
+    rows, decay_end = origin.model.vocab_size, asked.optimizer.lr_decay_iters
+    if rows is None:
+        rows = saved.model.vocab_size if saved else padded_vocab_size(n_vocab)
+    if decay_end is None:
+        decay_end = saved.optimizer.lr_decay_iters if saved else asked.max_iters
     model = dataclasses.replace(origin.model, vocab_size=rows, n_vocab=n_vocab)
     if errors := [*model.errors(), *_undivided(model, mesh)]:
         raise ConfigError("\n".join(errors))
-    decay_end = asked.optimizer.lr_decay_iters or kept.get("lr_decay_iters") or asked.max_iters
     batch = divide_batch(asked.effective_batch_size, asked.batch_size_or(1), mesh.devices)
     windows = asked.eval_windows or asked.eval_iters * batch.batch_size
     return Resolved(

@@ -17,6 +17,7 @@ from jaxgpt.run import retention
 from jaxgpt.run.checkpoint_state import abstract, array_specs, differences, from_stored, to_stored
 from jaxgpt.run.integrity import DamagedError, Manifest, verify
 from jaxgpt.run.orbax_path import OrbaxPath
+from jaxgpt.run.processes import is_lost_connection
 from jaxgpt.training.step import TrainState
 
 
@@ -48,7 +49,7 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
         with OrbaxPath(folder.parent, jax.process_count()) as orbax:
             stored = ocp.load_checkpointables(orbax.path / folder.name, {"state": target})["state"]
     except Exception as error:
-        if _is_out_of_memory(error):
+        if _is_out_of_memory(error) or is_lost_connection(error):
             raise
         made_with = ", ".join(f"{name} {v}" for name, v in manifest.made_with.items())
         raise CheckpointError(

@@ -436,3 +436,9 @@ def test_batch_size_auto_leaves_the_remat_open_unless_it_is_given():
     assert (cfg.effective_batch_size, cfg.eval_windows) == (512, 6400)
     cfg = parse("--preset=24gb", "--batch-size", "auto", "--remat", "full")
     assert (cfg.open_choices, cfg.remat) == ({"batch_size"}, "full")
+
+
+def test_batch_size_auto_in_a_file_keeps_the_files_remat(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text("batch_size = 'auto'\nremat = 'light'")
+    assert parse("--preset", str(path)).open_choices == {"batch_size"}

@@ -111,6 +111,11 @@ def test_accumulation_and_effective_batch_may_not_disagree():
     assert "7 x batch_size 8 = 56 is not effective_batch_size 64" in fault
 
 
+def test_accumulation_needs_a_batch_size_that_is_a_number():
+    (fault,) = faults(batch_size="auto", gradient_accumulation_steps=4)
+    assert fault.startswith("gradient_accumulation_steps 4 needs a batch_size that is a number")
+
+
 def test_a_rate_that_would_rise_at_the_end_is_answered_with_one_that_falls():
     (fault,) = faults(learning_rate=3e-5)
     assert fault == (
