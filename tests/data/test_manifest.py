@@ -221,7 +221,10 @@ def test_inspect_shows_the_contents_of_an_intact_folder(
     assert "intact: headers, sizes, checksums, ids checked" in said
 
 
-def test_inspect_prints_text_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_text_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     text = "[INST] one [/INST] [red]two[/] :smile: [link=x]"
     folder = tmp_path / "data [/x] :cat:"
     folder.mkdir(parents=True)
