@@ -26,7 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).absolute().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
 README_WORDS = 1150
-TIMEOUT = 1800  # seconds for one command
+TIMEOUT = 600  # seconds for one command
 NOT_IN_A_CLONE = (".git", ".venv", "runs", "data", "shared")  # at the top
 
 # What a command needs that this check does not have; the first match counts.
@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"^pip install -e '\.\[test\]'", ".ci/run does this itself"),
     (r"^pip install -e '", "needs the network"),
     (r"^(sbatch|srun)\b", "needs Slurm"),
+    (r"train_two_processes", "takes minutes; tests/run/test_processes.py starts two processes"),
     (r"NANOGPT_DIR", "needs a clone of nanoGPT, and PyTorch"),
     (r"convert_nanogpt|measure_parity|check_hellaswag", "needs PyTorch"),
     (r"--device cpu", None),  # runs, whatever the preset
