@@ -168,12 +168,15 @@ def waiting(text: str) -> AbstractContextManager[Any]:
 
 def print_table(title: str, rows: dict[str, str]) -> None:
     """Print names and values in two columns."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    console = Console(highlight=False, markup=False, emoji=False)
+    # Not as the table's title, which rich wraps at the table's width, in the middle of a path.
+    console.print(title, style="italic", soft_wrap=True)
+    console.print(table)
 
 
 def duration(seconds: float) -> str:
