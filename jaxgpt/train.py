@@ -20,7 +20,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.errors import run_command, warn
 from jaxgpt.files import FolderLock
-from jaxgpt.planning.gpus import count_visible_cards, tier_of_this_machine
+from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
 from jaxgpt.run.compile_cache import prepare_compile_cache

@@ -13,8 +13,9 @@ from jaxgpt.config.fields import Config, OptimizerConfig, flat_fields, flat_valu
 from jaxgpt.config.nanogpt import NANOGPT_SETTINGS
 from jaxgpt.config.presets import describe_presets
 from jaxgpt.errors import run_command
-from jaxgpt.planning import gpus
-from jaxgpt.planning.gpus import GIB, LocalCard
+from jaxgpt.planning import local_gpus
+from jaxgpt.planning.gpus import GIB
+from jaxgpt.planning.local_gpus import LocalCard
 
 HIDDEN = {"n_vocab", "eval_windows", "vram_gb"}
 PUBLIC = sorted(flat_fields().keys() - HIDDEN)
@@ -208,14 +209,14 @@ def test_a_tilde_means_the_home_folder_wherever_the_shell_left_it(monkeypatch):
 )
 def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes, preset):
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
-    monkeypatch.setattr(gpus, "local_cards", lambda: cards)
-    cfg = parse("--n-layer=2", default=gpus.tier_of_this_machine)
+    monkeypatch.setattr(local_gpus, "local_cards", lambda: cards)
+    cfg = parse("--n-layer=2", default=local_gpus.tier_of_this_machine)
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
-    monkeypatch.setattr(gpus, "local_cards", list)
-    assert gpus.tier_of_this_machine() is None
+    monkeypatch.setattr(local_gpus, "local_cards", list)
+    assert local_gpus.tier_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer
@@ -357,9 +358,9 @@ WITHOUT_JAX = """
 import os, sys
 import jaxgpt.run.device as device
 from jaxgpt import train
-from jaxgpt.planning import gpus
+from jaxgpt.planning import local_gpus
 device.PLUGINS = ()  # as on a machine without a GPU version of JAX
-gpus.local_cards = lambda: []
+local_gpus.local_cards = lambda: []
 codes = []
 for argv in {argvs}:
     try:
