@@ -125,7 +125,8 @@ def measure(
     from jaxgpt.training.step import make_score_step
 
     m = weights.model
-    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count(padding=False)}
+    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count()}
+    result["padding_parameters"] = m.padding_parameters
     result |= {"step": weights.step, "dtype": dtype, "device": device.device_kind}
     with jax.default_device(device):
         params = weights.load(device)

@@ -107,11 +107,12 @@ def run(argv: Sequence[str]) -> int:
         network = build_network(weights, device, dtype)
         generator = Generator(network, weights.model.block_size, sampling, chunk=STREAM_CHUNK)
         params = weights.load(device)
-        count = weights.model.parameter_count(padding=False)
-        warn(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
+        warn(f"{weights.name}: {weights.model.describe_parameters()}, {dtype}, {device}")
         for turn, prompt in enumerate(prompts):
             key = jax.random.fold_in(jax.random.key(flags.seed), turn)
             tokens = prompt_tokens(prompt, weights)
+            if flags.interactive and turn == 0:
+                warn("compiling, before the first text and again before much longer ones ...")
             stream = generator.stream(params, tokens, flags.max_new_tokens, key, flags.num_samples)
             try:
                 write_texts(

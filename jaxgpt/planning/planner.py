@@ -117,7 +117,7 @@ class Planner:
             "gpu_name": self.gpu.name,
             "capacity_bytes": self.capacity,
             "parameters": parameters,
-            "padding_parameters": parameters - m.parameter_count(padding=False),
+            "padding_parameters": m.padding_parameters,
             "n_layer": m.n_layer,
             "n_head": m.n_head,
             "n_embd": m.n_embd,

@@ -29,7 +29,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.plan import HubSource, Plan
-from jaxgpt.run.console import print_table
+from jaxgpt.run.console import counted, print_table
 
 RANK_NAME = re.compile(r"manifest-\d+-of-\d+\.json$")
 LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
@@ -223,7 +223,8 @@ def summarize(manifest: Manifest) -> dict[str, str]:
     }
     for split, totals in manifest.splits.items():
         n = sum(shard.split == split for shard in manifest.shards)
-        rows[split] = f"{totals.tokens:,} tokens, {totals.documents:,} documents, {n} shards"
+        sizes = (counted(totals.documents, "document"), counted(n, "shard"))
+        rows[split] = f"{totals.tokens:,} tokens, {', '.join(sizes)}"
     rule = manifest.validation
     if rule.tokens:
         rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"

@@ -27,7 +27,7 @@ from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.plan import HubSource, Plan
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.workers import AHEAD, Locate, run_units
-from jaxgpt.run.console import duration, print_table
+from jaxgpt.run.console import counted, duration, print_table
 
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
 # machine's.
@@ -118,7 +118,9 @@ def _tokenize(
     title = f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}"
     rows = _estimate_rows(estimate, plan, len(inputs), limit is not None, workers, free)
     if assembler.shards:
-        rows["already done"] = f"{assembler.tokens_done:,} tokens, {len(assembler.shards)} shards"
+        rows["already done"] = (
+            f"{assembler.tokens_done:,} tokens, {counted(len(assembler.shards), 'shard')}"
+        )
     print_table(title, rows)
     pending = set(assembler.pending_units())
     units = enumerate(plan.units())
@@ -134,7 +136,7 @@ def _estimate_rows(
     """The estimate as rows of a table; `free` is the free space of the disk."""
     on_hub, s = plan.source if isinstance(plan.source, HubSource) else None, plan.settings
     return {
-        "input": f"{n_inputs:,} files, {decimal(estimate.input_bytes)}"
+        "input": f"{counted(n_inputs, 'file')}, {decimal(estimate.input_bytes)}"
         + (f" of {on_hub.repo} {on_hub.name}, downloaded when needed" if on_hub else "")
         + (f"; limit reached after about {decimal(estimate.needed_bytes)}" if limited else ""),
         "tokens": f"about {estimate.tokens:,} of tokenizer {s.tokenizer!r}, in shards of "

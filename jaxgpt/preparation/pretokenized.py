@@ -34,6 +34,7 @@ from jaxgpt.preparation.journal import Journal
 from jaxgpt.preparation.manifest import tokenizer_entry, total_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.run.console import counted
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.
 READY = {
@@ -171,7 +172,10 @@ def _download_missing(
     missing = [file for file in files if _is_missing(out, known.get(_file_name(file)))]
     total, needed = (sum(file.size for file in some) for some in (files, missing))
     free = check_free_space(out, needed)
-    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} free)", flush=True)
+    print(
+        f"{repo}: {counted(len(files), 'shard')}, {decimal(total)}, to {out} ({free} free)",
+        flush=True,
+    )
     (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     remove_leftover_downloads(downloads)
     with PreparationConsole(total, total - needed) as console:
