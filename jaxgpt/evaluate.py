@@ -199,7 +199,8 @@ def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Itera
 
 def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """The table's rows for the model and its validation loss."""
-    rows = {"model": f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}"}
+    counts = "{parameters:,} parameters, {padding_parameters:,} of them padding".format(**result)
+    rows = {"model": f"{result['model']}, {counts}, {result['dtype']}"}
     if "validation" in result:
         v = result["validation"]
         rows["text"] = v["text"]

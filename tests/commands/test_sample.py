@@ -49,7 +49,7 @@ def test_texts_go_to_standard_output_and_messages_to_standard_error(sample) -> N
     assert len(texts) == 3
     assert all(text.startswith("It is a truth") and len(text) > 13 for text in texts)
     assert len(set(texts)) == 3
-    assert "step 8: 10,592 parameters, float32" in err
+    assert "step 8: 11,600 parameters, 1,008 of them padding, float32" in err
     assert "36 tokens in" in err
 
 
