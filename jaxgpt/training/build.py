@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig, Remat
-from jaxgpt.model.attention import compute_capability, pick_attention
+from jaxgpt.model.attention import attention_on
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
@@ -67,9 +67,7 @@ def build_training(
     options of every GPU.
     """
     layout = layout or Layout(device)
-    attend, attention = pick_attention(
-        device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
-    )
+    attend, attention = attention_on(device, dtype, model.n_embd // model.n_head)
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)

@@ -112,12 +112,11 @@ def prepare_device(device: Device, dtype: Dtype) -> tuple[Any, Dtype]:
 
 def build_network(weights: Weights, device: Any, dtype: str) -> Any:
     """The network as an `nnx.GraphDef`, with the fastest attention on `device`; imports JAX."""
-    from jaxgpt.model.attention import compute_capability, pick_attention
+    from jaxgpt.model.attention import attention_on
     from jaxgpt.model.network import build_model
 
     model = weights.model
-    capability = compute_capability(device)
-    attend, _ = pick_attention(device.platform, capability, dtype, model.n_embd // model.n_head)
+    attend, _ = attention_on(device, dtype, model.n_embd // model.n_head)
     return build_model(model, dtype, attend)
 
 
