@@ -143,7 +143,8 @@ def _estimate_rows(
         f"{s.shard_tokens:,}",
         "disk": f"about {decimal(estimate.shard_bytes)}, plus {decimal(estimate.temporary_bytes)} "
         f"while this runs; {free} free",
-        "time": f"about {duration(estimate.core_seconds / workers)} with {counted(workers, 'worker')}"
+        "time": f"about {duration(estimate.core_seconds / workers)} with "
+        + counted(workers, "worker")
         + (", unless the download takes longer" if on_hub else ""),
     }
 
