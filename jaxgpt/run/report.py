@@ -135,7 +135,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         rate += ", constant"
     rows = {
         "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
-        "model": f"{m.describe_parameters()}: n_layer {m.n_layer}, n_head {m.n_head}, "
+        "model": f"{m.arch}, {m.describe_parameters()}: n_layer {m.n_layer}, n_head {m.n_head}, "
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
         "weights": f"random, seed {asked.seed}" if cfg.init_from is None else cfg.init_from,

@@ -67,7 +67,7 @@ def build_training(
     options of every GPU.
     """
     layout = layout or Layout(device)
-    attend, attention = attention_on(device, dtype, model.n_embd // model.n_head)
+    attend, attention = attention_on(device, dtype, model.head_width)
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)

@@ -116,7 +116,7 @@ def build_network(weights: Weights, device: Any, dtype: str) -> Any:
     from jaxgpt.model.network import build_model
 
     model = weights.model
-    attend, _ = attention_on(device, dtype, model.n_embd // model.n_head)
+    attend, _ = attention_on(device, dtype, model.head_width)
     return build_model(model, dtype, attend)
 
 
