@@ -18,8 +18,8 @@ from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.tokenize import iterate_tokens, part_path
+from jaxgpt.preparation.work_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
     s = plan.settings
     if s.val_fraction is not None:
         return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
-    # Only the first rank has the first tokens.
-    first = s.val_tokens or 0 if s.rank == 0 else 0
+    first = s.val_tokens or 0
     stop = None if limit_tokens is None else first + limit_tokens
     train = Output("train", "all", first, stop)
     return [Output("val", "all", 0, first), train] if first else [train]
@@ -175,8 +174,7 @@ class Assembler:
         s = self._plan.settings
         # as in llm.c: val is 0, train begins at 1
         number = self._shards_in[output.split] + (output.split == "train")
-        rank = f"{s.rank:03d}_" if s.world_size > 1 else ""
-        return f"{s.prefix}_{output.split}_{rank}{number:06d}.bin"
+        return f"{s.prefix}_{output.split}_{number:06d}.bin"
 
     def _write_shard(self, output: Output, start: int, stop: int) -> None:
         documents = 0
@@ -245,8 +243,7 @@ class Assembler:
 
     def _remove_leftovers(self) -> None:
         for path in [*self._parts.glob("*.tmp"), *self._out.glob("*.bin.tmp")]:
-            if self._plan.settings.world_size == 1 or path.parent == self._parts:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _forget_lost_parts(self) -> None:
         """Forget units whose tokens are neither in a shard nor on disk, to process them again."""

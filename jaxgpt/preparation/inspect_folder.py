@@ -19,8 +19,8 @@ from jaxgpt.data.manifest import (
 from jaxgpt.data.shards import TokenStream, find_files
 from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.preparation.manifest import summarize
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.text_manifest import summarize
 from jaxgpt.run.console import print_table
 
 EXCERPT = 200  # tokens

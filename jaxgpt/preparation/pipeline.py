@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from jaxgpt.data.manifest import MANIFEST, size_errors
+from jaxgpt.data.manifest import MANIFEST, Manifest, load_manifest, size_errors
 from jaxgpt.data.token_file import refuse
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
@@ -17,15 +17,10 @@ from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input
 from jaxgpt.preparation.make_plan import empty_split_error, make_plan
-from jaxgpt.preparation.manifest import (
-    TextManifest,
-    load_text_manifest,
-    manifest_name,
-    text_manifest,
-)
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
-from jaxgpt.preparation.plan import HubSource, Plan
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.text_manifest import text_manifest
+from jaxgpt.preparation.work_plan import HubSource, Plan
 from jaxgpt.preparation.workers import AHEAD, Locate, run_units
 from jaxgpt.run.console import duration, print_table
 
@@ -53,8 +48,8 @@ def estimate_work(
     """What preparing `inputs` needs, all of them or up to the limit."""
     s = plan.settings
     per_token = 1.0 if s.tokenizer == "byte" else TEXT_BYTES_PER_TOKEN
-    n_bytes = needed = sum(item.size for item in inputs) // s.world_size
-    text = sum(item.text_bytes for item in inputs) // s.world_size
+    n_bytes = needed = sum(item.size for item in inputs)
+    text = sum(item.text_bytes for item in inputs)
     tokens = int(text / per_token)
     if limit_tokens is not None:
         fraction = min(1.0, (limit_tokens + (s.val_tokens or 0)) / max(tokens, 1))
@@ -74,30 +69,26 @@ def estimate_work(
     )
 
 
-def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> TextManifest:
+def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     """Make the missing shards of a folder and return its manifest. Raises UserError."""
-    out, world_size = folder.out, folder.world_size
+    out = folder.out
     tokenizer = load_tokenizer(flags.tokenizer)
     plan = make_plan(flags, folder, tokenizer)
     limit = flags.number_of("limit_tokens")
-    if limit is not None:
-        limit //= world_size
     assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot)
     refuse(list(size_errors(out, assembler.shards)))
-    path = out / manifest_name(folder.rank, world_size)
-    manifest = load_text_manifest(path)
+    manifest = load_manifest(out)
     if assembler.finished and manifest is not None:
         _delete_temporary_files(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
         return manifest
-    for stale in {path, out / MANIFEST}:  # a folder with a manifest is complete
-        stale.unlink(missing_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     _tokenize(flags, folder, plan, assembler, limit)
     records = assembler.used_records()
-    if world_size == 1 and (missing := assembler.empty_splits):
+    if missing := assembler.empty_splits:
         raise UserError(empty_split_error(out, plan.settings, missing[0], records))
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
-    manifest.save(path)
+    manifest.save(out / MANIFEST)
     _delete_temporary_files(folder, assembler)
     return manifest
 

@@ -31,9 +31,9 @@ from jaxgpt.preparation.hub import (
     remove_leftover_downloads,
 )
 from jaxgpt.preparation.journal import Journal
-from jaxgpt.preparation.manifest import tokenizer_entry, total_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.text_manifest import tokenizer_entry, total_splits
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.
 READY = {
@@ -54,8 +54,6 @@ class ReadySource(msgspec.Struct):
 def download_ready(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     """Download the missing shards of a folder and return its manifest. Raises UserError."""
     out, work = folder.out, folder.work
-    if folder.world_size > 1:
-        raise UserError("--ready only downloads; run it in one process: --rank 0 --world-size 1")
     tokens = flags.number_of("tokens")
     repo = ready_repository(flags.inputs[0], flags.name, tokens)
     _refuse_other_source(work, repo, out)

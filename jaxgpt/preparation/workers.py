@@ -22,9 +22,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.inputs import Input, Unit
 from jaxgpt.preparation.journal import Record
-from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
+from jaxgpt.preparation.work_plan import Plan
 
 # Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
 AHEAD = 3
