@@ -116,6 +116,11 @@ class Assembler:
         for path in self._parts.iterdir():
             path.unlink()
 
+    def remove_unfinished_parts(self, number: int) -> None:
+        """Delete what a worker that died has written of a unit."""
+        for path in self._parts.glob(f"{number:06d}.*.tmp"):
+            path.unlink(missing_ok=True)
+
     def _refuse_other_streams(self) -> None:
         for record in self._units.entries:
             if record.tokens.keys() != self._ends.keys():

@@ -79,6 +79,9 @@ class PrepareFlags:
     """tokens per shard"""
     workers: IntIfSet = None
     """worker processes; by default one per CPU"""
+    cluster: TextIfSet = None
+    """address of a Dask scheduler (tcp://host:8786) whose workers do the work instead; they read
+    the text and write to --out by the same paths"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
     unit_bytes: Count = "256M"
@@ -95,6 +98,8 @@ class PrepareFlags:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
         if self.workers is not None and self.workers < 1:
             errors.append(f"--workers {self.workers} must be at least 1")
+        if self.cluster is not None and self.workers is not None:
+            errors.append("--workers is for this machine, and a --cluster has its own; give one")
         if self.inspect:
             return errors + self._inspect_errors()
         if not self.inputs:

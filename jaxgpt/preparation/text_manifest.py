@@ -32,8 +32,7 @@ def text_manifest(
     plan: Plan, tokenizer: Tokenizer, shards: Sequence[ShardEntry], records: Sequence[Record]
 ) -> Manifest:
     """Make the manifest, without dates and folders: the same work makes the same manifest."""
-    s = plan.settings
-    inputs = [item for round in plan.rounds for item in round]
+    s, inputs = plan.settings, plan.inputs
     lines = "\n".join(f"{item.name} {item.size} {item.check}" for item in inputs)
     source: dict[str, Any] = {
         **msgspec.to_builtins(plan.source),

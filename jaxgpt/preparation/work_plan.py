@@ -63,6 +63,11 @@ class Plan:
     settings: Settings
     rounds: list[list[Input]] = field(default_factory=list)
 
+    @property
+    def inputs(self) -> list[Input]:
+        """The inputs of all rounds, in order."""
+        return [item for inputs in self.rounds for item in inputs]
+
     def units(self) -> list[Unit]:
         """The units of work, in order."""
         return [unit for units in self._rounds_of_units() for unit in units]
@@ -102,7 +107,7 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
     Raises UserError if an input of the plan is missing from `inputs` or has changed.
     """
     named = {item.path: item for item in inputs}
-    known = {item.path: item for round in plan.rounds for item in round}
+    known = {item.path: item for item in plan.inputs}
     for path, item in known.items():
         if path not in named:
             raise UserError(

@@ -156,16 +156,18 @@ def test_a_missing_finished_shard_is_reported(
     assert f"{lost}: is missing" in refusal(capsys, *arguments)
 
 
-def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
-    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_estimate_is_of_a_sample_of_the_text(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (*SMALL, "--val-tokens", "10K", "--limit-tokens", "20K")
     assert prepare(fineweb_like, "--out", tmp_path / "out", *flags) == 0
     told = " ".join(capsys.readouterr().out.split())
+    manifest = load_manifest(prepared)
+    assert manifest is not None
+    tokens = sum(totals.tokens for _, totals in manifest.splits.items())
     size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
-    share = 30_000 * 4.6 / (size * 1.56)
     (kilobytes,) = re.findall(r"limit reached after about ([\d.]+) kB", told)
-    assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
+    assert float(kilobytes) == pytest.approx(size * 30_000 / tokens / 1000, rel=0.05)
 
 
 def test_a_folder_with_foreign_shards_is_refused(
