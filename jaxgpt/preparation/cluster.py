@@ -81,7 +81,7 @@ def connect(address: str) -> Iterator[Cluster]:
     except ImportError:
         raise UserError(f"--cluster {address}: needs Dask; install it: {INSTALL}") from None
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("distributed"):  # it would print the tracebacks of what we explain
+        if name.startswith(("distributed", "tornado")):  # with tracebacks of what we explain
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
