@@ -31,28 +31,39 @@ class Cluster:
 
     def workers(self) -> int:
         """The number of threads of all workers."""
-        with self._named_errors():
-            return sum(self._client.nthreads().values())
+        try:
+            threads = self._client.nthreads() if self._client.status == "running" else None
+        except OSError:
+            threads = None
+        if threads is None:
+            raise self._lost_scheduler()
+        return sum(threads.values())
 
     def submit(self, fn: Callable[..., T], /, *args: Any) -> Future[T]:
         """As `Engine.submit`."""
-        with self._named_errors():
-            return self._executor.submit(fn, *args)
+        return self._executor.submit(fn, *args)
 
     def result(self, future: Future[T]) -> T:
         """As `Engine.result`."""
         from distributed.scheduler import KilledWorker
 
         try:
-            with self._named_errors():
-                return future.result()
+            return future.result()
         except KilledWorker:
             raise DeadWorkerError from None
+        except CancelledError:  # of all calls, when the connection breaks
+            raise self._lost_scheduler() from None
         except ImportError as error:
             raise UserError(
                 f"--cluster {self._address}: a worker cannot run this ({first_line(error)}); "
                 "install the same version of jaxgpt on all workers"
             ) from None
+
+    def _lost_scheduler(self) -> UserError:
+        return UserError(
+            f"--cluster {self._address}: the scheduler is gone; start it and its workers, and run "
+            "the same command again to resume: nothing that is finished is lost"
+        )
 
     def close(self) -> None:
         """Cancel what has not begun, and leave the scheduler."""
@@ -60,17 +71,6 @@ class Cluster:
             self._executor.shutdown(wait=False)
         with suppress(Exception):
             self._client.close(timeout=2)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        # All calls are cancelled when the connection breaks; nothing else cancels them.
-        except (OSError, CancelledError):
-            raise UserError(
-                f"--cluster {self._address}: the scheduler is gone; start it and its workers, and "
-                "run the same command again to resume: nothing that is finished is lost"
-            ) from None
 
 
 @contextmanager
