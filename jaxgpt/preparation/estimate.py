@@ -17,7 +17,6 @@ from jaxgpt.run.console import duration
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
 # machine's.
 TEXT_BYTES_PER_CORE_SECOND = 18e6
-DOWNLOADS_AT_ONCE = 4  # files of the Hub that may be on disk at the same time
 SAMPLED_SLICES, SAMPLED_CHARACTERS = 8, 200_000  # the latter of each slice
 
 
@@ -54,6 +53,7 @@ def estimate_work(
         fraction = min(1.0, (limit_tokens + (s.val_tokens or 0)) / max(tokens, 1))
         tokens, text = int(tokens * fraction), int(text * fraction)
         needed = int(n_bytes * fraction)
+    on_disk = downloads_ahead(workers) + 2  # those being read
     unit_tokens = min(s.unit_bytes / per_token, tokens)
     waiting = min(tokens, s.shard_tokens + workers * AHEAD * unit_tokens)
     largest = max((item.size for item in inputs), default=0) if on_hub else 0
@@ -62,9 +62,14 @@ def estimate_work(
         needed_bytes=needed,
         tokens=tokens,
         shard_bytes=2 * tokens,
-        temporary_bytes=int(2 * waiting) + min(DOWNLOADS_AT_ONCE, len(inputs)) * largest,
+        temporary_bytes=int(2 * waiting) + min(on_disk, len(inputs)) * largest,
         core_seconds=text / TEXT_BYTES_PER_CORE_SECOND,
     )
+
+
+def downloads_ahead(workers: int) -> int:
+    """The number of files to download while others are read: one feeds about eight workers."""
+    return max(2, workers // 8)
 
 
 def estimate_rows(
@@ -81,7 +86,8 @@ def estimate_rows(
         f"{s.shard_tokens:,}",
         "disk": f"about {decimal(estimate.shard_bytes)}, plus {decimal(estimate.temporary_bytes)} "
         f"while this runs; {free} free",
-        "time": f"about {duration(estimate.core_seconds / workers)} with {workers} workers"
+        "time": f"about {duration(estimate.core_seconds / max(workers, 1))} with "
+        f"{workers or 'one of the'} workers"
         + (", unless the download takes longer" if on_hub else ""),
     }
 

@@ -12,7 +12,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.cluster import connect
-from jaxgpt.preparation.estimate import estimate_rows, estimate_work
+from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate_work
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
 from jaxgpt.preparation.inputs import Input
@@ -64,7 +64,7 @@ def _tokenize(
     limit: int | None,
 ) -> None:
     with _open_engine(flags) as engine:
-        workers = engine.workers() or 1
+        workers = engine.workers()
         estimate = estimate_work(plan, tokenizer, limit, workers)
         remaining = max(0, estimate.shard_bytes - 2 * assembler.tokens_done)
         free = check_free_space(folder.out, remaining + estimate.temporary_bytes)
@@ -77,7 +77,7 @@ def _tokenize(
         units = enumerate(plan.units())
         done_bytes = sum(s.size for number, unit in units if number not in pending for s in unit)
         with PreparationConsole(estimate.needed_bytes, done_bytes) as console:
-            locate, release = _make_locate(plan, pending, folder.work, console.say)
+            locate, release = _make_locate(plan, pending, folder.work, engine, console.say)
             per_token = estimate.bytes_per_token
             loop = UnitLoop(
                 engine, assembler, plan, folder.work, console, per_token, locate, release
@@ -90,7 +90,7 @@ def _open_engine(flags: PrepareFlags) -> AbstractContextManager[Engine]:
 
 
 def _make_locate(
-    plan: Plan, pending: Set[int], work: Path, say: Callable[[str], None]
+    plan: Plan, pending: Set[int], work: Path, engine: Engine, say: Callable[[str], None]
 ) -> tuple[Locate, Callable[[Input], object]]:
     """A function that returns an input's path, and one for an input that is no longer needed."""
     if not isinstance(plan.source, HubSource):
@@ -104,7 +104,7 @@ def _make_locate(
     remove_leftover_downloads(folder)
     units = [unit for number, unit in enumerate(plan.units()) if number in pending]
     needed = {slice.input.path: slice.input for unit in units for slice in unit}
-    downloads = Downloads(list(needed.values()), get)
+    downloads = Downloads(list(needed.values()), get, lambda: downloads_ahead(engine.workers()))
     return downloads.local, lambda item: (folder / item.path).unlink(missing_ok=True)
 
 

@@ -49,7 +49,7 @@ class UnitLoop:
         self._origin = Origin(sha256_of(work / "plan.json"), s.tokenizer, s.tokenizer_sha256)
         self._running: dict[Future[Record], int] = {}
         self._deaths = Counter[int]()  # of workers, by unit
-        self._done: list[Record] = []  # by this run
+        self._made = Counter[str]()  # tokens, documents and bytes of the units that are done
         self._bytes_per_token, self._shown = bytes_per_token, -math.inf
         self._uses = Counter(
             path for number in assembler.pending_units() for path in self._inputs_of(number)
@@ -93,7 +93,8 @@ class UnitLoop:
             self._count_death(number)
             return
         self._assembler.add(record)
-        self._done.append(record)
+        tokens = sum(record.tokens.values())
+        self._made.update(tokens=tokens, documents=record.documents, bytes=record.bytes)
         inputs = self._inputs_of(number)
         self._uses.subtract(inputs.keys())
         for path in inputs:
@@ -118,15 +119,11 @@ class UnitLoop:
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
-        tokens = tokens_being_written(self._work / "parts")
+        made, tokens = self._made, tokens_being_written(self._work / "parts")
         started = sum(slice.size for n in self._running.values() for slice in self._units[n])
-        n_bytes = min(tokens * self._bytes_per_token, started)
-        self._console.update(
-            self._console.done_before + sum(record.bytes for record in self._done) + int(n_bytes),
-            tokens + sum(sum(record.tokens.values()) for record in self._done),
-            sum(record.documents for record in self._done),
-            note,
-        )
+        n_bytes = int(min(tokens * self._bytes_per_token, started))
+        done = self._console.done_before + made["bytes"] + n_bytes
+        self._console.update(done, made["tokens"] + tokens, made["documents"], note)
 
     def _locate_job(self, number: int) -> Job | None:
         """A unit with the paths of its inputs, None while one is downloading."""
