@@ -8,7 +8,7 @@ against.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -116,25 +116,18 @@ class _Version(msgspec.Struct):
     version: int
 
 
-M = TypeVar("M", bound=Manifest)
-
-
 def load_manifest(data_dir: Path) -> Manifest | None:
     """The manifest of a folder, None if there is none.
 
     Raises:
         DataError: if it cannot be read, has another version, or has fields of another type.
     """
-    return read_manifest(data_dir / MANIFEST, Manifest, _remedy(data_dir))
-
-
-def read_manifest(path: Path, kind: type[M], remedy: str) -> M | None:
-    """As `load_manifest`, for any file name and any subclass."""
+    path, remedy = data_dir / MANIFEST, _remedy(data_dir)
     try:
         content = path.read_bytes()
         version = decode_json(content, _Version).version
         if version == VERSION:
-            return decode_json(content, kind)
+            return decode_json(content, Manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -174,8 +167,8 @@ def unfinished_error(data_dir: Path) -> str | None:
     """For a folder without a manifest: an error if its preparation is unfinished, else None."""
     if any(data_dir.glob("manifest-*-of-*.json")):
         return (
-            f"{data_dir}: was prepared by several processes; merge their shards with {PREPARE} "
-            f"--merge {data_dir}"
+            f"{data_dir}: has the shards of several ranks, which an earlier version did not merge; "
+            f"prepare the text again with {PREPARE} into another folder"
         )
     if any((data_dir / WORK_FOLDER).rglob("*.json")):
         return (

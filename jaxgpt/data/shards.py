@@ -142,16 +142,24 @@ def load_split(
     (`TokenStream.check_ids`). Raises DataError; if there are no files, its message has the command
     that makes `tokens_wanted`.
     """
+    files, errors = inspect_split(data_dir, split, tokens_wanted)
+    refuse(errors)
+    tokens = TokenStream(files, name=f"{data_dir} ({split})")
+    _check_or_sample_ids(tokens, files, n_vocab)
+    return tokens
+
+
+def inspect_split(
+    data_dir: Path, split: str, tokens_wanted: int | None = None
+) -> tuple[list[TokenFile], list[str]]:
+    """The files of a split, and a sentence for each that is faulty; raises DataError for none."""
     files, errors = [], []
     for path in find_files(data_dir, split, tokens_wanted):
         try:
             files.append(inspect_file(path))
         except DataError as error:
             errors.append(str(error))
-    refuse(errors)
-    tokens = TokenStream(files, name=f"{data_dir} ({split})")
-    _check_or_sample_ids(tokens, files, n_vocab)
-    return tokens
+    return files, errors
 
 
 def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:

@@ -22,11 +22,8 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 COUNTS = ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes")
 
-# The flags that --ready, --merge and --inspect can be combined with.
-OF_READY = frozenset(
-    {"inputs", "out", "name", "revision", "ready", "tokens", "workers", "rank", "world_size"}
-)
-OF_MERGE = frozenset({"inputs", "merge"})
+# The flags that --ready and --inspect can be combined with.
+OF_READY = frozenset({"inputs", "out", "name", "revision", "ready", "tokens", "workers"})
 OF_INSPECT = frozenset({"inputs", "inspect", "tokenizer"})
 
 DESCRIPTION = """Make token shards for training from FineWeb, another data set of the Hugging Face \
@@ -83,12 +80,9 @@ class PrepareFlags:
     """tokens per shard"""
     workers: IntIfSet = None
     """worker processes; by default one per CPU"""
-    rank: IntIfSet = None
-    """rank of this process among --world-size; by default from Slurm, torchrun or Open MPI"""
-    world_size: IntIfSet = None
-    """number of processes that divide the input; --merge joins their shards"""
-    merge: bool = False
-    """write the manifest of a folder in which all ranks have finished"""
+    cluster: TextIfSet = None
+    """address of a Dask scheduler (tcp://host:8786) whose workers do the work instead; they read
+    the text and write to --out by the same paths"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
     unit_bytes: Count = "256M"
@@ -105,8 +99,10 @@ class PrepareFlags:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
         if self.workers is not None and self.workers < 1:
             errors.append(f"--workers {self.workers} must be at least 1")
-        if self.merge or self.inspect:
-            return errors + self._one_folder_errors()
+        if self.cluster is not None and self.workers is not None:
+            errors.append("--workers is for this machine, and a --cluster has its own; give one")
+        if self.inspect:
+            return errors + self._inspect_errors()
         if not self.inputs:
             errors.append(
                 "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
@@ -125,15 +121,12 @@ class PrepareFlags:
             return str(error)
         return None
 
-    def _one_folder_errors(self) -> list[str]:
-        if self.merge and self.inspect:
-            return ["--merge and --inspect are two commands; give one"]
-        what = "--merge" if self.merge else "--inspect"
+    def _inspect_errors(self) -> list[str]:
         errors = []
         if len(self.inputs) != 1:
-            errors.append(f"{what} takes one folder: {PROG} {what} data/fineweb")
-        if others := self._given_beside(OF_MERGE if self.merge else OF_INSPECT):
-            errors.append(f"{what} takes only a folder; leave out {others}")
+            errors.append(f"--inspect takes one folder: {PROG} --inspect data/fineweb")
+        if others := self._given_beside(OF_INSPECT):
+            errors.append(f"--inspect takes only a folder; leave out {others}")
         return errors
 
     def _ready_errors(self) -> list[str]:

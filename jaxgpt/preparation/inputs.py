@@ -111,12 +111,6 @@ def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
     return [*units, tuple(group)] if group else units
 
 
-def share_of_rank(units: Sequence[Unit], rank: int, world_size: int) -> list[Unit]:
-    """The consecutive units of one rank; all ranks' tokens in order are those of one process."""
-    n = len(units)
-    return list(units[n * rank // world_size : n * (rank + 1) // world_size])
-
-
 def find_inputs(arguments: Sequence[str]) -> list[Input]:
     """The files that paths, patterns and folders name, sorted and without duplicates.
 

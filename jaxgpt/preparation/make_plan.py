@@ -1,7 +1,6 @@
 """From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,7 +13,7 @@ from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
-from jaxgpt.preparation.plan import (
+from jaxgpt.preparation.work_plan import (
     FileSource,
     HubSource,
     Plan,
@@ -74,13 +73,6 @@ def _plan_for_hub(
 
 
 def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
-    if not plan.units():
-        single = replace(plan.settings, rank=0, world_size=1)
-        raise UserError(
-            f"--world-size {plan.settings.world_size}: the input is only "
-            f"{len(replace(plan, settings=single).units())} units of work; use fewer processes, or "
-            "smaller units with --unit-bytes"
-        )
     if plan != old:
         plan.save(path)
     return plan
@@ -126,8 +118,6 @@ def _settings(
         val_tokens=val_tokens,
         val_fraction=val_fraction,
         unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
-        rank=folder.rank,
-        world_size=folder.world_size,
     )
 
 

@@ -165,7 +165,8 @@ def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             lines = split_lines(read_chunks(file, slice.path))
         else:
             lines = lines_between(file, *slice.share_of(slice.input.size))
-        first, position = slice.part == 0, file.tell()
+        first = slice.part == 0
+        position = 0 if slice.input.is_compressed else slice.share_of(slice.input.size)[0]
         for group in in_groups(lines):
             records = [_parse_line(line, options) for line in group]
             if first:

@@ -7,9 +7,11 @@ divided.
 """
 
 import os
+import socket
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -86,13 +88,19 @@ def part_path(folder: Path, number: int, stream: str) -> Path:
     return folder / f"{number:06d}.{stream}"
 
 
-def tokenize_unit(
-    job: Job, tokenizer: Tokenizer, advance: Callable[[int, int, int], object]
-) -> Record:
+def tokens_being_written(folder: Path) -> int:
+    """The tokens in the parts that are not complete."""
+    total = 0
+    for path in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # it is complete
+            total += path.stat().st_size // 2
+    return total
+
+
+def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
     """Read, encode and write one unit; its parts appear complete or not at all.
 
-    `advance` gets the documents, tokens and bytes of each batch. Raises UserError for an input
-    that cannot be read.
+    Raises UserError for an input that cannot be read.
     """
     streams = ("all",) if job.val_fraction is None else ("train", "val")
     counts = Counter[str]()
@@ -104,8 +112,7 @@ def tokenize_unit(
             for stream in streams
         }
         for slice in job.unit:
-            for documents, size, token_count in read_slice(slice, job.options):
-                before = sum(part.tokens for part in parts.values())
+            for documents, _, token_count in read_slice(slice, job.options):
                 for document in documents:
                     if isinstance(document, Skip):
                         counts[document.value] += 1
@@ -116,8 +123,6 @@ def tokenize_unit(
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
-                tokens = sum(part.tokens for part in parts.values()) - before
-                advance(len(documents), tokens, size)
         for part in parts.values():
             part.write()
     return Record(
@@ -133,8 +138,9 @@ def tokenize_unit(
 
 def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
     path = part_path(job.folder, job.number, stream)
-    # With the process id: a worker that outlives a killed parent may still write the same part.
-    return atomic_write(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+    # A name of its own: a worker that outlives a killed parent may still write the same part.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return atomic_write(path, path.with_name(f"{path.name}.{writer}.tmp"))
 
 
 def _stream_of(document: str | LongText, val_fraction: float | None) -> str:

@@ -36,8 +36,6 @@ def test_each_mistake_gives_one_sentence(
             "--limit-tokens many: is not a positive integer; write 27B",
         ),
         ([texts, "--shard-tokens", "3B"], "has at most 2,147,483,647 tokens"),
-        ([texts, "--rank", "3"], "--rank and --world-size belong together"),
-        ([texts, "--rank", "3", "--world-size", "3"], "rank 3 of 3"),
         ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
         (
             [texts, "--name", "x", "--split", "dev"],
@@ -46,17 +44,16 @@ def test_each_mistake_gives_one_sentence(
         ([texts, "--out", texts], "contains the text itself; choose another folder with --out"),
         (["fineweb", "--ready", "--tokenizer", "byte"], "tokens; leave out --tokenizer"),
         (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
-        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "run it in one process"),
         (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
         (
             ["--inspect", texts, "--limit-tokens", "3"],
             "takes only a folder; leave out --limit-tokens",
         ),
-        (["--merge"], "--merge takes one folder"),
+        (["--inspect"], "--inspect takes one folder"),
         ([], "name what to prepare"),
     ):
         out = ["--out", tmp_path / "o"]
-        if "--out" in arguments or "--inspect" in arguments or arguments in ([], ["--merge"]):
+        if "--out" in arguments or "--inspect" in arguments or not arguments:
             out = []
         assert said in refusal(capsys, *arguments, *out)
     assert not (tmp_path / "o").exists(), "a mistake leaves no folder"
@@ -159,16 +156,18 @@ def test_a_missing_finished_shard_is_reported(
     assert f"{lost}: is missing" in refusal(capsys, *arguments)
 
 
-def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
-    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_estimate_is_of_a_sample_of_the_text(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (*SMALL, "--val-tokens", "10K", "--limit-tokens", "20K")
     assert prepare(fineweb_like, "--out", tmp_path / "out", *flags) == 0
     told = " ".join(capsys.readouterr().out.split())
+    manifest = load_manifest(prepared)
+    assert manifest is not None
+    tokens = sum(totals.tokens for _, totals in manifest.splits.items())
     size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
-    share = 30_000 * 4.6 / (size * 1.56)
     (kilobytes,) = re.findall(r"limit reached after about ([\d.]+) kB", told)
-    assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
+    assert float(kilobytes) == pytest.approx(size * 30_000 / tokens / 1000, rel=0.05)
 
 
 def test_a_folder_with_foreign_shards_is_refused(

@@ -22,7 +22,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.manifest import summarize
+from jaxgpt.preparation.text_manifest import summarize
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import read_metrics

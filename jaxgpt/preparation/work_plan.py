@@ -10,12 +10,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from jaxgpt.config.checks import as_flag
-from jaxgpt.data.manifest import Count
 from jaxgpt.errors import UserError
 from jaxgpt.files import FormatError, decode_json, write_json
 from jaxgpt.preparation.documents import ReadOptions
-from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
+from jaxgpt.preparation.inputs import Input, Unit, work_units
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -51,8 +49,6 @@ class Settings:
     val_tokens: Positive | None  # validation is this many tokens at the start ...
     val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
     unit_bytes: Positive
-    rank: Count = 0
-    world_size: Positive = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +63,13 @@ class Plan:
     settings: Settings
     rounds: list[list[Input]] = field(default_factory=list)
 
+    @property
+    def inputs(self) -> list[Input]:
+        """The inputs of all rounds, in order."""
+        return [item for inputs in self.rounds for item in inputs]
+
     def units(self) -> list[Unit]:
-        """The units of work of this rank, in order."""
+        """The units of work, in order."""
         return [unit for units in self._rounds_of_units() for unit in units]
 
     def round_ends(self) -> list[int]:
@@ -80,11 +81,7 @@ class Plan:
         return ends
 
     def _rounds_of_units(self) -> list[list[Unit]]:
-        s = self.settings
-        return [
-            share_of_rank(work_units(inputs, s.unit_bytes), s.rank, s.world_size)
-            for inputs in self.rounds
-        ]
+        return [work_units(inputs, self.settings.unit_bytes) for inputs in self.rounds]
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""
@@ -110,7 +107,7 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
     Raises UserError if an input of the plan is missing from `inputs` or has changed.
     """
     named = {item.path: item for item in inputs}
-    known = {item.path: item for round in plan.rounds for item in round}
+    known = {item.path: item for item in plan.inputs}
     for path, item in known.items():
         if path not in named:
             raise UserError(
@@ -153,4 +150,4 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
 
 
 def _flag_name(name: str) -> str:
-    return {"kind": "source", "repo": "data set"}.get(name, as_flag(name))
+    return {"kind": "source", "repo": "data set"}.get(name, f"--{name.replace('_', '-')}")
