@@ -77,11 +77,6 @@ class Assembler:
         return self._tokens_in.total()
 
     @property
-    def empty_splits(self) -> list[str]:
-        """The splits without a token."""
-        return [split for split in ("train", "val") if not self._tokens_in[split]]
-
-    @property
     def finished(self) -> bool:
         """Whether all shards are written."""
         return all(self._is_finished(output) for output in self._outputs)

@@ -9,14 +9,13 @@ from pathlib import Path
 from jaxgpt.data.manifest import MANIFEST, Manifest, load_manifest, size_errors
 from jaxgpt.data.token_file import refuse
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.cluster import connect
 from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate_work
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.make_plan import empty_split_error, make_plan
+from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.run_units import Locate, UnitLoop
@@ -42,8 +41,7 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     _tokenize(flags, folder, plan, tokenizer, assembler, limit)
     records = assembler.used_records()
-    if missing := assembler.empty_splits:
-        raise UserError(empty_split_error(out, plan.settings, missing[0], records))
+    refuse_bad_splits(out, plan.settings, assembler.shards, records)
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
     manifest.save(out / MANIFEST)
     _delete_temporary_files(folder, assembler)

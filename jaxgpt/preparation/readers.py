@@ -47,6 +47,23 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         ) from None
 
 
+def has_documents(inputs: Iterable[Input], options: ReadOptions, least: int) -> bool:
+    """Whether the inputs have at least `least` usable documents; reads no more than that takes.
+
+    Raises UserError as `read_slice` does.
+    """
+    count = 0
+    for item in inputs:
+        if item.kind == "text" and options.sample_by == "document":
+            count += item.size > 0
+            continue
+        for batch in read_slice(Slice(item, item.path, 0, 1), options):
+            count += sum(not isinstance(document, Skip) for document in batch.documents)
+            if count >= least:
+                return True
+    return count >= least
+
+
 def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -37,6 +37,7 @@ class Job(NamedTuple):
     options: ReadOptions
     val_fraction: float | None  # None: the parent divides the stream 'all' into splits
     folder: Path
+    val_at_end: bool = False  # validation is the end of the unit, not chosen by document
 
 
 class Part:
@@ -74,6 +75,18 @@ class Part:
         if self._encoded:
             self._file.write(np.concatenate(self._encoded).astype("<u2", copy=False).data)
         self._encoded, self._n_encoded = [], 0
+
+    def move_end(self, fraction: float, other: "Part") -> None:
+        """Move this fraction of the tokens, at least two, to an empty part; none of under four."""
+        self.write()
+        # The smallest window is two tokens, an input and its target.
+        count = max(round(self.tokens * fraction), 2) if self.tokens >= 4 else 0
+        self._file.flush()
+        kept = self.tokens - count
+        for tokens in iterate_tokens(Path(self._file.name), kept, self.tokens):
+            other._append(tokens)
+        self._file.truncate(2 * kept)
+        self.tokens = kept
 
     def _append(self, tokens: np.ndarray) -> None:
         self._encoded.append(tokens)
@@ -119,10 +132,12 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_stream_of(document, job.val_fraction)].add(document)
+                    parts[_stream_of(document, job)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
+        if job.val_fraction is not None and job.val_at_end:
+            parts["train"].move_end(job.val_fraction, parts["val"])
         for part in parts.values():
             part.write()
     return Record(
@@ -143,10 +158,12 @@ def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
     return atomic_write(path, path.with_name(f"{path.name}.{writer}.tmp"))
 
 
-def _stream_of(document: str | LongText, val_fraction: float | None) -> str:
-    if val_fraction is None:
+def _stream_of(document: str | LongText, job: Job) -> str:
+    if job.val_fraction is None:
         return "all"
-    return "val" if fraction_of(document) < val_fraction else "train"
+    if job.val_at_end:
+        return "train"  # until the unit is complete
+    return "val" if fraction_of(document) < job.val_fraction else "train"
 
 
 def _sum_if_all_known(counts: list[int | None]) -> int | None:

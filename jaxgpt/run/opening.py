@@ -15,7 +15,7 @@ from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
 from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
-from jaxgpt.data.manifest import check_manifest
+from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Question
 from jaxgpt.data.tasks import load_tasks
@@ -49,9 +49,20 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
     origin, weights = find_origin(asked, saved, given)
+    if weights is None and "tokenizer" not in given:
+        name = saved.tokenizer if saved else tokenizer_of_data(asked)
+        origin = dataclasses.replace(origin, tokenizer=name)
     if saved is not None:
         check_same_run(asked, origin)
     return origin, weights
+
+
+def tokenizer_of_data(asked: Config) -> str:
+    """The tokenizer that the data was made with; without a manifest, the configuration's."""
+    manifest = None
+    if asked.data_dir is not None and asked.dataset != "embedded":
+        manifest = load_manifest(asked.data_dir)
+    return manifest.tokenizer.name if manifest else asked.tokenizer
 
 
 def open_data(asked: Config, origin: Origin) -> Data:
