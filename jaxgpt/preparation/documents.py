@@ -7,10 +7,9 @@ with the reason why it cannot be used, so that it is counted.
 import codecs
 import gzip
 import hashlib
-import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import BinaryIO, Literal, NamedTuple
@@ -93,11 +92,10 @@ def to_document(text: str | bytes | None, options: ReadOptions) -> Document:
     return text or Skip.EMPTY
 
 
-def pieces(document: str | LongText) -> Iterator[str]:
+def pieces(document: str | LongText, cut: Callable[[str, int, int], int]) -> Iterator[str]:
     """Cut a document into pieces of at most a million characters, without changing its tokens.
 
-    GPT-2's pattern ends a word before every space or newline that follows another character, so
-    pieces end there. A million characters without such a place are cut anywhere.
+    `cut` is the tokenizer's. A million characters without a place to cut are cut anywhere.
     """
     if isinstance(document, str) and len(document) <= PIECE:
         yield document
@@ -108,15 +106,11 @@ def pieces(document: str | LongText) -> Iterator[str]:
         pending += chunk
         start = 0
         while len(pending) - start > PIECE:
-            word_end = WORD_END.match(pending, start, start + PIECE)
-            stop = word_end.end() if word_end else start + PIECE
+            stop = cut(pending, start, start + PIECE)
             yield pending[start:stop]
             start = stop
         pending = pending[start:]
     yield pending
-
-
-WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def fraction_of(document: str | LongText) -> float:

@@ -13,6 +13,7 @@ import tyro
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import ReadOptions
 
 PROG = "python -m jaxgpt.prepare"
 DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -63,7 +64,8 @@ class PrepareFlags:
     tokens: Count = None
     """with --ready: download at least this many training tokens"""
     tokenizer: str = "gpt2"
-    """gpt2, byte, or a tiktoken encoding with at most 65,536 tokens"""
+    """gpt2, byte or char (the text's characters); a folder with tokenizer.json, such a file, or
+    owner/name on the Hub; or a tiktoken encoding"""
     text_column: str = "text"
     """column or JSON key with the text"""
     sample_by: Literal["document", "paragraph", "line"] = "document"
@@ -142,6 +144,15 @@ class PrepareFlags:
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - names))
 
+    @property
+    def read_options(self) -> ReadOptions:
+        """How files become documents."""
+        return ReadOptions(
+            text_column=self.text_column,
+            sample_by=self.sample_by,
+            encoding_errors=self.encoding_errors,
+        )
+
     def number_of(self, name: str) -> int | None:
         """The value of a flag as a number (27B, 100M, 5_000, 1e9), None if it is not set.
 
@@ -149,7 +160,7 @@ class PrepareFlags:
             UserError: if it is not a positive integer.
         """
         text = getattr(self, name)
-        return None if text is None else _parse_number(name, text)
+        return None if text is None else parse_number(name, text)
 
 
 def parse_flags(argv: Sequence[str]) -> PrepareFlags:
@@ -157,7 +168,8 @@ def parse_flags(argv: Sequence[str]) -> PrepareFlags:
     return parse_command(argv, PrepareFlags, prog=PROG, description=DESCRIPTION)
 
 
-def _parse_number(name: str, text: str) -> int:
+def parse_number(name: str, text: str) -> int:
+    """A positive integer as 27B, 100M, 5_000 or 1e9; UserError, naming the flag, for another."""
     digits, factor = text.strip().upper().replace("_", "").replace(",", ""), 1
     if digits[-1:] in SUFFIXES:
         digits, factor = digits[:-1], SUFFIXES[digits[-1]]

@@ -8,12 +8,13 @@ import msgspec
 from jaxgpt.data.manifest import ShardEntry
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import ReadOptions, Skip
 from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
+from jaxgpt.preparation.readers import has_documents
+from jaxgpt.preparation.text_manifest import total_splits
 from jaxgpt.preparation.work_plan import (
     FileSource,
     HubSource,
@@ -22,8 +23,6 @@ from jaxgpt.preparation.work_plan import (
     refuse_differences,
     with_inputs,
 )
-from jaxgpt.preparation.readers import has_documents
-from jaxgpt.preparation.text_manifest import total_splits
 
 SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of more
 # Validation is chosen by document if about this many are expected to be in it: with ten, it is
@@ -45,6 +44,8 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
         return _plan_for_hub(flags, folder, tokenizer, old, path)
     _refuse_hub_flags(flags)
     inputs = find_inputs(flags.inputs)
+    if not any(item.size for item in inputs):
+        raise UserError(f"{inputs[0].path}: is empty; name a file that has text")
     if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
         raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
     source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)
@@ -103,11 +104,6 @@ def _settings(
     """The settings from the flags, else from the folder's plan, else the defaults."""
     val_tokens, val_fraction = flags.number_of("val_tokens"), flags.val_fraction
     val_at_end = False
-    options = ReadOptions(
-        text_column=flags.text_column,
-        sample_by=flags.sample_by,
-        encoding_errors=flags.encoding_errors,
-    )
     if val_tokens is None and val_fraction is None:
         if old is not None:
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
@@ -119,13 +115,13 @@ def _settings(
             val_fraction = 0.1 if small else 0.01
             if not is_hub_name(flags.inputs):
                 least = round(EXPECTED_VAL_DOCUMENTS / val_fraction)
-                val_at_end = not has_documents(inputs, options, least)
+                val_at_end = not has_documents(inputs, flags.read_options, least)
             val_fraction = 0.1 if val_at_end else val_fraction
     return Settings(
         prefix=_prefix(flags, folder.out),
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
-        options=options,
+        options=flags.read_options,
         shard_tokens=flags.number_of("shard_tokens") or SHARD_TOKENS,
         val_tokens=val_tokens,
         val_fraction=val_fraction,
@@ -182,8 +178,6 @@ def _empty_split_error(
     if not any(record.documents or record.skipped for record in records):
         return f"{out}: the input has no documents; check the files, and choose another --out"
     if not any(record.documents for record in records):
-        if examples.keys() == {Skip.EMPTY.value}:
-            return f"{examples[Skip.EMPTY.value]}: is empty; name a file that has text"
         reasons = " or ".join(f"{reason} ({path})" for reason, path in sorted(examples.items()))
         return (
             f"{out}: none of the documents can be used, each is {reasons}; fix the files, or set "

@@ -19,6 +19,7 @@ from jaxgpt.data.manifest import (
     TokenizerEntry,
     Validation,
 )
+from jaxgpt.data.token_file import UINT16
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.next_command import train_command
@@ -54,6 +55,7 @@ def text_manifest(
         jaxgpt=version("jaxgpt"),
         source=source,
         tokenizer=tokenizer_entry(tokenizer),
+        dtype="uint16" if tokenizer.dtype == UINT16 else "uint32",
         validation=validation,
         shard_tokens=s.shard_tokens,
         splits=total_splits(shards),

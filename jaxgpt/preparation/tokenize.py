@@ -1,6 +1,6 @@
 """Encodes one unit of work: its documents become tokens in files of their own, the parts.
 
-Parts contain bare uint16 tokens, with the end-of-text token before each document. All units' parts
+Parts contain bare tokens, with the end-of-text token before each document. All units' parts
 in order are a stream: 'train' and 'val' if documents are assigned to splits, else 'all'. The parent
 process cuts the shards from the streams (`assemble.py`), so they do not depend on how the work was
 divided.
@@ -60,8 +60,8 @@ class Part:
                 self.encode()
             return
         self.encode()
-        self._append(np.array([self._tokenizer.eot], np.uint16))
-        for piece in pieces(document):
+        self._append(np.array([self._tokenizer.eot], self._tokenizer.dtype))
+        for piece in pieces(document, self._tokenizer.cut):
             self._append(self._tokenizer.encode(piece))
 
     def encode(self) -> None:
@@ -73,7 +73,7 @@ class Part:
     def write(self) -> None:
         """Write the tokens encoded so far."""
         if self._encoded:
-            self._file.write(np.concatenate(self._encoded).astype("<u2", copy=False).data)
+            self._file.write(np.concatenate(self._encoded).data)
         self._encoded, self._n_encoded = [], 0
 
     def move_end(self, fraction: float, other: "Part") -> None:
@@ -82,10 +82,10 @@ class Part:
         # The smallest window is two tokens, an input and its target.
         count = max(round(self.tokens * fraction), 2) if self.tokens >= 4 else 0
         self._file.flush()
-        kept = self.tokens - count
-        for tokens in iterate_tokens(Path(self._file.name), kept, self.tokens):
+        kept, dtype = self.tokens - count, self._tokenizer.dtype
+        for tokens in iterate_tokens(Path(self._file.name), kept, self.tokens, dtype):
             other._append(tokens)
-        self._file.truncate(2 * kept)
+        self._file.truncate(dtype.itemsize * kept)
         self.tokens = kept
 
     def _append(self, tokens: np.ndarray) -> None:
@@ -171,13 +171,15 @@ def _sum_if_all_known(counts: list[int | None]) -> int | None:
     return sum(known) if known and len(known) == len(counts) else None
 
 
-def iterate_tokens(path: Path, start: int, stop: int, step: int = 1 << 22) -> Iterator[np.ndarray]:
-    """Tokens [start, stop) of a part, 8 MB at a time; raises UserError if it is truncated."""
+def iterate_tokens(
+    path: Path, start: int, stop: int, dtype: np.dtype, step: int = 1 << 22
+) -> Iterator[np.ndarray]:
+    """Tokens [start, stop) of a part, 4M at a time; raises UserError if it is truncated."""
     with path.open("rb") as file:
-        file.seek(2 * start)
+        file.seek(dtype.itemsize * start)
         for position in range(start, stop, step):
             wanted = min(step, stop - position)
-            tokens = np.frombuffer(file.read(2 * wanted), "<u2")
+            tokens = np.frombuffer(file.read(dtype.itemsize * wanted), dtype)
             if len(tokens) != wanted:
                 raise UserError(f"{path}: is truncated; delete it and run the same command again")
             yield tokens

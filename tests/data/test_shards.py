@@ -305,8 +305,8 @@ def test_a_file_may_be_shorter_than_a_sample(
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (np.array([1, 65541]), "token id 65541 does not fit into uint16"),
-        (np.array([1, -1]), "token id -1 does not fit into uint16"),
+        (np.array([1, 2**32]), "token id 4294967296 is not one of 0 to 4,294,967,295"),
+        (np.array([1, -1]), "token id -1 is not one of"),
         (np.array([1.0, 2.0]), "must be 1-D integers, not 1-D float64"),
         (np.array([[1, 2]]), "must be 1-D integers, not 2-D int64"),
     ],
