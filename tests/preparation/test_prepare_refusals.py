@@ -28,7 +28,7 @@ def test_each_mistake_gives_one_sentence(
         ([prepared], "already contains tokens; train on them with"),
         ([next(prepared.glob("*.bin"))], "already contains tokens"),
         ([empty], "empty.txt: is empty; name a file that has text"),
-        ([texts, "--tokenizer", "o200k_base"], "has 200,019 ids"),
+        ([texts, "--tokenizer", "tok/"], "'tok/': no such folder or file"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two ways to choose validation"),
