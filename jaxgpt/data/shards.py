@@ -31,6 +31,7 @@ MAPPED_AT_ONCE = 512
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
+SUFFIXES = (".bin", ".npy")  # the latter are build-nanogpt's
 SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample (exactly: 10.27B)
 
 
@@ -166,7 +167,7 @@ def inspect_split(
 
 
 def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:
-    """The .bin files with the word `split` in their name, as edu_fineweb_val_000000.bin.
+    """The .bin or .npy files with the word `split` in their name, as edu_fineweb_val_000000.bin.
 
     Raises DataError if there are none.
     """
@@ -186,7 +187,7 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
         raise DataError(
             f"{data_dir}: {what}; {wanted}; {parent} {_folder_contents(parent)}; {remedy}"
         )
-    paths = [path for path in names if path.suffix == ".bin" and split_of(path) == split]
+    paths = [path for path in names if path.suffix in SUFFIXES and split_of(path) == split]
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_folder_contents(data_dir)}; {remedy}")
     return paths

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import atomic_write
 
 
@@ -81,6 +81,8 @@ def inspect_file(path: Path) -> TokenFile:
     if size == 0:
         raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
     magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if head.startswith(np.lib.format.MAGIC_PREFIX):
+        return _inspect_npy(path, size)
     for format in FORMATS:
         if magic == format.magic:
             return _inspect_shard(path, size, version, length, format)
@@ -155,6 +157,29 @@ def _inspect_shard(path: Path, size: int, version: int, length: int, format: For
     if length == 0:
         raise DataError(f"{path}: has a header but no tokens; delete it or make it again")
     return file
+
+
+def _inspect_npy(path: Path, size: int) -> TokenFile:
+    """build-nanogpt's shards: what np.save writes of a 1-D array."""
+    try:
+        with path.open("rb") as file:
+            is_first = np.lib.format.read_magic(file) == (1, 0)
+            first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+            shape, _, dtype = (first if is_first else second)(file)
+            offset = file.tell()
+    except ValueError as error:
+        raise DataError(
+            f"{path}: is not a .npy file ({first_line(error)}); copy it again"
+        ) from None
+    if dtype not in (UINT16, UINT32) or len(shape) != 1 or not shape[0]:
+        raise DataError(
+            f"{path}: is an array of {dtype} and shape {shape}; expected 1-D uint16 or uint32 "
+            f"tokens; make such shards with {PREPARE}"
+        )
+    tokens = TokenFile(path, offset, shape[0], dtype)
+    if size != tokens.size:
+        raise DataError(f"{path}: has {size:,} bytes, expected {tokens.size:,}; copy it again")
+    return tokens
 
 
 def _inspect_headerless(path: Path, size: int) -> TokenFile:

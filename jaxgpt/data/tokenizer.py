@@ -40,7 +40,7 @@ WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 # A cut that the tokenizer confirms: characters searched, cuts tried, characters on each side.
 SEARCHED, CUTS_TRIED, CUT_CONTEXT = 10_000, 100, 100
-WORD_ENDS = re.compile(r"(?<=\w)(?=\W)")
+WORD_ENDS = re.compile(r"(?<=\S)(?=\s)|(?<=\w)(?=\W)")  # the latter for scripts without spaces
 
 BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  # by id
 

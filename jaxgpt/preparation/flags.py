@@ -13,7 +13,7 @@ import tyro
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.documents import PARTS, ReadOptions
 
 PROG = "python -m jaxgpt.prepare"
 DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -47,7 +47,7 @@ class PrepareFlags:
 
     inputs: Inputs = ()
     """fineweb, fineweb-edu, or owner/name of a Hub data set; or files, patterns, a folder of text,
-    a save_to_disk folder (.parquet, .jsonl and .txt, the last two also as .gz and .zst)"""
+    a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed too)"""
     out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
     name: TextIfSet = None
@@ -67,9 +67,10 @@ class PrepareFlags:
     """gpt2, byte or char (the text's characters); a folder with tokenizer.json, such a file, or
     owner/name on the Hub; or a tiktoken encoding"""
     text_column: str = "text"
-    """column or JSON key with the text"""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """what a document of a .txt file is: the complete file, a paragraph or a line"""
+    """column or JSON key with the text; meta.text for the key text within meta"""
+    sample_by: Annotated[str, tyro.conf.arg(metavar="document|paragraph|line|TEXT")] = "document"
+    """what a document of a .txt file is: the complete file, a paragraph, a line, or what is between
+    two occurrences of a text, such as '<|endoftext|>'"""
     encoding_errors: Literal["skip", "replace"] = "skip"
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
     val_tokens: Count = None
@@ -98,6 +99,11 @@ class PrepareFlags:
             )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
+        if self.sample_by.isalpha() and self.sample_by not in PARTS:
+            errors.append(
+                f"--sample-by {self.sample_by} must be {', '.join(PARTS)}, or the text between two "
+                "documents, such as '<|endoftext|>'"
+            )
         if self.workers is not None and self.workers < 1:
             errors.append(f"--workers {self.workers} must be at least 1")
         if self.cluster is not None and self.workers is not None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import msgspec
 
 from jaxgpt.data.manifest import ShardEntry
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
-from jaxgpt.preparation.readers import has_documents
+from jaxgpt.preparation.readers import find_separators, has_documents
 from jaxgpt.preparation.text_manifest import total_splits
 from jaxgpt.preparation.work_plan import (
     FileSource,
@@ -46,6 +46,8 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
     inputs = find_inputs(flags.inputs)
     if not any(item.size for item in inputs):
         raise UserError(f"{inputs[0].path}: is empty; name a file that has text")
+    if flags.sample_by == "document" and (text := find_separators(inputs)):
+        print(f"{text}: if {EOT_TEXT} ends its documents, give --sample-by '{EOT_TEXT}'")
     if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
         raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
     source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)

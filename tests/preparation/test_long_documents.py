@@ -14,7 +14,7 @@ from helpers.preparing import read_documents
 
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.preparation import documents, readers
+from jaxgpt.preparation import documents, line_readers, readers
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
 from jaxgpt.preparation.readers import read_slice
@@ -58,7 +58,7 @@ def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
     monkeypatch.setattr(documents, "PIECE", 5000)
     monkeypatch.setattr(documents, "CHUNK", 777)
     expected = list(pieces(text, GPT2.cut))
-    monkeypatch.setattr(readers, "IN_MEMORY", 1000)
+    monkeypatch.setattr(line_readers, "IN_MEMORY", 1000)
     (long,) = read_documents(tmp_path / "a.txt")
     assert isinstance(long, LongText)
     assert list(pieces(long, GPT2.cut)) == expected
