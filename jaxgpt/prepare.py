@@ -39,6 +39,7 @@ def _raise_stopped(number: int, _: object) -> None:
 
 def run(flags: PrepareFlags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
+    from jaxgpt.planning.gpus import visible_card
     from jaxgpt.preparation.inspect_folder import inspect_folder
     from jaxgpt.preparation.output_folder import open_output_folder
     from jaxgpt.preparation.pipeline import prepare_text
@@ -49,7 +50,7 @@ def run(flags: PrepareFlags) -> int:
         return inspect_folder(Path(flags.inputs[0]).expanduser(), flags.tokenizer)
     with open_output_folder(flags) as folder:
         manifest = download_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
-        print_result(folder.out, manifest)
+        print_result(folder.out, manifest, visible_card() is not None)
     return 0
 
 

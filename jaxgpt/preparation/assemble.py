@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgpt.data.manifest import ShardEntry, Split, count_documents
 from jaxgpt.data.shards import TokenStream
-from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
+from jaxgpt.data.token_file import UINT16, TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import Journal, Record
@@ -46,8 +46,17 @@ def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
 class Assembler:
     """The state of a folder: which units are done, which shards are written, what comes next."""
 
-    def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
-        self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        plan: Plan,
+        limit_tokens: int | None,
+        eot: int,
+        dtype: np.dtype = UINT16,
+    ):
+        self._out, self._parts, self._plan = out, work / "parts", plan
+        self._eot, self._dtype = eot, dtype
         self._parts.mkdir(exist_ok=True)
         self._units = Journal(work / "units.jsonl", Record)
         self._shards = Journal(work / "shards.jsonl", ShardEntry)
@@ -75,11 +84,6 @@ class Assembler:
     def tokens_done(self) -> int:
         """The tokens in finished shards."""
         return self._tokens_in.total()
-
-    @property
-    def empty_splits(self) -> list[str]:
-        """The splits without a token."""
-        return [split for split in ("train", "val") if not self._tokens_in[split]]
 
     @property
     def finished(self) -> bool:
@@ -185,7 +189,7 @@ class Assembler:
                 yield piece
 
         name = self._next_name(output)
-        sha256 = write_pieces(self._out / name, stop - start, pieces())
+        sha256 = write_pieces(self._out / name, stop - start, pieces(), self._dtype)
         self._record_shard(name, output, stop - start, documents, sha256)
 
     def _record_shard(
@@ -208,7 +212,7 @@ class Assembler:
             first, last = ends[unit : unit + 2]
             end = min(stop, last)
             path = part_path(self._parts, unit, stream)
-            yield from iterate_tokens(path, start - first, end - first)
+            yield from iterate_tokens(path, start - first, end - first, self._dtype)
             unit, start = unit + 1, end
 
     def _adopt_unrecorded_shards(self) -> None:
@@ -252,7 +256,8 @@ class Assembler:
                 if number + 1 < len(ends) and self._is_used(stream, ends[number + 1]):
                     continue
                 path = part_path(self._parts, number, stream)
-                if not path.exists() or path.stat().st_size != 2 * record.tokens[stream]:
+                size = self._dtype.itemsize * record.tokens[stream]
+                if not path.exists() or path.stat().st_size != size:
                     self._records.pop(number, None)
         self._ends = {stream: [0] for stream in self._ends}
         self._extend_ends()

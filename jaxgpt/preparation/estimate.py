@@ -57,12 +57,13 @@ def estimate_work(
     unit_tokens = min(s.unit_bytes / per_token, tokens)
     waiting = min(tokens, s.shard_tokens + workers * AHEAD * unit_tokens)
     largest = max((item.size for item in inputs), default=0) if on_hub else 0
+    item = tokenizer.dtype.itemsize
     return Estimate(
         input_bytes=n_bytes,
         needed_bytes=needed,
         tokens=tokens,
-        shard_bytes=2 * tokens,
-        temporary_bytes=int(2 * waiting) + min(on_disk, len(inputs)) * largest,
+        shard_bytes=item * tokens,
+        temporary_bytes=int(item * waiting) + min(on_disk, len(inputs)) * largest,
         core_seconds=text / TEXT_BYTES_PER_CORE_SECOND,
     )
 

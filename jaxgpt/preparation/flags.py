@@ -14,6 +14,7 @@ from jaxgpt.config.checks import as_flag
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import PARTS, ReadOptions
 
 PROG = "python -m jaxgpt.prepare"
 DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -47,7 +48,7 @@ class PrepareFlags:
 
     inputs: Inputs = ()
     """fineweb, fineweb-edu, or owner/name of a Hub data set; or files, patterns, a folder of text,
-    a save_to_disk folder (.parquet, .jsonl and .txt, the last two also as .gz and .zst)"""
+    a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed too)"""
     out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
     name: TextIfSet = None
@@ -64,11 +65,13 @@ class PrepareFlags:
     tokens: Count = None
     """with --ready: download at least this many training tokens"""
     tokenizer: str = "gpt2"
-    """gpt2, byte, or a tiktoken encoding with at most 65,536 tokens"""
+    """gpt2, byte or char (the text's characters); a folder with tokenizer.json, such a file, or
+    owner/name on the Hub; or a tiktoken encoding"""
     text_column: str = "text"
-    """column or JSON key with the text"""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """what a document of a .txt file is: the complete file, a paragraph or a line"""
+    """column or JSON key with the text; meta.text for the key text within meta"""
+    sample_by: Annotated[str, tyro.conf.arg(metavar="document|paragraph|line|TEXT")] = "document"
+    """what a document of a .txt file is: the complete file, a paragraph, a line, or what is between
+    two occurrences of a text, such as '<|endoftext|>'"""
     encoding_errors: Literal["skip", "replace"] = "skip"
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
     val_tokens: Count = None
@@ -97,6 +100,11 @@ class PrepareFlags:
             )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
+        if self.sample_by.isalpha() and self.sample_by not in PARTS:
+            errors.append(
+                f"--sample-by {self.sample_by} must be {', '.join(PARTS)}, or the text between two "
+                "documents, such as '<|endoftext|>'"
+            )
         if self.workers is not None and self.workers < 1:
             errors.append(f"--workers {self.workers} must be at least 1")
         if self.cluster is not None and self.workers is not None:
@@ -143,6 +151,15 @@ class PrepareFlags:
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         return ", ".join(as_flag(name) for name in sorted(given - names))
 
+    @property
+    def read_options(self) -> ReadOptions:
+        """How files become documents."""
+        return ReadOptions(
+            text_column=self.text_column,
+            sample_by=self.sample_by,
+            encoding_errors=self.encoding_errors,
+        )
+
     def number_of(self, name: str) -> int | None:
         """The value of a flag as a number (27B, 100M, 5_000, 1e9), None if it is not set.
 
@@ -150,7 +167,7 @@ class PrepareFlags:
             UserError: if it is not a positive integer.
         """
         text = getattr(self, name)
-        return None if text is None else _parse_number(name, text)
+        return None if text is None else parse_number(name, text)
 
 
 def parse_flags(argv: Sequence[str]) -> PrepareFlags:
@@ -158,7 +175,8 @@ def parse_flags(argv: Sequence[str]) -> PrepareFlags:
     return parse_command(argv, PrepareFlags, prog=PROG, description=DESCRIPTION)
 
 
-def _parse_number(name: str, text: str) -> int:
+def parse_number(name: str, text: str) -> int:
+    """A positive integer as 27B, 100M, 5_000 or 1e9; UserError, naming the flag, for another."""
     digits, factor = text.strip().upper().replace("_", "").replace(",", ""), 1
     if digits[-1:] in SUFFIXES:
         digits, factor = digits[:-1], SUFFIXES[digits[-1]]

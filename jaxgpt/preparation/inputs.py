@@ -15,17 +15,19 @@ from typing import Literal, NamedTuple
 from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
 
-Kind = Literal["parquet", "jsonl", "text", "arrow"]
+Kind = Literal["parquet", "jsonl", "csv", "text", "arrow"]
 
 SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
     ".txt": "text",
+    ".md": "text",
 }
-COMPRESSED = (".gz", ".zst")  # of jsonl and text
-READABLE = ".parquet, .jsonl, .txt, the last two also as .gz or .zst"
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")  # of all but parquet
+READABLE = ".parquet, .jsonl, .csv, .txt, .md, all but the first also as .gz, .zst, .xz or .bz2"
 
 # Bytes of text per byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
 # parquet; gzip and zstd compress English to a third.
@@ -60,7 +62,7 @@ class Input:
 
     @property
     def is_compressed(self) -> bool:
-        return self.kind in ("jsonl", "text") and self.path.lower().endswith(COMPRESSED)
+        return self.kind not in ("parquet", "arrow") and self.path.lower().endswith(COMPRESSED)
 
     @property
     def divisible(self) -> bool:

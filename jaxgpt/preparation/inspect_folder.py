@@ -36,7 +36,7 @@ def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
         what = "is a file" if data_dir.exists() else "no such folder"
         raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
-    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name)
+    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name, data_dir)
     files: dict[str, list[TokenFile]] = {}
     errors: list[str] = []
     for split in ("train", "val"):

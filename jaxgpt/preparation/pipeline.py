@@ -8,15 +8,15 @@ from pathlib import Path
 
 from jaxgpt.data.manifest import MANIFEST, Manifest, load_manifest, size_errors
 from jaxgpt.data.token_file import refuse
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.preparation.assemble import Assembler
+from jaxgpt.preparation.characters import tokenizer_of_flags
 from jaxgpt.preparation.cluster import connect
 from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate_work
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.make_plan import empty_split_error, make_plan
+from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.run_units import Locate, UnitLoop
@@ -29,11 +29,12 @@ from jaxgpt.run.console import print_table
 def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     """Make the missing shards of a folder and return its manifest. Raises UserError."""
     out = folder.out
-    tokenizer = load_tokenizer(flags.tokenizer)
+    tokenizer = tokenizer_of_flags(flags, folder)
     plan = make_plan(flags, folder, tokenizer)
+    tokenizer.save(out)  # the workers read it, and so does training
     limit = flags.number_of("limit_tokens")
-    assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot)
-    refuse(list(size_errors(out, assembler.shards)))
+    assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot, tokenizer.dtype)
+    refuse(list(size_errors(out, assembler.shards, tokenizer.dtype)))
     manifest = load_manifest(out)
     if assembler.finished and manifest is not None:
         _delete_temporary_files(folder, assembler)
@@ -42,8 +43,7 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     _tokenize(flags, folder, plan, tokenizer, assembler, limit)
     records = assembler.used_records()
-    if missing := assembler.empty_splits:
-        raise UserError(empty_split_error(out, plan.settings, missing[0], records))
+    refuse_bad_splits(out, plan.settings, assembler.shards, records)
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
     manifest.save(out / MANIFEST)
     _delete_temporary_files(folder, assembler)
@@ -66,7 +66,7 @@ def _tokenize(
     with _open_engine(flags) as engine:
         workers = engine.workers()
         estimate = estimate_work(plan, tokenizer, limit, workers)
-        remaining = max(0, estimate.shard_bytes - 2 * assembler.tokens_done)
+        remaining = max(0, estimate.shard_bytes - tokenizer.dtype.itemsize * assembler.tokens_done)
         free = check_free_space(folder.out, remaining + estimate.temporary_bytes)
         title = f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}"
         rows = estimate_rows(estimate, plan, limit is not None, workers, free)

@@ -132,7 +132,8 @@ class UnitLoop:
         if None in paths:
             return None
         located = (slice._replace(path=str(path)) for slice, path in zip(unit, paths, strict=True))
-        return Job(number, tuple(located), s.options, s.val_fraction, self._work / "parts")
+        parts = self._work / "parts"
+        return Job(number, tuple(located), s.options, s.val_fraction, parts, s.val_at_end)
 
     def _inputs_of(self, number: int) -> dict[str, Input]:
         unit: Unit = self._units[number]

@@ -1,7 +1,6 @@
 """The manifest of prepared text, and what is printed of it."""
 
 import hashlib
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,11 +19,14 @@ from jaxgpt.data.manifest import (
     TokenizerEntry,
     Validation,
 )
+from jaxgpt.data.token_file import UINT16
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.preparation.journal import Record
+from jaxgpt.preparation.next_command import train_command
 from jaxgpt.preparation.work_plan import HubSource, Plan
 from jaxgpt.run.console import print_table
 
+AT_END = "end of the text"  # the rule for few documents
 LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
 
 
@@ -47,11 +49,13 @@ def text_manifest(
         source["files"] = [item.path if on_hub else item.name for item in inputs]
     validation = Validation(rule="first tokens", tokens=s.val_tokens)
     if s.val_fraction is not None:
-        validation = Validation(rule="hash of the document", fraction=s.val_fraction)
+        rule = AT_END if s.val_at_end else "hash of the document"
+        validation = Validation(rule=rule, fraction=s.val_fraction)
     return Manifest(
         jaxgpt=version("jaxgpt"),
         source=source,
         tokenizer=tokenizer_entry(tokenizer),
+        dtype="uint16" if tokenizer.dtype == UINT16 else "uint32",
         validation=validation,
         shard_tokens=s.shard_tokens,
         splits=total_splits(shards),
@@ -118,6 +122,8 @@ def summarize(manifest: Manifest) -> dict[str, str]:
     rule = manifest.validation
     if rule.tokens:
         rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"
+    elif rule.fraction and rule.rule == AT_END:
+        rows["validation"] = f"the last {rule.fraction:.0%} of the text, which is few documents"
     elif rule.fraction:
         rows["validation"] = f"{rule.fraction:.3g} of the documents, by their hash"
     if documents := manifest.documents:
@@ -133,14 +139,7 @@ def summarize(manifest: Manifest) -> dict[str, str]:
     return rows
 
 
-def print_result(out: Path, manifest: Manifest) -> None:
+def print_result(out: Path, manifest: Manifest, has_gpu: bool) -> None:
     """Print what the folder contains now, and the next command."""
     print_table(str(out), summarize(manifest))
-    command = "python -m jaxgpt.train"
-    if out.parent == Path("data"):
-        command += "" if out.name == "fineweb" else f" --dataset {shlex.quote(out.name)}"
-    else:
-        # The name as well: presets that train on the embedded text need another.
-        command += f" --dataset {shlex.quote(out.name)} --data-dir {shlex.quote(str(out))}"
-    tokenizer = manifest.tokenizer.name
-    print(f"train on it: {command}" + (f" --tokenizer {tokenizer}" if tokenizer != "gpt2" else ""))
+    print(f"train on it: {train_command(out, manifest, has_gpu)}")

@@ -48,6 +48,7 @@ class Settings:
     shard_tokens: Positive
     val_tokens: Positive | None  # validation is this many tokens at the start ...
     val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
+    val_at_end: bool = False  # ... or that fraction of the tokens, at the end of each unit
     unit_bytes: Positive
 
 
@@ -145,7 +146,7 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
     flat = {**msgspec.to_builtins(source), **msgspec.to_builtins(settings)}
     # A preparation keeps its first commit, unit sizes change no token, and options are listed one
     # by one.
-    hidden = {"commit", "options", "unit_bytes", "prefix"}
+    hidden = {"commit", "options", "unit_bytes", "prefix", "val_at_end"}
     return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -171,7 +172,7 @@ def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
     for slice in job.unit:
         if not os.path.exists(slice.path):
             raise UserError(f"{slice.path}: is missing on {host}, where a worker is; {remedy}")
-    tokenizer = _load_once(origin.tokenizer)
+    tokenizer = _load_once(origin.tokenizer, job.folder.parents[1])
     if tokenizer.sha256 != origin.tokenizer_sha256:
         raise UserError(
             f"tokenizer {origin.tokenizer!r}: is another one on {host}; install the same version "
@@ -181,5 +182,5 @@ def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
 
 
 @lru_cache(1)
-def _load_once(name: str) -> Tokenizer:
-    return load_tokenizer(name)
+def _load_once(name: str, out: Path) -> Tokenizer:
+    return load_tokenizer(name, out)

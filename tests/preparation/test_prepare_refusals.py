@@ -17,6 +17,7 @@ def test_each_mistake_gives_one_sentence(
 ) -> None:
     (tmp_path / "a.pdf").touch()
     (tmp_path / "empty").mkdir()
+    (empty := tmp_path / "empty.txt").touch()
     os.mkfifo(tmp_path / "pipe.txt")
     for arguments, said in (
         ([tmp_path / "gone.txt"], "gone.txt: no such file or folder"),
@@ -26,8 +27,8 @@ def test_each_mistake_gives_one_sentence(
         ([tmp_path / "empty"], "empty: contains no text"),
         ([prepared], "already contains tokens; train on them with"),
         ([next(prepared.glob("*.bin"))], "already contains tokens"),
-        ([texts / "01.txt"], "is a single document, and validation takes complete documents"),
-        ([texts, "--tokenizer", "o200k_base"], "has 200,019 ids"),
+        ([empty], "empty.txt: is empty; name a file that has text"),
+        ([texts, "--tokenizer", "tok/"], "'tok/': no such folder or file"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two ways to choose validation"),
@@ -185,7 +186,7 @@ def test_a_split_without_documents_is_reported_with_the_remedy(
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
     arguments = (tmp_path / "0.txt", tmp_path / "1.txt", "--out", tmp_path / "out")
-    assert "--sample-by paragraph" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
+    assert "leave out --val-fraction" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
     arguments = (*arguments[:2], "--out", tmp_path / "out2", "--val-tokens", "1K")
     assert "all tokens are validation" in refusal(capsys, *arguments)
 
