@@ -112,11 +112,16 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
-    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+def lower_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step lowered for A = `accumulation` and B = `batch_size` (of all devices)."""
     return training.train_step.lower(
         training.state_like, _tokens_like(training, accumulation, batch_size)
-    ).compile()
+    )
+
+
+def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+    return lower_train_step(training, accumulation, batch_size).compile()
 
 
 def compile_eval_step(training: Training, batch_size: int) -> Any:
