@@ -149,20 +149,22 @@ def measure(name: str, optimizer: str, gpu: str, save: Path | None = None) -> di
     text = compiled.as_text()
     if save:
         save.write_text(text)
-    groups = analyse(text, cfg, RATES[gpu])
+    about = {"shape": name, "gpu": gpu, "optimizer": optimizer}
+    peak_bytes = memory.need_of(cfg, compiled).peak_bytes
+    return about | totals(cfg, peak_bytes, analyse(text, cfg, RATES[gpu]))
+
+
+def totals(cfg: Resolved, peak_bytes: int, groups: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The figures of one step."""
     tokens = cfg.tokens_per_step
-    moved = sum(g["read"] + g["written"] for g in groups.values())
     ms = sum(g["ms"] for g in groups.values())
     return {
-        "shape": name,
-        "gpu": gpu,
-        "optimizer": optimizer,
         "batch": str(cfg.batch),
         "remat": cfg.remat,
         "tokens_per_step": tokens,
         "flops_per_token": model_flops_per_token(cfg.model),
-        "peak_bytes": memory.need_of(cfg, compiled).peak_bytes,
-        "bytes_per_token": moved / tokens,
+        "peak_bytes": peak_bytes,
+        "bytes_per_token": sum(g["read"] + g["written"] for g in groups.values()) / tokens,
         "launches": sum(g["launches"] for g in groups.values()),
         "estimated_ms": ms,
         "estimated_tokens_per_second": 1e3 * tokens / ms,
