@@ -121,7 +121,9 @@ def equal_share(results: Results) -> float:
 
 
 def commands_failed(results: Results) -> float:
-    return sum(code != 0 for code in last("resume", "exit_codes")(results).values())
+    """How many did not end with exit code 0, or were not begun."""
+    codes = last("resume", "exit_codes")(results)
+    return sum(codes.get(name) != 0 for name in ("resumed", "sample", "evaluate", "export"))
 
 
 def evaluated_difference(results: Results) -> float:

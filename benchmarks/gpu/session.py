@@ -35,6 +35,11 @@ class Session:
     def trial(self) -> bool:
         return self.name == "trial"
 
+    @property
+    def patience(self) -> float:
+        """By what limits are multiplied: a trial may share its machine."""
+        return 4.0 if self.trial else 1.0
+
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.began) - RESERVE
 
@@ -60,7 +65,7 @@ class Session:
                 env={**self.environment, **environment},
             )  # fmt: skip
             try:
-                code = process.wait(min(limit, self.left()))
+                code = process.wait(min(self.patience * limit, self.left()))
                 outcome = f"exit code {code}"
             except subprocess.TimeoutExpired:
                 code, outcome = -signal.SIGKILL, "killed at its limit"
