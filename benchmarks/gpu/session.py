@@ -82,7 +82,7 @@ class Session:
     def record(self, name: str, outcome: str, seconds: float) -> None:
         self.parts.append({"part": name, "outcome": outcome, "seconds": round(seconds, 1)})
         print(f"{name}: {outcome}, {seconds:.0f} s, {self.left():.0f} s left", flush=True)
-        if not outcome.startswith(FINE):
+        if outcome.startswith(("exit code", "killed")) and not outcome.startswith(FINE):
             tail = self.log.read_text(errors="replace").splitlines()[-4:]
             print("\n".join(f"    {line[:300]}" for line in tail), flush=True)
         self.save()

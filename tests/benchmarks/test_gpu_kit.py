@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 
 import jaxgpt
+from jaxgpt.bench import BenchFlags
+from jaxgpt.config.command_line import parse_run
 
 KIT = Path(jaxgpt.__file__).parents[1] / "benchmarks" / "gpu"
 # A CPU has no peak for MFU, no count of memory, and no kernels in a trace.
@@ -87,6 +89,18 @@ def test_a_trace_is_read_by_kind_and_by_name(kit, tmp_path) -> None:
     assert [(k["name"], k["count"]) for k in found["top"]][-1] == ("loop_fusion", 2)
     assert found["wall_ms"] == pytest.approx(0.105)
     assert found["gaps_share"] == pytest.approx(20 / 105)
+
+
+def test_the_flags_of_the_real_runs_are_valid(kit, tmp_path) -> None:
+    """A trial has others: tiny shapes on the CPU."""
+    shapes = kit("shapes")
+    session = kit("session").Session("first", 60.0, tmp_path, tmp_path, {})
+    runs = [shapes.flags_of(item, False) for item in shapes.ITEMS.values()]
+    runs += [kit("kill_resume").run_flags(False, 600), kit("quarter_hour").run_flags(session, 200)]
+    for flags in runs:
+        asked = parse_run(BenchFlags, flags, prog="", description="", default_preset=str)[0]
+        assert asked.device == "gpu"
+        assert asked.model.vocab_size == 50304
 
 
 @pytest.mark.slow
