@@ -125,6 +125,4 @@ def at_suggested_rates(cfg: Resolved) -> OptimizerConfig:
         known = preset.optimizer.scaled(math.sqrt(preset.model.n_embd / cfg.model.n_embd))
         return dataclasses.replace(cfg.optimizer, **known.rates())
     peak = suggested_learning_rate(cfg.model.parameter_count())
-    return dataclasses.replace(
-        cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}")
-    )
+    return dataclasses.replace(cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}"))
