@@ -31,7 +31,7 @@ from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.planning.new_run import resolve_new
-from jaxgpt.training.build import build_training
+from jaxgpt.training.build import Training, build_training
 from jaxgpt.training.evaluation import evaluate
 
 EVALUATIONS = 10  # points of each curve of the validation loss
@@ -50,6 +50,19 @@ def config_of(variant: str, common: Sequence[str], seed: int) -> Resolved:
     return resolve_new(asked, "float32")
 
 
+def build(cfg: Resolved) -> Training:
+    """The functions of a run, on the CPU."""
+    return build_training(
+        cfg.model,
+        cfg.optimizer,
+        max_iters=cfg.asked.max_iters,
+        accumulation=cfg.batch.accumulation,
+        dtype="float32",
+        seed=cfg.asked.seed,
+        device=jax.devices("cpu")[0],
+    )
+
+
 def train(cfg: Resolved, data_dir: Path | None, windows: int) -> dict[str, list[float]]:
     """One run's curve: steps, and the validation loss at each, in nats per token."""
     tokenizer = load_tokenizer(cfg.tokenizer)
@@ -57,15 +70,7 @@ def train(cfg: Resolved, data_dir: Path | None, windows: int) -> dict[str, list[
     train, val = splits
     loader = WindowLoader(train, cfg.model.block_size, tokenizer.n_vocab, cfg.asked.seed)
     accumulation, max_iters = cfg.batch.accumulation, cfg.asked.max_iters
-    training = build_training(
-        cfg.model,
-        cfg.optimizer,
-        max_iters=max_iters,
-        accumulation=accumulation,
-        dtype="float32",
-        seed=cfg.asked.seed,
-        device=jax.devices("cpu")[0],
-    )
+    training = build(cfg)
     held_out = evaluation_windows(val, cfg.model.block_size, windows, tokenizer.n_vocab)
     state, steps, losses = training.init(), [], []
     for step in range(1, max_iters + 1):
@@ -89,7 +94,9 @@ def load_runs(path: Path | None, setting: Mapping[str, Any]) -> list[dict[str, A
     return recorded["runs"]
 
 
-def save_runs(path: Path | None, setting: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
+def save_runs(
+    path: Path | None, setting: Mapping[str, Any], runs: list[dict[str, Any]], **more: Any
+) -> None:
     """Record all runs so far, with the command and versions of the last one."""
     if path is None:
         return
@@ -99,6 +106,7 @@ def save_runs(path: Path | None, setting: Mapping[str, Any], runs: list[dict[str
         "device": "cpu",
         "versions": {"jax": jax.__version__},
         "setting": setting,
+        **more,
         "runs": runs,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -26,11 +26,12 @@ import optax
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import OptimizerConfig
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.run.device import versions
-from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
+from jaxgpt.training.optimizer import make_accumulator, make_optimizer
+from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.step import init_state, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_iters=2)

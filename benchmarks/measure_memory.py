@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import Config, flat_fields, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
@@ -50,10 +50,10 @@ TIERS = {
 }
 REMATS = ("none", "light", "full")
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
-# What most models leave at its default; only what differs is recorded.
+# What most runs leave at its default; only what differs is recorded.
 OPTIONS = [
     field
-    for field in dataclasses.fields(ModelConfig)
+    for field in (*dataclasses.fields(ModelConfig), flat_fields()["optimizer"])
     if field.name not in (*MODEL_FIELDS, "n_vocab")
 ]
 ACCUMULATION = 4  # of the free shapes; memory does not depend on it
@@ -135,14 +135,14 @@ def _resolved(values: dict[str, Any], accumulation: int) -> Resolved:
 
 def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any]:
     """One measurement with everything it depends on."""
-    m = cfg.model
+    m, values = cfg.model, cfg.flat()
     return {
         "list": kind,
         "gpu": gpu,
         "preset": cfg.asked.preset if kind != "shapes" else None,
         "parameters": m.parameter_count(),
         **{name: getattr(m, name) for name in MODEL_FIELDS},
-        **{f.name: getattr(m, f.name) for f in OPTIONS if getattr(m, f.name) != f.default},
+        **{f.name: values[f.name] for f in OPTIONS if values[f.name] != f.default},
         "batch_size": cfg.batch.batch_size,
         "gradient_accumulation_steps": cfg.batch.accumulation,
         "remat": cfg.remat,

@@ -19,65 +19,17 @@ from jaxgpt.config.batch import divide_batch, effective_of_accumulation
 from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.roles import Role, with_role
 from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
-StateDtype = Literal["float32", "bfloat16"]
-Optimizer = Literal["adamw", "muon"]
 Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer", "tasks")
 DEFAULT_BATCH_SIZE = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW or Muon, the schedule and the clipping."""
-
-    # muon: orthogonalized momentum for the blocks' matrices, AdamW for the rest, both at the same
-    # learning rate
-    optimizer: Annotated[Optimizer, Role.FIXED] = "adamw"
-    learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4  # peak, after the warm-up
-    min_lr: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-5  # at the end of the decay
-    # decay by a cosine; False keeps the peak learning rate
-    decay_lr: Annotated[TrueOrFalse, Role.TUNABLE] = True
-    # steps of linear warm-up; may exceed max_iters
-    warmup_iters: Annotated[int, Role.TUNABLE] = 2000
-    # step at which min_lr is reached; if unset, max_iters
-    lr_decay_iters: Annotated[IntIfSet, Role.TUNABLE, Role.INHERITED, Role.PLANNED] = None
-    # of matrices and embeddings, never of biases and norms
-    weight_decay: Annotated[float, Role.TUNABLE] = 0.1
-    beta1: Annotated[float, Role.TUNABLE] = 0.9  # decay of AdamW's first moment
-    beta2: Annotated[float, Role.TUNABLE] = 0.99  # decay of AdamW's second moment
-    # largest global norm of the averaged gradient; 0 switches clipping off
-    grad_clip: Annotated[float, Role.TUNABLE] = 1.0
-    # dtype of the optimizer's moments and the gradient accumulator; bfloat16 needs 10 bytes per
-    # parameter instead of 16
-    state_dtype: Annotated[StateDtype, Role.FIXED] = "float32"
-
-    def errors(self) -> list[str]:
-        """A sentence for each invalid value."""
-        errors = [
-            *bad_counts(self, "warmup_iters", least=0),
-            *bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
-        ]
-        peak, end = self.learning_rate, self.min_lr
-        if not 0 < peak < math.inf:
-            errors.append(f"learning_rate {peak:g} must be finite and above 0")
-        elif self.decay_lr and peak < end < math.inf:
-            errors.append(
-                f"min_lr {end:g} is above learning_rate {peak:g}; set it as well, usually to a "
-                f"tenth: {peak / 10:g}"
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                errors.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
-        if self.lr_decay_iters is not None:
-            errors += bad_counts(self, "lr_decay_iters")
-        return errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

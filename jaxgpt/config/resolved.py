@@ -17,13 +17,13 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import (
     Config,
     Dtype,
-    OptimizerConfig,
     Remat,
     flat_fields,
     flat_values,
     with_fields,
 )
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import config_from
 from jaxgpt.files import FormatError, decode_json
 

@@ -4,11 +4,14 @@ Both are predictions. Speed is the card's peak times an MFU that somebody publis
 architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al. 2024 refitted it.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 from jaxgpt.config.architecture import ModelConfig, parameter_sizes
 from jaxgpt.config.fields import Remat
+from jaxgpt.config.optimizer import OptimizerConfig
+from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.model.remat import REMATS
 from jaxgpt.planning.gpus import Gpu
@@ -110,3 +113,16 @@ def suggested_learning_rate(parameters: int) -> float:
     along = math.log(x / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
     rate = rates[i - 1] * (rates[i] / rates[i - 1]) ** along
     return float(f"{rate:.1e}")
+
+
+def at_suggested_rates(cfg: Resolved) -> OptimizerConfig:
+    """The optimizer of `cfg` with the learning rates for its size.
+
+    Those of a preset made for Muon are known at its width; others follow the README's rule.
+    """
+    preset = load_preset(cfg.asked.preset)
+    if cfg.optimizer.optimizer == preset.optimizer.optimizer == "muon":
+        known = preset.optimizer.scaled(math.sqrt(preset.model.n_embd / cfg.model.n_embd))
+        return dataclasses.replace(cfg.optimizer, **known.rates())
+    peak = suggested_learning_rate(cfg.model.parameter_count())
+    return dataclasses.replace(cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}"))

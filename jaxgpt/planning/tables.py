@@ -161,11 +161,10 @@ def _facts(record: dict[str, Any]) -> Table:
             f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})"
             + ("; communication between cards is not included" if record["mesh"] else ""),
         )
-    table.add_row(
-        "learning rate",
-        f"{record['learning_rate']:g}; the README's rule for this size: "
-        f"{record['suggested_learning_rate']:g}",
-    )
+    rate = f"{record['learning_rate']:g}"
+    if record["optimizer"] == "adamw":
+        rate += f"; the README's rule for this size: {record['suggested_learning_rate']:g}"
+    table.add_row("learning rate", rate)
     return table
 
 

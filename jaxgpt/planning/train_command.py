@@ -53,9 +53,5 @@ def of_its_preset(cfg: Resolved) -> Resolved:
 
 
 def at_suggested_rate(cfg: Resolved) -> Resolved:
-    """`cfg` with the learning rate for its size."""
-    peak = speed.suggested_learning_rate(cfg.model.parameter_count())
-    optimizer = dataclasses.replace(
-        cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}")
-    )
-    return dataclasses.replace(cfg, optimizer=optimizer)
+    """`cfg` with the learning rates for its size."""
+    return dataclasses.replace(cfg, optimizer=speed.at_suggested_rates(cfg))

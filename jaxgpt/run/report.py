@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxgpt.config.fields import Config
+from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.task import Figure
 from jaxgpt.planning.gpus import GIB, lookup_gpu
@@ -130,9 +131,11 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
     if asked.max_iters <= o.warmup_iters:
         rate += ", which is longer than the run"
     elif o.decay_lr:
-        rate += f", cosine to {o.min_lr:g} at step {o.lr_decay_iters:,}"
+        rate += f", {o.schedule} to {o.min_lr:g} at step {o.lr_decay_iters:,}"
     else:
         rate += ", constant"
+    own_rates = {name: getattr(o, name) for name in GROUP_RATES if getattr(o, name)}
+    rate += "".join(f", {name} {value:g}" for name, value in own_rates.items())
     rows = {
         "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
         "model": f"{m.arch}, {m.describe_parameters()}: n_layer {m.n_layer}, n_head {m.n_head}, "

@@ -9,12 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import OptimizerConfig, Remat
+from jaxgpt.config.fields import Remat
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.model.attention import attention_on
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
-from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
+from jaxgpt.training.optimizer import make_accumulator, make_optimizer
+from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.step import (
     TrainState,
     init_state,
@@ -75,7 +77,7 @@ def build_training(
     attend, attention = attention_on(device, dtype, model.head_width)
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
-    multi_steps = make_optimizer(optimizer, schedule, accumulation)
+    multi_steps = make_optimizer(optimizer, schedule, accumulation, dtype, layout.map_stack)
     for_gpu = {**GPU_OPTIONS, **layout.gpu_options} if device.platform == "gpu" else {}
     jit = partial(jax.jit, compiler_options={**for_gpu, **(compiler_options or {})})
 

@@ -45,6 +45,10 @@ class Layout:
         """`function(params, tokens_BT1)` on each device's rows; its outputs have an axis B."""
         return function
 
+    def map_stack(self, function: Callable[[Any], Any], stack_KMN: Any) -> Any:
+        """`function` of a stack of matrices, which treats each of them alone."""
+        return function(stack_KMN)
+
     def load_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> Any:
         """A batch of windows (..., B, T+1); `read(rows)` returns the windows of a slice of B."""
         return read(slice(0, shape[-2]))

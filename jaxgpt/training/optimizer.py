@@ -1,4 +1,4 @@
-"""The optimizer: nanoGPT's schedule and AdamW, or Muon, as an optax chain inside MultiSteps.
+"""The optimizer: AdamW, or Muon for the matrices, as an optax chain inside MultiSteps.
 
 MultiSteps is outermost, so that the clip sees the averaged gradient (the other order clips each
 micro-batch) and the schedule counts optimizer steps, never micro-batches.
@@ -16,48 +16,62 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
-from jaxgpt.config.fields import Optimizer, OptimizerConfig
+from jaxgpt.config.optimizer import Optimizer, OptimizerConfig
+from jaxgpt.training.groups import group_of, is_decayed, is_orthogonalized, joined, peak_rates
+from jaxgpt.training.muon import MapStack, on_one_device, scale_by_muon
 
 GRAD_NORM = "grad_norm"  # the key in the chain's state of the norm before clipping
-DECAYED = ("kernel", "embedding")  # last parts of the paths of matrices and embeddings
-
-
-def make_schedule(cfg: OptimizerConfig, max_iters: int) -> optax.Schedule:
-    """Learning rate of optimizer step 0, 1, ...: nanoGPT's warm-up and cosine.
-
-    Step i of the warm-up has (i + 1) / (warmup_iters + 1) of the peak. If lr_decay_iters is not
-    after the warm-up, min_lr follows it directly; `decay_lr` False keeps the peak.
-    """
-    first = cfg.learning_rate / (cfg.warmup_iters + 1)
-    decay_iters = cfg.lr_decay_iters or max_iters
-    if cfg.decay_lr and decay_iters > cfg.warmup_iters:
-        return optax.warmup_cosine_decay_schedule(
-            init_value=first,
-            peak_value=cfg.learning_rate,
-            warmup_steps=cfg.warmup_iters,
-            decay_steps=decay_iters,
-            end_value=cfg.min_lr,
-        )
-    warmup = optax.linear_schedule(first, cfg.learning_rate, cfg.warmup_iters)
-    after = optax.constant_schedule(cfg.min_lr if cfg.decay_lr else cfg.learning_rate)
-    return optax.join_schedules([warmup, after], [cfg.warmup_iters])
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, schedule: optax.Schedule, accumulation: int
+    cfg: OptimizerConfig,
+    schedule: optax.Schedule,
+    accumulation: int,
+    dtype: str = "float32",
+    map_stack: MapStack = on_one_device,
 ) -> optax.MultiSteps:
-    """Clip by global norm, then `cfg.optimizer`, on the mean of `accumulation` gradients."""
+    """Clip by global norm, then `cfg.optimizer`, on the mean of `accumulation` gradients.
+
+    `dtype` is that of Muon's matrix products, which `map_stack` divides among the devices.
+    """
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     chain = optax.chain(
         optax.snapshot(GRAD_NORM, optax.tree.norm),
         clip,
-        OPTIMIZERS[cfg.optimizer].scale(cfg),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(schedule),
+        OPTIMIZERS[cfg.optimizer].scale(cfg, dtype, map_stack),
+        optax.identity(),  # keeps the schedule's place in the state of older checkpoints
+        decay_and_scale(cfg, schedule),
     )
     return optax.MultiSteps(chain, accumulation, accumulator_dtype=cfg.state_dtype)
+
+
+def decay_and_scale(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """From a direction to an update: weight decay, then the negative learning rate of each group.
+
+    Its state is that of `optax.scale_by_learning_rate`, whatever is set, so that a resumed run may
+    change any of it.
+    """
+    scale, peaks = optax.scale_by_learning_rate(schedule), peak_rates(cfg)
+
+    def update(directions: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        decay = cfg.weight_decay
+        if cfg.weight_decay_schedule == "lr":
+            decay = decay * schedule(state.count) / cfg.learning_rate
+
+        def decayed(path: Any, direction: jax.Array, param: jax.Array) -> jax.Array:
+            name = joined(path)
+            if cfg.weight_decay and is_decayed(name):
+                towards_zero = decay * param
+                if cfg.cautious_weight_decay:  # Chen et al., "Cautious Weight Decay" (2025)
+                    towards_zero = jnp.where(direction * param >= 0, towards_zero, 0)
+                direction = direction + towards_zero
+            peak = peaks[group_of(name)]
+            return direction if peak == cfg.learning_rate else peak / cfg.learning_rate * direction
+
+        return scale.update(jax.tree.map_with_path(decayed, directions, params), state)
+
+    return optax.GradientTransformation(scale.init, update)
 
 
 def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -66,46 +80,31 @@ def scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
     return stored_in_bfloat16(adam) if cfg.state_dtype == "bfloat16" else adam
 
 
-def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+def scale_by_muon_and_adam(
+    cfg: OptimizerConfig, dtype: str, map_stack: MapStack
+) -> optax.GradientTransformation:
     """Orthogonalized momentum for the matrices inside blocks, Adam's direction for the rest."""
-    # Rounding to nearest suffices here: a step changes this moment by a twentieth.
-    momentum = optax.contrib.scale_by_muon(
-        mu_dtype=cfg.state_dtype,
-        weight_dimension_numbers=lambda updates: jax.tree.map(
-            lambda _: optax.contrib.MuonDimensionNumbers(), updates
-        ),
-    )
-    muon = optax.chain(momentum, optax.stateless_with_tree_map(lambda g, _: _scaled_as_adam(g)))
     return optax.partition(
-        {"muon": muon, "adam": scale_by_adam(cfg)},
+        {"muon": scale_by_muon(cfg, dtype, map_stack), "adam": scale_by_adam(cfg)},
         lambda params: jax.tree.map_with_path(
-            lambda path, _: "muon" if is_orthogonalized(_joined(path)) else "adam", params
+            lambda path, _: "muon" if is_orthogonalized(joined(path)) else "adam", params
         ),
     )
-
-
-def is_orthogonalized(path: str) -> bool:
-    """Whether Muon orthogonalizes a parameter, by its path: the matrices inside blocks."""
-    return path.endswith("kernel")
-
-
-def _scaled_as_adam(update_DF: jax.Array) -> jax.Array:
-    # Liu et al., "Muon is Scalable for LLM Training" (2025): an orthogonal matrix has a root mean
-    # square of 1 / sqrt(its longer side), an Adam step one of about 0.2. Scaled so, one learning
-    # rate and one weight decay serve both.
-    return 0.2 * math.sqrt(max(update_DF.shape)) * update_DF
 
 
 class OptimizerKind(NamedTuple):
     """One value of `--optimizer`."""
 
-    scale: Callable[[OptimizerConfig], optax.GradientTransformation]  # gradient -> direction
+    # (configuration, dtype, map_stack) -> the transformation of gradients into directions
+    scale: Callable[[OptimizerConfig, str, MapStack], optax.GradientTransformation]
     moments: Callable[[str], int]  # moments kept for a parameter, by its path
 
 
 OPTIMIZERS: dict[Optimizer, OptimizerKind] = {
-    "adamw": OptimizerKind(scale_by_adam, moments=lambda path: 2),
-    "muon": OptimizerKind(scale_by_muon, moments=lambda path: 1 if is_orthogonalized(path) else 2),
+    "adamw": OptimizerKind(lambda cfg, *_: scale_by_adam(cfg), moments=lambda path: 2),
+    "muon": OptimizerKind(
+        scale_by_muon_and_adam, moments=lambda path: 1 if is_orthogonalized(path) else 2
+    ),
 }
 
 
@@ -175,15 +174,6 @@ def _cast_floats(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
     )
-
-
-def decay_mask(params: Any) -> Any:
-    """True for each leaf that weight decay applies to: matrices and embeddings, by path."""
-    return jax.tree.map_with_path(lambda path, _: _joined(path).endswith(DECAYED), params)
-
-
-def _joined(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def grad_norm(opt_state: optax.MultiStepsState) -> jax.Array:

@@ -113,6 +113,22 @@ class MeshLayout(Layout):
 
         return on_all
 
+    def map_stack(
+        self, function: Callable[[jax.Array], jax.Array], stack_KMN: jax.Array
+    ) -> jax.Array:
+        """`function` of a stack of matrices, each device having its share of them.
+
+        The stack travels once there and once back, whatever `function` computes.
+        """
+
+        def placed(stack_KMN: jax.Array, *axes: Any) -> jax.Array:
+            sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
+            return jax.lax.with_sharding_constraint(stack_KMN, sharding)
+
+        # In two steps each way: XLA would replicate the stack to go from one to the other.
+        shares_KMN = placed(placed(stack_KMN, "fsdp"), ("fsdp", "data"))
+        return placed(placed(function(shares_KMN), "fsdp"), None, "fsdp")
+
     def load_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> jax.Array:
         """A batch of windows (..., B, T+1); `read(rows)` is called for this process's rows only."""
         sharding = self.tokens_sharding(len(shape) - 2)

@@ -12,8 +12,9 @@ import jaxgpt
 from jaxgpt import COMMANDS
 from jaxgpt.config.architecture import ARCHITECTURES
 from jaxgpt.config.command_line import RunFlags, parse_run
-from jaxgpt.config.fields import Config, OptimizerConfig, flat_fields, flat_values
+from jaxgpt.config.fields import Config, flat_fields, flat_values
 from jaxgpt.config.nanogpt import EPOCHS, NANOGPT_SETTINGS, OTHER_NAMES
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import describe_presets
 from jaxgpt.errors import run_command
 from jaxgpt.planning import local_gpus

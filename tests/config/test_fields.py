@@ -10,11 +10,11 @@ from jaxgpt.config.checks import LARGEST, ConfigError
 from jaxgpt.config.fields import (
     SECTIONS,
     Config,
-    OptimizerConfig,
     flat_fields,
     flat_values,
     with_fields,
 )
+from jaxgpt.config.optimizer import OptimizerConfig
 
 
 def faults(**changes) -> list[str]:
@@ -57,7 +57,7 @@ def test_what_is_counted_lies_between_one_and_what_jax_can_count(name):
         assert fault.startswith(f"{name} {value} ")
 
 
-@pytest.mark.parametrize("name", ["warmup_iters", "sample_tokens", "seed"])
+@pytest.mark.parametrize("name", ["warmup_iters", "momentum_warmup_iters", "sample_tokens", "seed"])
 def test_what_may_be_nothing_may_not_be_negative(name):
     with_fields(Config(), **{name: 0})
     assert faults(**{name: -1}) == [f"{name} -1 must be at least 0"]
@@ -72,7 +72,7 @@ def test_a_seed_that_jax_would_cut_off_is_refused():
     "name",
     [
         *("learning_rate", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2", "dropout"),
-        "checkpoint_minutes",
+        *("embedding_lr", "head_lr", "vector_lr", "cooldown_fraction", "checkpoint_minutes"),
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
@@ -86,7 +86,7 @@ def test_a_share_stays_below_one(name):
     assert faults(**{name: 1.0}) == [f"{name} 1.0 must be at least 0 and below 1"]
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "checkpoint_minutes"])
+@pytest.mark.parametrize("name", ["learning_rate", "head_lr", "checkpoint_minutes"])
 def test_some_numbers_cannot_be_zero(name):
     assert faults(**{name: 0.0}) == [f"{name} 0 must be finite and above 0"]
 
@@ -122,6 +122,13 @@ def test_a_rate_that_would_rise_at_the_end_is_answered_with_one_that_falls():
         "min_lr 6e-05 is above learning_rate 3e-05; set it as well, usually to a tenth: 3e-06"
     )
     with_fields(Config(), learning_rate=3e-5, decay_lr=False)  # min_lr is not used then
+
+
+def test_a_cooldown_is_a_share_of_the_run():
+    with_fields(Config(), cooldown_fraction=1.0)
+    for value in (0.0, 1.5):
+        (fault,) = faults(cooldown_fraction=value)
+        assert fault.startswith(f"cooldown_fraction {value:g} must be above 0 and at most 1; ")
 
 
 def test_a_run_may_be_shorter_than_its_warm_up():

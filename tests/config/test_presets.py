@@ -4,6 +4,7 @@ from jaxgpt.config import presets
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, flat_values, with_fields
 from jaxgpt.config.nanogpt import NANOGPT_SETTINGS
+from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.presets import (
     describe_presets,
     load_preset,
@@ -79,20 +80,53 @@ def test_gpt2_124m_is_the_recipe_of_llmc():
     assert values["eval_iters"] * 64 * 1024 == 10_485_760
 
 
-def test_demo_runs_anywhere_and_from_the_package_alone():
-    cfg = load_preset("demo")
-    assert (cfg.vram_gb, cfg.dataset) == (None, "embedded")
+# The recipe that 124m-modern explains; its siblings differ in shape, length and rates.
+MODERN = (
+    dict(arch="qwen3", tied_head=False, embedding_norm=True, zero_init=True, vocab_size=50304)
+    | dict(optimizer="muon", schedule="wsd", cooldown_fraction=0.7, min_lr=0.0, warmup_iters=0)
+    | dict(momentum_warmup_iters=300, cautious_weight_decay=True, weight_decay_schedule="lr")
+    | dict(weight_decay=0.1, beta1=0.8, beta2=0.95, effective_batch_size=512, block_size=1024)
+    | dict(dataset="fineweb", tokenizer="gpt2", lr_decay_iters=None, decay_lr=True)
+)
+
+
+@pytest.mark.parametrize("tier", ["12gb", "16gb", "24gb", "48gb", "80gb"])
+def test_a_tier_has_a_modern_sibling_on_a_fifth_of_its_steps(tier):
+    cfg, modern, base = (load_preset(name) for name in (tier, f"{tier}-modern", "124m-modern"))
+    values = flat_values(modern)
+    assert {key: values[key] for key in MODERN} == MODERN
+    for name in ("n_layer", "n_embd"):
+        assert getattr(modern.model, name) == getattr(cfg.model, name)
+    assert modern.model.head_width == (112 if tier == "48gb" else 128)
+    assert (modern.vram_gb, modern.max_iters) == (cfg.vram_gb, cfg.max_iters // 5)
+    by_width = base.optimizer.scaled((768 / modern.model.n_embd) ** 0.5)
+    for name in ("learning_rate", *GROUP_RATES):
+        assert getattr(modern.optimizer, name) == getattr(by_width, name)
+
+
+def test_124m_modern_trains_on_as_many_tokens_as_it_says():
+    cfg = load_preset("124m-modern")
+    assert {key: flat_values(cfg)[key] for key in MODERN} == MODERN
+    assert (cfg.tokens_per_step, cfg.max_iters) == (524_288, 3600)
+    assert cfg.eval_iters * cfg.batch_size * 1024 == 10_485_760
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-modern"])
+def test_demos_run_anywhere_and_from_the_package_alone(name):
+    cfg = load_preset(name)
+    assert (cfg.vram_gb, cfg.dataset, cfg.tokenizer) == (None, "embedded", "byte")
 
 
 def test_presets_are_listed_largest_card_first_with_true_sizes():
     names = preset_names()
     sized = {"80gb-350m", "48gb-280m", "24gb-180m", "16gb-124m", "12gb-82m"}
     sized |= {"24gb-350m", "24gb-774m", "24gb-1558m"}
-    assert set(names) == {*TIERS, *sized, "gpt2-124m", "10gb", "8gb", "demo"}
+    modern = {f"{name}-modern" for name in ("12gb", "16gb", "24gb", "48gb", "80gb", "124m", "demo")}
+    assert set(names) == {*TIERS, *sized, *modern, "gpt2-124m", "10gb", "8gb", "demo"}
     for name in sized:  # a preset that is named after its size has it
         millions = load_preset(name).model.parameter_count() / 1e6
         assert abs(millions / int(name.rpartition("-")[2][:-1]) - 1) < 0.015
-    assert (names[0], names[-1]) == ("80gb", "demo")
+    assert (names[0], names[-2:]) == ("80gb", ["demo", "demo-modern"])
     lines = {line.split()[0]: line for line in describe_presets().splitlines()}
     assert list(lines) == names
     sizes = {name: line.split()[1] for name, line in lines.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from helpers.trees import TINY
-from jaxgpt.config.fields import OptimizerConfig
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.integrity import Manifest, checksum_files, write_manifest
 from jaxgpt.training.build import Training, build_training

@@ -18,13 +18,17 @@ import jax
 import numpy as np
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import OptimizerConfig
 from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.model.generate import Generator, Sampling
+from jaxgpt.model.network import init_params
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.training.build import build_training, compile_eval_step, compile_train_step
 from jaxgpt.training.evaluation import evaluate
+from jaxgpt.training.groups import joined
 from jaxgpt.training.layout import Layout
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.sharding import MeshLayout
 
 STEPS, SAVED_AT = 50, 20
@@ -35,6 +39,7 @@ QWEN3 = dataclasses.replace(
     MODEL, arch="qwen3", n_kv_head=1, head_dim=12, tied_head=False, embedding_norm=True
 )
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
+MUON = dataclasses.replace(OPTIMIZER, optimizer="muon", cautious_weight_decay=True)
 BATCH, EFFECTIVE = 2, 32
 # Counting up by one, two or three: something to learn.
 RNG = np.random.default_rng(0)
@@ -109,6 +114,23 @@ def largest_gather(program: str) -> int:
     return max((int(np.prod([int(d) for d in dims.split(",")])) for dims in shapes), default=0)
 
 
+def muon_update(layout: Layout) -> tuple[dict[str, list[float]], int]:
+    """Muon's update by path, for gradients that follow from the parameters; all-gathers in it."""
+    optimizer = make_optimizer(MUON, make_schedule(MUON, STEPS), 1, map_stack=layout.map_stack)
+    params = init_params(MODEL, jax.random.key(0))
+    params = jax.device_put(params, layout.state_shardings(params))
+    state = jax.jit(optimizer.init)(params)
+    state = jax.device_put(state, layout.state_shardings(state))
+    grads = jax.tree.map(lambda p: jax.numpy.sin(100 * p), params)
+    update = jax.jit(lambda *args: optimizer.update(*args)[0])
+    compiled = update.lower(grads, state, params).compile()
+    found = {
+        joined(p): leaf for p, leaf in jax.tree.leaves_with_path(compiled(grads, state, params))
+    }
+    values = {path: np.asarray(leaf).ravel().tolist() for path, leaf in found.items()}
+    return values, compiled.as_text().count(" all-gather(")
+
+
 def main(folder: Path) -> None:
     answer: dict = defaultdict(dict)
     runs = {mesh or "one": Run(mesh) for mesh in (None, "data=8", "fsdp=8", "data=2,fsdp=4")}
@@ -123,6 +145,7 @@ def main(folder: Path) -> None:
         answer["samples"][name] = run.sample(state)
         answer["shares"][name] = shares(state)
         answer["gathers"][name] = largest_gather(run.step.as_text())
+        answer["muon"][name], answer["muon_gathers"][name] = muon_update(run.layout)
     for name in ("one", "data=2,fsdp=4"):
         run = Run(None if name == "one" else name, model=QWEN3)
         answer["qwen3 losses"][name] = run.train(run.training.init(), range(SAVED_AT))[1]

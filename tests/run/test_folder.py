@@ -39,6 +39,8 @@ OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16", optimize
 SAME_RUN = (
     dict(preset="my.toml", max_iters=200, lr_decay_iters=150, decay_lr=False, learning_rate=2e-3)
     | dict(min_lr=1e-5, warmup_iters=5, weight_decay=0.2, beta1=0.8, beta2=0.95, grad_clip=0.5)
+    | dict(embedding_lr=0.01, head_lr=2e-3, vector_lr=0.02, schedule="wsd", cooldown_fraction=0.4)
+    | dict(weight_decay_schedule="lr", cautious_weight_decay=True, momentum_warmup_iters=30)
     | dict(dropout=0.1, batch_size=4, eval_interval=7, log_interval=2, scan_layers=True)
     | dict(mesh="data=2", skip_spikes=6.0, resume="must", deterministic=True)
     | dict(checkpoint_minutes=1.0, keep_checkpoints=5, sample_tokens=0, out_dir=Path("moved"))

@@ -1,79 +1,24 @@
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.trees import TINY
+from helpers.trees import TINY, assert_trees_equal
 
-from jaxgpt.config.fields import OptimizerConfig
-from jaxgpt.config.presets import load_preset
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.model.network import init_params
+from jaxgpt.training.groups import joined
 from jaxgpt.training.optimizer import (
     OPTIMIZERS,
-    decay_mask,
     grad_norm,
     make_optimizer,
-    make_schedule,
     random_bits,
     stochastic_round,
     stored_in_bfloat16,
 )
-
-
-def nanogpt_lr(it: int, cfg: OptimizerConfig, decay_iters: int) -> float:
-    """The learning rate as nanoGPT's README and paper define it, written from the formula."""
-    W, peak, floor = cfg.warmup_iters, cfg.learning_rate, cfg.min_lr
-    if it < W:
-        return peak * (it + 1) / (W + 1)
-    if it > decay_iters:
-        return floor
-    along = (it - W) / (decay_iters - W)
-    return floor + 0.5 * (1 + math.cos(math.pi * along)) * (peak - floor)
-
-
-def test_learning_rates_are_nanogpts() -> None:
-    cfg = OptimizerConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000)
-    schedule = make_schedule(cfg, max_iters=50000)
-    for it in (0, 1, 1999, 2000, 2001, 26000, 49999, 50000, 60000):
-        expected = nanogpt_lr(it, cfg, 50000)
-        assert float(schedule(it)) == pytest.approx(expected, abs=1e-6 * cfg.learning_rate), it
-
-
-def test_lr_decay_iters_outlives_a_longer_run() -> None:
-    cfg = OptimizerConfig(warmup_iters=10, lr_decay_iters=100)
-    assert float(make_schedule(cfg, max_iters=1000)(100)) == pytest.approx(cfg.min_lr)
-
-
-def test_a_run_may_be_shorter_than_its_warm_up() -> None:
-    cfg = OptimizerConfig(warmup_iters=2000)
-    schedule = make_schedule(cfg, max_iters=100)
-    rates = [float(schedule(it)) for it in (0, 50, 99)]
-    assert rates == pytest.approx(
-        [cfg.learning_rate * (it + 1) / 2001 for it in (0, 50, 99)], abs=1e-9
-    )
-    assert float(schedule(2500)) == pytest.approx(cfg.min_lr)
-
-
-@pytest.mark.parametrize("warmup", [0, 5])
-def test_decay_lr_false_keeps_the_peak(warmup: int) -> None:
-    schedule = make_schedule(OptimizerConfig(warmup_iters=warmup, decay_lr=False), max_iters=100)
-    assert [float(schedule(it)) for it in (warmup, 99, 1000)] == pytest.approx([6e-4] * 3)
-
-
-def test_no_warm_up_starts_at_the_peak() -> None:
-    assert float(make_schedule(OptimizerConfig(warmup_iters=0), 100)(0)) == pytest.approx(6e-4)
-
-
-def test_matrices_and_embeddings_decay_and_nothing_else_does() -> None:
-    params = init_params(TINY, jax.random.key(0))
-    mask = decay_mask(params)
-    for path, decayed in jax.tree.leaves_with_path(mask):
-        assert decayed == (not jax.tree_util.keystr(path).endswith("['scale']")), path
-    assert mask["wte"]["embedding"]
-    assert mask["wpe"]["embedding"]
+from jaxgpt.training.schedule import make_schedule
 
 
 def test_the_clip_sees_the_average_and_not_each_micro_batch() -> None:
@@ -96,25 +41,6 @@ def test_a_grad_clip_of_zero_turns_clipping_off() -> None:
     assert float(optax.tree.get(state.inner_opt_state, "mu")["kernel"][0]) == 7.0
 
 
-@pytest.mark.parametrize(
-    ("preset", "decayed", "spared"),
-    [
-        # (tensors, numbers) in the two groups of nanoGPT's configure_optimizers.
-        ("80gb", (50, 124_354_560), (25, 19_200)),
-        ("24gb", (42, 82_001_920), (21, 13_440)),
-        ("gpt2-124m", (50, 124_354_560), (98, 121_344)),
-    ],
-)
-def test_the_decayed_tensors_are_those_of_nanogpt(preset: str, decayed, spared) -> None:
-    cfg = load_preset(preset).model
-    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    mask, sizes = jax.tree.leaves(decay_mask(params)), [x.size for x in jax.tree.leaves(params)]
-    groups = [
-        [n for n, m in zip(sizes, mask, strict=True) if m is chosen] for chosen in (True, False)
-    ]
-    assert [(len(group), sum(group)) for group in groups] == [decayed, spared]
-
-
 def test_state_in_bfloat16_takes_ten_bytes_a_parameter() -> None:
     cfg = OptimizerConfig(state_dtype="bfloat16")
     params = init_params(TINY, jax.random.key(0))
@@ -122,47 +48,6 @@ def test_state_in_bfloat16_takes_ten_bytes_a_parameter() -> None:
     floats = [x for x in jax.tree.leaves(state) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("bfloat16")}
     assert sum(x.nbytes for x in floats) == 6 * sum(x.size for x in jax.tree.leaves(params))
-
-
-MUON = OptimizerConfig(optimizer="muon", weight_decay=0.0, warmup_iters=0, decay_lr=False)
-
-
-def muon_updates(grads, cfg: OptimizerConfig = MUON):
-    params = jax.tree.map(jnp.ones_like, grads)
-    tx = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
-    return tx.update(grads, tx.init(params), params)[0]
-
-
-@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
-def test_muon_updates_every_direction_of_a_matrix_about_equally(shape) -> None:
-    """Though the gradient's differ tenfold; and about as much as AdamW, whatever the shape."""
-    u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
-    gradient = jnp.asarray((u * np.logspace(-1, 0, min(shape))) @ v, jnp.float32)
-    update = muon_updates({"kernel": gradient})["kernel"]
-    singular = np.linalg.svd(np.asarray(update), compute_uv=False)
-    assert singular[0] < 2 * singular[-1]
-    root_mean_square = float(jnp.sqrt(jnp.mean(update**2))) / MUON.learning_rate
-    assert 0.1 < root_mean_square < 0.25
-    assert float(jnp.vdot(update, gradient)) < 0  # downhill
-
-
-def test_muon_leaves_embeddings_and_vectors_to_adamw() -> None:
-    gradients = {"kernel": jnp.ones((8, 8)), "embedding": jnp.ones((8, 8)), "scale": jnp.ones(8)}
-    adam = muon_updates(gradients, dataclasses.replace(MUON, optimizer="adamw"))
-    muon = muon_updates(gradients)
-    for name in ("embedding", "scale"):
-        np.testing.assert_array_equal(muon[name], adam[name])
-    assert not np.allclose(muon["kernel"], adam["kernel"])
-
-
-def test_muon_decays_what_adamw_does_at_the_same_rate() -> None:
-    zeros = {"kernel": jnp.zeros((8, 8)), "embedding": jnp.zeros((8, 8)), "scale": jnp.zeros(8)}
-    for optimizer in ("adamw", "muon"):
-        cfg = dataclasses.replace(MUON, optimizer=optimizer, weight_decay=0.1)
-        updates = muon_updates(zeros, cfg)
-        for name, decayed in {"kernel": True, "embedding": True, "scale": False}.items():
-            expected = -0.1 * cfg.learning_rate if decayed else 0.0
-            np.testing.assert_allclose(updates[name], expected, rtol=1e-6)
 
 
 def test_stochastic_rounding_is_unbiased_and_rounds_to_a_neighbour() -> None:
@@ -216,3 +101,96 @@ def test_the_declared_moments_are_those_in_the_state(name: str) -> None:
     for path, _ in jax.tree.leaves_with_path(params):
         count = sum(leaf.endswith("/" + path_of(path)) for leaf in found)
         assert count == OPTIMIZERS[name].moments(path_of(path)), path_of(path)
+
+
+# ---------------------------------------------------------------- decay and learning rates by group
+
+PARAMS = {
+    "blocks": {"0": {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]])}},
+    "wte": {"embedding": jnp.array([[-1.0, 2.0]])},
+    "lm_head": {"embedding": jnp.array([[4.0, -1.0]])},
+    "norm": {"scale": jnp.array([1.0, 1.5])},
+}
+GRADIENTS = jax.tree.map(lambda x: jnp.flip(x) * 0.1, PARAMS)
+
+
+def updates_of(cfg: OptimizerConfig, steps: int = 1):
+    """The update of the last of some steps with the same gradients and parameters."""
+    tx = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
+    state = tx.init(PARAMS)
+    for _ in range(steps):
+        updates, state = tx.update(GRADIENTS, state, PARAMS)
+    return updates
+
+
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+def test_adamw_without_new_settings_is_optaxs_chain_to_the_bit(weight_decay: float) -> None:
+    cfg = OptimizerConfig(warmup_iters=2, weight_decay=weight_decay)
+    mask = jax.tree.map(lambda _: True, PARAMS) | {"norm": {"scale": False}}
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.99),
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.scale_by_learning_rate(make_schedule(cfg, 10)),
+    )
+    steps = optax.MultiSteps(chain, 1)
+    state = steps.init(PARAMS)
+    for _ in range(4):
+        expected, state = steps.update(GRADIENTS, state, PARAMS)
+    assert_trees_equal(updates_of(cfg, steps=4), expected)
+
+
+def test_each_group_has_its_own_rate_and_decay_follows_it() -> None:
+    cfg = OptimizerConfig(learning_rate=0.01, min_lr=0.0, warmup_iters=0)
+    same = updates_of(cfg)
+    own = updates_of(dataclasses.replace(cfg, embedding_lr=0.05, head_lr=0.002, vector_lr=0.03))
+    for name, ratio in {"blocks": 1, "wte": 5, "lm_head": 0.2, "norm": 3}.items():
+        for a, b in zip(jax.tree.leaves(own[name]), jax.tree.leaves(same[name]), strict=True):
+            np.testing.assert_allclose(a, ratio * b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cautious_weight_decay_spares_what_moves_away_from_zero(optimizer: str) -> None:
+    cfg = OptimizerConfig(optimizer=optimizer, warmup_iters=0, weight_decay=0.0)
+    plain = updates_of(cfg)
+    cautious = updates_of(dataclasses.replace(cfg, weight_decay=0.5, cautious_weight_decay=True))
+    spared = 0
+    for group in ("blocks", "wte", "lm_head"):
+        p, u, v = (jax.tree.leaves(tree[group])[0] for tree in (PARAMS, plain, cautious))
+        towards_zero = p * u < 0
+        expected = u - cfg.learning_rate * 0.5 * jnp.where(towards_zero, p, 0)
+        np.testing.assert_allclose(v, expected, rtol=1e-5)
+        spared += int((~towards_zero).sum())
+    assert 0 < spared < 8
+    np.testing.assert_array_equal(plain["norm"]["scale"], cautious["norm"]["scale"])
+
+
+def test_weight_decay_may_fall_with_the_learning_rate() -> None:
+    cfg = OptimizerConfig(schedule="wsd", cooldown_fraction=0.5, warmup_iters=0, min_lr=0.0)
+
+    def decay(schedule: str, steps: int) -> float:
+        with_decay = dataclasses.replace(cfg, weight_decay=0.5, weight_decay_schedule=schedule)
+        without = dataclasses.replace(cfg, weight_decay=0.0)
+        pairs = (updates_of(c, steps)["blocks"]["0"]["kernel"] for c in (with_decay, without))
+        a, b = pairs
+        return float((a - b)[0, 0]) / (-cfg.learning_rate * 0.5)
+
+    # Of ten steps the first six have the whole rate, the ninth 2/5.
+    assert decay("constant", 9) == pytest.approx(2 / 5, rel=1e-3)
+    assert decay("lr", 9) == pytest.approx((2 / 5) ** 2, rel=1e-3)
+    assert decay("lr", 3) == pytest.approx(1, rel=1e-3)
+
+
+def test_the_state_is_the_same_whatever_is_set() -> None:
+    """So that a resumed run may set it, and checkpoints of earlier versions load."""
+    everything = OptimizerConfig(
+        **dict(optimizer="muon", schedule="wsd", cautious_weight_decay=True, head_lr=0.1),
+        **dict(weight_decay_schedule="lr", momentum_warmup_iters=5),
+    )
+    states = []
+    for cfg in (OptimizerConfig(optimizer="muon"), everything):
+        state = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1).init(PARAMS)
+        states.append(jax.tree.map(lambda x: (x.shape, x.dtype), state))
+    assert states[0] == states[1]
+    paths = [joined(path) for path, _ in jax.tree.leaves_with_path(states[0])]
+    assert "inner_opt_state/4/count" in " ".join(paths)  # of the schedule

@@ -50,6 +50,16 @@ def test_a_mesh_has_the_losses_of_one_device_with_another_network(seen) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_muon_on_a_mesh_has_the_update_of_one_device(seen, mesh) -> None:
+    one, many = seen["muon"]["one"], seen["muon"][mesh]
+    assert one.keys() == many.keys()
+    for path, update in one.items():
+        np.testing.assert_allclose(many[path], update, rtol=0, atol=1e-5 * max(map(abs, update)))
+    assert seen["muon_gathers"]["one"] == 0
+    assert seen["muon_gathers"][mesh] <= 4  # one for each shape of a matrix, none in the iterations
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_writes_what_one_device_writes(seen, mesh) -> None:
     assert len(set(seen["samples"]["one"])) > 1
     assert seen["samples"][mesh] == seen["samples"]["one"]

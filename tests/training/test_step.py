@@ -11,11 +11,12 @@ from helpers.trees import TINY, assert_trees_equal
 from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import OptimizerConfig
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
+from jaxgpt.training.optimizer import make_accumulator, make_optimizer
+from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.step import init_state, make_eval_step, make_train_step
 
 GRAPHDEF = build_model(TINY, "float32", plain_attention)

@@ -14,11 +14,12 @@ from helpers.trees import MODELS
 from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes
-from jaxgpt.config.fields import OptimizerConfig
+from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.model.attention import cudnn_attention, plain_attention
 from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.model.network import build_model, init_params
-from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
+from jaxgpt.training.optimizer import make_accumulator, make_optimizer
+from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.step import init_state, make_train_step
 
 A, B, T, V = 3, 4, 24, 320
