@@ -18,7 +18,6 @@ from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.data.tokenizer import EOT_TEXT
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -165,7 +164,8 @@ def typed_prompts() -> Iterator[str]:
 def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
     """The prompt's ids, with the end-of-text token for its name and for an empty prompt."""
     tokenizer = weights.tokenizer
-    first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(EOT_TEXT))
+    end_of_text = tokenizer.decode([tokenizer.eot])
+    first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(end_of_text))
     ids = [*first, *(id for part in others for id in (tokenizer.eot, *part))] or [tokenizer.eot]
     context = weights.model.block_size
     if len(ids) > context:

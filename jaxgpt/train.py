@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
         origin, weights = open_run(asked, given)
         hardware.prepare_environment(asked)
         prepare_compile_cache(warn)
-        data = open_data(asked, origin)
+        data = open_data(asked, origin, weights.tokenizer if weights else None)
         processes = stack.enter_context(connect(address, hardware.import_jax, count_visible_cards))
         tell = start_process(processes, lock, stack)
         jax = hardware.import_jax()
@@ -181,6 +181,8 @@ def open_training(
     is_main, step = checkpoints.processes.is_main, resumed_step or 0
     log = stack.enter_context(MetricsLog(cfg.out_dir, resumed_step, tell) if is_main else NoLog())
     saver = Saver(checkpoints, log, cfg, data.identity)
+    if is_main:
+        data.tokenizer.save(cfg.out_dir)
     log.hparams(cfg.flat(), metrics=("val/loss",))
     batches = prefetch(partial(load_step, cfg, layout, data.loader), step, asked.max_iters)
     console = stack.enter_context(RunConsole(step, asked.max_iters, asked.eval_interval))

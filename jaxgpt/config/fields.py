@@ -102,7 +102,8 @@ class Config:
     dataset: Annotated[str, Role.FIXED] = "fineweb"
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
-    # gpt2, byte, or the name of a tiktoken encoding; the one that the data was tokenized with
+    # the one that the data was tokenized with; if not given, the one in the data's manifest: gpt2,
+    # byte, a folder with tokenizer.json, owner/name on the Hub, or a tiktoken encoding
     tokenizer: Annotated[str, Role.FIXED] = "gpt2"
 
     batch_size: Annotated[

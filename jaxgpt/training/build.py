@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig, Remat
+from jaxgpt.data.token_file import token_dtype
 from jaxgpt.model.attention import compute_capability, pick_attention
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
@@ -37,6 +38,7 @@ class Training(NamedTuple):
 
     graphdef: nnx.GraphDef
     block_size: int
+    tokens_dtype: np.dtype  # of the batches
     attention: str  # the kernel's name and why it was chosen
     init: Callable[[], TrainState]  # the state before the first step
     state_like: TrainState  # its shapes, dtypes and shardings
@@ -97,6 +99,7 @@ def build_training(
     return Training(
         graphdef=graphdef,
         block_size=model.block_size,
+        tokens_dtype=token_dtype(model.n_vocab or 1),
         attention=attention,
         init=jax.jit(init, out_shardings=shardings),
         state_like=jax.tree.map(_with_sharding, like, shardings),
@@ -129,4 +132,4 @@ def compile_eval_step(training: Training, batch_size: int) -> Any:
 def _tokens_like(training: Training, *leading: int) -> jax.ShapeDtypeStruct:
     shape = (*leading, training.block_size + 1)
     sharding = training.tokens_sharding(len(leading) - 1)
-    return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, training.tokens_dtype, sharding=sharding)

@@ -155,7 +155,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
     return Weights(
         name=f"{out_dir}, step {step:,}",
         model=cfg.model,
-        tokenizer=load_tokenizer(cfg.tokenizer),
+        tokenizer=load_tokenizer(cfg.tokenizer, out_dir),
         load=load,
         run=cfg,
         step=step,

@@ -88,13 +88,14 @@ def test_a_folder_that_no_file_system_takes_is_said_in_a_sentence(tmp_path, refu
     assert "cannot be read (File name too long)" in err
 
 
-def test_a_pickle_beside_the_data_is_never_opened(tmp_path, monkeypatch) -> None:
+def test_a_pickle_beside_the_data_is_never_opened(tmp_path, monkeypatch, refused) -> None:
     monkeypatch.setenv("MARK", str(tmp_path / "executed"))
     for name in ("train", "val"):
         GOOD.tofile(tmp_path / f"{name}.bin")
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch $MARK'\ntR.")
     flags = ("--dataset", "x", "--data-dir", str(tmp_path), "--max-iters", "1")
-    assert train(tmp_path / "run", *flags) == 0
+    err = refused(tmp_path / "run", *flags)
+    assert f"input.txt --tokenizer char --out {tmp_path}_tokens" in " ".join(err.split())
     assert not (tmp_path / "executed").exists()
 
 
