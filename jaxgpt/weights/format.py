@@ -20,6 +20,7 @@ class Format:
     """A kind of network in Hugging Face's format and in GGUF."""
 
     model_type: str  # in config.json; in GGUF, the architecture
+    title: str  # for people
     class_name: str  # in transformers
     prefix: str  # of the names of all tensors except the head's
     parts: Mapping[str, str]  # parts of a parameter's path that have another name in transformers
@@ -31,6 +32,7 @@ class Format:
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Read]
     write: Callable[[ModelConfig], dict[str, Any]]  # all other keys
     add_gguf_keys: Callable[[Any, ModelConfig], None]  # to a GGUFWriter: what only this kind has
+    describe: Callable[[ModelConfig], str]  # what only this kind has, for the model card
     paired_rope: bool = False  # whether llama.cpp rotates neighbouring elements, not halves
 
     def read_config(self, values: Mapping[str, Any]) -> Read:

@@ -41,8 +41,13 @@ def _add_gguf_keys(writer: Any, cfg: ModelConfig) -> None:
     writer.add_layer_norm_eps(EPSILON)
 
 
+def _describe(cfg: ModelConfig) -> str:
+    return f"biases {'yes' if cfg.bias else 'no (exported as zeros)'}, {cfg.gelu} GELU"
+
+
 FORMAT = Format(
     model_type="gpt2",
+    title="GPT-2",
     class_name="GPT2LMHeadModel",
     prefix="transformer.",
     parts={"blocks": "h"},
@@ -65,4 +70,5 @@ FORMAT = Format(
     read=_read,
     write=_write,
     add_gguf_keys=_add_gguf_keys,
+    describe=_describe,
 )

@@ -100,6 +100,14 @@ def _add_gguf_keys(writer: Any, cfg: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(cfg.norm_eps)
 
 
+def _describe(cfg: ModelConfig) -> str:
+    head = "tied" if cfg.tied_head else "untied"
+    return (
+        f"{cfg.kv_heads} heads of keys and values, head width {cfg.head_width}, MLP width "
+        f"{cfg.mlp_hidden}, rotary base {cfg.rope_theta:,g}, {head} head"
+    )
+
+
 SHARED: dict[str, Any] = {
     "prefix": "model.",
     "parts": {"blocks": "layers", "attn": "self_attn"},
@@ -115,9 +123,11 @@ SHARED: dict[str, Any] = {
     },
     "fixed": {},
     "add_gguf_keys": _add_gguf_keys,
+    "describe": _describe,
 }
 QWEN3 = Format(
     model_type="qwen3",
+    title="Qwen3",
     class_name="Qwen3ForCausalLM",
     read=partial(_read, "qwen3", {"num_key_value_heads": 32, "head_dim": 128}),
     write=_write_qwen3,
@@ -125,6 +135,7 @@ QWEN3 = Format(
 )
 LLAMA = Format(
     model_type="llama",
+    title="Llama",
     class_name="LlamaForCausalLM",
     read=partial(_read, "llama", {"num_key_value_heads": None, "head_dim": None}),
     write=_write_llama,

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.trees import TINY, assert_trees_equal
+from helpers.trees import TINY, assert_trees_equal, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.network import build_model, init_params
+from jaxgpt.model.network import build_model
 from jaxgpt.weights import gpt2, huggingface
 from jaxgpt.weights.huggingface import (
     FolderError,
@@ -25,15 +25,6 @@ from jaxgpt.weights.huggingface import (
 
 GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir())
 WITH_BIAS = dataclasses.replace(TINY, bias=True)
-
-
-def random_params(cfg: ModelConfig):
-    """Random values in every parameter, so that a lost or swapped one is noticed."""
-    leaves, tree = jax.tree.flatten(init_params(cfg, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [0.3 * jax.random.normal(k, x.shape) + 0.1 for k, x in zip(keys, leaves, strict=True)]
-    )
 
 
 def logits(cfg: ModelConfig, params, tokens_BT) -> np.ndarray:
