@@ -68,7 +68,7 @@ def get_leaf(tree: Any, path: str) -> Any:
     return tree
 
 
-def put_leaf(tree: dict, path: str, leaf: np.ndarray) -> None:
+def put_leaf(tree: dict, path: str, leaf: Any) -> None:
     """Set a leaf of a parameter tree."""
     *parents, last = _keys(path)
     for key in parents:

@@ -64,7 +64,7 @@ def save_gguf(
     file_types = {"f32": "ALL_F32"}
     writer.add_file_type(gguf.LlamaFileType[file_types.get(dtype, f"MOSTLY_{dtype.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, tokenizer)
+    add_tokenizer(writer, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.model_type.upper()], cfg.n_layer)
     fallen_back = []
     for source, array in deployed_params(cfg, params):
@@ -98,7 +98,8 @@ def save_modelfile(path: Path) -> Path:
     return modelfile
 
 
-def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add a tokenizer to a GGUFWriter."""
     import gguf
 
     ids = vocabulary(tokenizer)

@@ -1,24 +1,27 @@
 """The smallest model in the tests, random parameters, and a bit-for-bit comparison of pytrees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.model.network import init_params
+from jaxgpt.config.architecture import ModelConfig, parameter_shapes
+from jaxgpt.weights.deploy import put_leaf
 
 TINY = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False
 )
 
 
-def random_params(cfg: ModelConfig):
+def random_params(cfg: ModelConfig) -> dict[str, Any]:
     """Random values in every parameter, so that a lost or swapped one is noticed."""
-    leaves, tree = jax.tree.flatten(init_params(cfg, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [0.3 * jax.random.normal(k, x.shape) + 0.1 for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(0)
+    params: dict[str, Any] = {}
+    for path, shape in parameter_shapes(cfg).items():
+        values = 0.3 * rng.standard_normal(shape, np.float32) + np.float32(0.1)
+        put_leaf(params, path, jnp.asarray(values))
+    return params
 
 
 def assert_trees_equal(a, b) -> None:

@@ -9,7 +9,7 @@ from helpers.trees import TINY, random_params
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.weights.gguf_file import GgufDtype, save_gguf
+from jaxgpt.weights.gguf_file import GgufDtype, add_tokenizer, save_gguf
 
 BYTE = load_tokenizer("byte")
 GPT2 = dataclasses.replace(TINY, n_embd=48, vocab_size=320, n_vocab=257)
@@ -55,6 +55,8 @@ def test_a_gpt2_has_llama_cpp_s_keys_and_tensors(tmp_path: Path) -> None:
         "gpt2.feed_forward_length": 192,
         "gpt2.attention.head_count": 2,
         "gpt2.attention.layer_norm_epsilon": pytest.approx(1e-5),
+        "tokenizer.ggml.merges": ["Ġ Ġ"],
+        "tokenizer.ggml.eos_token_id": 256,
     }
     assert {name: keys.get(name) for name in expected} == expected
     block = params["blocks"][1]
@@ -71,17 +73,14 @@ def test_a_gpt2_has_llama_cpp_s_keys_and_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_the_tokenizer_is_in_the_file(tmp_path: Path, name: str) -> None:
+def test_the_tokenizer_is_in_the_file(name: str) -> None:
     tokenizer = load_tokenizer(name)
-    path = tmp_path / "m.gguf"
-    cfg = dataclasses.replace(TINY, vocab_size=50_304, n_vocab=tokenizer.n_vocab)
-    saved(path, cfg, tokenizer)
-    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys_of(path).items()}
+    writer = gguf.GGUFWriter(None, "gpt2")
+    add_tokenizer(writer, tokenizer)  # reading 100,000 texts back would take seconds
+    keys = {k.removeprefix("tokenizer.ggml."): v.value for k, v in writer.kv_data[0].items()}
     assert len(keys["tokens"]) == tokenizer.n_vocab
-    assert (keys["tokens"][tokenizer.eot], keys["tokens"][0]) == (
-        "<|endoftext|>",
-        "!" if name == "gpt2" else "Ā",
-    )
+    assert keys["tokens"][tokenizer.eot] == "<|endoftext|>"
+    assert keys["tokens"][0] == {"gpt2": "!", "byte": "Ā"}[name]
     assert [i for i, kind in enumerate(keys["token_type"]) if kind != 1] == [tokenizer.eot]
     assert keys["token_type"][tokenizer.eot] == 3
     assert (keys["model"], keys["pre"], keys["add_bos_token"]) == ("gpt2", "gpt-2", False)
@@ -121,3 +120,56 @@ def test_a_weight_beyond_float16_is_refused_and_leaves_no_file(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"blk.0.ffn_up.weight has weights too large .* bf16"):
         save_gguf(tmp_path / "m.gguf", GPT2, params, BYTE, "f16")
     assert list(tmp_path.iterdir()) == []
+
+
+MODERN = ModelConfig(
+    arch="qwen3",
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=24,
+    head_dim=16,
+    mlp_width=40,
+    block_size=12,
+    vocab_size=320,
+    n_vocab=257,
+    rope_theta=5e5,
+    tied_head=False,
+)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_a_modern_network_has_llama_cpp_s_keys_and_tensors(tmp_path: Path, arch) -> None:
+    cfg = dataclasses.replace(MODERN, arch=arch)
+    params, tensors = saved(tmp_path / "m.gguf", cfg)
+    keys = keys_of(tmp_path / "m.gguf")
+    expected = {
+        "general.architecture": arch,
+        f"{arch}.block_count": 2,
+        f"{arch}.context_length": 12,
+        f"{arch}.embedding_length": 24,
+        f"{arch}.feed_forward_length": 40,
+        f"{arch}.attention.head_count": 4,
+        f"{arch}.attention.head_count_kv": 2,
+        f"{arch}.attention.key_length": 16,
+        f"{arch}.attention.value_length": 16,
+        f"{arch}.rope.freq_base": 5e5,
+        f"{arch}.rope.dimension_count": 16,
+        f"{arch}.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
+    }
+    assert {name: keys.get(name) for name in expected} == expected
+    block = params["blocks"][1]
+    down = block["mlp"]["down_proj"]["kernel"].T
+    np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"], down)
+    np.testing.assert_array_equal(tensors["output.weight"], params["lm_head"]["embedding"][:257])
+    k_THD = np.asarray(block["attn"]["k_proj"]["kernel"].T).reshape(2, 16, 24)
+    if arch == "llama":  # llama.cpp rotates neighbours: element i is followed by i + 8
+        k_THD = k_THD[:, [i // 2 + 8 * (i % 2) for i in range(16)]]
+    np.testing.assert_array_equal(tensors["blk.1.attn_k.weight"].reshape(2, 16, 24), k_THD)
+    norms = {"blk.1.attn_q_norm.weight", "blk.1.attn_k_norm.weight"}
+    assert (norms <= tensors.keys()) == (arch == "qwen3")
+
+
+def test_a_tied_head_is_not_in_the_file(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(MODERN, tied_head=True)
+    assert "output.weight" not in saved(tmp_path / "m.gguf", cfg)[1]
