@@ -12,8 +12,8 @@ from jaxgpt.config.roles import Role
 from jaxgpt.weights.deploy import explicit_sizes, has_learned_positions
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
-# Fields of ModelConfig that the weights determine; block_size may be shorter than theirs, and longer
-# where positions are not learned.
+# Fields of ModelConfig that the weights determine. block_size may be shorter than theirs; where
+# positions are not learned, also longer.
 FROM_WEIGHTS = tuple(
     f.name
     for f in dataclasses.fields(ModelConfig)

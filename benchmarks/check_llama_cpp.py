@@ -1,0 +1,157 @@
+"""Check that llama.cpp loads exported models and writes what `sample --temperature 0` writes.
+
+    pip install xllamacpp
+    python benchmarks/check_llama_cpp.py --json benchmarks/results/llama-cpp.json
+
+Trains small models on the embedded text, exports each to GGUF in every dtype, and has llama.cpp
+tokenize and continue texts, on the CPU. Token ids must be equal, and in float32 the continuations;
+the largest difference between the log-probabilities of its tokens and ours is recorded.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xllamacpp
+from flax import nnx
+
+from jaxgpt import export, sample, train
+from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights
+
+PROMPTS = ("It is a truth", '"I am', "Elizabeth  had never been")
+NEW_TOKENS = 30
+# Accents, emoji, digits, runs of spaces and newlines, a literal end-of-text token's neighbours.
+TEXTS = (
+    "naïve café – “Señor” Ångström Žižek 東京 привет",
+    "🙂🚀 👩‍👩‍👧 ½ ①②③ 1234567890 3.14159 1,000,000",
+    "two  spaces   three\ttab\n\nnewlines \n  indented \r\n end  ",
+    "don't we'll I'VE they're <endoftext> |endoftext| a_b-c",
+)
+SMALL = [
+    *("--preset", "demo", "--optimizer", "adamw", "--n-layer", "2", "--n-embd", "32"),
+    *("--block-size", "64", "--batch-size", "8", "--effective-batch-size", "8"),
+    *("--max-iters", "60", "--eval-interval", "60", "--eval-iters", "1", "--sample-tokens", "0"),
+    *("--learning-rate", "3e-3", "--min-lr", "3e-4", "--warmup-iters", "10"),
+]
+GROUPED = ["--n-head", "4", "--n-kv-head", "2", "--head-dim", "16"]
+MODELS = {
+    "gpt2, GPT-2's tokens": ["--n-head", "2", "--tokenizer", "gpt2"],
+    "gpt2 with biases, bytes": ["--n-head", "2", "--bias=True"],
+    "qwen3 tied, GPT-2's tokens": [*GROUPED, "--arch", "qwen3", "--tokenizer", "gpt2"],
+    "qwen3 untied with embedding norm, bytes": [
+        *(*GROUPED, "--arch", "qwen3", "--tied-head=False", "--embedding-norm=True"),
+        *("--zero-init=True", "--rope-theta", "50000"),
+    ],
+    "llama, bytes": [*GROUPED, "--arch", "llama"],
+}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {
+            name: check(name, flags, Path(scratch) / str(number))
+            for number, (name, flags) in enumerate(MODELS.items())
+        }
+    result = {
+        "command": "python benchmarks/check_llama_cpp.py",
+        "versions": {name: version(name) for name in ("jax", "xllamacpp", "gguf")},
+        "models": models,
+    }
+    print(json.dumps(result, indent=2))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def check(name: str, flags: list[str], folder: Path) -> dict[str, Any]:
+    """One model in every dtype; raises AssertionError where ids or float32 texts differ."""
+    run = folder / "run"
+    quiet(train.main, *SMALL, *flags, "--out-dir", run)
+    weights = open_weights(WeightsFlags(out_dir=run))
+    logprobs = logprobs_of(weights)
+    result: dict[str, Any] = {}
+    for dtype in ("f32", "f16", "bf16", "q8_0"):
+        path = folder / f"{dtype}.gguf"
+        quiet(export.main, "--out-dir", run, "--to", path, "--dtype", dtype)
+        server = Server(path)
+        for text in TEXTS:
+            ids = server.ask("tokenize", content=text)["tokens"]
+            assert ids == weights.tokenizer.encode(text).tolist(), (name, text)
+        result[dtype] = compare(weights, logprobs, run, server)
+    assert result["f32"]["equal_texts"] == len(PROMPTS), (name, result)
+    return result
+
+
+def compare(weights: Weights, logprobs: Callable, run: Path, server: Server) -> dict[str, Any]:
+    """How many greedy continuations are equal, and how far log-probabilities differ."""
+    equal, difference = 0, 0.0
+    for prompt in PROMPTS:
+        flags = ["--prompt", prompt, "--max-new-tokens", NEW_TOKENS, "--temperature", 0]
+        ours = quiet(sample.main, "--out-dir", run, "--dtype", "float32", *flags)
+        request = {"prompt": prompt, "n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1}
+        answer = server.ask("completion", **request, return_tokens=True, ignore_eos=False)
+        ids = answer["tokens"]
+        theirs = prompt + weights.tokenizer.decode(ids)
+        equal += ours.removesuffix("\n") == theirs
+        start = weights.tokenizer.encode(prompt).tolist()
+        found = logprobs([*start, *ids])[len(start) - 1 : -1]
+        expected = [token["logprob"] for token in answer["completion_probabilities"]]
+        mine = np.take_along_axis(found, np.array(ids)[:, None], 1)[:, 0]
+        difference = max(difference, float(np.abs(mine[: len(expected)] - expected).max()))
+    return {"equal_texts": equal, "of": len(PROMPTS), "largest_logprob_difference": difference}
+
+
+def logprobs_of(weights: Weights) -> Callable[[list[int]], np.ndarray]:
+    """A function from (T,) ids to the (T, V) log-probabilities of the next token, in float32."""
+    device = jax.devices("cpu")[0]
+    model = nnx.merge(build_network(weights, device, "float32"), weights.load(device))
+
+    def logprobs(ids: list[int]) -> np.ndarray:
+        logits_TV = model(np.array([ids]))[0, :, : weights.tokenizer.n_vocab]
+        return np.asarray(jax.nn.log_softmax(logits_TV))
+
+    return logprobs
+
+
+class Server:
+    """llama.cpp's server for one file; it stops when it is deleted."""
+
+    def __init__(self, path: Path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_parallel = 1
+        params.n_ctx = 256
+        params.cpuparams.n_threads = 1
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, endpoint: str, **body: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        address = f"{self.server.listening_address}/{endpoint}"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+
+def quiet(command: Callable[[list[str]], int], *argv: object) -> str:
+    """Run a command of jaxgpt; returns what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert command([str(argument) for argument in argv]) == 0
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    main()
