@@ -55,6 +55,26 @@ MODELS = {
 }
 
 
+class Server:
+    """llama.cpp's server for one file; it stops when it is deleted."""
+
+    def __init__(self, path: Path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_parallel = 1
+        params.n_ctx = 256
+        params.cpuparams.n_threads = 1
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, endpoint: str, **body: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        address = f"{self.server.listening_address}/{endpoint}"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -81,6 +101,8 @@ def check(name: str, flags: list[str], folder: Path) -> dict[str, Any]:
     quiet(train.main, *SMALL, *flags, "--out-dir", run)
     weights = open_weights(WeightsFlags(out_dir=run))
     logprobs = logprobs_of(weights)
+    flags = ["--out-dir", run, "--dtype", "float32", "--max-new-tokens", NEW_TOKENS]
+    ours = [quiet(sample.main, *flags, "--temperature", 0, "--prompt", p) for p in PROMPTS]
     result: dict[str, Any] = {}
     for dtype in ("f32", "f16", "bf16", "q8_0"):
         path = folder / f"{dtype}.gguf"
@@ -89,22 +111,21 @@ def check(name: str, flags: list[str], folder: Path) -> dict[str, Any]:
         for text in TEXTS:
             ids = server.ask("tokenize", content=text)["tokens"]
             assert ids == weights.tokenizer.encode(text).tolist(), (name, text)
-        result[dtype] = compare(weights, logprobs, run, server)
+        result[dtype] = compare(weights, logprobs, ours, server)
     assert result["f32"]["equal_texts"] == len(PROMPTS), (name, result)
     return result
 
 
-def compare(weights: Weights, logprobs: Callable, run: Path, server: Server) -> dict[str, Any]:
+def compare(
+    weights: Weights, logprobs: Callable, ours: list[str], server: Server
+) -> dict[str, Any]:
     """How many greedy continuations are equal, and how far log-probabilities differ."""
     equal, difference = 0, 0.0
-    for prompt in PROMPTS:
-        flags = ["--prompt", prompt, "--max-new-tokens", NEW_TOKENS, "--temperature", 0]
-        ours = quiet(sample.main, "--out-dir", run, "--dtype", "float32", *flags)
+    for prompt, text in zip(PROMPTS, ours, strict=True):
         request = {"prompt": prompt, "n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1}
         answer = server.ask("completion", **request, return_tokens=True, ignore_eos=False)
         ids = answer["tokens"]
-        theirs = prompt + weights.tokenizer.decode(ids)
-        equal += ours.removesuffix("\n") == theirs
+        equal += text.removesuffix("\n") == prompt + weights.tokenizer.decode(ids)
         start = weights.tokenizer.encode(prompt).tolist()
         found = logprobs([*start, *ids])[len(start) - 1 : -1]
         expected = [token["logprob"] for token in answer["completion_probabilities"]]
@@ -123,26 +144,6 @@ def logprobs_of(weights: Weights) -> Callable[[list[int]], np.ndarray]:
         return np.asarray(jax.nn.log_softmax(logits_TV))
 
     return logprobs
-
-
-class Server:
-    """llama.cpp's server for one file; it stops when it is deleted."""
-
-    def __init__(self, path: Path):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_parallel = 1
-        params.n_ctx = 256
-        params.cpuparams.n_threads = 1
-        self.server = xllamacpp.Server(params)
-
-    def ask(self, endpoint: str, **body: Any) -> dict[str, Any]:
-        """The answer to a request."""
-        address = f"{self.server.listening_address}/{endpoint}"
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
 
 
 def quiet(command: Callable[[list[str]], int], *argv: object) -> str:
