@@ -12,29 +12,23 @@ import numpy as np
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.data.tokenizer import Tokenizer, gpt2_merges
-from jaxgpt.data.tokenizer_files import has_files, vocabulary
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.files import atomic_write
 from jaxgpt.weights.deploy import deployed_config, deployed_params
+from jaxgpt.weights.gguf_tokenizer import gguf_vocabulary
 from jaxgpt.weights.huggingface import FORMATS
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 BLOCK = 32  # elements of a row that share a scale in q8_0
-# llama.cpp refuses a vocabulary without merges; this one joins tokens that `byte` does not have.
-NO_MERGES = ["Ġ Ġ"]
 
 
-def require_gguf(tokenizer: Tokenizer | None = None) -> None:
+def require_gguf(tokenizer: Tokenizer) -> None:
     """Raises ConfigError if the gguf package is missing, or GGUF cannot hold the tokenizer."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise ConfigError("a .gguf file needs the gguf package: pip install gguf") from None
-    if tokenizer is not None and not has_files(tokenizer):
-        raise ConfigError(
-            f"tokenizer {tokenizer.name} cannot be stored in a .gguf file; only gpt2 and byte can. "
-            "A folder has no tokenizer: --to FOLDER"
-        )
+    gguf_vocabulary(tokenizer)
 
 
 def save_gguf(
@@ -100,17 +94,13 @@ def save_modelfile(path: Path) -> Path:
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     """Add a tokenizer to a GGUFWriter."""
-    import gguf
-
-    ids = vocabulary(tokenizer)
-    assert list(ids.values()) == list(range(tokenizer.n_vocab)), tokenizer.name
-    types = [gguf.TokenType.NORMAL] * tokenizer.n_vocab
-    types[tokenizer.eot] = gguf.TokenType.CONTROL
+    found = gguf_vocabulary(tokenizer)
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre("gpt-2")  # GPT-2's way to split text into words
-    writer.add_token_list(list(ids))
-    writer.add_token_types(types)
-    writer.add_token_merges(NO_MERGES if tokenizer.bpe is None else gpt2_merges())
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    writer.add_token_merges(found.merges)
+    # Without them llama.cpp takes id 11 for both.
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
