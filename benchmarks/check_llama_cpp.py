@@ -29,7 +29,7 @@ from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_wei
 
 PROMPTS = ("It is a truth", '"I am', "Elizabeth  had never been")
 NEW_TOKENS = 30
-# Accents, emoji, digits, runs of spaces and newlines, a literal end-of-text token's neighbours.
+# Accents, emoji, digits, runs of spaces and newlines, contractions.
 TEXTS = (
     "naïve café – “Señor” Ångström Žižek 東京 привет",
     "🙂🚀 👩‍👩‍👧 ½ ①②③ 1234567890 3.14159 1,000,000",
