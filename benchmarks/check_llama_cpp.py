@@ -21,10 +21,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 import xllamacpp
 from flax import nnx
+from tokenizers import pre_tokenizers
 
 from jaxgpt import export, sample, train
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.data.embedded import load_embedded
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.model.network import init_params
+from jaxgpt.weights.gguf_file import save_gguf
+from jaxgpt.weights.gguf_tokenizer import PATTERNS
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights
 
 PROMPTS = ("It is a truth", '"I am', "Elizabeth  had never been")
@@ -75,6 +83,40 @@ class Server:
             return json.load(response)
 
 
+def check_split(name: str, folder: Path) -> int:
+    """A new tokenizer that splits a text as llama.cpp's `name`; returns its number of ids.
+
+    Raises AssertionError where llama.cpp makes other ids.
+    """
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "smollm")
+    before = pre_tokenizers.Digits(individual_digits=True)
+    if name != "smollm":
+        (pattern,) = (pattern for pattern, known in PATTERNS.items() if known == name)
+        before = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([before, by_bytes])
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([load_embedded("austen.txt.xz").decode(), *TEXTS], trainer)
+    folder.mkdir()
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 64}
+    cfg = ModelConfig(arch="qwen3", **shape, vocab_size=tokenizer.n_vocab)
+    path = folder / "m.gguf"
+    save_gguf(path, cfg, init_params(cfg, jax.random.key(0)), tokenizer, "f32")
+    server = Server(path)
+    for text in TEXTS:
+        ids = server.ask("tokenize", content=text)["tokens"]
+        assert ids == tokenizer.encode(text).tolist(), (name, text)
+    return tokenizer.n_vocab
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -85,10 +127,13 @@ def main() -> None:
             name: check(name, flags, Path(scratch) / str(number))
             for number, (name, flags) in enumerate(MODELS.items())
         }
+        splits = ("smollm", *PATTERNS.values())
+        vocabularies = {name: check_split(name, Path(scratch) / name) for name in splits}
     result = {
         "command": "python benchmarks/check_llama_cpp.py",
         "versions": {name: version(name) for name in ("jax", "xllamacpp", "gguf")},
         "models": models,
+        "ids_of_new_tokenizers_with_the_split": vocabularies,
     }
     print(json.dumps(result, indent=2))
     if args.json:

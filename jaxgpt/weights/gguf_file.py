@@ -16,7 +16,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.files import atomic_write
 from jaxgpt.weights.deploy import deployed_config, deployed_params
 from jaxgpt.weights.gguf_tokenizer import gguf_vocabulary
-from jaxgpt.weights.huggingface import FORMATS
+from jaxgpt.weights.huggingface import format_of
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 BLOCK = 32  # elements of a row that share a scale in q8_0
@@ -45,7 +45,7 @@ def save_gguf(
     """
     import gguf
 
-    form, deployed = FORMATS[cfg.arch], deployed_config(cfg)
+    form, deployed = format_of(cfg), deployed_config(cfg)
     writer = gguf.GGUFWriter(None, form.model_type)
     writer.add_type("model")
     writer.add_name(path.stem)

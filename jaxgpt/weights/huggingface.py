@@ -62,6 +62,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     return cfg
 
 
+def format_of(cfg: ModelConfig) -> Format:
+    """How the network is stored. Raises FolderError for a network that others do not have."""
+    if cfg.arch not in FORMATS:
+        raise FolderError(
+            f"only {', '.join(FORMATS)} can be exported, and this network is {cfg.arch}; describe "
+            "it in a file of jaxgpt/weights/"
+        )
+    return FORMATS[cfg.arch]
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder has weights that `load_params` can read, by the file's name."""
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
@@ -76,7 +86,7 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
     Raises:
         FolderError: if a tensor is missing, has another shape, or does not belong to the network.
     """
-    form = FORMATS[cfg.arch]
+    form = format_of(cfg)
     tensors = {
         name.removeprefix(form.prefix): tensor
         for path in _weight_files(folder)
@@ -108,9 +118,9 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
 
     Raises:
         OSError: if they cannot be written.
-        FolderError: if the network is another than those of `FORMATS`.
+        FolderError: if other programs do not have this network.
     """
-    form = FORMATS[cfg.arch]
+    form = format_of(cfg)
     deployed = deployed_config(cfg)
     _write_json(folder / CONFIG_FILE, form.config_values(deployed, eot))
     if read_model_config(folder) != deployed:

@@ -8,7 +8,7 @@ from jaxgpt.config.fields import names_with
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
 from jaxgpt.data.tokenizer_files import SAME_AS_GPT2
-from jaxgpt.weights.huggingface import FORMATS
+from jaxgpt.weights.huggingface import format_of
 from jaxgpt.weights.source import Weights
 
 CARD = """\
@@ -44,7 +44,7 @@ def model_card(
     what the Hub shows as the way to load the model.
     """
     m, step = weights.model, weights.step or 0
-    form = FORMATS[m.arch]
+    form = format_of(m)
     loss = "not evaluated at this step"
     if weights.val_loss is not None:
         windows = min(run.eval_windows, (data["val_tokens"] - 1) // m.block_size)

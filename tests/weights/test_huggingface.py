@@ -189,6 +189,10 @@ def test_a_failed_write_raises_an_os_error(tmp_path: Path) -> None:
 def test_a_network_that_its_config_json_does_not_describe_is_not_exported(
     tmp_path, monkeypatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.delitem(huggingface.FORMATS, "gpt2")
+        with pytest.raises(FolderError, match="only qwen3, llama can be exported, and this netw"):
+            save_model(tmp_path, TINY, random_params(TINY), eot=7)
     other = dataclasses.replace(gpt2.FORMAT, write=lambda cfg: {"bias": True})
     monkeypatch.setitem(huggingface.FORMATS, "gpt2", other)
     with pytest.raises(FolderError, match="an option that GPT2LMHeadModel lacks"):
