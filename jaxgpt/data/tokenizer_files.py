@@ -57,8 +57,8 @@ def open_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
     'gpt2' or 'byte' if it is one of these; `name`, for messages and records, is by default the
     path. Raises UserError if there is none, or if it has no end-of-text token.
     """
-    folder = path if path.is_dir() else path.parent
-    if known := recognize_tokenizer(folder, 0):
+    folder = path.parent if path.name == MAIN_FILE else path
+    if folder.is_dir() and (known := recognize_tokenizer(folder, 0)):
         return load_tokenizer(known)
     return open_json_tokenizer(path, name or str(path))
 

@@ -76,10 +76,11 @@ def test_a_vocabulary_of_qwen3s_size_trains_and_evaluates(book: Path) -> None:
     tokens = [*byte_characters().values(), *(f"x{number}" for number in range(151_412))]
     model = {"type": "BPE", "vocab": {token: id for id, token in enumerate(tokens)}, "merges": []}
     eos = {"id": len(tokens), "content": "</s>", "special": True, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     values = {
         "added_tokens": [{**eos, "single_word": False, "lstrip": False, "rstrip": False}],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
         "model": model,
     }
     Path("large.json").write_text(json.dumps(values))
