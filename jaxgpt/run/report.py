@@ -135,9 +135,9 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         rate += ", constant"
     rows = {
         "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
-        "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
-        f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
-        f"bias {m.bias}, dropout {m.dropout:g}",
+        "model": f"{m.arch}, {m.parameter_count():,} parameters: n_layer {m.n_layer}, "
+        f"n_head {m.n_head}, n_embd {m.n_embd}, block_size {m.block_size}, "
+        f"vocab_size {m.vocab_size}, bias {m.bias}, dropout {m.dropout:g}",
         "weights": f"random, seed {asked.seed}" if cfg.init_from is None else cfg.init_from,
         "data": f"{source}: {len(data.loader.tokens):,} {cfg.tokenizer} tokens, seed {asked.seed}",
         "step": f"{cfg.batch.effective} sequences = {cfg.batch}; {tokens:,} tokens",

@@ -1,5 +1,6 @@
-"""The smallest model in the tests, random parameters, and a bit-for-bit comparison of pytrees."""
+"""The smallest models in the tests, random parameters, and a comparison of pytrees bit for bit."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,13 @@ from jaxgpt.weights.deploy import put_leaf
 TINY = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False
 )
+# No two of its axes have the same length.
+TINY_QWEN3 = dataclasses.replace(
+    TINY,
+    **dict(arch="qwen3", n_kv_head=1, head_dim=24, mlp_width=40),
+    **dict(tied_head=False, embedding_norm=True),
+)
+MODELS = {"gpt2": TINY, "qwen3": TINY_QWEN3}
 
 
 def random_params(cfg: ModelConfig) -> dict[str, Any]:

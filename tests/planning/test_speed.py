@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -19,6 +20,19 @@ def on(gpu: str, **fields) -> float | None:
 def test_flops_of_gpt2_are_nanogpts() -> None:
     assert speed.model_flops_per_token(GPT2) == 6 * 123_587_328 + 12 * 12 * 768 * 1024
     assert speed.model_flops_per_token(GPT2) == 854_770_176
+
+
+def test_flops_of_wide_and_grouped_heads_are_those_of_their_matrices() -> None:
+    cfg = dataclasses.replace(
+        GPT2, arch="qwen3", n_head=8, n_kv_head=2, head_dim=128, mlp_width=2048, tied_head=False
+    )
+    matrices = 768 * (2 * 8 + 2 * 2) * 128 + 3 * 768 * 2048
+    gains = 2 * 768 + 2 * 128
+    N = 12 * (matrices + gains) + 768 + 50304 * 768
+    assert speed.model_flops_per_token(cfg) == 6 * N + 12 * 12 * 8 * 128 * 1024
+    # A lookup costs nothing: two matrices of the vocabulary, the FLOPs of one.
+    tied = dataclasses.replace(cfg, tied_head=True)
+    assert speed.model_flops_per_token(tied) == speed.model_flops_per_token(cfg)
 
 
 def test_an_a100_trains_gpt2_as_fast_as_llm_c_published() -> None:
