@@ -131,6 +131,10 @@ def write_gguf(path: Path, weights: Weights, params: Any, dtype: GgufDtype) -> l
     """Write the .gguf file and a Modelfile beside it; returns both. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fallen_back = save_gguf(path, weights.model, params, weights.tokenizer, dtype)
+    if weights.model.gelu == "erf":
+        warn(
+            "llama.cpp has only the tanh GELU; this model has the exact one, so logits will differ"
+        )
     if fallen_back:
         warn(
             f"{len(fallen_back)} tensors are f16, because q8_0 needs rows of a multiple of 32: "
