@@ -29,7 +29,7 @@ from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, run_command, warn
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
-from jaxgpt.planning.gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting

@@ -145,8 +145,11 @@ def write_gguf(path: Path, weights: Weights, params: Any, dtype: GgufDtype) -> l
 
 def print_exported(target: Path, weights: Weights, is_gguf: bool) -> None:
     """Print what was written, and two ways to load it."""
-    count = weights.model.parameter_count(padding=False)
-    print(f"{weights.name}: {count:,} parameters written to {target}")
+    padding = weights.model.padding_parameters
+    print(
+        f"{weights.name}: {weights.model.describe_parameters()}, written to {target}"
+        + (", the padding left out" if padding else "")
+    )
     # A name without a slash could be that of a model on the Hub.
     path = target if target.is_absolute() else f"./{target}"
     commands = [

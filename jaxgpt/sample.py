@@ -114,11 +114,12 @@ def run(argv: Sequence[str]) -> int:
             return Generator(network, context, sampling, chunk=STREAM_CHUNK)
 
         params = weights.load(device)
-        count = weights.model.parameter_count(padding=False)
-        warn(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
+        warn(f"{weights.name}: {weights.model.describe_parameters()}, {dtype}, {device}")
         for turn, prompt in enumerate(prompts):
             key = jax.random.fold_in(jax.random.key(flags.seed), turn)
             tokens = prompt_tokens(prompt, weights)
+            if flags.interactive and turn == 0:
+                warn("compiling, before the first text and again before much longer ones ...")
             context = context_for(weights.model, len(tokens) + flags.max_new_tokens)
             stream = make_generator(context).stream(
                 params, tokens, flags.max_new_tokens, key, flags.num_samples

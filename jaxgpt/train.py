@@ -20,7 +20,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.errors import run_command, warn
 from jaxgpt.files import FolderLock
-from jaxgpt.planning.gpus import count_visible_cards, tier_of_this_machine
+from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -93,7 +93,11 @@ def run(argv: Sequence[str]) -> int:
         )
         resumed_step = checkpoints.recover(tell, strict=asked.resume == "must")
         if resumed_step is not None and resumed_step >= asked.max_iters:
-            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best)
+            changes = folder.changes(cfg, origin.saved) if origin.saved else []
+            given_changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
+            report.print_finished_before(
+                asked, PROG, argv, resumed_step, checkpoints.best, given_changes
+            )
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         report.print_run(compiled, data, resumed_step)

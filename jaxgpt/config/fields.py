@@ -224,6 +224,10 @@ class Config:
         """batch_size, or `otherwise` where it is 'auto'."""
         return otherwise if self.batch_size == "auto" else self.batch_size
 
+    def windows_in(self, eval_iters: int) -> int:
+        """Windows of one evaluation: `eval_iters` batches of this preset's batch_size."""
+        return eval_iters * self.batch_size_or(DEFAULT_BATCH_SIZE)
+
     @property
     def open_choices(self) -> frozenset[str]:
         """Which of batch_size and remat are chosen by the available memory."""

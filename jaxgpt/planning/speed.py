@@ -28,6 +28,7 @@ PUBLISHED_MFU = {
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
     (9, 0): Mfu(0.41, "published: llm.c, 124M on H100, modded-nanogpt's first record"),
     (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
+    (10, 3): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
 }
 # Each micro-batch, whatever its size, reads the weights and writes and accumulates gradients: some

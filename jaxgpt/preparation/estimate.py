@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import ReadOptions, read_chunks
-from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Slice
+from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input, Slice
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.preparation.run_units import AHEAD
 from jaxgpt.preparation.work_plan import HubSource, Plan
@@ -17,7 +17,7 @@ from jaxgpt.run.console import duration
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
 # machine's.
 TEXT_BYTES_PER_CORE_SECOND = 18e6
-SAMPLED_SLICES, SAMPLED_CHARACTERS = 8, 200_000  # the latter of each slice
+SAMPLED_FILES, SAMPLED_CHARACTERS = 8, 100_000  # the latter of each file
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ def estimate_rows(
 
 
 def sample_tokens(plan: Plan, tokenizer: Tokenizer) -> float | None:
-    """Tokens per byte of the inputs, from the beginnings of a few slices; None without a document.
+    """Tokens per byte of the inputs, from the beginnings of a few files; None without a document.
 
     File sizes alone are a poor guide: how far parquet and gzip compress depends on the text.
     """
-    slices = [slice for unit in plan.units() for slice in unit if slice.size]
+    inputs = [item for item in plan.inputs if item.size]
     tokens, n_bytes = 0.0, 0
-    for slice in slices[:: max(1, len(slices) // SAMPLED_SLICES)]:
+    for item in inputs[:: -(-len(inputs) // SAMPLED_FILES) or 1]:
         with suppress(UserError, OSError):  # the worker that reads all of it says what is wrong
-            texts, size = _beginning_of(slice, plan.settings.options)
+            texts, size = _beginning_of(item, plan.settings.options)
             text = "".join(texts)
             sampled = text[:SAMPLED_CHARACTERS]
             tokens += len(tokenizer.encode(sampled)) * len(text) / max(len(sampled), 1)
@@ -111,13 +111,13 @@ def sample_tokens(plan: Plan, tokenizer: Tokenizer) -> float | None:
     return tokens / n_bytes if tokens else None
 
 
-def _beginning_of(slice: Slice, options: ReadOptions) -> tuple[list[str], int]:
-    """The first documents of a slice, and the bytes of the file that they take."""
-    if slice.input.kind == "text":  # a document may be all of a long file
-        with open(slice.path, "rb") as file:
-            chunk = next(read_chunks(file, slice.path), b"")
+def _beginning_of(item: Input, options: ReadOptions) -> tuple[list[str], int]:
+    """The first documents of a file, and the bytes of the file that they take."""
+    if item.kind == "text":  # a document may be all of a long file
+        with open(item.path, "rb") as file:
+            chunk = next(read_chunks(file, item.path), b"")
             return [chunk.decode(errors="replace")], file.tell()
-    batch = next(iter(read_slice(slice, options)), None)
-    if batch is None:  # fewer row groups than slices: others have its share
-        return [], slice.size
+    batch = next(iter(read_slice(Slice(item, item.path, 0, 1), options)), None)
+    if batch is None:
+        return [], 0
     return [text for text in batch.documents if isinstance(text, str)], batch.bytes

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxgpt.config.checks import as_flag
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
@@ -148,7 +149,7 @@ class PrepareFlags:
     def _given_beside(self, names: frozenset[str]) -> str:
         """The given flags that are not in `names`, for a message."""
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - names))
+        return ", ".join(as_flag(name) for name in sorted(given - names))
 
     @property
     def read_options(self) -> ReadOptions:
@@ -185,7 +186,7 @@ def parse_number(name: str, text: str) -> int:
         value = Decimal(-1)
     if value.is_nan() or not 1 <= value < 2**62 or value != int(value):
         raise UserError(
-            f"--{name.replace('_', '-')} {text}: is not a positive integer; write 27B, 100M or 5000"
+            f"{as_flag(name)} {text}: is not a positive integer; write 27B, 100M or 5000"
         )
     if name == "shard_tokens" and value >= 2**31:
         raise UserError(f"--shard-tokens {text}: a shard has at most 2,147,483,647 tokens")

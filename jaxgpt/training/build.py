@@ -11,7 +11,7 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig, Remat
 from jaxgpt.data.token_file import token_dtype
-from jaxgpt.model.attention import compute_capability, pick_attention
+from jaxgpt.model.attention import attention_on
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer, make_schedule
@@ -30,6 +30,9 @@ GPU_OPTIONS = {
     # With cuBLAS a step takes the memory that the planner reads from a compilation without the
     # card. With Triton the 24gb preset with full remat took 5.0 GiB instead of 3.7.
     "xla_gpu_enable_triton_gemm": False,
+    # It lets XLA leave out roundings to bfloat16, which keeps the residual stream's gradient in
+    # float32: on cards before Hopper two such arrays are written in each layer.
+    "xla_allow_excess_precision": False,
 }
 
 
@@ -69,9 +72,7 @@ def build_training(
     options of every GPU.
     """
     layout = layout or Layout(device)
-    attend, attention = pick_attention(
-        device.platform, compute_capability(device), dtype, model.head_width
-    )
+    attend, attention = attention_on(device, dtype, model.head_width)
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
@@ -115,11 +116,16 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
-    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+def lower_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step lowered for A = `accumulation` and B = `batch_size` (of all devices)."""
     return training.train_step.lower(
         training.state_like, _tokens_like(training, accumulation, batch_size)
-    ).compile()
+    )
+
+
+def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+    return lower_train_step(training, accumulation, batch_size).compile()
 
 
 def compile_eval_step(training: Training, batch_size: int) -> Any:

@@ -29,7 +29,7 @@ def header(*words: int) -> bytes:
 
 FAULTY_SHARDS = {
     "2 magic": (header(12345, 1, 400) + GOOD.tobytes(), "starts with 12345"),
-    "2 llama-3": (header(20240801, 1, 400) + GOOD.tobytes(), "a llama-3 shard"),
+    "2 llama-3": (header(20240801, 7, 400) + GOOD.tobytes(), "is truncated: "),
     "2 version": (header(20240520, 2, 400) + GOOD.tobytes(), "is a shard of version 2"),
     "3 truncated": (header(20240520, 1, 400) + GOOD.tobytes()[:-9], "is truncated"),
     "3 over-long": (header(20240520, 1, 400) + GOOD.tobytes() * 2, "is too long"),
