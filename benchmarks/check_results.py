@@ -106,11 +106,26 @@ def mesh_errors(row: dict[str, Any], case: Case) -> Iterator[str]:
             yield "averages gradients more than once per step"
 
 
+def interchange() -> Iterator[str]:
+    """Logits equal to transformers', texts equal to llama.cpp's."""
+    for m in load("parity")["models"]:
+        if m["largest_difference"] > 1e-5 * m["largest_logit"]:
+            yield f"{m['model']}, {m['n_layer']} layers, differs from transformers by over 1e-5"
+        if not m["export_and_import_bit_exact"]:
+            yield f"{m['model']}, {m['n_layer']} layers, changes when it is exported and imported"
+    for name, dtypes in load("llama-cpp")["models"].items():
+        if dtypes["f32"]["equal_texts"] != dtypes["f32"]["of"]:
+            yield f"llama.cpp continues {name} in float32 otherwise than sample"
+        if dtypes["f32"]["largest_logprob_difference"] > 2e-3:
+            yield f"llama.cpp's log-probabilities of {name} differ by more than 2e-3"
+
+
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "memory": memory,
     "speed": speed,
     "overhead": overhead,
     "mesh": mesh,
+    "interchange": interchange,
 }
 
 

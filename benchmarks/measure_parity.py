@@ -1,8 +1,8 @@
-"""Compare our logits with transformers' for the same random GPT-2s, in float32.
+"""Compare our logits with transformers' for the same random models, in float32.
 
     python benchmarks/measure_parity.py --json benchmarks/results/parity.json
 
-Several shapes with random weights and biases, GPT-2's own (124M) among them; each model is saved by
+GPT-2, Qwen3 and Llama in several shapes, GPT-2's own (124M) among them; each model is saved by
 transformers, imported, exported and imported again. Needs torch and transformers.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,18 +20,53 @@ import transformers
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.data.tokenizer import padded_vocab_size
+from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.blocks import Params
 from jaxgpt.model.network import build_model
 from jaxgpt.weights.huggingface import load_params, read_model_config, save_model
 
-SHAPES = [  # n_layer, n_head, n_embd, n_positions, vocab_size, activation
+GPT2 = [  # n_layer, n_head, n_embd, n_positions, vocab_size, activation
     (2, 2, 16, 32, 61, "gelu_new"),
     (3, 4, 64, 128, 257, "gelu"),
     (6, 6, 384, 1024, 50_257, "gelu_new"),
     (12, 12, 768, 1024, 50_257, "gelu_new"),
 ]
+MODERN = [  # n_layer, n_head, n_kv_head, n_embd, head_dim, mlp_width, positions, vocab_size, tied
+    (2, 4, 2, 32, 8, 64, 32, 61, True),
+    (3, 6, 1, 48, 10, 100, 128, 257, False),
+    (2, 3, 3, 96, 32, 256, 256, 257, True),
+    (5, 8, 4, 64, 32, 176, 64, 512, False),
+    (12, 6, 2, 768, 128, 2048, 1024, 50_257, False),
+]
+
+SHOWN = (
+    *("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_width", "block_size"),
+    *("tied_head", "gelu"),
+)
+
+
+def configs() -> Iterator[transformers.PretrainedConfig]:
+    """Every model to compare."""
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    for n_layer, n_head, n_embd, T, V, activation in GPT2:
+        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": V}
+        yield transformers.GPT2Config(**shape, n_positions=T, activation_function=activation, **ids)
+    for kind in (transformers.Qwen3Config, transformers.LlamaConfig):
+        for n_layer, n_head, n_kv_head, n_embd, head_dim, mlp_width, T, V, tied in MODERN:
+            yield kind(
+                num_hidden_layers=n_layer,
+                num_attention_heads=n_head,
+                num_key_value_heads=n_kv_head,
+                hidden_size=n_embd,
+                head_dim=head_dim,
+                intermediate_size=mlp_width,
+                max_position_embeddings=T,
+                vocab_size=V,
+                tie_word_embeddings=tied,
+                rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
+                **ids,
+            )
 
 
 def main() -> None:
@@ -40,26 +76,25 @@ def main() -> None:
     result = {
         "command": "python benchmarks/measure_parity.py",
         "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)},
-        "models": [measure(*shape) for shape in SHAPES],
+        "models": [measure(config) for config in configs()],
     }
     print(json.dumps(result, indent=2))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(result, file)
+            json.dump(result, file, indent=1)
             file.write("\n")
 
 
-def measure(n_layer: int, n_head: int, n_embd: int, T: int, V: int, activation: str) -> dict:
-    """The largest difference for one shape, over a full context."""
+def measure(config: transformers.PretrainedConfig) -> dict:
+    """The largest difference for one model, over a full context."""
     torch.manual_seed(0)
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": V}
-    config = transformers.GPT2Config(
-        **shape, n_positions=T, activation_function=activation, bos_token_id=0, eos_token_id=0
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in theirs.named_parameters():
         if name.endswith("bias"):  # zero in a new model
             torch.nn.init.normal_(parameter, std=0.1)
+        elif "norm" in name:  # one in a new model
+            torch.nn.init.normal_(parameter, mean=1, std=0.1)
+    V, T = config.vocab_size, config.max_position_embeddings
     tokens_BT = np.random.default_rng(0).integers(0, V, (1, T))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens_BT)).logits.numpy()
@@ -73,9 +108,9 @@ def measure(n_layer: int, n_head: int, n_embd: int, T: int, V: int, activation: 
     same = all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
     got = np.asarray(nnx.merge(build_model(cfg, "float32", plain_attention), params)(tokens_BT))
     return {
-        **shape,
-        "n_positions": T,
-        "activation_function": activation,
+        "model": type(theirs).__name__,
+        **{name: getattr(cfg, name) for name in SHOWN},
+        "vocab_size": V,
         "largest_logit": float(np.abs(expected).max()),
         "largest_difference": float(np.abs(got[..., :V] - expected).max()),
         "export_and_import_bit_exact": same,

@@ -44,6 +44,7 @@ class EvaluateFlags(WeightsFlags):
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
     # tokens of the validation split to use, from its start; 0: all; if unset, 10,485,760
     val_tokens: IntIfSet = None
+    block_size: IntIfSet = None  # length of the windows; if unset, the model's context
     as_in_training: bool = False  # use the windows of the run's own evaluations instead
     skip_loss: bool = False  # score the tasks only
     batch_size: int = 8  # sequences the device processes at a time
@@ -55,6 +56,10 @@ class EvaluateFlags(WeightsFlags):
         errors = super().errors()
         if self.val_tokens is not None and self.val_tokens < 0:
             errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
+        if self.block_size is not None and self.block_size < 1:
+            errors.append(f"--block-size {self.block_size} must be at least 1")
+        if self.as_in_training and self.block_size is not None:
+            errors.append("--as-in-training uses the run's own windows; drop --block-size")
         if self.batch_size < 1:
             errors.append(f"--batch-size {self.batch_size} must be at least 1")
         if self.as_in_training and self.val_tokens is not None:
@@ -91,6 +96,8 @@ def run(argv: Sequence[str]) -> int:
         description="Measure a model: validation loss, perplexity, bits per byte, tasks.",
     )
     weights = open_weights(flags)
+    if flags.block_size is not None:
+        weights = weights.with_context(flags.block_size)
     text = None if flags.skip_loss else open_text(flags, weights)
     tasks = load_tasks(vars(flags.tasks), weights.tokenizer, weights.model.block_size)
     wanted_dtype = flags.dtype

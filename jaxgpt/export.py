@@ -1,6 +1,7 @@
-"""Export a run's model for transformers: `python -m jaxgpt.export --out-dir runs/24gb --to FOLDER`.
+"""Export a run's model: `python -m jaxgpt.export --out-dir runs/24gb --to FOLDER or FILE.gguf`.
 
-The folder is written atomically and needs neither jaxgpt nor the run.
+A folder is for transformers and vLLM, a .gguf file for llama.cpp and Ollama. Both are written
+atomically, and need neither jaxgpt nor the run.
 """
 
 import dataclasses
@@ -10,20 +11,24 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import arg
 
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.config.flag_types import PathIfSet, TextIfSet, unless_none
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
-from jaxgpt.errors import run_command
+from jaxgpt.errors import run_command, warn
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
-from jaxgpt.weights import huggingface
+from jaxgpt.weights import huggingface, push
+from jaxgpt.weights.gguf_file import GgufDtype, require_gguf, save_gguf, save_modelfile
 from jaxgpt.weights.model_card import model_card
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.export"
+DEFAULT_DTYPE: GgufDtype = "f16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,15 +36,27 @@ class ExportFlags:
     """What to export, and where to."""
 
     out_dir: PathIfSet = None  # the run to export
-    to: PathIfSet = None  # the folder to write; must be new or empty
+    # the folder to write, which must be new or empty, or a new file that ends in .gguf
+    to: PathIfSet = None
     checkpoint: str = "latest"  # latest, best (by validation loss), or a step
+    # of the matrices in a .gguf file; if unset, f16 (a folder has float32)
+    dtype: Annotated[
+        GgufDtype | None, arg(metavar="{f32,f16,bf16,q8_0}", help_behavior_hint=unless_none)
+    ] = None
+    push: TextIfSet = None  # owner/name on the Hugging Face Hub, to upload the result to
 
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""
         errors = self.weights().errors() if self.out_dir else ["specify the run: --out-dir RUN"]
         if self.to is None:
-            errors.append("specify the folder to write: --to FOLDER")
+            errors.append("specify what to write: --to FOLDER, or --to FILE.gguf")
+        elif self.dtype is not None and not self.is_gguf:
+            errors.append(f"--dtype {self.dtype} is for .gguf files: --to {self.to}.gguf")
         return errors
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.to is not None and self.to.suffix == ".gguf"
 
     def weights(self) -> WeightsFlags:
         return WeightsFlags(out_dir=self.out_dir, checkpoint=self.checkpoint)
@@ -51,35 +68,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse the flags, open and load the weights, write the folder, and print what to do next."""
+    """Parse the flags, open and load the weights, write and upload them, print what to do next."""
     flags = cli.parse_command(
         argv,
         ExportFlags,
         prog=PROG,
-        description="Export a run's model as a folder that transformers loads.",
+        description="Export a run's model for transformers, vLLM, llama.cpp or Ollama.",
     )
     assert flags.out_dir is not None
     assert flags.to is not None
-    folder = flags.to.expanduser()
-    check_is_free(folder)
+    target = flags.to.expanduser()
+    check_is_free(target)
+    if flags.push is not None:
+        push.check_login(flags.push)
     weights = open_weights(flags.weights())
     assert weights.run is not None
+    if flags.is_gguf:
+        require_gguf(weights.tokenizer)
     device, _ = prepare_device("cpu", "float32")
     params = weights.load(device)
     checkpoint = flags.out_dir.expanduser() / FOLDER / str(weights.step)
-    card = model_card(weights, weights.run, read_manifest(checkpoint).data)
+    data = read_manifest(checkpoint).data
+    card = model_card(
+        weights, weights.run, data, library="gguf" if flags.is_gguf else "transformers"
+    )
     try:
-        write_folder(folder, weights, params, card)
+        if flags.is_gguf:
+            files = write_gguf(target, weights, params, flags.dtype or DEFAULT_DTYPE)
+        else:
+            write_folder(target, weights, params, card)
+            files = sorted(target.iterdir())
     except OSError as error:
-        raise ConfigError(f"--to {folder} cannot be written: {error}") from None
-    print_exported(folder, weights)
+        raise ConfigError(f"--to {target} cannot be written: {error}") from None
+    print_exported(target, weights, flags.is_gguf)
+    if flags.push is not None:
+        print(f"Uploaded: {push.push(flags.push, files, card)}")
     return 0
 
 
-def check_is_free(folder: Path) -> None:
-    """Raises ConfigError if the folder exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--to {folder} already exists; name another folder, or delete it")
+def check_is_free(target: Path) -> None:
+    """Raises ConfigError if the folder exists and is not empty, or the file exists."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--to {target} already exists; choose another name, or delete it")
 
 
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
@@ -97,22 +127,46 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None
         shutil.rmtree(part, ignore_errors=True)
 
 
-def print_exported(folder: Path, weights: Weights) -> None:
+def write_gguf(path: Path, weights: Weights, params: Any, dtype: GgufDtype) -> list[Path]:
+    """Write the .gguf file and a Modelfile beside it; returns both. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fallen_back = save_gguf(path, weights.model, params, weights.tokenizer, dtype)
+    if weights.model.gelu == "erf":
+        warn(
+            "llama.cpp has only the tanh GELU; this model has the exact one, so logits will differ"
+        )
+    if fallen_back:
+        warn(
+            f"{len(fallen_back)} tensors are f16, because q8_0 needs rows of a multiple of 32: "
+            f"{', '.join(fallen_back[:3])}, ..."
+        )
+    return [path, save_modelfile(path)]
+
+
+def print_exported(target: Path, weights: Weights, is_gguf: bool) -> None:
     """Print what was written, and two ways to load it."""
     padding = weights.model.padding_parameters
     print(
-        f"{weights.name}: {weights.model.describe_parameters()}, written to {folder}"
+        f"{weights.name}: {weights.model.describe_parameters()}, written to {target}"
         + (", the padding left out" if padding else "")
     )
-    if not has_files(weights.tokenizer):
+    # A name without a slash could be that of a model on the Hub.
+    path = target if target.is_absolute() else f"./{target}"
+    commands = [
+        f"python -m jaxgpt.sample --init-from {path}",
+        f'transformers.AutoModelForCausalLM.from_pretrained("{path}")',
+    ]
+    if is_gguf:
+        modelfile = target.with_suffix(".Modelfile")
+        commands = [
+            f"ollama create {target.stem} -f {modelfile} && ollama run {target.stem}",
+            f'llama-completion -m {target} -no-cnv -p "Once upon a time"'
+            "    # before December 2025: llama-cli",
+        ]
+    elif not has_files(weights.tokenizer):
         name = weights.tokenizer.name
         print(f"The folder has no tokenizer files: those of {name} cannot be exported.")
-    # A name without a slash could be that of a model on the Hub.
-    path = folder if folder.is_absolute() else f"./{folder}"
-    print(
-        f"Next:\n  python -m jaxgpt.sample --init-from {path}\n"
-        f'  transformers.AutoModelForCausalLM.from_pretrained("{path}")'
-    )
+    print("\n  ".join(["Next:", *commands]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Standard output gets the texts and nothing else; messages go to standard error.
 """
 
 import dataclasses
+import functools
 import io
 import sys
 import time
@@ -15,16 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import command_line as cli
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
+from jaxgpt.weights.deploy import has_learned_positions
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
 FROM_FILE = "FILE:"
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 SEPARATOR = "---------------"  # nanoGPT's, between two samples
+CACHE_STEP = 1024  # tokens of which the cache has a multiple
 STREAM_CHUNK = 8  # tokens generated between two writes
 INSTEAD = {
     "start": "here it is --prompt",
@@ -103,8 +107,12 @@ def run(argv: Sequence[str]) -> int:
     )
     fewer = "generate fewer texts at a time with --num-samples"
     with explain_out_of_memory(lambda: fewer), jax.default_device(device):
-        network = build_network(weights, device, dtype)
-        generator = Generator(network, weights.model.block_size, sampling, chunk=STREAM_CHUNK)
+
+        @functools.cache
+        def make_generator(context: int) -> Generator:
+            network = build_network(weights.with_context(context), device, dtype)
+            return Generator(network, context, sampling, chunk=STREAM_CHUNK)
+
         params = weights.load(device)
         warn(f"{weights.name}: {weights.model.describe_parameters()}, {dtype}, {device}")
         for turn, prompt in enumerate(prompts):
@@ -112,7 +120,10 @@ def run(argv: Sequence[str]) -> int:
             tokens = prompt_tokens(prompt, weights)
             if flags.interactive and turn == 0:
                 warn("compiling, before the first text and again before much longer ones ...")
-            stream = generator.stream(params, tokens, flags.max_new_tokens, key, flags.num_samples)
+            context = context_for(weights.model, len(tokens) + flags.max_new_tokens)
+            stream = make_generator(context).stream(
+                params, tokens, flags.max_new_tokens, key, flags.num_samples
+            )
             try:
                 write_texts(
                     prompt, stream, partial(TextStream, weights.tokenizer, sampling.stop_at)
@@ -172,6 +183,16 @@ def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
     if len(ids) > context:
         warn(f"the prompt has {len(ids):,} tokens; the model sees the last {context:,} of them")
     return ids
+
+
+def context_for(model: ModelConfig, length: int) -> int:
+    """A context that is long enough for a text, at most the model's.
+
+    A model that others trained may have room for 40,960 tokens, whose cache takes gigabytes.
+    """
+    if has_learned_positions(model):
+        return model.block_size
+    return min(model.block_size, -(-length // CACHE_STEP) * CACHE_STEP)
 
 
 def write_texts(

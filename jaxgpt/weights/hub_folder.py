@@ -43,7 +43,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     """The architecture of a Hugging Face folder, with our padded vocabulary, and its tokenizer.
 
     Raises:
-        UserError: if its model is not a GPT-2, or its tokenizer is not supported.
+        UserError: if its model or its tokenizer is not supported.
     """
     cfg = huggingface.read_model_config(folder)
     rows = cfg.vocab_size or 0

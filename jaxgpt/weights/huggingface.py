@@ -1,10 +1,9 @@
-"""Reads and writes GPT-2 in Hugging Face's format, without torch or transformers.
+"""Reads and writes models in Hugging Face's format, without torch or transformers.
 
-Its Conv1D stores matrices as (in, out), as Flax does, so nothing is transposed. The padding rows of
-the embedding are dropped when writing and filled with zeros when reading.
+What differs between kinds of networks is in their `Format`s. The padding rows of the vocabulary are
+dropped when writing and filled with zeros when reading.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,73 +13,63 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxgpt.config.architecture import Gelu, ModelConfig, parameter_shapes
+from jaxgpt.config.architecture import ModelConfig, parameter_shapes
 from jaxgpt.errors import UserError
+from jaxgpt.files import FormatError, decode_json
+from jaxgpt.weights import gpt2, llama
+from jaxgpt.weights.deploy import (
+    deployed_config,
+    deployed_params,
+    put_leaf,
+    rows_needed,
+    zero_biases,
+)
+from jaxgpt.weights.format import HEAD, Format
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PREFIX = "transformer."
-HEAD = "lm_head.weight"  # tied to wte.weight; some files have it
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files have
-ACTIVATIONS: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
-
-# GPT2Config's defaults, for keys missing in config.json.
-SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-# The same, for options of which this network implements only the default.
-FIXED = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+# By `arch`, which is also model_type in config.json.
+FORMATS: dict[str, Format] = {
+    form.model_type: form for form in (gpt2.FORMAT, llama.QWEN3, llama.LLAMA)
 }
 
 
 class FolderError(UserError):
-    """A folder without a usable GPT-2; the message names the file, the error and the remedy."""
+    """A folder without a usable model; the message names the file, the error and the remedy."""
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The architecture in `config.json`; n_vocab is its vocab_size.
 
     Raises:
-        FolderError: with every difference from the network implemented here.
+        FolderError: with every difference from the networks implemented here.
     """
     path = folder / CONFIG_FILE
     values = _read_json(path)
-    errors = [
-        f"{name} is {json.dumps(values[name])}, and only {json.dumps(fixed)} is supported"
-        for name, fixed in FIXED.items()
-        if values.get(name, fixed) != fixed
-    ]
-    sizes = {name: values.get(name, default) for name, default in SIZES.items()}
-    errors += [
-        f"{name} is {json.dumps(size)}, not a whole number"
-        for name, size in sizes.items()
-        if type(size) is not int
-    ]
-    if not errors and values.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        errors.append(f"n_inner is {values['n_inner']}, and only 4 x n_embd is supported")
-    activation = str(values.get("activation_function", "gelu_new"))
-    if activation not in ACTIVATIONS:
-        errors.append(f"activation_function {activation} is not one of {', '.join(ACTIVATIONS)}")
-    if not errors:
-        cfg = ModelConfig(
-            n_layer=sizes["n_layer"],
-            n_head=sizes["n_head"],
-            n_embd=sizes["n_embd"],
-            block_size=sizes["n_positions"],
-            vocab_size=sizes["vocab_size"],
-            n_vocab=sizes["vocab_size"],
-            bias=values.get("bias", True) is not False,  # our key; transformers has biases
-            gelu=ACTIVATIONS[activation],
+    kind = values.get("model_type", "gpt2")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise FolderError(
+            f"{path}: model_type is {json.dumps(kind)}, and only "
+            f"{', '.join(json.dumps(name) for name in FORMATS)} are supported"
         )
+    fields, errors = FORMATS[kind].read_config(values)
+    if not errors:
+        cfg = ModelConfig(**fields, n_vocab=fields["vocab_size"])
         errors = cfg.errors()
     if errors:
         raise FolderError("\n".join(f"{path}: {error}" for error in errors))
     return cfg
+
+
+def format_of(cfg: ModelConfig) -> Format:
+    """How the network is stored. Raises FolderError for a network that others do not have."""
+    if cfg.arch not in FORMATS:
+        raise FolderError(
+            f"only {', '.join(FORMATS)} can be exported, and this network is {cfg.arch}; describe "
+            "it in a file of jaxgpt/weights/"
+        )
+    return FORMATS[cfg.arch]
 
 
 def has_weights(folder: Path) -> bool:
@@ -97,26 +86,30 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
     Raises:
         FolderError: if a tensor is missing, has another shape, or does not belong to the network.
     """
+    form = format_of(cfg)
     tensors = {
-        name.removeprefix(PREFIX): tensor
+        name.removeprefix(form.prefix): tensor
         for path in _weight_files(folder)
-        for name, tensor in _read_tensors(path)
+        for name, tensor in _read_tensors(path, form.ignored)
     }
-    head = tensors.pop(HEAD, None)
-    if head is not None and not np.array_equal(head, tensors.get("wte.weight", head)):
-        raise FolderError(f"{folder}: {HEAD} is not wte.weight; only a tied head is supported")
     if cfg.n_layer > len(tensors):
         raise FolderError(
-            f"{folder}: n_layer is {cfg.n_layer} in config.json, but the weights have only "
-            f"{len(tensors)} tensors; the two files are not from the same model"
+            f"{folder}: {form.sizes['n_layer'][0]} is {cfg.n_layer} in config.json, but the "
+            f"weights have only {len(tensors)} tensors; the two files are not from the same model"
         )
+    if cfg.tied_head:
+        _drop_tied_head(tensors, form, cfg, folder)
     params: dict[str, Any] = {}
+    needed = rows_needed(cfg)
     for path, shape in parameter_shapes(cfg).items():
-        name = _tensor_name(path)
+        name = form.tensor_name(path)
         if name not in tensors:
             raise FolderError(f"{folder}: tensor {name} is missing; download or export it again")
-        _put(params, path, _resized(tensors.pop(name), name, shape, cfg, folder))
-    _refuse_unknown(tensors, cfg, folder)
+        tensor = tensors.pop(name)
+        if form.is_transposed(path):
+            tensor = tensor.T
+        put_leaf(params, path, _resized(tensor, name, shape, needed.get(path), folder))
+    _refuse_unknown(tensors, form, cfg, folder)
     return params
 
 
@@ -125,21 +118,19 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
 
     Raises:
         OSError: if they cannot be written.
-        FolderError: if the network is another than GPT-2.
+        FolderError: if other programs do not have this network.
     """
-    n_vocab = cfg.n_vocab or cfg.vocab_size
-    _write_json(folder / CONFIG_FILE, _config_values(cfg, eot))
-    exported = dataclasses.replace(cfg, vocab_size=n_vocab, n_vocab=n_vocab, dropout=0.0)
-    if read_model_config(folder) != exported:
-        raise FolderError("only GPT-2 can be exported, and this is another network")
-    tensors = {}
-    for path in parameter_shapes(cfg):
-        name, array = _tensor_name(path), np.asarray(_get(params, path), np.float32)
-        tensors[PREFIX + name] = np.ascontiguousarray(
-            array[:n_vocab] if name == "wte.weight" else array
+    form = format_of(cfg)
+    deployed = deployed_config(cfg)
+    _write_json(folder / CONFIG_FILE, form.config_values(deployed, eot))
+    if read_model_config(folder) != deployed:
+        raise FolderError(
+            f"this network has an option that {form.class_name} lacks, so it cannot be exported"
         )
-    for name, shape in _zero_biases(cfg).items():
-        tensors[PREFIX + name] = np.zeros(shape, np.float32)
+    tensors = {
+        form.full_name(path): np.ascontiguousarray(x.T if form.is_transposed(path) else x)
+        for path, x in deployed_params(cfg, params)
+    }
     try:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # raised for a full disk, too
@@ -148,70 +139,17 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
 
 
-def _config_values(cfg: ModelConfig, eot: int) -> dict[str, Any]:
-    activation = next(name for name, gelu in ACTIVATIONS.items() if gelu == cfg.gelu)
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **FIXED,
-        "activation_function": activation,
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_embd": cfg.n_embd,
-        "n_inner": None,
-        "n_positions": cfg.block_size,
-        "vocab_size": cfg.n_vocab or cfg.vocab_size,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": cfg.dropout,
-        "resid_pdrop": cfg.dropout,
-        "initializer_range": 0.02,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "bias": cfg.bias,
-        "torch_dtype": "float32",
-    }
-
-
-# ---------------------------------------------------------------- names and shapes
-
-
-def _tensor_name(path: str) -> str:
-    """'blocks/0/attn/c_attn/kernel' is 'h.0.attn.c_attn.weight' in transformers."""
-    *modules, leaf = path.split("/")
-    name = ".".join("h" if part == "blocks" else part for part in modules)
-    return f"{name}.bias" if leaf == "bias" else f"{name}.weight"
-
-
-def _zero_biases(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the biases that transformers requires and a model without biases does not have."""
-    with_biases = parameter_shapes(dataclasses.replace(cfg, bias=True))
-    missing = with_biases.keys() - parameter_shapes(cfg).keys()
-    return {_tensor_name(path): with_biases[path] for path in missing}
-
-
-def _keys(path: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in path.split("/")]
-
-
-def _put(tree: dict, path: str, leaf: np.ndarray) -> None:
-    *parents, last = _keys(path)
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = leaf
-
-
-def _get(tree: Any, path: str) -> Any:
-    for key in _keys(path):
-        tree = tree[key]
-    return tree
+# ---------------------------------------------------------------- tensors
 
 
 def _resized(
-    tensor: np.ndarray, name: str, shape: tuple[int, ...], cfg: ModelConfig, folder: Path
+    tensor: np.ndarray, name: str, shape: tuple[int, ...], rows: int | None, folder: Path
 ) -> np.ndarray:
-    """The tensor in float32, positions cut to block_size, the vocabulary padded with zeros."""
-    least_rows = {"wpe.weight": cfg.block_size, "wte.weight": cfg.n_vocab or 0}
-    fits = tensor.shape[1:] == shape[1:] and len(tensor) >= least_rows.get(name, shape[0])
-    if not fits or (len(tensor) > shape[0] and name not in least_rows):
+    """The tensor in float32 and in `shape`; if only `rows` are needed, cut or padded with zeros."""
+    fits = tensor.shape == shape
+    if rows is not None:
+        fits = tensor.shape[1:] == shape[1:] and len(tensor) >= rows
+    if not fits:
         raise FolderError(
             f"{folder}: tensor {name} is {tensor.shape}, but by config.json it is {shape}; the two "
             "files are not from the same model"
@@ -222,9 +160,24 @@ def _resized(
     return resized
 
 
-def _refuse_unknown(tensors: Mapping[str, np.ndarray], cfg: ModelConfig, folder: Path) -> None:
+def _drop_tied_head(
+    tensors: dict[str, np.ndarray], form: Format, cfg: ModelConfig, folder: Path
+) -> None:
+    """Remove the head that some files have although it is tied."""
+    head = tensors.pop(HEAD, None)
+    name = form.tensor_name(next(iter(rows_needed(cfg))))
+    if head is not None and not np.array_equal(head, tensors.get(name, head)):
+        raise FolderError(
+            f"{folder}: {HEAD} is not {name}, although config.json ties them; only a tied head is "
+            "supported"
+        )
+
+
+def _refuse_unknown(
+    tensors: Mapping[str, np.ndarray], form: Format, cfg: ModelConfig, folder: Path
+) -> None:
     # A model without biases is exported with zeros, which may be dropped; trained biases may not.
-    biases = _zero_biases(cfg)
+    biases = {form.tensor_name(path) for path in zero_biases(cfg)}
     for name, tensor in tensors.items():
         if name in biases and tensor.any():
             raise FolderError(
@@ -233,9 +186,9 @@ def _refuse_unknown(tensors: Mapping[str, np.ndarray], cfg: ModelConfig, folder:
             )
         if name not in biases:
             raise FolderError(
-                f"{folder}: tensor {name} does not belong to a GPT-2 of {cfg.n_layer} layers "
-                f"(bias {cfg.bias}); config.json is from another model, or this is another kind of "
-                "model"
+                f"{folder}: tensor {name} does not belong to the {form.class_name} of "
+                f"{cfg.n_layer} layers that config.json describes; it is from another model, or "
+                "this is another kind of model"
             )
 
 
@@ -262,11 +215,11 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _read_tensors(path: Path, ignored: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if not name.endswith(MASKS):
+                if not name.endswith(ignored):
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise FolderError(f"{path} cannot be read ({error}); download or export it again") from None
@@ -274,16 +227,13 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
+        return decode_json(path.read_bytes(), dict[str, Any])
     except FileNotFoundError:
         raise FolderError(
             f"{path} is missing; a Hugging Face folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, FormatError) as error:
         raise FolderError(f"{path} cannot be read: {error}") from None
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

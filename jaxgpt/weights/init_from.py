@@ -9,9 +9,11 @@ from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config, names_with
 from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.config.roles import Role
+from jaxgpt.weights.deploy import explicit_sizes, has_learned_positions
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
-# Fields of ModelConfig that the weights determine; block_size may be shorter than theirs.
+# Fields of ModelConfig that the weights determine. block_size may be shorter than theirs; where
+# positions are not learned, also longer.
 FROM_WEIGHTS = tuple(
     f.name
     for f in dataclasses.fields(ModelConfig)
@@ -41,7 +43,9 @@ def find_origin(
         model, tokenizer = weights.model, weights.tokenizer.name
     _check_architecture(asked, init_from, model, tokenizer, given)
     adopted = {name: getattr(model, name) for name in FROM_WEIGHTS}
-    block_size = min(asked.model.block_size, model.block_size)
+    longer = "block_size" in given and not has_learned_positions(model)
+    block_size = asked.model.block_size
+    block_size = block_size if longer else min(block_size, model.block_size)
     origin = Origin(
         model=dataclasses.replace(asked.model, **adopted, block_size=block_size),
         tokenizer=tokenizer,
@@ -73,14 +77,17 @@ def _check_architecture(
     """Raises ConfigError for flags that contradict the weights."""
     wanted = {name: getattr(asked.model, name) for name in FROM_WEIGHTS}
     wanted["tokenizer"] = asked.tokenizer
-    found = {**{name: getattr(model, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
+    # A run's sizes may be unset because they follow from others; a flag may name the same value.
+    sizes = explicit_sizes(model)
+    found = {**{name: getattr(sizes, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
     errors = [
         f"{as_flag(name)} {wanted[name]}: the weights of {init_from} have "
         f"{found[name]}; drop the flag"
         for name in found
         if name in given and wanted[name] not in (found[name], None)
     ]
-    if "block_size" in given and asked.model.block_size > model.block_size:
+    too_long = "block_size" in given and asked.model.block_size > model.block_size
+    if too_long and has_learned_positions(model):
         errors.append(
             f"--block-size {asked.model.block_size}: the weights of {init_from} have "
             f"{model.block_size} positions; it must be at most {model.block_size}"

@@ -1,4 +1,4 @@
-"""The model card of an exported run: README.md in the folder."""
+"""The model card of an exported run: README.md in the folder or in the Hub's repository."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,17 @@ from jaxgpt.config.fields import names_with
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
 from jaxgpt.data.tokenizer_files import SAME_AS_GPT2
+from jaxgpt.weights.huggingface import format_of
 from jaxgpt.weights.source import Weights
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
-tags: [gpt2, jaxgpt]
+tags: [{model_type}, jaxgpt]
 ---
 
-# A GPT-2 trained with jaxgpt
+# A {title} trained with jaxgpt
 
 | | |
 |---|---|
@@ -34,12 +35,16 @@ the errors and biases of its training text.
 """
 
 
-def model_card(weights: Weights, run: Resolved, data: dict[str, Any]) -> str:
+def model_card(
+    weights: Weights, run: Resolved, data: dict[str, Any], library: str = "transformers"
+) -> str:
     """What the model is, its training data, its validation loss, and every setting of the run.
 
-    `data` is the checkpoint's record of the token files: train_tokens and val_tokens.
+    `data` is the checkpoint's record of the token files: train_tokens and val_tokens. `library` is
+    what the Hub shows as the way to load the model.
     """
     m, step = weights.model, weights.step or 0
+    form = format_of(m)
     loss = "not evaluated at this step"
     if weights.val_loss is not None:
         windows = min(run.eval_windows, (data["val_tokens"] - 1) // m.block_size)
@@ -50,9 +55,8 @@ def model_card(weights: Weights, run: Resolved, data: dict[str, Any]) -> str:
         source = f"{dataset} (token files)"
     rows = {
         "parameters": f"{m.parameter_count(padding=False):,}",
-        "architecture": f"GPT-2: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context "
-        f"{m.block_size}, biases {'yes' if m.bias else 'no (exported as zeros)'}, "
-        f"{m.gelu} GELU",
+        "architecture": f"{form.title}: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, "
+        f"context {m.block_size}, {form.describe(m)}",
         "started from": _without_folder(run.init_from) or "random weights",
         "data": f"{source}, {data['train_tokens']:,} {run.tokenizer} tokens",
         "trained on": f"{step * run.tokens_per_step:,} tokens in {step:,} steps",
@@ -64,6 +68,9 @@ def model_card(weights: Weights, run: Resolved, data: dict[str, Any]) -> str:
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
     settings["dataset"] = dataset
     return CARD.format(
+        library=library,
+        model_type=form.model_type,
+        title=form.title,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         settings=json.dumps(settings, indent=2),
     )

@@ -63,6 +63,20 @@ class Weights:
     step: int | None = None  # of the checkpoint, if the model is a run's
     val_loss: float | None = None  # logged by the run at that step
 
+    def with_context(self, block_size: int) -> "Weights":
+        """The same weights with a shorter context.
+
+        Raises:
+            ConfigError: if it is longer than the model's.
+        """
+        if block_size > self.model.block_size:
+            raise ConfigError(
+                f"--block-size {block_size} is above the model's context of "
+                f"{self.model.block_size}; choose at most that"
+            )
+        model = dataclasses.replace(self.model, block_size=block_size)
+        return dataclasses.replace(self, model=model)
+
 
 def open_weights(flags: WeightsFlags) -> Weights:
     """The weights that the flags name; their parameters are not read yet.

@@ -61,6 +61,19 @@ def test_the_loss_equals_the_logged_one_for_the_same_windows(
     assert (found["step"], found["validation"]["tokens"]) == (step, 5 * 12 * 16)
 
 
+def test_shorter_windows_than_the_context_can_be_measured(evaluated, mistake, tiny_run) -> None:
+    losses = [
+        evaluated("--out-dir", tiny_run, "--val-tokens", 4096, *flags)["validation"]
+        for flags in ([], ["--block-size", 16], ["--block-size", 4])
+    ]
+    assert losses[0] == losses[1]
+    assert losses[2]["tokens"] == 4096
+    assert 0 < abs(losses[2]["loss"] - losses[0]["loss"]) < 0.5
+    assert "--block-size 32 is above the model's context of 16" in mistake(
+        "--out-dir", tiny_run, "--block-size", 32
+    )
+
+
 def test_the_loss_is_computed_in_the_run_s_dtype(evaluated, tmp_path: Path) -> None:
     flags = [
         *("--preset", "demo", "--n-layer", "1", "--n-head", "2", "--n-embd", "16"),

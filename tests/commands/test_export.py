@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -86,6 +87,52 @@ def test_the_current_folder_can_be_written_and_a_failed_export_leaves_nothing(
     assert (here / "model.safetensors").exists()
 
 
+def test_a_gguf_file_has_a_modelfile_beside_it(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "new" / "my-model.gguf"
+    assert main(["--out-dir", str(tiny_run), "--to", str(path), "--dtype", "q8_0"]) == 0
+    assert {file.name for file in path.parent.iterdir()} == {"my-model.gguf", "my-model.Modelfile"}
+    assert (path.parent / "my-model.Modelfile").read_text() == "FROM ./my-model.gguf\n"
+    out, err = capsys.readouterr()
+    assert f"ollama create my-model -f {path.with_suffix('.Modelfile')}" in out
+    assert f"llama-completion -m {path}" in out
+    assert "tensors are f16, because q8_0 needs rows of a multiple of 32" in err
+
+
+def test_a_failed_gguf_export_leaves_nothing(tiny_run, tmp_path, monkeypatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", fail)
+    with pytest.raises(SystemExit):
+        main(["--out-dir", str(tiny_run), "--to", str(tmp_path / "m.gguf")])
+    assert "m.gguf cannot be written: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_gguf_package_is_a_sentence(tiny_run, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SystemExit):
+        main(["--out-dir", str(tiny_run), "--to", str(tmp_path / "m.gguf")])
+    assert "needs the gguf package: pip install gguf" in capsys.readouterr().err
+
+
+def test_the_result_is_uploaded_with_its_card(tiny_run, tmp_path, monkeypatch, capsys) -> None:
+    uploaded = {}
+
+    def push(repository: str, files: list[Path], card: str) -> str:
+        uploaded[repository] = ([file.name for file in files], card)
+        return "URL"
+
+    monkeypatch.setattr("jaxgpt.weights.push.check_login", lambda repository: None)
+    monkeypatch.setattr("jaxgpt.weights.push.push", push)
+    to = str(tmp_path / "m.gguf")
+    assert main(["--out-dir", str(tiny_run), "--to", to, "--push", "me/my-model"]) == 0
+    names, card = uploaded["me/my-model"]
+    assert names == ["m.gguf", "m.Modelfile"]
+    assert "library_name: gguf" in card
+    assert "Uploaded: URL" in capsys.readouterr().out
+
+
 def test_the_card_counts_the_windows_that_were_evaluated(tiny_run: Path) -> None:
     weights = open_weights(WeightsFlags(out_dir=tiny_run))
     assert weights.run is not None
@@ -107,8 +154,11 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
-        ([], ["specify the run: --out-dir RUN", "specify the folder to write: --to"]),
-        (["--out-dir=RUN", "--to=FULL"], ["already exists; name another folder, or delete it"]),
+        ([], ["specify the run: --out-dir RUN", "specify what to write: --to FOLDER"]),
+        (["--out-dir=RUN", "--to=FULL"], ["already exists; choose another name, or delete it"]),
+        (["--out-dir=RUN", "--to=x", "--dtype=f16"], ["--dtype f16 is for .gguf files: --to x.g"]),
+        (["--out-dir=RUN", "--to=x.gguf", "--dtype=q4"], ["--dtype", "q8_0"]),
+        (["--out-dir=RUN", "--to=x", "--push=me"], ["--push me must be owner/name"]),
         (["--out-dir=nowhere", "--to=x"], ["--out-dir nowhere: no such folder"]),
         (["--out-dir=HF", "--to=x"], ["is a Hugging Face model, not a run", "with --init-from"]),
         (["--out-dir=RUN", "--to=FULL/f/x"], ["cannot be written", "Not a directory"]),

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.sample import SEPARATOR, main, prompt_tokens
+from jaxgpt.sample import SEPARATOR, context_for, main, prompt_tokens
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
 
@@ -51,6 +52,13 @@ def test_texts_go_to_standard_output_and_messages_to_standard_error(sample) -> N
     assert len(set(texts)) == 3
     assert "step 8: 11,600 parameters, 1,008 of them padding, float32" in err
     assert "36 tokens in" in err
+
+
+def test_the_cache_is_no_longer_than_the_text_needs() -> None:
+    model = ModelConfig(arch="qwen3", block_size=40_960)
+    assert [context_for(model, length) for length in (9, 1024, 1025)] == [1024, 1024, 2048]
+    assert context_for(model, 99_999) == 40_960
+    assert context_for(ModelConfig(block_size=4096), 9) == 4096  # learned positions
 
 
 def test_a_seed_gives_the_same_texts(sample) -> None:

@@ -1,12 +1,14 @@
-"""The smallest models in the tests, and a bit-for-bit comparison of pytrees."""
+"""The smallest models in the tests, random parameters, and a comparison of pytrees bit for bit."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import ModelConfig, parameter_shapes
+from jaxgpt.weights.deploy import put_leaf
 
 TINY = ModelConfig(
     n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, bias=False
@@ -18,6 +20,16 @@ TINY_QWEN3 = dataclasses.replace(
     **dict(tied_head=False, embedding_norm=True),
 )
 MODELS = {"gpt2": TINY, "qwen3": TINY_QWEN3}
+
+
+def random_params(cfg: ModelConfig) -> dict[str, Any]:
+    """Random values in every parameter, so that a lost or swapped one is noticed."""
+    rng = np.random.default_rng(0)
+    params: dict[str, Any] = {}
+    for path, shape in parameter_shapes(cfg).items():
+        values = 0.3 * rng.standard_normal(shape, np.float32) + np.float32(0.1)
+        put_leaf(params, path, jnp.asarray(values))
+    return params
 
 
 def assert_trees_equal(a, b) -> None:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.trees import TINY, assert_trees_equal
+from helpers.trees import TINY, assert_trees_equal, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.attention import plain_attention
-from jaxgpt.model.network import build_model, init_params
-from jaxgpt.weights import huggingface
+from jaxgpt.model.network import build_model
+from jaxgpt.weights import gpt2, huggingface
 from jaxgpt.weights.huggingface import (
     FolderError,
     load_params,
@@ -25,15 +25,6 @@ from jaxgpt.weights.huggingface import (
 
 GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir())
 WITH_BIAS = dataclasses.replace(TINY, bias=True)
-
-
-def random_params(cfg: ModelConfig):
-    """Random values in every parameter, so that a lost or swapped one is noticed."""
-    leaves, tree = jax.tree.flatten(init_params(cfg, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [0.3 * jax.random.normal(k, x.shape) + 0.1 for k, x in zip(keys, leaves, strict=True)]
-    )
 
 
 def logits(cfg: ModelConfig, params, tokens_BT) -> np.ndarray:
@@ -127,6 +118,7 @@ def test_padding_rows_are_not_exported(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (50, 16)
     values = json.loads((tmp_path / "config.json").read_text())
     assert (values["vocab_size"], values["eos_token_id"], values["bias"]) == (50, 49, False)
+    assert values["n_ctx"] == TINY.block_size  # llama.cpp's converter stops without it
 
 
 @pytest.fixture
@@ -197,9 +189,13 @@ def test_a_failed_write_raises_an_os_error(tmp_path: Path) -> None:
 def test_a_network_that_its_config_json_does_not_describe_is_not_exported(
     tmp_path, monkeypatch
 ) -> None:
-    of_gpt2 = huggingface._config_values(TINY, eot=7)
-    monkeypatch.setattr(huggingface, "_config_values", lambda cfg, eot: {**of_gpt2, "bias": True})
-    with pytest.raises(FolderError, match="only GPT-2 can be exported"):
+    with monkeypatch.context() as patch:
+        patch.delitem(huggingface.FORMATS, "gpt2")
+        with pytest.raises(FolderError, match="only qwen3, llama can be exported, and this netw"):
+            save_model(tmp_path, TINY, random_params(TINY), eot=7)
+    other = dataclasses.replace(gpt2.FORMAT, write=lambda cfg: {"bias": True})
+    monkeypatch.setitem(huggingface.FORMATS, "gpt2", other)
+    with pytest.raises(FolderError, match="an option that GPT2LMHeadModel lacks"):
         save_model(tmp_path, TINY, random_params(TINY), eot=7)
 
 
@@ -224,7 +220,7 @@ def test_the_context_may_be_shorter_and_the_vocabulary_padded(folder: Path) -> N
 @pytest.mark.parametrize(
     ("values", "answers"),
     [
-        ({"model_type": "llama"}, ['model_type is "llama", and only "gpt2"']),
+        ({"model_type": "mamba"}, ['model_type is "mamba", and only "gpt2", "qwen3", "llama"']),
         ({"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon is 1e-06, and only 1e-05"]),
         ({"n_inner": 17}, ["n_inner is 17, and only 4 x n_embd"]),
         ({"activation_function": "relu"}, ["activation_function relu is not one of gelu_new"]),
@@ -282,7 +278,7 @@ def test_an_error_names_the_file_that_is_missing_or_unreadable(folder: Path) -> 
     with pytest.raises(FolderError, match=r"has no model.safetensors .*save_pretrained"):
         load_params(folder, WITH_BIAS)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(FolderError, match="cannot be read: not a JSON object"):
+    with pytest.raises(FolderError, match="cannot be read: Expected `object`, got"):
         read_model_config(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FolderError, match=r"config\.json is missing"):

@@ -2,14 +2,19 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from helpers.runs import last_params
+from helpers.trees import random_params
 
-from jaxgpt import train
+from jaxgpt import export, sample, train
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import load_config
 from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.weights.huggingface import load_params, read_model_config, save_model
 from jaxgpt.weights.init_from import find_origin
 
 
@@ -71,9 +76,60 @@ def test_the_same_command_resumes_although_its_source_is_gone(tuned: Path) -> No
         find_origin(elsewhere, saved, given=["init_from"])
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> Path:
+    """A folder as transformers writes it, of a Qwen3 with 257 ids."""
+    folder = tmp_path_factory.mktemp("others") / "qwen3"
+    folder.mkdir()
+    shape = {"n_layer": 1, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "block_size": 16}
+    cfg = ModelConfig(arch="qwen3", **shape, head_dim=8, vocab_size=257, tied_head=False)
+    save_model(folder, cfg, random_params(cfg), eot=256)
+    return folder
+
+
+def test_a_qwen3_folder_trains_samples_and_is_exported(qwen3, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    assert (
+        fine_tune(
+            qwen3,
+            run,
+            "--max-iters=1",
+            "--optimizer=adamw",
+            "--learning-rate=1e-9",
+            "--min-lr=1e-9",
+        )
+        == 0
+    )
+    model = load_config(run / "config.json").model
+    found = (model.arch, model.n_kv_head, model.head_dim, model.tied_head, model.block_size)
+    assert found == ("qwen3", 2, 8, False, 16)
+    assert export.main(["--out-dir", str(run), "--to", str(tmp_path / "again")]) == 0
+    before, after = (load_params(f, read_model_config(qwen3)) for f in (qwen3, tmp_path / "again"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
+    flags = ["--prompt=ab", "--max-new-tokens=20", "--temperature=0"]
+    texts = []
+    capsys.readouterr()
+    for source in ("--init-from", str(qwen3)), ("--out-dir", str(run)):
+        assert sample.main([*source, *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
+def test_the_context_may_be_longer_where_positions_are_not_learned(qwen3) -> None:
+    asked = load_preset("demo")
+    for block_size in (12, 64):
+        model = dataclasses.replace(asked.model, block_size=block_size)
+        wanted = dataclasses.replace(asked, init_from=str(qwen3), model=model)
+        origin, _ = find_origin(wanted, None, given=["init_from", "block_size"])
+        assert origin.model.block_size == block_size
+    origin, _ = find_origin(wanted, None, given=["init_from"])
+    assert origin.model.block_size == 16
+
+
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
+        (["--arch=qwen3"], ["--arch qwen3: the weights of", "have gpt2; drop the flag"]),
         (["--n-layer=3", "--bias=True"], ["--n-layer 3: the weights of", "--bias True"]),
         (
             ["--block-size=32"],
