@@ -46,11 +46,11 @@ def linear_of_norm(linear: nnx.Linear, norm: LayerNorm, x_BTD: jax.Array) -> jax
         return linear(norm(x_BTD))
     kernel = norm.scale[...][:, None] * linear.kernel[...]
     normed = normalize(x_BTD, jnp.ones_like(norm.scale[...]))  # XLA removes a factor of one
-    y = dot_general_by_rows(normed, kernel.astype(x_BTD.dtype))
+    y = dot_general_by_rows(normed.astype(linear.dtype), kernel.astype(linear.dtype))
     if norm.bias is None:
         return y
     bias = linear.bias[...] + norm.bias[...] @ linear.kernel[...]
-    return y + bias.astype(x_BTD.dtype)
+    return y + bias.astype(y.dtype)
 
 
 def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
