@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import ModelConfig, first_axes
 from jaxgpt.config.batch import Batch, divide_batch, divisors
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import (
@@ -166,13 +166,11 @@ def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
 
 def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:
     """A sentence for each size that fsdp must divide but does not."""
-    sizes = {"n_embd": model.n_embd, "vocab_size": model.vocab_size or 0}
-    sizes["block_size"] = model.block_size
+    sizes = {name: size for name, size in first_axes(model).items() if size % mesh.fsdp}
     return [
         f"--mesh fsdp={mesh.fsdp} does not divide {name} {size}; the nearest that do: "
         + ", ".join(str(d) for d in divisors(size) if mesh.fsdp / 3 < d < mesh.fsdp * 3)
         for name, size in sizes.items()
-        if size % mesh.fsdp
     ]
 
 

@@ -11,34 +11,34 @@ import jax.numpy as jnp
 
 from jaxgpt.model.chunked_attention import CHUNK, chunked_attention
 
-# q_BTNH, k_BTNH, v_BTNH -> out_BTNH
+# q_BTNH, k_BTKH, v_BTKH -> out_BTNH; N / K adjacent heads share keys and values
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def cudnn_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     """cuDNN's flash attention, which stores no T x T scores; out_BTNH in the inputs' dtype."""
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn"
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
     )
 
 
-def portable_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+def portable_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     """On any device: in chunks of queries, or plain where there would be only one."""
     attend = plain_attention if q_BTNH.shape[1] <= CHUNK else chunked_attention
-    return attend(q_BTNH, k_BTNH, v_BTNH)
+    return attend(q_BTNH, k_BTKH, v_BTKH)
 
 
-def plain_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+def plain_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     """Softmax over T x T scores in float32, on any device; out_BTNH in the inputs' dtype."""
     T = q_BTNH.shape[1]
-    return _masked_attention(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)))
+    return masked_attention(q_BTNH, k_BTKH, v_BTKH, jnp.tril(jnp.ones((T, T), bool)))
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, S = block_size; entries not yet written are masked."""
+    """One layer's keys and values, S = block_size; token p is in slot p % S."""
 
-    k_BSNH: jax.Array
-    v_BSNH: jax.Array
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
 
 
 Cache = list[LayerCache]  # one per block
@@ -46,24 +46,41 @@ Cache = list[LayerCache]  # one per block
 
 def cached_attention(
     q_BTNH: jax.Array,
-    k_BTNH: jax.Array,
-    v_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     cache: LayerCache,
     start: jax.Array | int,
 ) -> tuple[jax.Array, LayerCache]:
     """(out_BTNH, cache with these keys and values) for T tokens that follow `start` cached ones.
 
-    Valid as long as no token changes its position: once the context is full and its first token is
-    dropped, every position changes and the cache is useless.
+    Either start + T <= S, or T is 1 and the token replaces the oldest: each token attends to the
+    last S, itself included. That is right only for keys that do not depend on where the window
+    begins: not for learned positions, which all change when the first token is dropped.
     """
-    T, S = q_BTNH.shape[1], cache.k_BSNH.shape[1]
-    k_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSNH, k_BTNH, start, axis=1)
-    v_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSNH, v_BTNH, start, axis=1)
+    T, S = q_BTNH.shape[1], cache.k_BSKH.shape[1]
+    k_BSKH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BTKH, start % S, axis=1)
+    v_BSKH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BTKH, start % S, axis=1)
+    # Slots not yet written are masked; beyond S tokens there are none.
     visible_TS = jnp.arange(S) <= (start + jnp.arange(T))[:, None]
-    return _masked_attention(q_BTNH, k_BSNH, v_BSNH, visible_TS), LayerCache(k_BSNH, v_BSNH)
+    return masked_attention(q_BTNH, k_BSKH, v_BSKH, visible_TS), LayerCache(k_BSKH, v_BSKH)
 
 
-def _masked_attention(
+def masked_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_TS: jax.Array
+) -> jax.Array:
+    """Softmax over the visible scores in float32; out_BTNH in the dtype of v."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    if K == N:
+        return _attention(q_BTNH, k_BSKH, v_BSKH, visible_TS)
+    # The G queries that share a key become G rows, so that no key is repeated.
+    G = N // K
+    q_BXKH = q_BTNH.reshape(B, T, K, G, H).swapaxes(2, 3).reshape(B, T * G, K, H)
+    out_BXKH = _attention(q_BXKH, k_BSKH, v_BSKH, jnp.repeat(visible_TS, G, axis=0))
+    return out_BXKH.reshape(B, T, G, K, H).swapaxes(2, 3).reshape(B, T, N, H)
+
+
+def _attention(
     q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array
 ) -> jax.Array:
     H = q_BTNH.shape[-1]

@@ -1,4 +1,5 @@
-"""Runs a list of blocks, unrolled or by `lax.scan`, with rematerialization and all-gathers."""
+"""A pre-norm block, and how a list of them runs: unrolled or by `lax.scan`, with
+rematerialization and all-gathers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +9,44 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config.fields import Remat
+from jaxgpt.model.attention import LayerCache
+from jaxgpt.model.layers import Norm, add_by_rows, dropout
 from jaxgpt.model.remat import rematerialized
 
 Params = dict[str, Any]
 # (sharded float32 parameters, dtype) -> all-gathered parameters, matrices and embeddings in `dtype`
 AllGather = Callable[[Params, Any], Params]
 Keys = list[jax.Array] | list[None]  # one per block; None without dropout
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    A subclass creates `attn`, `mlp`, the dropout `drop` and the norms, which it names itself.
+    """
+
+    attn: nnx.Module
+    mlp: nnx.Module
+    drop: nnx.Dropout
+
+    def norms(self) -> tuple[Norm, Norm]:
+        """The norms before attention and before the MLP."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(x_BTD, cache): with a cache, x follows `start` cached tokens and is added to it."""
+        before_attn, before_mlp = self.norms()
+        attn_key, mlp_key = (None, None) if key is None else jax.random.split(key, 2)
+        y_BTD, cache = self.attn(x_BTD, before_attn, cache, start)
+        x_BTD = add_by_rows(x_BTD, dropout(self.drop, y_BTD, attn_key))
+        x_BTD = add_by_rows(x_BTD, dropout(self.drop, self.mlp(x_BTD, before_mlp), mlp_key))
+        return x_BTD, cache
 
 
 def run_unrolled(

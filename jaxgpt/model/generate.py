@@ -1,10 +1,11 @@
 """Text generation: one forward pass over the prompt, then a compiled loop, one token at a time.
 
 While the text fits the context, a step computes one token and reads the others from the key-value
-cache. Beyond that the window slides, as nanoGPT's does; every position changes, so each step
-computes the full window.
+cache. With rotary positions it goes on so for ever: each token attends to the last block_size
+tokens, and its keys replace those of the oldest. With learned positions the window slides, as
+nanoGPT's does; every position changes, so each step computes the full window.
 
-Axes besides those of gpt.py: P prompt, W prompt padded, C tokens per call, K candidates.
+Axes besides those of gpt.py: P prompt, W prompt padded, C tokens per call; K is candidates here.
 """
 
 import dataclasses
@@ -58,7 +59,8 @@ class Generator:
         """One call of the compiled loop generates up to `chunk` tokens.
 
         `cached` False computes the full window for each token, the reference that the cache is
-        tested and timed against. `jit_options` are arguments of `jax.jit` (`layout.jit_options`).
+        tested and timed against (beyond the context only for a cache that ends there).
+        `jit_options` are arguments of `jax.jit` (`layout.jit_options`).
         """
         self._chunk = chunk
         self._block_size = block_size
@@ -169,16 +171,17 @@ def _decode(
     carry = (state, padding_BC, jnp.zeros((), jnp.int32))
     if cached:
         carry = jax.lax.while_loop(
-            partial(is_unfinished, within_context=True),
+            partial(is_unfinished, within_context=not model.cache_outlives_context),
             partial(step, features=_cached_features),
             carry,
         )
-    state, tokens_BC, _ = jax.lax.while_loop(
-        partial(is_unfinished, within_context=False),
-        partial(step, features=_window_features),
-        carry,
-    )
-    return state, tokens_BC
+    if not (cached and model.cache_outlives_context):
+        carry = jax.lax.while_loop(
+            partial(is_unfinished, within_context=False),
+            partial(step, features=_window_features),
+            carry,
+        )
+    return carry[0], carry[1]
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -206,9 +209,8 @@ Features = Callable[[LanguageModel, _Decoding], tuple[jax.Array, Cache]]
 
 
 def _cached_features(model: LanguageModel, state: _Decoding) -> tuple[jax.Array, Cache]:
-    last = _last(state)
-    token_B1 = jax.lax.dynamic_slice_in_dim(state.window_BT, last, 1, axis=1)
-    h_B1D, cache = model.cached_features(token_B1, last, state.cache)
+    token_B1 = jax.lax.dynamic_slice_in_dim(state.window_BT, _last(state), 1, axis=1)
+    h_B1D, cache = model.cached_features(token_B1, state.length - 1, state.cache)
     return h_B1D[:, 0], cache
 
 

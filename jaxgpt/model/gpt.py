@@ -6,8 +6,9 @@ see a plain nested dict with paths such as `blocks/0/attn/c_attn/kernel`. Its pa
 declared a second time, without JAX, in `config/architecture.py`.
 
 Names of arrays end in their axes, with the letters of `jax.nn.dot_product_attention`:
-A micro-batches, B batch, T time, S key time, D width, N heads, H head width, F MLP width,
-V vocabulary; T1 is T + 1; E is 3 * D; M is B * T, the flattened rows of a batch.
+A micro-batches, B batch, T time, S key time, D width, N heads, K heads of keys and values,
+H head width, F MLP width, V vocabulary; T1 is T + 1; E is 3 * D; M is B * T, the flattened rows of
+a batch.
 """
 
 import math
@@ -19,10 +20,11 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend, LayerCache, cached_attention
+from jaxgpt.model.blocks import Block
 from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import add_by_rows, dropout, linear_of_norm, make_linear
+from jaxgpt.model.layers import Norm, linear_of_norm, make_linear
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
 
@@ -44,7 +46,7 @@ class GPT(LanguageModel):
         init = nnx.initializers.normal(INIT_STD)
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
-        self.blocks = nnx.List([Block(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])
+        self.blocks = nnx.List([GPTBlock(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])
         self.ln_f = LayerNorm(cfg.n_embd, cfg.bias)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
@@ -53,13 +55,17 @@ class GPT(LanguageModel):
         x_BTD = self.wte(tokens_BT.astype(jnp.int32)) + self.wpe(positions_T)
         return x_BTD.astype(self.stream_dtype)
 
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """The norm after the last block."""
+        return self.ln_f(x_BTD)
+
     def head(self) -> jax.Array:
         """The token embedding, which is tied to the head."""
         return self.wte.embedding[...]
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class GPTBlock(Block):
+    """A block with GPT-2's names."""
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
         self.ln_1 = LayerNorm(cfg.n_embd, cfg.bias)
@@ -68,19 +74,9 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, dtype, rngs)
         self.drop = nnx.Dropout(cfg.dropout)
 
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        key: jax.Array | None = None,
-        cache: LayerCache | None = None,
-        start: jax.Array | int = 0,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """(x_BTD, cache): with a cache, x follows `start` cached tokens and is added to it."""
-        attn_key, mlp_key = (None, None) if key is None else jax.random.split(key, 2)
-        y_BTD, cache = self.attn(x_BTD, self.ln_1, cache, start)
-        x_BTD = add_by_rows(x_BTD, dropout(self.drop, y_BTD, attn_key))
-        x_BTD = add_by_rows(x_BTD, dropout(self.drop, self.mlp(x_BTD, self.ln_2), mlp_key))
-        return x_BTD, cache
+    def norms(self) -> tuple[Norm, Norm]:
+        """The norms before attention and before the MLP."""
+        return self.ln_1, self.ln_2
 
 
 class Attention(nnx.Module):

@@ -15,9 +15,13 @@ from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_scores
 class LanguageModel(nnx.Module):
     """A decoder that computes in `dtype` and keeps its parameters in float32.
 
-    A subclass creates the parameters: a list `blocks`, a final norm `ln_f`, and what `embed` and
-    `head` read. A block maps (x_BTD, dropout key, its cache, start) to (x_BTD, its new cache).
+    A subclass creates the parameters: a list `blocks`, and what `embed`, `final_norm` and `head`
+    read. A block maps (x_BTD, dropout key, its cache, start) to (x_BTD, its new cache).
     """
+
+    # Whether cached keys stay valid beyond block_size tokens, each token attending to the last
+    # block_size; otherwise the window is computed anew for each token.
+    cache_outlives_context = False
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
         self.cfg = cfg
@@ -33,6 +37,10 @@ class LanguageModel(nnx.Module):
         """The first block's input x_BTD in `stream_dtype`."""
         raise NotImplementedError
 
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """The norm after the last block."""
+        raise NotImplementedError
+
     def head(self) -> jax.Array:
         """The output matrix head_VD, float32: logits are h_BTD @ head_VD.T."""
         raise NotImplementedError
@@ -45,7 +53,7 @@ class LanguageModel(nnx.Module):
         x_BTD = dropout(self.drop, x_BTD, keys[-1])
         run = run_scanned if self.scan_layers else run_unrolled
         x_BTD = run(self.blocks, x_BTD, keys[:-1], self.dtype, self.remat, self.all_gather)
-        return self.ln_f(x_BTD).astype(self.dtype)
+        return self.final_norm(x_BTD).astype(self.dtype)
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Next-token logits (..., V) of features (..., D): float32, minus infinity for padding."""
@@ -71,16 +79,19 @@ class LanguageModel(nnx.Module):
     def empty_cache(self, batch: int) -> Cache:
         """A cache with room for block_size tokens of `batch` sequences."""
         cfg = self.cfg
-        zeros = jnp.zeros((batch, cfg.block_size, cfg.n_head, cfg.n_embd // cfg.n_head), self.dtype)
+        zeros = jnp.zeros((batch, cfg.block_size, cfg.kv_heads, cfg.head_width), self.dtype)
         return [LayerCache(zeros, zeros) for _ in range(cfg.n_layer)]
 
     def cached_features(
         self, tokens_BT: jax.Array, start: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """(h_BTD, cache) of T tokens that follow `start` cached ones; start + T <= block_size."""
+        """(h_BTD, cache) of T tokens that follow `start` cached ones; start + T <= block_size.
+
+        Beyond that, T is 1, and the cache has to outlive the context.
+        """
         x_BTD = self.embed(tokens_BT, start + jnp.arange(tokens_BT.shape[1]))
         new_cache = []
         for block, layer in zip(self.blocks, cache, strict=True):
             x_BTD, layer = block(x_BTD, cache=layer, start=start)
             new_cache.append(layer)
-        return self.ln_f(x_BTD).astype(self.dtype), new_cache
+        return self.final_norm(x_BTD).astype(self.dtype), new_cache

@@ -22,6 +22,10 @@ class LayerNorm(nnx.Module):
         y_BTD = normalize(x_BTD, self.scale[...])
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(y_BTD.dtype)
 
+    def without_gain(self, x_BTD: jax.Array) -> jax.Array:
+        """x with a mean of zero and a variance of one."""
+        return normalize(x_BTD, jnp.ones_like(self.scale[...]))  # XLA removes a factor of one
+
 
 @jax.custom_vjp
 def normalize(x: jax.Array, scale_D: jax.Array) -> jax.Array:

@@ -1,25 +1,32 @@
 """Building blocks that networks share: linear layers, a norm fused into one, dropout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.model.layer_norm import LayerNorm, normalize
+from jaxgpt.model.layer_norm import LayerNorm
+from jaxgpt.model.rms_norm import RMSNorm
+
+Norm = LayerNorm | RMSNorm
 
 
 def make_linear(
     d_in: int, d_out: int, *, use_bias: bool, init_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer: float32 parameters, products in `dtype`, kernel of shape (d_in, d_out)."""
+    """A linear layer: float32 parameters, products in `dtype`, kernel of shape (d_in, d_out).
+
+    Its kernel is drawn from a normal distribution; `init_std` 0 makes it zero.
+    """
     return nnx.Linear(
         d_in,
         d_out,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=jnp.float32,
-        kernel_init=nnx.initializers.normal(init_std),
+        kernel_init=nnx.initializers.normal(init_std) if init_std else nnx.initializers.zeros,
         dot_general=dot_general_by_rows,
         rngs=rngs,
     )
@@ -35,18 +42,29 @@ def dot_general_by_rows(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: A
     return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear_of_norm(linear: nnx.Linear, norm: LayerNorm, x_BTD: jax.Array) -> jax.Array:
-    """`linear(norm(x_BTD))`, with the norm's scale and bias folded into the linear layer's.
+def linear_of_norm(linear: nnx.Linear, norm: Norm, x_BTD: jax.Array) -> jax.Array:
+    """`linear(norm(x_BTD))`, with the norm's scale and bias folded into the linear layer's."""
+    return linears_of_norm([linear], norm, x_BTD)[0]
+
+
+def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array) -> list[jax.Array]:
+    """Each linear layer of norm(x_BTD), with the norm's scale and bias folded into the layer's.
 
     The gradient of a scale is then a sum over a matrix instead of over all tokens, for which XLA
     would write a float32 product as large as x and read it back. With one token per sequence, as
     in cached generation, folding would cost more than the layer itself.
     """
     if x_BTD.shape[1] == 1:
-        return linear(norm(x_BTD))
+        normed = norm(x_BTD)
+        return [linear(normed) for linear in linears]
+    normed = norm.without_gain(x_BTD)
+    return [_folded(linear, norm, normed) for linear in linears]
+
+
+def _folded(linear: nnx.Linear, norm: Norm, normed_BTD: jax.Array) -> jax.Array:
     kernel = norm.scale[...][:, None] * linear.kernel[...]
-    normed = normalize(x_BTD, jnp.ones_like(norm.scale[...]))  # XLA removes a factor of one
-    y = dot_general_by_rows(normed.astype(linear.dtype), kernel.astype(linear.dtype))
+    normed_BTD = normed_BTD.astype(linear.dtype)
+    y = dot_general_by_rows(normed_BTD, kernel.astype(linear.dtype))
     if norm.bias is None:
         return y
     bias = linear.bias[...] + norm.bias[...] @ linear.kernel[...]

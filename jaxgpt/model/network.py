@@ -1,17 +1,21 @@
 """The network of a `ModelConfig` as `(graphdef, params)`; the one place that names its class."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import Arch, ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend
 from jaxgpt.model.blocks import AllGather, Params
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.language_model import LanguageModel
+from jaxgpt.model.qwen3 import Qwen3
+
+NETWORKS: dict[Arch, Callable[..., LanguageModel]] = {"gpt2": GPT, "qwen3": Qwen3, "llama": Qwen3}
 
 
 def build_model(
@@ -19,16 +23,17 @@ def build_model(
 ) -> nnx.GraphDef:
     """The network without its parameters: `nnx.merge(graphdef, params)` is a LanguageModel."""
     abstract = nnx.eval_shape(
-        lambda: GPT(cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat, scan_layers)
+        lambda: NETWORKS[cfg.arch](cfg, jnp.dtype(dtype), attend, nnx.Rngs(0), remat, scan_layers)
     )
     return nnx.graphdef(abstract)
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters as a plain nested dict of float32 arrays, nanoGPT's distributions."""
+    """Random parameters as a plain nested dict of float32 arrays."""
 
     def init(key: jax.Array) -> Params:
-        model = GPT(cfg, jnp.dtype(jnp.float32), _no_attention, nnx.Rngs(params=key))
+        rngs = nnx.Rngs(params=key)
+        model = NETWORKS[cfg.arch](cfg, jnp.dtype(jnp.float32), _no_attention, rngs)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     return jax.jit(init)(key)
@@ -54,6 +59,11 @@ def merge_model(
 
 
 def shorten_context(params: Params, like: Params) -> Params:
-    """`params` cut to the number of learned positions of `like`, which must not have more."""
+    """`params` cut to the number of learned positions of `like`, which must not have more.
+
+    Without learned positions, `params` as they are.
+    """
+    if "wpe" not in like:
+        return params
     positions = like["wpe"]["embedding"].shape[0]
     return {**params, "wpe": {"embedding": params["wpe"]["embedding"][:positions]}}

@@ -103,7 +103,7 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch.batch_size * m.block_size
-    attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.n_embd // m.n_head)
+    attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.head_width)
     flash = attend is cudnn_attention
     scores = 0 if flash else 4 * rows * m.n_head * m.block_size
     BTD = rows * m.n_embd * width / 2

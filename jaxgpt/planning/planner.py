@@ -161,7 +161,7 @@ class Planner:
             "optimizer": cfg.optimizer.optimizer,
             "state_dtype": cfg.optimizer.state_dtype,
             "attention": pick_attention(
-                "gpu", self.gpu.compute_capability, cfg.dtype, m.n_embd // m.n_head
+                "gpu", self.gpu.compute_capability, cfg.dtype, m.head_width
             )[1],
             "flops_per_token": speed.model_flops_per_token(m),
             "tokens_per_step": cfg.tokens_per_step,

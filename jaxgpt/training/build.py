@@ -69,7 +69,7 @@ def build_training(
     """
     layout = layout or Layout(device)
     attend, attention = pick_attention(
-        device.platform, compute_capability(device), dtype, model.n_embd // model.n_head
+        device.platform, compute_capability(device), dtype, model.head_width
     )
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)

@@ -115,7 +115,7 @@ def build_network(weights: Weights, device: Any, dtype: str) -> Any:
 
     model = weights.model
     capability = compute_capability(device)
-    attend, _ = pick_attention(device.platform, capability, dtype, model.n_embd // model.n_head)
+    attend, _ = pick_attention(device.platform, capability, dtype, model.head_width)
     return build_model(model, dtype, attend)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxgpt
+from jaxgpt.config.architecture import ARCHITECTURES
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config, OptimizerConfig, flat_fields, flat_values
 from jaxgpt.config.nanogpt import NANOGPT_SETTINGS
@@ -126,8 +127,11 @@ def test_booleans_are_given_as_in_nanogpt():
 @pytest.mark.parametrize("name", [n for n in PUBLIC if isinstance(flat_fields()[n].default, bool)])
 def test_every_switch_of_a_run_can_be_thrown(name):
     flag = f"--{name.replace('_', '-')}"
+    # What a switch needs, if it is not one of GPT-2's.
+    others = ["--arch=qwen3"] if name in ARCHITECTURES["qwen3"].options else []
+    others += ["--tied-head=False"] if name == "embedding_norm" else []
     for value in (True, False):
-        assert flat_values(parse("--preset=demo", f"{flag}={value}"))[name] is value
+        assert flat_values(parse("--preset=demo", *others, f"{flag}={value}"))[name] is value
 
 
 def test_flags_reach_every_section_with_their_types():

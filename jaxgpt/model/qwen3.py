@@ -1,0 +1,148 @@
+"""Qwen3 in Flax NNX: RMSNorm, rotary positions, grouped heads with QK-norm, SwiGLU, no biases.
+
+Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCausalLM`, the names
+of the parameters nearly so. Axes are those of `gpt.py`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.fields import Remat
+from jaxgpt.model.attention import Attend, LayerCache, cached_attention
+from jaxgpt.model.blocks import Block
+from jaxgpt.model.language_model import LanguageModel
+from jaxgpt.model.layers import Norm, linears_of_norm, make_linear
+from jaxgpt.model.rms_norm import RMSNorm, rms_normalize
+from jaxgpt.model.rotary import rotate, rotation
+from jaxgpt.model.swiglu import swiglu
+
+# As in GPT-2, so that what is known about its learning rates holds here, too.
+INIT_STD = 0.02
+
+
+class Qwen3(LanguageModel):
+    """Next-token logits from token ids."""
+
+    # Keys are cached rotated by their absolute position, and scores depend on differences only.
+    cache_outlives_context = True
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        dtype: jnp.dtype,
+        attend: Attend,
+        rngs: nnx.Rngs,
+        remat: Remat = "none",
+        scan_layers: bool = False,
+    ):
+        super().__init__(cfg, dtype, remat, scan_layers)
+        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
+        init = nnx.initializers.normal(INIT_STD)
+        self.embed_tokens = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
+        self.blocks = nnx.List([Qwen3Block(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])
+        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        if not cfg.tied_head:
+            head = nnx.initializers.zeros if cfg.zero_init else init
+            self.lm_head = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=head, rngs=rngs)
+
+    def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
+        """Token embeddings x_BTD in `stream_dtype`."""
+        # Looked up in float32, so that the embedding's gradient is summed in float32.
+        x_BTD = self.embed_tokens(tokens_BT.astype(jnp.int32)).astype(self.stream_dtype)
+        if not self.cfg.embedding_norm:
+            return x_BTD
+        return rms_normalize(x_BTD, jnp.ones(self.cfg.n_embd), self.cfg.norm_eps)
+
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """The norm after the last block."""
+        return self.norm(x_BTD)
+
+    def head(self) -> jax.Array:
+        """The matrix of the head, or the token embedding if the two are tied."""
+        tied = self.cfg.tied_head
+        return (self.embed_tokens if tied else self.lm_head).embedding[...]
+
+
+class Qwen3Block(Block):
+    """A block with Qwen3's names."""
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attn = Attention(cfg, dtype, attend, rngs)
+        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.mlp = MLP(cfg, dtype, rngs)
+        self.drop = nnx.Dropout(cfg.dropout)
+
+    def norms(self) -> tuple[Norm, Norm]:
+        """The norms before attention and before the MLP."""
+        return self.input_layernorm, self.post_attention_layernorm
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; N / K adjacent heads share a head of keys and values."""
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.attend = attend
+        D, N, K, H = cfg.n_embd, cfg.n_head, cfg.kv_heads, cfg.head_width
+        self.q_proj = _linear(cfg, D, N * H, dtype, rngs)
+        self.k_proj = _linear(cfg, D, K * H, dtype, rngs)
+        self.v_proj = _linear(cfg, D, K * H, dtype, rngs)
+        self.o_proj = _linear(cfg, N * H, D, dtype, rngs, residual=True)
+        if cfg.arch == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(H, cfg.norm_eps), RMSNorm(H, cfg.norm_eps)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        norm: Norm,
+        cache: LayerCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(attention(norm(x_BTD)), cache), as `Block` calls it."""
+        (B, T, _), H = x_BTD.shape, self.cfg.head_width
+        q_BTNH, k_BTKH, v_BTKH = (
+            y.reshape(B, T, -1, H)
+            for y in linears_of_norm([self.q_proj, self.k_proj, self.v_proj], norm, x_BTD)
+        )
+        if self.cfg.arch == "qwen3":
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        angles = rotation(start + jnp.arange(T), H, self.cfg.rope_theta)
+        q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        if cache is None:
+            out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH)
+        else:
+            out_BTNH, cache = cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, start)
+        return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU between linear layers."""
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, F = cfg.n_embd, cfg.mlp_hidden
+        self.gate_proj = _linear(cfg, D, F, dtype, rngs)
+        self.up_proj = _linear(cfg, D, F, dtype, rngs)
+        self.down_proj = _linear(cfg, F, D, dtype, rngs, residual=True)
+
+    def __call__(self, x_BTD: jax.Array, norm: Norm) -> jax.Array:
+        gate_BTF, up_BTF = linears_of_norm([self.gate_proj, self.up_proj], norm, x_BTD)
+        return self.down_proj(swiglu(gate_BTF, up_BTF))
+
+
+def _linear(
+    cfg: ModelConfig,
+    d_in: int,
+    d_out: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    residual: bool = False,
+) -> nnx.Linear:
+    std = INIT_STD
+    if residual:  # writes to the residual stream: smaller, as GPT-2's, or zero
+        std = 0.0 if cfg.zero_init else INIT_STD / math.sqrt(2 * cfg.n_layer)
+    return make_linear(d_in, d_out, use_bias=False, init_std=std, dtype=dtype, rngs=rngs)
