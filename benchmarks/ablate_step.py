@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxgpt import bench
 from jaxgpt.config.command_line import parse_run
-from jaxgpt.planning.gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run.device import prepare_environment
 
 

@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"^(sbatch|srun)\b", "needs Slurm"),
     (r"train_two_processes", "takes minutes; tests/run/test_processes.py starts two processes"),
     (r"NANOGPT_DIR", "needs a clone of nanoGPT, and PyTorch"),
+    (r"quarter_hour\.py (first|second)", "needs a GPU"),
     (r"convert_nanogpt|measure_parity|check_hellaswag", "needs PyTorch"),
     (r"--device cpu", None),  # runs, whatever the preset
     (r"jaxgpt\.prepare (fineweb|fineweb-edu|owner/name)\b", "needs the network"),
@@ -141,7 +142,7 @@ def faults() -> Iterator[str]:
 def file_tree() -> str:
     """docs/files.md's lists: every module of every folder with the first line of its docstring."""
     parts = []
-    for folder in ("jaxgpt", *sorted(_rooms()), "scripts", "benchmarks"):
+    for folder in ("jaxgpt", *sorted(_rooms()), "scripts", "benchmarks", "benchmarks/gpu"):
         files = sorted((ROOT / folder).glob("*.py")) + sorted((ROOT / folder).glob("*.sh"))
         modules = [path for path in files if path.name != "__init__.py"]
         parts += [f"\n`{folder}/`\n"] if modules else []

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,13 +94,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name in args.shapes:
         try:
-            result["shapes"][name] = compare(name, args)
+            result["shapes"][name] = compare(name, args, make_keep(args.json, result, name))
         except RunError as error:
             sys.exit(str(error))
-        if args.json:  # after each shape, so that an interrupted command keeps its results
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.json, result)
     return 0
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+Keep = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def make_keep(path: Path | None, result: dict[str, Any], name: str) -> Keep:
+    """A function that saves a run of the shape `name` and returns it.
+
+    It writes after each run, so that an interrupted command keeps what it has measured.
+    """
+    runs: list[dict[str, Any]] = []
+
+    def keep(run: dict[str, Any]) -> dict[str, Any]:
+        runs.append(run)
+        write(path, {**result, "unfinished": {name: runs}})
+        return run
+
+    return keep
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,21 +166,22 @@ class RunError(Exception):
     """A failed run; the message has its command and its last lines of output."""
 
 
-def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run every setting of nanoGPT, then jaxgpt and the best of them in turn.
+def compare(name: str, args: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Run every setting of nanoGPT, then jaxgpt and the best of them in turn; `keep` each run.
 
     Raises:
         RunError: if none of nanoGPT's settings runs, or a later run fails.
     """
     shape = SHAPES[name]
-    tried = [try_nanogpt(shape, setting, args) for setting in SETTINGS[args.device]]
+    tried = [keep(try_nanogpt(shape, setting, args)) for setting in SETTINGS[args.device]]
     if all("failed" in run for run in tried):
         raise RunError(tried[-1]["failed"])
     best = max(tried, key=lambda run: run.get("tokens_per_second", 0.0))
     # If another setting ran after the best one, the best runs again, next to ours.
-    turns = [best if best is tried[-1] else run_nanogpt(shape, best["setting"], args)]
+    turns = [best if best is tried[-1] else keep(run_nanogpt(shape, best["setting"], args))]
     for _ in range(args.rounds):
-        turns += [run_jaxgpt(shape, args), run_nanogpt(shape, best["setting"], args)]
+        turns.append(keep(run_jaxgpt(shape, args)))
+        turns.append(keep(run_nanogpt(shape, best["setting"], args)))
     runs = tried + [run for run in turns if run is not best]
     ours, theirs = turns[1::2], turns[::2]
     # Each of our runs relative to the nanoGPT runs before and after it.
@@ -248,11 +271,17 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
         RunError: if it fails or exceeds --timeout.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Without compiled programs of earlier runs, so that each start compiles.
     environment = {**os.environ, "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if args.device == "gpu":
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.TemporaryDirectory() as cache,
+    ):
+        # Without compiled programs of earlier runs in either framework, so that each start compiles
+        # and first_step_seconds can be compared.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = cache
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
         code, resident, card = wait(process, args.timeout, args.device == "gpu")
         out.seek(0)

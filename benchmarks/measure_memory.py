@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Resolved
@@ -37,6 +38,8 @@ CARDS = {
     24: ("a10g", "rtx3090", "rtx4090"),
     16: ("rtx5080", "rtx4080"),
     12: ("rtx3080", "rtx4070ti"),
+    10: ("rtx3080", "rtx5070"),
+    8: ("rtx3070", "rtx4060"),
 }
 TIERS = {
     "80gb": "a100-80gb",
@@ -47,6 +50,12 @@ TIERS = {
 }
 REMATS = ("none", "light", "full")
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
+# What most models leave at its default; only what differs is recorded.
+OPTIONS = [
+    field
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in (*MODEL_FIELDS, "n_vocab")
+]
 ACCUMULATION = 4  # of the free shapes; memory does not depend on it
 
 
@@ -65,8 +74,16 @@ class Shape:
     dtype: str = "bfloat16"
     state_dtype: str = "float32"
     scan_layers: bool = False
+    arch: str = "gpt2"
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    tied_head: bool = True
+    zero_init: bool = False
+    embedding_norm: bool = False
 
 
+QWEN3: dict[str, Any] = {"arch": "qwen3"}
 SHAPES = (
     Shape(12, 12, 768, 8),
     Shape(12, 12, 768, 2),
@@ -77,6 +94,13 @@ SHAPES = (
     Shape(24, 16, 1024, 8, scan_layers=True, state_dtype="bfloat16"),
     Shape(6, 6, 384, 8, dtype="float32", gpu="t4"),
     Shape(12, 12, 768, 4, dtype="float32", gpu="t4"),
+    Shape(6, 6, 768, 8, tied_head=False, embedding_norm=True, zero_init=True, **QWEN3),
+    Shape(6, 12, 768, 8, n_kv_head=4, **QWEN3),
+    Shape(6, 3, 384, 16, block_size=512, tied_head=False, **QWEN3),
+    Shape(4, 6, 768, 2, block_size=4096, n_kv_head=2, **QWEN3),
+    Shape(4, 6, 384, 8, dtype="float32", gpu="t4", **QWEN3),
+    Shape(24, 8, 1024, 8, scan_layers=True, state_dtype="bfloat16", **QWEN3),
+    Shape(4, 16, 1024, 4, n_kv_head=8, head_dim=128, mlp_width=3072, **QWEN3),
 )
 
 
@@ -118,6 +142,7 @@ def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any
         "preset": cfg.asked.preset if kind != "shapes" else None,
         "parameters": m.parameter_count(),
         **{name: getattr(m, name) for name in MODEL_FIELDS},
+        **{f.name: getattr(m, f.name) for f in OPTIONS if getattr(m, f.name) != f.default},
         "batch_size": cfg.batch.batch_size,
         "gradient_accumulation_steps": cfg.batch.accumulation,
         "remat": cfg.remat,
@@ -130,7 +155,8 @@ def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any
 
 def config_from(row: dict[str, Any]) -> Resolved:
     """The configuration that a record was made from."""
-    names = (*MODEL_FIELDS, "batch_size", "remat", "scan_layers", "dtype", "state_dtype")
+    names = [*MODEL_FIELDS, "batch_size", "remat", "scan_layers", "dtype", "state_dtype"]
+    names += [field.name for field in OPTIONS if field.name in row]
     return _resolved({name: row[name] for name in names}, row["gradient_accumulation_steps"])
 
 

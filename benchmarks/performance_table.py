@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).absolute().with_name("gpu")))
+from lines import number, predicted
+
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
@@ -62,37 +65,19 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
         )
 
 
-def ablation(r: Mapping[str, Any]) -> Iterator[Row]:
-    """The step with one part replaced."""
-    flags = f"{r['remat']} remat, {'scanned' if r['scan_layers'] else 'unrolled'} layers"
-    mfu = "" if r["mfu"] is None else f", MFU {r['mfu']:.1%}"
-    yield (
-        f"{r['variant']}, {flags}{', deterministic' if r['deterministic'] else ''}",
-        where(r),
-        f"{r['tokens_per_second']:,.0f} tokens/s{mfu}, {r['peak_bytes'] / GIB:.2f} GiB",
-        f"{r['batch_size']} x {r['block_size']} tokens, {r['parameters']:,} parameters",
-    )
-
-
-def memory_real(r: Mapping[str, Any]) -> Iterator[Row]:
-    """Memory of a preset's step, used and compiled."""
-    yield (
-        f"memory of preset {r['preset']}",
-        where(r),
-        f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}, "
-        f"{r['tokens_per_second']:,.0f} tokens/s",
-        f"{r['compiled_peak_bytes'] / GIB:.2f} GiB as compiled",
-    )
-
-
-def ceilings(r: Mapping[str, Any]) -> Iterator[Row]:
-    """A matrix product and a copy."""
-    yield (
-        f"a bf16 matrix product of {r['product_size']} x {r['product_size']}; a copy",
-        where(r),
-        f"{r['product_flops'] / 1e12:,.0f} TFLOP/s",
-        f"{r['copy_bytes_per_second'] / 1e9:,.0f} GB/s",
-    )
+def quarter_hour(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Each figure of a card beside what was predicted for it."""
+    versions = result["results"]["versions"][-1]
+    here = where({"device": result["device"].partition(",")[0], "versions": versions})
+    for row in result["lines"]:
+        if row["measured"] is not None:
+            limits = predicted(row)
+            yield (
+                row["line"],
+                here,
+                number(row["measured"]),
+                f"predicted {limits}" if limits else "",
+            )
 
 
 def accumulation(r: Mapping[str, Any]) -> Iterator[Row]:
@@ -179,27 +164,13 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
-def train_beside_bench(r: Mapping[str, Any]) -> Iterator[Row]:
-    """A step of train, and the same step in bench."""
-    alone = ", ".join(f"{ms:,.1f}" for ms in r["bench_step_ms"])
-    yield (
-        f"a step of `train` at preset {r['preset']}: {r['batch']}",
-        where(r),
-        f"{r['train_step_ms']:,.1f} ms",
-        f"`bench` before and after: {alone} ms; {r['train_over_bench']:.3f} times its time",
-    )
-
-
 ROWS = {
     "speed-*.json": speed,
-    "gpu-ceilings.json": ceilings,
-    "ablation-*.json": ablation,
-    "memory-real-*.json": memory_real,
+    "quarter-hour-*.json": quarter_hour,
     "accumulation.json": accumulation,
     "optimizers-*.json": optimizers,
     "start.json": start,
     "train-overhead.json": train_overhead,
-    "train-beside-bench.json": train_beside_bench,
 }
 
 

@@ -22,17 +22,18 @@ import numpy as np
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
-from jaxgpt.config.resolved import Origin, Resolved
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.token_file import token_dtype
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, run_command, warn
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
-from jaxgpt.planning.gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
-from jaxgpt.run.opening import find_devices, load_step
+from jaxgpt.run.opening import find_devices, find_tokenizer, load_step, origin_of_data
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.training.layout import Layout
@@ -107,13 +108,14 @@ def measure(
     """Compile, warm up and time the step of a run; returns JSON values."""
     hardware.prepare_environment(asked)
     prepare_compile_cache(warn)
-    tokenizer = load_tokenizer(asked.tokenizer)
+    origin = origin_of_data(asked, given)
+    tokenizer = find_tokenizer(asked, origin)
     tokens = open_tokens(asked, tokenizer, flags, given)
     jax = hardware.import_jax()
 
     from jaxgpt.run.preflight import compile_to_fit
 
-    cfg, layout = find_devices(asked, Origin.of(asked), tokenizer.n_vocab)
+    cfg, layout = find_devices(asked, origin, tokenizer.n_vocab)
     device = layout.device
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -170,13 +172,14 @@ def open_tokens(
 def make_batches(
     cfg: Resolved, layout: "Layout", loader: WindowLoader | None
 ) -> tuple[Callable[[int], Any], str]:
-    """(step -> tokens_ABT1 uint16 on the devices of `layout`, a description of them)."""
+    """(step -> tokens_ABT1 on the devices of `layout`, a description of them)."""
     if loader is not None:
         return partial(load_step, cfg, layout, loader), loader.tokens.name
     shape = (cfg.batch.accumulation, cfg.batch.global_micro_batch, cfg.model.block_size + 1)
     rng = np.random.default_rng(cfg.asked.seed)
     # Not all zeros: looking up one row, and a softmax that has learned one answer, are cheaper.
-    drawn = [rng.integers(0, cfg.model.n_vocab or 1, shape, np.uint16) for _ in range(4)]
+    n_vocab = cfg.model.n_vocab or 1
+    drawn = [rng.integers(0, n_vocab, shape, token_dtype(n_vocab)) for _ in range(4)]
     return (
         lambda step: layout.load_batch(shape, lambda rows: drawn[step % len(drawn)][:, rows]),
         "random tokens",

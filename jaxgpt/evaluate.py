@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.config.task_sources import TaskSources
 from jaxgpt.data.loader import evaluation_windows, first_windows
@@ -62,7 +62,7 @@ class EvaluateFlags(WeightsFlags):
         if self.as_in_training and self.skip_loss:
             errors.append("--as-in-training measures the loss, which --skip-loss leaves out")
         if self.skip_loss and not any(vars(self.tasks).values()):
-            names = " or ".join(f"--{name.replace('_', '-')}" for name in TASKS)
+            names = " or ".join(as_flag(name) for name in TASKS)
             errors.append(f"--skip-loss leaves nothing to measure; add {names}")
         if self.dataset == "embedded" and self.data_dir is not None:
             errors.append("--data-dir is not read with --dataset embedded; drop one of the two")
@@ -125,7 +125,8 @@ def measure(
     from jaxgpt.training.step import make_score_step
 
     m = weights.model
-    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count(padding=False)}
+    result: dict[str, Any] = {"model": weights.name, "parameters": m.parameter_count()}
+    result["padding_parameters"] = m.padding_parameters
     result |= {"step": weights.step, "dtype": dtype, "device": device.device_kind}
     with jax.default_device(device):
         params = weights.load(device)
@@ -198,7 +199,8 @@ def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Itera
 
 def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """The table's rows for the model and its validation loss."""
-    rows = {"model": f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}"}
+    counts = "{parameters:,} parameters, {padding_parameters:,} of them padding".format(**result)
+    rows = {"model": f"{result['model']}, {counts}, {result['dtype']}"}
     if "validation" in result:
         v = result["validation"]
         rows["text"] = v["text"]

@@ -99,8 +99,11 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None
 
 def print_exported(folder: Path, weights: Weights) -> None:
     """Print what was written, and two ways to load it."""
-    count = weights.model.parameter_count(padding=False)
-    print(f"{weights.name}: {count:,} parameters written to {folder}")
+    padding = weights.model.padding_parameters
+    print(
+        f"{weights.name}: {weights.model.describe_parameters()}, written to {folder}"
+        + (", the padding left out" if padding else "")
+    )
     if not has_files(weights.tokenizer):
         name = weights.tokenizer.name
         print(f"The folder has no tokenizer files: those of {name} cannot be exported.")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.command_line import RunFlags, given_flags, parse_run
 from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
@@ -21,7 +21,8 @@ from jaxgpt.config.presets import preset_for_memory
 from jaxgpt.config.roles import Role
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.planning import tables, target
-from jaxgpt.planning.gpus import GIB, GPUS, Gpu, find_gpu, lookup_gpu, unnamed_card, visible_card
+from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, unnamed_card
+from jaxgpt.planning.local_gpus import visible_card
 from jaxgpt.run.console import waiting
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
@@ -104,7 +105,9 @@ def _answer(
         if flags.fit:
             free |= {"batch_size", "remat"} - set(given)
         return planner.one(cfg, free), tables.print_one
-    return planner.overview(cfg), tables.print_overview
+    from jaxgpt.planning.overview import overview
+
+    return overview(planner, cfg), tables.print_overview
 
 
 def _check_hours(flags: PlanFlags, given: Collection[str], mesh: MeshShape) -> None:
@@ -114,7 +117,7 @@ def _check_hours(flags: PlanFlags, given: Collection[str], mesh: MeshShape) -> N
     if not 0 < flags.hours < math.inf:
         raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
     if chosen := sorted({*names_with(Role.PLANNED), "fit"} & set(given)):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        names = ", ".join(as_flag(name) for name in chosen)
         raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")
     if mesh.devices > 1:
         raise ConfigError("--hours plans for one card; leave out --devices and --mesh")
@@ -163,10 +166,9 @@ def _card(name: str | None, vram: float | None) -> Gpu:
         return find_gpu(name)
     card = visible_card()
     if card is None:
-        known = ", ".join(gpu.key for gpu in GPUS)
         raise ConfigError(
-            "nvidia-smi lists no card in this machine; name the one to plan for with --gpu NAME "
-            f"or --vram GB. Known: {known}"
+            "a program sees no card in this machine; name the one to plan for with --gpu NAME "
+            "(rtx4090, 'RTX 3080 Laptop', a100-80gb, ...) or --vram GB"
         )
     unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)
     return lookup_gpu(card.name, card.memory_bytes) or unnamed

@@ -39,21 +39,18 @@ def _raise_stopped(number: int, _: object) -> None:
 
 def run(flags: PrepareFlags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
+    from jaxgpt.planning.gpus import visible_card
     from jaxgpt.preparation.inspect_folder import inspect_folder
-    from jaxgpt.preparation.manifest import merge_ranks, print_result
     from jaxgpt.preparation.output_folder import open_output_folder
     from jaxgpt.preparation.pipeline import prepare_text
     from jaxgpt.preparation.pretokenized import download_ready
+    from jaxgpt.preparation.text_manifest import print_result
 
     if flags.inspect:
         return inspect_folder(Path(flags.inputs[0]).expanduser(), flags.tokenizer)
-    if flags.merge:
-        out = Path(flags.inputs[0]).expanduser()
-        print_result(out, merge_ranks(out))
-        return 0
     with open_output_folder(flags) as folder:
         manifest = download_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
-        print_result(folder.out, manifest, folder.world_size)
+        print_result(folder.out, manifest, visible_card() is not None)
     return 0
 
 

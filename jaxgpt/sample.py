@@ -18,7 +18,6 @@ from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.data.tokenizer import EOT_TEXT
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -107,11 +106,12 @@ def run(argv: Sequence[str]) -> int:
         network = build_network(weights, device, dtype)
         generator = Generator(network, weights.model.block_size, sampling, chunk=STREAM_CHUNK)
         params = weights.load(device)
-        count = weights.model.parameter_count(padding=False)
-        warn(f"{weights.name}: {count:,} parameters, {dtype}, {device}")
+        warn(f"{weights.name}: {weights.model.describe_parameters()}, {dtype}, {device}")
         for turn, prompt in enumerate(prompts):
             key = jax.random.fold_in(jax.random.key(flags.seed), turn)
             tokens = prompt_tokens(prompt, weights)
+            if flags.interactive and turn == 0:
+                warn("compiling, before the first text and again before much longer ones ...")
             stream = generator.stream(params, tokens, flags.max_new_tokens, key, flags.num_samples)
             try:
                 write_texts(
@@ -165,7 +165,8 @@ def typed_prompts() -> Iterator[str]:
 def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
     """The prompt's ids, with the end-of-text token for its name and for an empty prompt."""
     tokenizer = weights.tokenizer
-    first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(EOT_TEXT))
+    end_of_text = tokenizer.decode([tokenizer.eot])
+    first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(end_of_text))
     ids = [*first, *(id for part in others for id in (tokenizer.eot, *part))] or [tokenizer.eot]
     context = weights.model.block_size
     if len(ids) > context:

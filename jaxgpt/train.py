@@ -20,7 +20,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.errors import run_command, warn
 from jaxgpt.files import FolderLock
-from jaxgpt.planning.gpus import count_visible_cards, tier_of_this_machine
+from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
         origin, weights = open_run(asked, given)
         hardware.prepare_environment(asked)
         prepare_compile_cache(warn)
-        data = open_data(asked, origin)
+        data = open_data(asked, origin, weights.tokenizer if weights else None)
         processes = stack.enter_context(connect(address, hardware.import_jax, count_visible_cards))
         tell = start_process(processes, lock, stack)
         jax = hardware.import_jax()
@@ -94,7 +94,11 @@ def run(argv: Sequence[str]) -> int:
         )
         resumed_step = checkpoints.recover(tell, strict=asked.resume == "must")
         if resumed_step is not None and resumed_step >= asked.max_iters:
-            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best)
+            changes = folder.changes(cfg, origin.saved) if origin.saved else []
+            given_changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
+            report.print_finished_before(
+                asked, PROG, argv, resumed_step, checkpoints.best, given_changes
+            )
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         report.print_run(compiled, data, resumed_step)
@@ -186,6 +190,8 @@ def open_training(
     is_main, step = checkpoints.processes.is_main, resumed_step or 0
     log = stack.enter_context(MetricsLog(cfg.out_dir, resumed_step, tell) if is_main else NoLog())
     saver = Saver(checkpoints, log, cfg, data.identity)
+    if is_main:
+        data.tokenizer.save(cfg.out_dir)
     log.hparams(cfg.flat(), metrics=("val/loss",))
     batches = prefetch(partial(load_step, cfg, layout, data.loader), step, asked.max_iters)
     console = stack.enter_context(RunConsole(step, asked.max_iters, asked.eval_interval))

@@ -4,7 +4,9 @@ import atexit
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -65,6 +67,17 @@ def exported(tiny_run: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "tiny-austen"
     assert export.main(["--out-dir", str(tiny_run), "--to", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def children() -> Iterator[list[subprocess.Popen]]:
+    """Processes that a test starts, and that are killed when it ends."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
 
 
 @pytest.fixture(scope="session")

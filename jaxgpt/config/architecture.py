@@ -147,6 +147,17 @@ class ModelConfig:
         rows = self.vocab_size if padding else self.n_vocab or self.vocab_size
         return sum(parameter_sizes(dataclasses.replace(self, vocab_size=rows)).values())
 
+    @property
+    def padding_parameters(self) -> int:
+        """Parameters in embedding rows of ids that the tokenizer cannot produce."""
+        return self.parameter_count() - self.parameter_count(padding=False)
+
+    def describe_parameters(self) -> str:
+        """'124,373,760 parameters, 36,096 of them padding'."""
+        padding = self.padding_parameters
+        in_all = f"{self.parameter_count():,} parameters"
+        return in_all + (f", {padding:,} of them padding" if padding else "")
+
 
 # ---------------------------------------------------------------- networks
 

@@ -1,4 +1,4 @@
-"""Checks that several sections share, and the error for an invalid configuration."""
+"""Checks that several sections share, and the words and the error for what fails them."""
 
 import difflib
 import math
@@ -35,6 +35,11 @@ def bad_amounts(section: Any, *names: str) -> list[str]:
         for name, value in values.items()
         if not 0 <= value < math.inf
     ]
+
+
+def as_flag(name: str) -> str:
+    """The flag of a field: '--batch-size' of 'batch_size'."""
+    return f"--{name.replace('_', '-')}"
 
 
 def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:

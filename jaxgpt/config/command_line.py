@@ -1,11 +1,12 @@
 """From argv to one frozen `Config`: preset, flags, and the fields derived from them.
 
 Runs before JAX is imported: that takes seconds, and a typo should be reported at once. tyro parses,
-suggests and prints `--help`; this module adds answers to flags that only nanoGPT has.
+suggests and prints `--help`; this module adds answers to flags that other programs have.
 """
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import tyro
 
 from jaxgpt.config.batch import fields_of_accumulation
-from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config
+from jaxgpt.config.checks import ConfigError, as_flag
+from jaxgpt.config.fields import Config
 from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
-from jaxgpt.config.presets import describe_presets, load_preset
-from jaxgpt.errors import fail
+from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
+from jaxgpt.errors import fail, warn
 
 # `--batch-size 16`, `--batch_size=16` and `--bias=True`, without sections and `--no-` twins.
+HIGHEST_USUAL_RATE = 0.1
+HYPHENS = "--prompt='-- ...'"
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -85,7 +88,13 @@ def parse_run(
         args=_split_at_equals(argv),
         config=STYLE,
     )
-    return _to_config(draft, base, flags), draft, frozenset(flags)
+    cfg = _to_config(draft, base, flags)
+    if cfg.optimizer.learning_rate > HIGHEST_USUAL_RATE:
+        warn(
+            f"learning_rate {cfg.optimizer.learning_rate:g} is far above what is usual, 2e-4 to "
+            "1e-2; the run will probably diverge"
+        )
+    return cfg, draft, frozenset(flags)
 
 
 def parse_command(
@@ -103,7 +112,7 @@ def parse_command(
     """
     flags = given_flags(argv)
     errors = [f"--{n} is nanoGPT's; {text}" for n, text in (instead or {}).items() if n in flags]
-    if errors := errors or _empty_values(flags):
+    if errors := errors or [*_empty_values(flags), *_cut_off_prompts(argv)]:
         fail(prog, "\n".join(errors))
     words = _split_at_equals(argv)
     parsed = tyro.cli(kind, prog=prog, description=description, args=words, config=STYLE)
@@ -134,7 +143,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
 
 
 def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
-    """Raises ConfigError for all flags that only nanoGPT has and all empty values at once."""
+    """Raises ConfigError for all that other programs call differently and all empty values."""
     errors = [
         f"--{name}{'=' + value if value else ''} {answer}"
         for name, value in flags.items()
@@ -142,6 +151,12 @@ def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) 
     ]
     words = [arg for arg in argv if not arg.startswith("-")]
     errors += [answer for word in words if (answer := config_file_answer(word))]
+    if "preset" not in flags:
+        errors += [
+            f"{word}: a preset is named with a flag: --preset {word}"
+            for before, word in zip(("", *argv), argv, strict=False)
+            if word in packaged_presets() and (not before.startswith("--") or "=" in before)
+        ]
     if errors := errors + _empty_values(flags):
         raise ConfigError("\n".join(errors))
 
@@ -151,7 +166,14 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
     empty = [name for name, value in flags.items() if value == "" and name != "prompt"]
     if flags.get("preset", "given") is None:
         empty.append("preset")  # else the tier of this machine's card would be used
-    return [f"--{name.replace('_', '-')} needs a value" for name in empty]
+    return [f"{as_flag(name)} needs a value" for name in empty]
+
+
+def _cut_off_prompts(argv: Sequence[str]) -> list[str]:
+    """A sentence if a prompt begins with a hyphen and is one word, and so looks like a flag."""
+    pairs = zip_longest(argv, argv[1:], fillvalue="--")
+    cut_off = any(arg == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value) for arg, value in pairs)
+    return [f"--prompt needs a value; if that begins with a hyphen: {HYPHENS}"] if cut_off else []
 
 
 def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Config:
@@ -161,7 +183,7 @@ def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -
         fields["remat"] = "auto"
     effective = draft.effective_batch_size if "effective_batch_size" in flags else None
     fields |= fields_of_accumulation(draft.gradient_accumulation_steps, draft.batch_size, effective)
-    fields["eval_windows"] = draft.eval_iters * base.batch_size_or(DEFAULT_BATCH_SIZE)
+    fields["eval_windows"] = base.windows_in(draft.eval_iters)
     fields["out_dir"] = _expanded(draft.out_dir or Path("runs") / Path(draft.preset).stem)
     if draft.data_dir is not None:
         fields["data_dir"] = _expanded(draft.data_dir)

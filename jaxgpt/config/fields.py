@@ -102,7 +102,8 @@ class Config:
     dataset: Annotated[str, Role.FIXED] = "fineweb"
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
-    # gpt2, byte, or the name of a tiktoken encoding; the one that the data was tokenized with
+    # the one that the data was tokenized with; if not given, the one in the data's manifest: gpt2,
+    # byte, a folder with tokenizer.json, owner/name on the Hub, or a tiktoken encoding
     tokenizer: Annotated[str, Role.FIXED] = "gpt2"
 
     batch_size: Annotated[
@@ -223,6 +224,10 @@ class Config:
     def batch_size_or(self, otherwise: int) -> int:
         """batch_size, or `otherwise` where it is 'auto'."""
         return otherwise if self.batch_size == "auto" else self.batch_size
+
+    def windows_in(self, eval_iters: int) -> int:
+        """Windows of one evaluation: `eval_iters` batches of this preset's batch_size."""
+        return eval_iters * self.batch_size_or(DEFAULT_BATCH_SIZE)
 
     @property
     def open_choices(self) -> frozenset[str]:

@@ -6,7 +6,6 @@ each process only one card, even if its host has more cards than processes.
 
 import os
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -15,10 +14,7 @@ class Launcher(NamedTuple):
 
     name: str
     mark: str  # a variable that identifies the launcher
-    rank: str | None  # which process this is; None where only JAX finds out
     size: str | None  # how many there are; None where only JAX finds out
-    first: str | None = None  # the lowest rank, 0 if not given
-    finds_processes: bool = True  # whether JAX finds the others
     remedy: str = ""  # what else JAX needs to find them
 
 
@@ -28,34 +24,22 @@ LAUNCHERS = (
     Launcher(
         name="Open MPI",
         mark="OMPI_COMM_WORLD_RANK",
-        rank="OMPI_COMM_WORLD_RANK",
         size="OMPI_COMM_WORLD_SIZE",
         remedy="; from Open MPI 5 on JAX 0.12 finds the others, with pip install mpi4py",
     ),
-    Launcher("Slurm", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    Launcher("Slurm", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"),
     Launcher(
         name="Kubernetes",
         mark="JOB_COMPLETION_INDEX",
-        rank=None,
         size=None,
         remedy="; in an indexed Job JAX finds the others, with pip install kubernetes",
     ),
     Launcher(
         name="JAX_COORDINATOR_ADDRESS",
         mark="JAX_COORDINATOR_ADDRESS",
-        rank=None,
         size=None,
         remedy="; --num-processes and --process-id go with it",
     ),
-    Launcher(
-        name="Slurm's array",
-        mark="SLURM_ARRAY_TASK_ID",
-        rank="SLURM_ARRAY_TASK_ID",
-        size="SLURM_ARRAY_TASK_COUNT",
-        first="SLURM_ARRAY_TASK_MIN",
-        finds_processes=False,
-    ),
-    Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", finds_processes=False),
 )
 
 
@@ -63,18 +47,8 @@ def find_launcher() -> Launcher | None:
     """The launcher that started this process as one of several that JAX can connect."""
     for launcher in LAUNCHERS:
         several = launcher.size is None or _number(launcher.size, 1) > 1
-        if launcher.finds_processes and launcher.mark in os.environ and several:
+        if launcher.mark in os.environ and several:
             return launcher
-    return None
-
-
-def find_launched_rank(environ: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
-    """(rank, size, launcher) of a process that is one of several, from the environment."""
-    for launcher in LAUNCHERS:
-        rank, size = environ.get(launcher.rank or "", ""), environ.get(launcher.size or "", "")
-        if rank.isdecimal() and size.isdecimal() and int(size) > 1:
-            first = environ.get(launcher.first or "", "")
-            return int(rank) - int(first if first.isdecimal() else 0), int(size), launcher.name
     return None
 
 

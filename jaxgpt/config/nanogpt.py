@@ -1,4 +1,4 @@
-"""Answers to settings that only nanoGPT has, or that it spells differently."""
+"""Answers to settings of nanoGPT and other programs that have another name here, or none."""
 
 # Settings of nanoGPT that mean nothing here, and what to use instead.
 NANOGPT_SETTINGS = {
@@ -15,10 +15,40 @@ NANOGPT_SETTINGS = {
 }
 
 
+# Settings that other programs have, and their names here.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "micro_batch_size": "batch_size",
+    "total_batch_size": "effective_batch_size",
+    "global_batch_size": "effective_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "steps": "max_iters",
+    "max_steps": "max_iters",
+    "num_iterations": "max_iters",
+    "warmup_steps": "warmup_iters",
+    "seq_len": "block_size",
+    "max_seq_len": "block_size",
+    "context_length": "block_size",
+    "output_dir": "out_dir",
+    "config": "preset",
+}
+EPOCHS = ("epochs", "num_epochs", "num_train_epochs")
+
+
 def nanogpt_answer(setting: str, value: object) -> str | None:
-    """What to use instead of a setting that only nanoGPT has; None for one that exists here."""
+    """What to use instead of a setting of another program; None for one that may exist here."""
     if setting in NANOGPT_SETTINGS:
         return f"is nanoGPT's and has no meaning here; {NANOGPT_SETTINGS[setting]}"
+    if setting in OTHER_NAMES:
+        return f"is called {OTHER_NAMES[setting]} here"
+    if setting in EPOCHS:
+        return (
+            "is counted in optimizer steps here: max_iters = epochs x tokens of the data / "
+            "(effective_batch_size x block_size)"
+        )
     if setting == "init_from" and value in ("resume", "scratch"):
         return (
             "is nanoGPT's; drop it: the same command resumes a run from its --out-dir, and a new "

@@ -29,7 +29,7 @@ def presets_dir() -> Path:
 
 def preset_names() -> list[str]:
     """The presets of the package, largest card first, those without a card last."""
-    sizes = {name: load_preset(name).vram_gb or 0 for name in _packaged()}
+    sizes = {name: load_preset(name).vram_gb or 0 for name in packaged_presets()}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
@@ -42,7 +42,7 @@ def load_preset(name: str) -> Config:
     if answer := config_file_answer(name):
         raise ConfigError(answer)
     is_path = name.endswith(".toml")
-    if not is_path and name not in _packaged():
+    if not is_path and name not in packaged_presets():
         raise ConfigError(_no_such_preset(name))
     path = Path(name) if is_path else presets_dir() / f"{name}.toml"
     source = name if is_path else path.name
@@ -55,8 +55,7 @@ def load_preset(name: str) -> Config:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
     cfg = config_from(values, source, flat_fields().keys() - names_with(Role.DERIVED))
-    windows = cfg.eval_iters * cfg.batch_size_or(DEFAULT_BATCH_SIZE)
-    return with_fields(cfg, preset=name, eval_windows=windows)
+    return with_fields(cfg, preset=name, eval_windows=cfg.windows_in(cfg.eval_iters))
 
 
 def preset_for_memory(gigabytes: float) -> str:
@@ -161,12 +160,13 @@ def _shown(value: object) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)[:60]
 
 
-def _packaged() -> list[str]:
+def packaged_presets() -> list[str]:
+    """The names of the presets of the package, in no order."""
     return [path.stem for path in presets_dir().glob("*.toml")]
 
 
 def _no_such_preset(name: str) -> str:
-    near = did_you_mean(Path(name).stem if name.endswith(".toml") else name, _packaged())
+    near = did_you_mean(Path(name).stem if name.endswith(".toml") else name, packaged_presets())
     if name.endswith(".toml"):
         return f"--preset {name}: no such file{near}"
     others = f"Name one of these, or a file ending in .toml:\n{describe_presets()}"

@@ -125,7 +125,7 @@ def resolve(
     if errors := [*model.errors(), *_undivided(model, mesh)]:
         raise ConfigError("\n".join(errors))
     batch = divide_batch(asked.effective_batch_size, asked.batch_size_or(1), mesh.devices)
-    windows = asked.eval_windows or asked.eval_iters * batch.batch_size
+    windows = asked.eval_windows or asked.windows_in(asked.eval_iters)
     return Resolved(
         asked=asked,
         model=model,

@@ -78,7 +78,7 @@ class WindowLoader:
     def batch(
         self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
     ) -> np.ndarray:
-        """(A, B, T+1) uint16: the windows of one optimizer step; their order depends on A*B only.
+        """(A, B, T+1): the windows of one optimizer step; their order depends on A*B only.
 
         Only `rows` of each of the A micro-batches are read.
         """
@@ -88,7 +88,7 @@ class WindowLoader:
         return self._read(chosen.reshape(-1)).reshape(*chosen.shape, self.block_size + 1)
 
     def windows(self, first: int, count: int) -> np.ndarray:
-        """(count, T+1) uint16: windows first to first+count-1 of the run.
+        """(count, T+1): windows first to first+count-1 of the run.
 
         Raises DataError for an id outside the vocabulary.
         """
@@ -117,7 +117,7 @@ class WindowLoader:
 def evaluation_windows(
     tokens: TokenStream, block_size: int, count: int, n_vocab: int
 ) -> np.ndarray:
-    """(W, T+1) uint16, W = min(count, available): evenly spaced, the same in every run.
+    """(W, T+1), W = min(count, available): evenly spaced, the same in every run.
 
     No token is predicted twice. Raises DataError if the stream is shorter than one window or an id
     is outside the vocabulary.
@@ -132,7 +132,7 @@ def evaluation_windows(
 def first_windows(
     tokens: TokenStream, block_size: int, count: int, n_vocab: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Batches (batch_size or less, T+1) uint16 of the first `count` consecutive windows.
+    """Batches (batch_size or less, T+1) of the first `count` consecutive windows.
 
     Every token but the first is predicted once. Raises DataError if the stream is shorter than one
     window or an id is outside the vocabulary.

@@ -8,7 +8,7 @@ against.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -99,7 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any]
     tokenizer: TokenizerEntry
     eot: str = "before each document"
-    dtype: str = "uint16"
+    dtype: Literal["uint16", "uint32"] = "uint16"
     validation: Validation
     shard_tokens: Count | None = None
     splits: Splits
@@ -116,25 +116,18 @@ class _Version(msgspec.Struct):
     version: int
 
 
-M = TypeVar("M", bound=Manifest)
-
-
 def load_manifest(data_dir: Path) -> Manifest | None:
     """The manifest of a folder, None if there is none.
 
     Raises:
         DataError: if it cannot be read, has another version, or has fields of another type.
     """
-    return read_manifest(data_dir / MANIFEST, Manifest, _remedy(data_dir))
-
-
-def read_manifest(path: Path, kind: type[M], remedy: str) -> M | None:
-    """As `load_manifest`, for any file name and any subclass."""
+    path, remedy = data_dir / MANIFEST, _remedy(data_dir)
     try:
         content = path.read_bytes()
         version = decode_json(content, _Version).version
         if version == VERSION:
-            return decode_json(content, kind)
+            return decode_json(content, Manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -171,11 +164,19 @@ def check_manifest(data_dir: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def unfinished_error(data_dir: Path) -> str | None:
-    """For a folder without a manifest: an error if its preparation is unfinished, else None."""
+    """For a folder without a manifest: an error if it cannot be trained on as it is, else None."""
+    if (data_dir / "meta.pkl").exists():
+        text = data_dir / "input.txt"
+        return (
+            f"{data_dir}: has nanoGPT's tokens with a vocabulary of its own in meta.pkl, which is "
+            "not opened because a pickle can run any code; make them again from their text: "
+            f"{PREPARE} {text if text.exists() else 'input.txt'} --tokenizer char --out "
+            f"{data_dir}_tokens"
+        )
     if any(data_dir.glob("manifest-*-of-*.json")):
         return (
-            f"{data_dir}: was prepared by several processes; merge their shards with {PREPARE} "
-            f"--merge {data_dir}"
+            f"{data_dir}: has the shards of several ranks, which an earlier version did not merge; "
+            f"prepare the text again with {PREPARE} into another folder"
         )
     if any((data_dir / WORK_FOLDER).rglob("*.json")):
         return (
@@ -194,17 +195,18 @@ def fingerprint(manifest: Manifest) -> str:
 
 def listing_errors(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for each shard that is missing, has another size, or is not in the manifest."""
-    yield from size_errors(data_dir, manifest.shards)
+    yield from size_errors(data_dir, manifest.shards, np.dtype(manifest.dtype))
     listed = {shard.file for shard in manifest.shards}
     for path in sorted(data_dir.glob("*.bin")):
         if path.name not in listed:
             yield f"{path}: is not in {MANIFEST}; move it to another folder"
 
 
-def size_errors(data_dir: Path, shards: Iterable[ShardEntry]) -> Iterator[str]:
+def size_errors(data_dir: Path, shards: Iterable[ShardEntry], dtype: np.dtype) -> Iterator[str]:
     """A sentence for each shard that is missing or does not have the size it was written with."""
     for shard in shards:
-        path, expected = data_dir / shard.file, HEADER_BYTES + 2 * shard.tokens
+        path = data_dir / shard.file
+        expected = HEADER_BYTES + dtype.itemsize * shard.tokens
         if not path.is_file():
             yield f"{path}: is missing; {_remedy(data_dir)}"
         elif path.stat().st_size != expected:

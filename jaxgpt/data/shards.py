@@ -1,4 +1,4 @@
-"""The token files of one split in a folder, read as one stream of uint16."""
+"""The token files of one split in a folder, read as one stream of uint16 or uint32."""
 
 import hashlib
 import mmap
@@ -13,12 +13,14 @@ import numpy as np
 
 from jaxgpt.data.token_file import (
     PREPARE,
+    UINT16,
     DataError,
     TokenFile,
-    as_uint16,
+    as_tokens,
     inspect_file,
     map_file,
     refuse,
+    token_dtype,
 )
 
 # A memory map keeps a file descriptor open in CPython. FineWeb 100B has 1,030 shards, and 1,024 is
@@ -29,6 +31,7 @@ MAPPED_AT_ONCE = 512
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
+SUFFIXES = (".bin", ".npy")  # the latter are build-nanogpt's
 SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample (exactly: 10.27B)
 
 
@@ -38,27 +41,28 @@ class TokenStream:
     def __init__(self, parts: Sequence[TokenFile | np.ndarray], name: str):
         self.name = name  # for messages
         self._parts = list(parts)
+        self.dtype = max((part.dtype for part in parts), default=UINT16)
         lengths = [part.length if isinstance(part, TokenFile) else len(part) for part in parts]
         self._borders = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
         self._mapped = lru_cache(MAPPED_AT_ONCE)(map_file)
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[np.ndarray], name: str = "tokens in memory") -> Self:
-        """A stream of 1-D integer arrays; raises DataError if an id does not fit into uint16."""
-        return cls([as_uint16(array, name) for array in arrays], name)
+        """A stream of 1-D integer arrays; raises DataError for an id below 0 or above uint32's."""
+        return cls([as_tokens(array, name) for array in arrays], name)
 
     def __len__(self) -> int:
         return self._borders[-1]
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """(length,) uint16 from position `start`; read-only, possibly a view of the mapped file."""
+        """(length,) tokens from position `start`; read-only, possibly a view of the mapped file."""
         assert 0 <= start <= len(self) - length, (start, length, len(self))
         pieces = [self._tokens(i)[a:b] for i, a, b in self._spans(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(W, length) uint16: copies of the windows that begin at `starts` (W,)."""
-        windows = np.empty((len(starts), length), np.uint16)
+        """(W, length) of `dtype`: copies of the windows that begin at `starts` (W,)."""
+        windows = np.empty((len(starts), length), self.dtype)
         order = np.argsort(starts)
         for row in order:
             self._read_ahead(int(starts[row]), length)
@@ -89,10 +93,10 @@ class TokenStream:
         )
 
     def checked_windows(self, starts: np.ndarray, length: int, n_vocab: int) -> np.ndarray:
-        """`windows`, with `check_ids`."""
+        """`windows`, with `check_ids`, of the vocabulary's dtype."""
         windows = self.windows(starts, length)
         self.check_ids(windows, starts, n_vocab)
-        return windows
+        return windows.astype(token_dtype(n_vocab), copy=False)
 
     def check_all_ids(self, n_vocab: int) -> None:
         """`check_ids` of every token; reads everything."""
@@ -127,7 +131,7 @@ class TokenStream:
         for index, first, end in self._spans(start, length):
             part = self._parts[index]
             if isinstance(part, TokenFile) and hasattr(mmap, "MADV_WILLNEED"):
-                begin, stop = part.offset + 2 * first, part.offset + 2 * end
+                begin, stop = (part.offset + part.dtype.itemsize * n for n in (first, end))
                 begin -= begin % mmap.PAGESIZE
                 self._mapped(part)[1].madvise(mmap.MADV_WILLNEED, begin, stop - begin)
 
@@ -142,20 +146,28 @@ def load_split(
     (`TokenStream.check_ids`). Raises DataError; if there are no files, its message has the command
     that makes `tokens_wanted`.
     """
-    files, errors = [], []
-    for path in find_files(data_dir, split, tokens_wanted):
-        try:
-            files.append(inspect_file(path))
-        except DataError as error:
-            errors.append(str(error))
+    files, errors = inspect_split(data_dir, split, tokens_wanted)
     refuse(errors)
     tokens = TokenStream(files, name=f"{data_dir} ({split})")
     _check_or_sample_ids(tokens, files, n_vocab)
     return tokens
 
 
+def inspect_split(
+    data_dir: Path, split: str, tokens_wanted: int | None = None
+) -> tuple[list[TokenFile], list[str]]:
+    """The files of a split, and a sentence for each that is faulty; raises DataError for none."""
+    files, errors = [], []
+    for path in find_files(data_dir, split, tokens_wanted):
+        try:
+            files.append(inspect_file(path))
+        except DataError as error:
+            errors.append(str(error))
+    return files, errors
+
+
 def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:
-    """The .bin files with the word `split` in their name, as edu_fineweb_val_000000.bin.
+    """The .bin or .npy files with the word `split` in their name, as edu_fineweb_val_000000.bin.
 
     Raises DataError if there are none.
     """
@@ -175,7 +187,7 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
         raise DataError(
             f"{data_dir}: {what}; {wanted}; {parent} {_folder_contents(parent)}; {remedy}"
         )
-    paths = [path for path in names if path.suffix == ".bin" and split_of(path) == split]
+    paths = [path for path in names if path.suffix in SUFFIXES and split_of(path) == split]
     if not paths:
         raise DataError(f"{data_dir}: {wanted}; the folder {_folder_contents(data_dir)}; {remedy}")
     return paths

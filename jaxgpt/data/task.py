@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the command line needs the table, and must not wait for Num
 class Row(NamedTuple):
     """A context followed by the completion to score."""
 
-    tokens: np.ndarray  # (L,) uint16
+    tokens: np.ndarray  # (L,) uint16 or uint32
     scored: int  # tokens in the completion, at least 1
 
 
@@ -69,7 +69,7 @@ def tokenize_row(context: str, completion: str, tokenizer: Tokenizer) -> Row:
 
     before, after = tokenizer.encode(context), tokenizer.encode(completion)
     if not len(before):  # the first scored token needs one before it
-        before = np.array([tokenizer.eot], np.uint16)
+        before = np.array([tokenizer.eot], tokenizer.dtype)
     return Row(np.concatenate([before, after]), len(after))
 
 

@@ -1,7 +1,8 @@
 """One token file: recognizing its format, checking it, and writing it.
 
-Two formats are read: llm.c's and modded-nanogpt's shards begin with a magic number, nanoGPT's
-`train.bin` and `val.bin` have no header. Only files with exactly those two names may have none.
+llm.c's and modded-nanogpt's shards begin with a magic number, which also tells whether a token is a
+uint16 or, for a vocabulary above 65,536 as Llama 3's, a uint32. nanoGPT's `train.bin` and `val.bin`
+have no header; only files with exactly those two names may have none.
 """
 
 import hashlib
@@ -14,20 +15,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import atomic_write
 
-# llm.c dev/data/data_common.py: 256 int32 [magic, version, tokens, 0, ...], then uint16 tokens.
-MAGIC = 20240520
-VERSION = 1
-HEADER_BYTES = 256 * 4
-FOREIGN_MAGICS = {
-    20240801: "a llama-3 shard (uint32 tokens)",
-    20240522: "llm.c's HellaSwag questions",
-}
-HEADERLESS_NAMES = ("train.bin", "val.bin")
-LARGEST_ID = np.iinfo(np.uint16).max  # in a token file
 
+class Format(NamedTuple):
+    """A format of llm.c's shards: 256 int32 [magic, version, tokens, 0, ...], then the tokens.
+
+    From llm.c's dev/data/data_common.py.
+    """
+
+    magic: int
+    version: int
+    dtype: np.dtype
+
+
+UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
+FORMATS = (Format(20240520, 1, UINT16), Format(20240801, 7, UINT32))  # of GPT-2, of Llama 3
+HEADER_BYTES = 256 * 4
+FOREIGN_MAGICS = {20240522: "llm.c's HellaSwag questions"}
+HEADERLESS_NAMES = ("train.bin", "val.bin")
 PREPARE = "python -m jaxgpt.prepare"  # the command that makes such files
 
 
@@ -42,12 +49,23 @@ def refuse(errors: Sequence[str]) -> None:
         raise DataError("\n".join([*errors[:5], *more]))
 
 
+def token_dtype(n_vocab: int) -> np.dtype:
+    """The dtype of the tokens of a vocabulary: uint16 up to 65,536 ids, else uint32."""
+    return UINT16 if n_vocab <= 1 << 16 else UINT32
+
+
 class TokenFile(NamedTuple):
     """A file, and where its tokens are."""
 
     path: Path
     offset: int  # bytes before the first token
     length: int  # tokens
+    dtype: np.dtype = UINT16
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.offset + self.length * self.dtype.itemsize
 
 
 def inspect_file(path: Path) -> TokenFile:
@@ -63,66 +81,73 @@ def inspect_file(path: Path) -> TokenFile:
     if size == 0:
         raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
     magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
-    if magic == MAGIC:
-        return _inspect_shard(path, size, version, length)
+    if head.startswith(np.lib.format.MAGIC_PREFIX):
+        return _inspect_npy(path, size)
+    for format in FORMATS:
+        if magic == format.magic:
+            return _inspect_shard(path, size, version, length, format)
     if magic not in FOREIGN_MAGICS and path.name in HEADERLESS_NAMES:
         return _inspect_headerless(path, size)
     found = FOREIGN_MAGICS.get(magic, "not a token shard")
     raise DataError(
-        f"{path}: starts with {magic}, which is {found}; expected {MAGIC}, a shard of uint16 "
-        f"tokens; make such shards with {PREPARE} (files without a header must be named train.bin "
-        "or val.bin)"
+        f"{path}: starts with {magic}, which is {found}; expected {FORMATS[0].magic}, a shard of "
+        f"uint16 tokens, or {FORMATS[1].magic}, of uint32; make such shards with {PREPARE} (files "
+        "without a header must be named train.bin or val.bin)"
     )
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write 1-D integer tokens as an llm.c shard; DataError if one does not fit into uint16."""
-    tokens = np.ascontiguousarray(as_uint16(tokens, str(path)))
-    write_pieces(path, len(tokens), [tokens])
+    """Write 1-D integer tokens as an llm.c shard; DataError for one that fits into no format."""
+    tokens = np.ascontiguousarray(as_tokens(tokens, str(path)))
+    write_pieces(path, length=len(tokens), pieces=[tokens], dtype=tokens.dtype)
 
 
-def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray]) -> str:
-    """Write a shard of `length` tokens from uint16 arrays; returns the file's SHA-256."""
+def write_pieces(path: Path, length: int, pieces: Iterable[np.ndarray], dtype: np.dtype) -> str:
+    """Write a shard of `length` tokens from arrays of `dtype`; returns the file's SHA-256."""
+    format = next(format for format in FORMATS if format.dtype == dtype)
     assert 0 < length <= np.iinfo(np.int32).max, "the length in the header is an int32"
     header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, length
+    header[:3] = format.magic, format.version, length
     digest, written = hashlib.sha256(), 0
     with atomic_write(path) as file:
         for piece in chain([header], pieces):
+            assert piece is header or piece.dtype == dtype
             file.write(piece.data)
             digest.update(piece.data)
             written += piece.nbytes
-        assert written == HEADER_BYTES + 2 * length, (path, written, length)
+        assert written == HEADER_BYTES + dtype.itemsize * length, (path, written, length)
     return digest.hexdigest()
 
 
-def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
-    """(n,) integers as little-endian uint16; DataError if `astype` would wrap 65,541 to 5."""
+def as_tokens(tokens: np.ndarray, name: str) -> np.ndarray:
+    """(n,) integers as uint16, or as uint32 where one needs it; DataError if it fits into neither.
+
+    `astype` alone would wrap 65,541 to 5.
+    """
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise DataError(f"{name}: tokens must be 1-D integers, not {tokens.ndim}-D {tokens.dtype}")
-    outside = tokens[(tokens < 0) | (tokens > LARGEST_ID)]
+    largest = int(np.iinfo(UINT32).max)
+    outside = tokens[(tokens < 0) | (tokens > largest)]
     if outside.size:
-        raise DataError(
-            f"{name}: token id {outside[0]} does not fit into uint16 (0 to {LARGEST_ID:,}); "
-            "use a tokenizer with at most 65,536 ids, such as gpt2"
-        )
-    return tokens.astype("<u2", copy=False)
+        raise DataError(f"{name}: token id {outside[0]} is not one of 0 to {largest:,}")
+    return tokens.astype(token_dtype(int(tokens.max(initial=0)) + 1), copy=False)
 
 
 def map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
     """The tokens of a file, read on access, and the memory map that contains them."""
     with file.path.open("rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(memory, "<u2", file.length, file.offset), memory
+    return np.frombuffer(memory, file.dtype, file.length, file.offset), memory
 
 
-def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFile:
-    if version != VERSION:
+def _inspect_shard(path: Path, size: int, version: int, length: int, format: Format) -> TokenFile:
+    if version != format.version:
         raise DataError(
-            f"{path}: is a shard of version {version}, expected {VERSION}; "
+            f"{path}: is a shard of version {version}, expected {format.version}; "
             f"make it again with {PREPARE}"
         )
-    expected = HEADER_BYTES + 2 * length
+    file = TokenFile(path, HEADER_BYTES, length, format.dtype)
+    expected = file.size
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise DataError(
@@ -131,7 +156,30 @@ def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFil
         )
     if length == 0:
         raise DataError(f"{path}: has a header but no tokens; delete it or make it again")
-    return TokenFile(path, HEADER_BYTES, length)
+    return file
+
+
+def _inspect_npy(path: Path, size: int) -> TokenFile:
+    """build-nanogpt's shards: what np.save writes of a 1-D array."""
+    try:
+        with path.open("rb") as file:
+            is_first = np.lib.format.read_magic(file) == (1, 0)
+            first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+            shape, _, dtype = (first if is_first else second)(file)
+            offset = file.tell()
+    except ValueError as error:
+        raise DataError(
+            f"{path}: is not a .npy file ({first_line(error)}); copy it again"
+        ) from None
+    if dtype not in (UINT16, UINT32) or len(shape) != 1 or not shape[0]:
+        raise DataError(
+            f"{path}: is an array of {dtype} and shape {shape}; expected 1-D uint16 or uint32 "
+            f"tokens; make such shards with {PREPARE}"
+        )
+    tokens = TokenFile(path, offset, shape[0], dtype)
+    if size != tokens.size:
+        raise DataError(f"{path}: has {size:,} bytes, expected {tokens.size:,}; copy it again")
+    return tokens
 
 
 def _inspect_headerless(path: Path, size: int) -> TokenFile:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's BPE and plain bytes offline, others through tiktoken.
+"""Text to token ids and back: GPT-2's BPE and plain bytes offline, others in `tokenizer_json.py`.
 
 `encode` never produces the end-of-text token: a literal "<|endoftext|>" in a text is text. Code
 that concatenates documents puts `eot` before each.
@@ -10,15 +10,17 @@ import base64
 import difflib
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxgpt.data.embedded import load_embedded
-from jaxgpt.data.token_file import LARGEST_ID
+from jaxgpt.data.token_file import token_dtype
 from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
 
 EOT_TEXT = "<|endoftext|>"
 
-# Rejected by name, before a useless download (tiktoken 0.14).
-LARGE_VOCABULARIES = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
-
 # GPT-2's pattern for splitting text before BPE, in the equivalent, faster form of tiktoken 0.14.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -37,53 +36,72 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # when `\s+(?!\S)` backtracks over a million, so longer texts are searched for runs of it.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 SPACE_PROBES = 500_000  # characters between two positions that are searched
+WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+# A cut that the tokenizer confirms: characters searched, cuts tried, characters on each side.
+SEARCHED, CUTS_TRIED, CUT_CONTEXT = 10_000, 100, 100
+WORD_ENDS = re.compile(r"(?<=\S)(?=\s)|(?<=\w)(?=\W)")  # the latter for scripts without spaces
 
 BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  # by id
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(ABC):
     """A vocabulary of `n_vocab` ids, the end-of-text id `eot` among them.
 
-    Two tokenizers have the same `sha256` if and only if every id has the same bytes in both.
+    Two tokenizers with the same `sha256` make the same ids of every text.
     """
 
     name: str
     n_vocab: int
     eot: int
     sha256: str
-    bpe: tiktoken.Encoding | None = field(repr=False, compare=False)  # None: UTF-8's bytes
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its ids, in memory and in token files."""
+        return token_dtype(self.n_vocab)
+
+    @property
+    def decodes_bytes(self) -> bool:
+        """Whether an id stands for the same bytes wherever it is."""
+        return True
 
     def encode(self, text: str) -> np.ndarray:
-        """(tokens,) uint16. A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD."""
+        """(tokens,) of `dtype`. A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD."""
         try:
             return self._encode(text)
         except UnicodeEncodeError:
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """(tokens,) uint16: for each text the end-of-text token, then the text's tokens.
+    @abstractmethod
+    def _encode(self, text: str) -> np.ndarray:
+        """As `encode`; raises UnicodeEncodeError for a lone surrogate."""
 
-        The texts are joined by "<|endoftext|>" and encoded in one call, which is 3 % faster than
-        one call each, unless a text contains that string itself.
-        """
-        if self.bpe is not None:
-            joined = EOT_TEXT + EOT_TEXT.join(texts)
-            if joined.count(EOT_TEXT) == len(texts):
-                with suppress(UnicodeEncodeError):
-                    return self.bpe.encode_to_numpy(
-                        joined, allowed_special={EOT_TEXT}, disallowed_special=()
-                    ).astype(np.uint16)
-        eot = np.array([self.eot], np.uint16)
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """(tokens,) of `dtype`: for each text the end-of-text token, then the text's tokens."""
+        eot = np.array([self.eot], self.dtype)
         return np.concatenate([part for text in texts for part in (eot, self.encode(text))])
 
-    def _encode(self, text: str) -> np.ndarray:
-        if self.bpe is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        parts = [
-            self.bpe.encode_to_numpy(part, disallowed_special=()) for part in _cut_long_spaces(text)
-        ]
-        return np.concatenate(parts).astype(np.uint16)
+    def cut(self, text: str, start: int, limit: int) -> int:
+        """The last position in (start, limit] where cutting does not change the tokens.
+
+        GPT-2's pattern ends a word before every space or newline that follows another character.
+        `limit` itself if there is no such place.
+        """
+        word_end = WORD_END.match(text, start, limit)
+        return word_end.end() if word_end else limit
+
+    def checked_cut(self, text: str, start: int, limit: int) -> int:
+        """`cut` for any tokenizer: at an end of a word where it makes a cut itself."""
+        near = max(start, limit - SEARCHED)
+        ends = [match.end() for match in WORD_ENDS.finditer(text, near, limit)]
+        for end in reversed(ends[-CUTS_TRIED:]):
+            left, right = text[max(start, end - CUT_CONTEXT) : end], text[end : end + CUT_CONTEXT]
+            apart = [*self.encode(left), *self.encode(right)]
+            if end > start and apart == self.encode(left + right).tolist():
+                return end
+        return limit
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of (tokens,) ids; bytes that are not UTF-8 become U+FFFD.
@@ -99,11 +117,9 @@ class Tokenizer:
             )
         return self.decode_bytes(ids).decode(errors="replace")
 
+    @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of valid ids; a token may end in the middle of a UTF-8 character."""
-        if self.bpe is None:
-            return b"".join(BYTE_VOCABULARY[id] for id in ids)
-        return self.bpe.decode_bytes([int(id) for id in ids])
 
     def byte_lengths(self) -> np.ndarray:
         """(n_vocab,) int64: the number of bytes of text of each id, 0 for `eot`."""
@@ -111,19 +127,79 @@ class Tokenizer:
         lengths[self.eot] = 0
         return np.array(lengths)
 
+    def save(self, folder: Path) -> None:
+        """Write its files into a folder of data or of a run; none if it comes with a package."""
+        return
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """'gpt2' and 'byte' from the package, any other name from tiktoken.
 
-    Raises UserError for an unknown name, a vocabulary too large for uint16, a vocabulary that
-    cannot be downloaded, and a corrupt file in the package.
+class ByteTokenizer(Tokenizer):
+    """UTF-8's bytes, and the end of text."""
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return b"".join(BYTE_VOCABULARY[id] for id in ids)
+
+
+@dataclass(frozen=True)
+class TiktokenTokenizer(Tokenizer):
+    """GPT-2's BPE, and others of tiktoken's."""
+
+    bpe: tiktoken.Encoding = field(repr=False, compare=False)
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        # The texts are joined by "<|endoftext|>" and encoded in one call, which is 3 % faster than
+        # one call each, unless a text contains that string itself.
+        joined = EOT_TEXT + EOT_TEXT.join(texts)
+        if joined.count(EOT_TEXT) == len(texts):
+            with suppress(UnicodeEncodeError):
+                return self.bpe.encode_to_numpy(
+                    joined, allowed_special={EOT_TEXT}, disallowed_special=()
+                ).astype(self.dtype)
+        return super().encode_documents(texts)
+
+    def _encode(self, text: str) -> np.ndarray:
+        parts = [
+            self.bpe.encode_to_numpy(part, disallowed_special=()) for part in _cut_long_spaces(text)
+        ]
+        return np.concatenate(parts).astype(self.dtype)
+
+    def cut(self, text: str, start: int, limit: int) -> int:
+        # Patterns newer than GPT-2's join a newline to the punctuation before it.
+        is_gpt2s = self.bpe._pat_str == GPT2_PATTERN
+        return (super().cut if is_gpt2s else self.checked_cut)(text, start, limit)
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self.bpe.decode_bytes([int(id) for id in ids])
+
+
+def load_tokenizer(name: str, *beside: Path) -> Tokenizer:
+    """'gpt2' and 'byte' from the package, a folder or file, owner/name of the Hub, or tiktoken's.
+
+    `beside`: folders of data or of a run, which have a copy of their tokenizer if it does not come
+    with a package. Raises UserError for an unknown name, and for files that are missing, corrupt or
+    cannot be downloaded.
     """
     if name == "byte":
-        return Tokenizer(name, 257, 256, _hash_vocabulary(BYTE_VOCABULARY), bpe=None)
-    bpe = _build_gpt2() if name == "gpt2" else _load_from_tiktoken(name)
-    _refuse_if_large(name, bpe.n_vocab)
-    vocabulary = [bpe.decode_single_token_bytes(id) for id in range(bpe.n_vocab)]
-    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
+        return ByteTokenizer(name, 257, 256, _hash_vocabulary(BYTE_VOCABULARY))
+    if name == "gpt2":
+        return _of_tiktoken(name, _build_gpt2())
+    from jaxgpt.data.tokenizer_files import find_tokenizer  # imports this module
+
+    if found := find_tokenizer(name, beside):
+        return found
+    return _of_tiktoken(name, _load_from_tiktoken(name))
+
+
+def _of_tiktoken(name: str, bpe: tiktoken.Encoding) -> Tokenizer:
+    vocabulary = []
+    for id in range(bpe.n_vocab):
+        try:
+            vocabulary.append(bpe.decode_single_token_bytes(id))
+        except KeyError:  # the larger vocabularies have gaps before their special tokens
+            vocabulary.append(b"")
+    return TiktokenTokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
 
 
 def _cut_long_spaces(text: str) -> Iterator[str]:
@@ -181,8 +257,7 @@ def _load_from_tiktoken(name: str) -> tiktoken.Encoding:
     import requests
     import tiktoken
 
-    _refuse_if_large(name, LARGE_VOCABULARIES.get(name, 0))
-    known = {"byte", *tiktoken.list_encoding_names()} - LARGE_VOCABULARIES.keys()
+    known = {"byte", "char", *tiktoken.list_encoding_names()}
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known))
         hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
@@ -199,14 +274,6 @@ def _load_from_tiktoken(name: str) -> tiktoken.Encoding:
         raise UserError(
             f"tokenizer {name!r} could not be loaded ({error}); check TIKTOKEN_CACHE_DIR"
         ) from None
-
-
-def _refuse_if_large(name: str, n_vocab: int) -> None:
-    if n_vocab > LARGEST_ID + 1:
-        raise UserError(
-            f"tokenizer {name!r} has {n_vocab:,} ids, but token files (uint16) have ids up to "
-            f"{LARGEST_ID:,}; use 'gpt2', or a smaller one such as 'p50k_base'"
-        )
 
 
 def _cached_name(error: requests.RequestException) -> str:

@@ -1,42 +1,109 @@
-"""A tokenizer's files in Hugging Face's format: writing them, and recognizing our tokenizers.
+"""A tokenizer's files in Hugging Face's format: finding, opening and writing them.
 
-All are byte-level BPE: GPT-2's with its merges, bytes without merges.
+GPT-2's and the bytes of `byte` are written as byte-level BPE, the latter without merges, and are
+recognized in any folder; other tokenizers keep the files that they were read from.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.data.tokenizer import (
-    BYTE_VOCABULARY,
     EOT_TEXT,
+    ByteTokenizer,
     Tokenizer,
     byte_characters,
     gpt2_merges,
     load_tokenizer,
 )
+from jaxgpt.data.tokenizer_json import FILES, MAIN_FILE, JsonTokenizer, open_json_tokenizer
+from jaxgpt.errors import UserError, first_line
 
-RECOGNIZED = ("gpt2", "byte")
+RECOGNIZED = {"gpt2": 50_257, "byte": 257}  # with their sizes
 SAME_AS_GPT2 = ("gpt2", "r50k_base")  # two names for the same vocabulary
 
 
+def find_tokenizer(name: str, beside: Iterable[Path]) -> Tokenizer | None:
+    """The tokenizer of a folder, a file or the Hub; None if `name` can only be tiktoken's.
+
+    As `load_tokenizer`. Raises UserError.
+    """
+    for folder in beside:
+        if (folder / MAIN_FILE).is_file():
+            return open_json_tokenizer(folder, name)
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return open_tokenizer(path, name)
+    if name == "char":
+        raise UserError(
+            "tokenizer 'char' is made of a text: python -m jaxgpt.prepare TEXT --tokenizer char; "
+            "train on its folder without --tokenizer"
+        )
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/"):
+        return open_tokenizer(_download(name), name)
+    if "/" in name or name.endswith(".json"):
+        raise UserError(
+            f"tokenizer {name!r}: no such folder or file; name a folder with {MAIN_FILE}, "
+            "owner/name on the Hugging Face Hub, gpt2, byte or char"
+        )
+    return None
+
+
+def open_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
+    """The tokenizer in a Hugging Face folder, or of a tokenizer.json and the files beside it.
+
+    'gpt2' or 'byte' if it is one of these; `name`, for messages and records, is by default the
+    path. Raises UserError if there is none, or if it has no end-of-text token.
+    """
+    folder = path.parent if path.name == MAIN_FILE else path
+    if folder.is_dir() and (known := recognize_tokenizer(folder, 0)):
+        return load_tokenizer(known)
+    return open_json_tokenizer(path, name or str(path))
+
+
+def _download(repository: str) -> Path:
+    import huggingface_hub
+
+    try:
+        patterns = [*FILES, "vocab.json"]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # its own and the HTTP library's
+        raise UserError(
+            f"tokenizer {repository!r} cannot be downloaded ({type(error).__name__}: "
+            f"{first_line(error)}); check the name and the network (HF_ENDPOINT sets a mirror), or "
+            "name a folder with its tokenizer.json"
+        ) from None
+
+
 def has_files(tokenizer: Tokenizer) -> bool:
-    """Whether `write_tokenizer` supports this tokenizer."""
-    return tokenizer.bpe is None or tokenizer.name in SAME_AS_GPT2
+    """Whether `write_tokenizer` supports this tokenizer: all but tiktoken's newer ones."""
+    return isinstance(tokenizer, JsonTokenizer) or is_byte_level(tokenizer)
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether it is GPT-2's or the bytes, whose files are made here."""
+    return isinstance(tokenizer, ByteTokenizer) or tokenizer.name in SAME_AS_GPT2
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json into `folder`."""
+    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json into `folder`.
+
+    Of a tokenizer that is not ours, the files that it was read from.
+    """
     assert has_files(tokenizer), tokenizer.name
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer.save(folder)
+        return
     ids = vocabulary(tokenizer)
-    merges = [] if tokenizer.bpe is None else gpt2_merges()
+    is_gpt2 = tokenizer.name in SAME_AS_GPT2
+    merges = gpt2_merges() if is_gpt2 else []
     _write(folder / "vocab.json", json.dumps(ids))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     _write(folder / "tokenizer.json", json.dumps(_tokenizer_json(ids, merges)))
     config = {
-        "tokenizer_class": "GPT2Tokenizer"
-        if tokenizer.bpe is not None
-        else "PreTrainedTokenizerFast",
+        "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT),
@@ -49,7 +116,7 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     characters = byte_characters()
     ids = {}
     for id in range(tokenizer.n_vocab):
-        piece = BYTE_VOCABULARY[id] if tokenizer.bpe is None else tokenizer.decode_bytes([id])
+        piece = tokenizer.decode_bytes([id])
         text = EOT_TEXT if id == tokenizer.eot else "".join(characters[byte] for byte in piece)
         ids[text] = id
     return ids
@@ -64,7 +131,9 @@ def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
     found = _vocabulary_in(folder)
     if found is None:
         return {50_257: "gpt2", 50_304: "gpt2", 257: "byte"}.get(n_vocab)
-    for name in RECOGNIZED:
+    for name, size in RECOGNIZED.items():
+        if len(found) < size:
+            continue
         ids = vocabulary(load_tokenizer(name))
         if all(found.get(text) == id for text, id in ids.items()):
             return name

@@ -116,3 +116,8 @@ def compute_capability(device: Any) -> tuple[int, int]:
     """CUDA compute capability of a `jax.Device`, (0, 0) if it has none."""
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
     return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)
+
+
+def attention_on(device: Any, dtype: str, head_width: int) -> tuple[Attend, str]:
+    """`pick_attention` for a `jax.Device`."""
+    return pick_attention(device.platform, compute_capability(device), dtype, head_width)

@@ -115,9 +115,34 @@ def _log_softmax_parts(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(losses_C, logits_CV, logsumexp_C): logits in the dtype of `h_CD`, the others float32."""
     logits_CV = mask_padding(jnp.einsum("CD,VD->CV", h_CD, w_VD), n_vocab)
-    lse_C = jax.nn.logsumexp(logits_CV.astype(jnp.float32), axis=-1)
+    lse_C = _logsumexp(logits_CV.astype(jnp.float32))
     picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
     return lse_C - picked_C.astype(jnp.float32), logits_CV, lse_C
+
+
+def _logsumexp(x_CV: jax.Array) -> jax.Array:
+    """logsumexp_C; a GPU reads the logits once for it."""
+    plain = partial(jax.nn.logsumexp, axis=-1)
+    return jax.lax.platform_dependent(x_CV, cuda=_one_pass_logsumexp, default=plain)
+
+
+def _one_pass_logsumexp(x_CV: jax.Array) -> jax.Array:
+    """logsumexp_C in one reduction: of the maximum, and of the sum of exponentials relative to it.
+
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    lowest = jnp.finfo(x_CV.dtype).min  # not minus infinity: infinity - infinity is NaN
+
+    def join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        (max_a, sum_a), (max_b, sum_b) = a, b
+        scale = jnp.exp(-jnp.abs(max_a - max_b))  # of the sum with the smaller maximum
+        total = jnp.where(max_a >= max_b, sum_a + sum_b * scale, sum_a * scale + sum_b)
+        return jnp.maximum(max_a, max_b), total
+
+    each = (jnp.maximum(x_CV, lowest), jnp.ones_like(x_CV))
+    nothing = (lowest, jnp.zeros((), x_CV.dtype))
+    max_C, sum_C = jax.lax.reduce(each, nothing, join, (1,))
+    return max_C + jnp.log(sum_C)
 
 
 def _in_chunks(

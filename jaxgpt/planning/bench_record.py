@@ -25,6 +25,7 @@ def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
         "versions": hardware.versions(),
         "preset": cfg.asked.preset,
         "parameters": m.parameter_count(),
+        "padding_parameters": m.padding_parameters,
         **shape,
         "vocab_size": m.vocab_size,
         "bias": m.bias,
@@ -76,7 +77,8 @@ def print_result(result: dict[str, Any]) -> None:
     spread = (max(r["step_ms_windows"]) - min(r["step_ms_windows"])) / r["step_ms"]
     rows = {
         "device": f"{r['device']} ({r['platform']}), jax {r['versions']['jax']}",
-        "model": f"{r['parameters']:,} parameters, {r['dtype']}, remat {r['remat']}",
+        "model": f"{r['parameters']:,} parameters, {r['padding_parameters']:,} of them padding, "
+        f"{r['dtype']}, remat {r['remat']}",
         "attention": r["attention"],
         "step": f"{r['batch']}; {r['tokens_per_step']:,} tokens of {r['data']}",
         "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "

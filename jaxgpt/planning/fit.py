@@ -7,6 +7,7 @@ compiler confirms is taken.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from jaxgpt.config.batch import batch_sizes
 from jaxgpt.config.resolved import Resolved
@@ -16,7 +17,8 @@ from jaxgpt.planning.memory import ESTIMATE_ERROR, RESERVE_BYTES, Need, estimate
 from jaxgpt.planning.speed import relative_step_time
 
 CHOICES = frozenset({"batch_size", "remat"})  # fields that can be chosen by the available memory
-# GPT-2's own sizes and steps between and beyond them: (n_layer, n_head, n_embd), heads of 64.
+# GPT-2's own sizes and steps between and beyond them: (n_layer, n_head, n_embd), heads of 64. A
+# network whose heads may have any width has half as many, of 128.
 SHAPES = (
     *((4, 4, 256), (6, 6, 384), (8, 8, 512), (10, 10, 640), (12, 12, 768), (14, 14, 896)),
     *((18, 16, 1024), (24, 16, 1024), (28, 18, 1152), (36, 20, 1280), (40, 22, 1408)),
@@ -69,7 +71,10 @@ def _candidates(cfg: Resolved, free: Collection[str]) -> Iterator[Resolved]:
 def ladder(cfg: Resolved) -> Iterator[Resolved]:
     """`cfg` with every one of SHAPES, largest first."""
     for n_layer, n_head, n_embd in reversed(SHAPES):
-        model = dataclasses.replace(cfg.model, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        heads: dict[str, Any] = {"n_head": n_head}
+        if cfg.model.has("head_dim"):
+            heads = {"n_head": n_head // 2, "head_dim": 128, "n_kv_head": None, "mlp_width": None}
+        model = dataclasses.replace(cfg.model, n_layer=n_layer, n_embd=n_embd, **heads)
         yield dataclasses.replace(cfg, model=model)
 
 

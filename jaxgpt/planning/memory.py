@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxgpt.config.architecture import parameter_sizes
+from jaxgpt.config.architecture import ModelConfig, parameter_sizes
+from jaxgpt.config.fields import Remat
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
@@ -109,12 +110,15 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     BTD = rows * m.n_embd * width / 2
     logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size
     copy = width if cfg.dtype != "float32" else 0  # of a weight, for the products
-    head = m.vocab_size * m.n_embd * (4 + copy)  # the embedding's gradient in float32, its copy
+    VD = m.vocab_size * m.n_embd
+    head = VD * (4 + copy)  # the head's gradient in float32, its copy for the products
+    head += 0 if m.tied_head else 4 * VD  # the embedding's gradient
     N, fsdp = m.parameter_count(), cfg.mesh.fsdp
     copies = kept.copies * copy * N
     if cfg.asked.scan_layers:  # shards are stacked as they are, in float32
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
+    per_layer += rows * width * _kept_beyond_gpt2(m, cfg.remat)
     per_layer += kept.scores_per_layer * scores
     per_layer += kept.dropout * BTD if m.dropout else 0
     at_the_head = kept.at_the_head * BTD + logits
@@ -124,6 +128,17 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
         "logits": int(logits),
         "workspace": int(head + copies),
     }
+
+
+def _kept_beyond_gpt2(m: ModelConfig, remat: Remat) -> int:
+    """Elements per token and layer that a network keeps beyond GPT-2's, which `Kept` counts."""
+    if not m.has("rope_theta") or remat == "full":
+        return 0
+    D, H, F = m.n_embd, m.head_width, m.mlp_hidden
+    both = (m.n_head + m.kv_heads) * H  # queries and keys
+    products = 2 * both - 4 * D + 2 * F - 4 * D  # q, k, v, attention's output; gate, up
+    # Besides, queries and keys once more, rotated, and the MLP's activation.
+    return products if remat == "light" else products + both + F - 4 * D
 
 
 # ---------------------------------------------------------------- compiled

@@ -5,25 +5,20 @@ lists are estimated, and labelled so.
 """
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.config.fields import Config, flat_fields, names_with
+from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import MeshShape
-from jaxgpt.config.presets import load_preset, preset_for_memory, preset_names
 from jaxgpt.config.resolved import Resolved, choose_dtype
-from jaxgpt.config.roles import Role
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
-from jaxgpt.planning.gpus import GIB, Gpu
+from jaxgpt.planning.gpus import Gpu
 from jaxgpt.planning.new_run import resolve_new
+from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset, train_command
 from jaxgpt.training.sharding import make_layout
-
-TRAIN = "python -m jaxgpt.train"
 
 
 class Planner:
@@ -47,6 +42,7 @@ class Planner:
         self.why_estimated = why_estimated
         self._devices = None if why_estimated else target.card_devices(gpu, mesh.devices)
         self._on_compile = on_compile
+        self._found: dict[Resolved, fit.Fitting | None] = {}
 
     def resolve(self, asked: Config) -> Resolved:
         """`asked` on this card. Raises ConfigError if the card cannot compute in its dtype."""
@@ -71,24 +67,6 @@ class Planner:
             raise UserError(fit.does_not_fit(cfg, self.gpu.name, self.capacity))
         return self.record(found.cfg, found.need)
 
-    def overview(self, cfg: Resolved) -> dict[str, Any]:
-        """Which presets fit, the one for this card, and the largest model that trains on it.
-
-        `cfg` gives the context, effective batch and steps of the largest model.
-        """
-        presets = [self.resolve(load_preset(name)) for name in preset_names()]
-        tier = self.resolve(load_preset(preset_for_memory(self.gpu.memory_bytes / GIB)))
-        recommended = self.one(tier, ())
-        largest = fit.largest_model(cfg, self.capacity, self.need)
-        return {
-            "gpu": self.gpu.key,
-            "capacity_bytes": self.capacity,
-            "presets": [self.record(p, memory.estimate(p)) for p in presets if p.asked.vram_gb],
-            "recommended": recommended,
-            "largest_model": self.record(largest.cfg, largest.need) if largest else None,
-            "command": recommended["command_that_fits"],
-        }
-
     def best_for_hours(self, cfg: Resolved, hours: float) -> dict[str, Any]:
         """The shape and token count with the least predicted loss after `hours` on the card.
 
@@ -101,8 +79,8 @@ class Planner:
                 "can be planned by --hours; leave it out, and measure tokens/s with "
                 "python -m jaxgpt.bench"
             )
-        shapes = (fit.best_fit(shape, self.capacity) for shape in fit.ladder(cfg))
-        fitting = [self._trained_for(hours, found) for found in shapes if found]
+        shapes = (self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
+        fitting = [self.trained_for(hours, found) for found in shapes if found]
         choices = [choice for choice in fitting if choice]
         if not choices:
             raise UserError(
@@ -111,9 +89,9 @@ class Planner:
                 else fit.does_not_fit(cfg, self.gpu.name, self.capacity)
             )
         for choice in sorted(choices, key=lambda choice: choice.loss):
-            found = fit.best_fit(choice.fitting.cfg, self.capacity, self.need)
+            found = fit.best_fit(of_its_preset(choice.fitting.cfg), self.capacity, self.need)
             # The compiler may find another batch_size and remat, and so another speed.
-            best = self._trained_for(hours, found) if found else None
+            best = self.trained_for(hours, found) if found else None
             if best:
                 break
         else:
@@ -139,6 +117,7 @@ class Planner:
             "gpu_name": self.gpu.name,
             "capacity_bytes": self.capacity,
             "parameters": parameters,
+            "padding_parameters": m.padding_parameters,
             "n_layer": m.n_layer,
             "n_head": m.n_head,
             "n_embd": m.n_embd,
@@ -177,69 +156,57 @@ class Planner:
             "command_that_fits": command if fits else self._command_that_fits(cfg),
         }
 
-    def _trained_for(self, hours: float, found: fit.Fitting) -> "_Choice | None":
-        """`found` with the steps and the learning rate for `hours`; None if they are too short."""
+    def trained_for(
+        self, hours: float, found: fit.Fitting, gpu: Gpu | None = None
+    ) -> "Choice | None":
+        """`found` with as many steps as the card makes in `hours`, at most a twentieth of warm-up.
+
+        None if they are too short for a step, or no speed is known. `gpu`: another card.
+        """
         cfg = found.cfg
-        rate = speed.tokens_per_second(cfg, self.gpu)
-        assert rate is not None, "checked by best_for_hours"
-        max_iters = int(rate * hours * speed.HOUR / cfg.tokens_per_step)
+        rate = speed.tokens_per_second(cfg, gpu or self.gpu)
+        max_iters = int((rate or 0) * hours * speed.HOUR / cfg.tokens_per_step)
         if max_iters < 1:
             return None
-        parameters = cfg.model.parameter_count()
-        peak = speed.suggested_learning_rate(parameters)
         warmup = min(cfg.optimizer.warmup_iters, max(1, max_iters // 20))
-        optimizer = dataclasses.replace(
-            cfg.optimizer,
-            learning_rate=peak,
-            min_lr=peak / 10,
-            warmup_iters=warmup,
-            lr_decay_iters=max_iters,
-        )
         cfg = dataclasses.replace(
             cfg,
             asked=dataclasses.replace(cfg.asked, max_iters=max_iters),
-            optimizer=optimizer,
+            optimizer=dataclasses.replace(
+                cfg.optimizer, warmup_iters=warmup, lr_decay_iters=max_iters
+            ),
         )
-        loss = speed.predicted_loss(parameters, cfg.total_tokens)
-        return _Choice(fit.Fitting(cfg, found.need), loss)
+        loss = speed.predicted_loss(cfg.model.parameter_count(), cfg.total_tokens)
+        return Choice(fit.Fitting(cfg, found.need), loss)
 
-    def _choice_record(self, choice: "_Choice") -> dict[str, Any]:
+    def _choice_record(self, choice: "Choice") -> dict[str, Any]:
         cfg = choice.fitting.cfg
         m, tokens = cfg.model, cfg.total_tokens
+        parameters = m.parameter_count()
         return {
-            "parameters": m.parameter_count(),
+            "parameters": parameters,
             "n_layer": m.n_layer,
             "n_head": m.n_head,
             "n_embd": m.n_embd,
             "total_tokens": tokens,
-            "tokens_per_parameter": tokens / m.parameter_count(),
+            "tokens_per_parameter": tokens / parameters,
             "tokens_per_second": speed.tokens_per_second(cfg, self.gpu),
             "predicted_loss": choice.loss,
         }
 
     def _command_that_fits(self, cfg: Resolved) -> str | None:
-        found = fit.best_fit(cfg, self.capacity)
+        found = self.fitting(cfg)
         return train_command(found.cfg) if found else None
 
+    def fitting(self, cfg: Resolved) -> fit.Fitting | None:
+        """`cfg` with the batch_size and remat that fit by estimate; None if none do."""
+        if cfg not in self._found:
+            self._found[cfg] = fit.best_fit(cfg, self.capacity)
+        return self._found[cfg]
 
-class _Choice(NamedTuple):
+
+class Choice(NamedTuple):
+    """A run of given hours, and its predicted loss."""
+
     fitting: fit.Fitting
     loss: float
-
-
-def train_command(cfg: Resolved) -> str:
-    """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
-    preset = load_preset(cfg.asked.preset)
-    base = resolve_new(preset, cfg.dtype)
-    # Neither is printed: the dtype is the card's own, and the decay ends with the run.
-    old = {**base.flat(), "dtype": preset.dtype, "lr_decay_iters": cfg.asked.max_iters}
-    new = {**cfg.flat(), "dtype": cfg.asked.dtype}
-    names = [name for name in flat_fields() if name not in names_with(Role.IMPLIED)]
-    differing = [name for name in names if new[name] != old[name]]
-    words = ["--preset", cfg.asked.preset]
-    for name in differing:
-        words += [f"--{name.replace('_', '-')}", str(new[name])]
-    if {"n_layer", "n_head", "n_embd"} & set(differing):  # no longer a run of the preset
-        size = f"{cfg.model.parameter_count() / 1e6:.0f}m"
-        words += ["--out-dir", f"runs/{Path(cfg.asked.preset).stem}-{size}"]
-    return f"{TRAIN} {shlex.join(words)}"

@@ -28,6 +28,7 @@ PUBLISHED_MFU = {
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
     (9, 0): Mfu(0.41, "published: llm.c, 124M on H100, modded-nanogpt's first record"),
     (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
+    (10, 3): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
 }
 # Each micro-batch, whatever its size, reads the weights and writes and accumulates gradients: some
@@ -44,14 +45,16 @@ LEARNING_RATES = ((30e6, 8e-4), (124e6, 6e-4), (355e6, 5e-4), (774e6, 3e-4), (1.
 def model_flops_per_token(model: ModelConfig) -> int:
     """FLOPs of one training token, forward and backward: 6 N + 12 L D T.
 
-    The formula of nanoGPT and of PaLM's appendix B: position embeddings left out of N, the tied
-    head counted once, attention counted in full rather than causal, recomputation not counted.
+    The formula of nanoGPT and of PaLM's appendix B: N without embeddings that are only looked up
+    (positions; tokens, if the head is not tied to them), D the width of all heads together, grouped
+    or not; attention counted in full rather than causal, recomputation not counted.
     GPT-2 124M has N = 123,587,328, hence 854,770,176.
     """
-    D, T = model.n_embd, model.block_size
-    sizes = parameter_sizes(model)
-    N = sum(sizes.values()) - sizes.get("wpe/embedding", 0)
-    return 6 * N + 12 * model.n_layer * D * T
+    assert model.vocab_size is not None
+    sizes = parameter_sizes(model).items()
+    in_blocks = sum(size for path, size in sizes if not path.endswith("embedding"))
+    N = in_blocks + model.vocab_size * model.n_embd
+    return 6 * N + 12 * model.n_layer * model.n_head * model.head_width * model.block_size
 
 
 def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float) -> float:

@@ -35,21 +35,29 @@ def print_overview(answer: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     name = answer["recommended"]["gpu_name"]
     console.print(f"[bold]{name}[/bold]: {_gib(answer['capacity_bytes'])} for training")
+    for reason in answer["reasons"]:
+        console.print(reason, markup=False)
+    hours = f"{answer['hours_given']:g} h"
+    timed = any(record["predicted_loss"] for record in answer["presets"])
     table = Table(box=None, pad_edge=False)
-    for column in ("preset", "parameters", "batch", "remat", "needs", "fits", "time", "tokens"):
-        right = column in ("parameters", "needs", "time", "tokens")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    columns = ("preset", "parameters", "GiB", "fits", "time", "tokens")
+    for column in (*columns, f"loss, {hours}") if timed else columns:
+        left = column in ("preset", "fits")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for record in answer["presets"]:
-        table.add_row(*_overview_row(record))
+        table.add_row(*_overview_row(record, timed))
     console.print(table)
-    console.print("[dim]~ estimated, within a tenth; --preset NAME compiles and itemizes[/dim]")
+    console.print("[dim]GiB are estimated, within a tenth; --preset NAME compiles, itemizes[/dim]")
+    if timed:
+        console.print(f"[dim]loss: predicted after {hours} of training here, to rank presets[/dim]")
     largest, recommended = answer["largest_model"], answer["recommended"]
     if largest:
-        how = f"\nThe largest model that trains here ({_how(largest)}):"
-        console.print(f"{how} {_title(largest)}", markup=False)
+        console.print(f"\nThe largest model that trains here: {_title(largest)}", markup=False)
+        console.print(f"  {_time(largest)}; memory {largest['method']}", markup=False)
         _print_command(console, largest)
-    how = f"\nTo start with ({_how(recommended)}):"
-    console.print(f"{how} {_title(recommended)}", markup=False)
+    why = f", the least loss after {hours}" if timed else ""
+    console.print(f"\nTo start with{why}: {_title(recommended)}", markup=False)
+    console.print(f"  {_time(recommended)}; memory {recommended['method']}", markup=False)
     console.print(_bar(recommended))
     _print_command(console, recommended)
 
@@ -161,18 +169,33 @@ def _facts(record: dict[str, Any]) -> Table:
     return table
 
 
-def _overview_row(record: dict[str, Any]) -> list[str]:
-    hours = record["hours"]
-    return [
+def _overview_row(record: dict[str, Any], timed: bool) -> list[str]:
+    loss = record["predicted_loss"]
+    cells = [
         record["preset"],
         f"{record['parameters'] / 1e6:.1f}M",
-        f"{record['batch_size']} x {record['gradient_accumulation_steps']}",
-        record["remat"],
-        f"~{_gib(record['peak_bytes'])}",
-        "[green]yes[/green]" if record["fits"] else "[red]no[/red]",
-        "?" if hours is None else duration(hours * 3600),
+        f"{record['peak_bytes'] / GIB:.1f}",
+        _fits(record),
+        "?" if record["hours"] is None else duration(record["hours"] * 3600),
         f"{record['total_tokens'] / 1e9:.1f}B",
     ]
+    return [*cells, f"{loss:.3f}" if loss else ""] if timed else cells
+
+
+def _fits(record: dict[str, Any]) -> str:
+    batch_size, remat = record["batch_size_that_fits"], record["remat_that_fits"]
+    if record["fits"]:
+        return "[green]yes[/green]"
+    if batch_size is None:
+        return "[red]no[/red]"
+    return f"batch {batch_size}" + (f", {remat}" if remat != record["remat"] else "")
+
+
+def _time(record: dict[str, Any]) -> str:
+    tokens = f"{record['total_tokens'] / 1e9:.1f}B tokens"
+    if record["hours"] is None:
+        return f"{tokens}, time unknown"
+    return f"{tokens} in {duration(record['hours'] * 3600)}"
 
 
 def _print_command(console: Console, record: dict[str, Any]) -> None:

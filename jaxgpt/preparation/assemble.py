@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxgpt.data.manifest import ShardEntry, Split, count_documents
 from jaxgpt.data.shards import TokenStream
-from jaxgpt.data.token_file import TokenFile, inspect_file, write_pieces
+from jaxgpt.data.token_file import UINT16, TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.tokenize import iterate_tokens, part_path
+from jaxgpt.preparation.work_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
     s = plan.settings
     if s.val_fraction is not None:
         return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
-    # Only the first rank has the first tokens.
-    first = s.val_tokens or 0 if s.rank == 0 else 0
+    first = s.val_tokens or 0
     stop = None if limit_tokens is None else first + limit_tokens
     train = Output("train", "all", first, stop)
     return [Output("val", "all", 0, first), train] if first else [train]
@@ -47,8 +46,17 @@ def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
 class Assembler:
     """The state of a folder: which units are done, which shards are written, what comes next."""
 
-    def __init__(self, out: Path, work: Path, plan: Plan, limit_tokens: int | None, eot: int):
-        self._out, self._parts, self._plan, self._eot = out, work / "parts", plan, eot
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        plan: Plan,
+        limit_tokens: int | None,
+        eot: int,
+        dtype: np.dtype = UINT16,
+    ):
+        self._out, self._parts, self._plan = out, work / "parts", plan
+        self._eot, self._dtype = eot, dtype
         self._parts.mkdir(exist_ok=True)
         self._units = Journal(work / "units.jsonl", Record)
         self._shards = Journal(work / "shards.jsonl", ShardEntry)
@@ -59,13 +67,12 @@ class Assembler:
         # By stream: where each unit's tokens end, up to the first unfinished unit.
         self._ends: dict[str, list[int]] = {output.stream: [0] for output in self._outputs}
         self._refuse_other_streams()
-        self._kept = dict.fromkeys(self._ends, 0)  # by stream: the first unit whose part may exist
         self._tokens_in, self._shards_in = Counter[str](), Counter[str]()  # by split
         for shard in self.shards:
             self._add_to_totals(shard)
         self._remove_leftovers()
-        self._forget_lost_parts()
         self._extend_ends()
+        self._forget_lost_parts()
         self._adopt_unrecorded_shards()
 
     @property
@@ -77,11 +84,6 @@ class Assembler:
     def tokens_done(self) -> int:
         """The tokens in finished shards."""
         return self._tokens_in.total()
-
-    @property
-    def empty_splits(self) -> list[str]:
-        """The splits without a token."""
-        return [split for split in ("train", "val") if not self._tokens_in[split]]
 
     @property
     def finished(self) -> bool:
@@ -117,6 +119,11 @@ class Assembler:
         for path in self._parts.iterdir():
             path.unlink()
 
+    def remove_unfinished_parts(self, number: int) -> None:
+        """Delete what a worker that died has written of a unit."""
+        for path in self._parts.glob(f"{number:06d}.*.tmp"):
+            path.unlink(missing_ok=True)
+
     def _refuse_other_streams(self) -> None:
         for record in self._units.entries:
             if record.tokens.keys() != self._ends.keys():
@@ -146,37 +153,31 @@ class Assembler:
 
     def _split_end(self, output: Output) -> int | None:
         """Where a split ends, None if that is not known yet."""
-        if output.stop is not None:
-            return output.stop
-        ends, last = self._ends[output.stream], self._last_needed()
-        if last is not None:
-            return ends[last + 1]
-        return ends[-1] if len(ends) == self._n_units + 1 else None
+        ends, last, end = self._ends[output.stream], self._last_needed(), output.stop
+        if end is None and last is not None:
+            end = ends[last + 1]
+        if len(ends) <= self._n_units:
+            return end
+        return ends[-1] if end is None else min(end, ends[-1])
 
     def _next_shard_end(self, output: Output) -> int | None:
         """Where the next shard ends, None if it cannot be written yet."""
         position, ends = self._position(output), self._ends[output.stream]
+        end = self._split_end(output)
         borders = [ends[k] for k in self._round_ends if k < len(ends)]
-        borders += [position + self._plan.settings.shard_tokens, self._split_end(output) or 0]
+        borders += [position + self._plan.settings.shard_tokens, end or 0]
         stop = min(border for border in borders if border > position)
-        final = self._split_end(output)
-        if stop > ends[-1] or (final is not None and stop > final):
-            return None
-        return stop
+        return stop if stop <= min(ends[-1], ends[-1] if end is None else end) else None
 
     def _is_finished(self, output: Output) -> bool:
-        stop, position = self._split_end(output), self._position(output)
-        all_done = len(self._ends[output.stream]) == self._n_units + 1
-        if all_done and position >= self._ends[output.stream][-1]:
-            return True
-        return stop is not None and position >= stop
+        end = self._split_end(output)
+        return end is not None and self._position(output) >= end
 
     def _next_name(self, output: Output) -> str:
         s = self._plan.settings
         # as in llm.c: val is 0, train begins at 1
         number = self._shards_in[output.split] + (output.split == "train")
-        rank = f"{s.rank:03d}_" if s.world_size > 1 else ""
-        return f"{s.prefix}_{output.split}_{rank}{number:06d}.bin"
+        return f"{s.prefix}_{output.split}_{number:06d}.bin"
 
     def _write_shard(self, output: Output, start: int, stop: int) -> None:
         documents = 0
@@ -188,7 +189,7 @@ class Assembler:
                 yield piece
 
         name = self._next_name(output)
-        sha256 = write_pieces(self._out / name, stop - start, pieces())
+        sha256 = write_pieces(self._out / name, stop - start, pieces(), self._dtype)
         self._record_shard(name, output, stop - start, documents, sha256)
 
     def _record_shard(
@@ -211,7 +212,7 @@ class Assembler:
             first, last = ends[unit : unit + 2]
             end = min(stop, last)
             path = part_path(self._parts, unit, stream)
-            yield from iterate_tokens(path, start - first, end - first)
+            yield from iterate_tokens(path, start - first, end - first, self._dtype)
             unit, start = unit + 1, end
 
     def _adopt_unrecorded_shards(self) -> None:
@@ -245,26 +246,21 @@ class Assembler:
 
     def _remove_leftovers(self) -> None:
         for path in [*self._parts.glob("*.tmp"), *self._out.glob("*.bin.tmp")]:
-            if self._plan.settings.world_size == 1 or path.parent == self._parts:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _forget_lost_parts(self) -> None:
         """Forget units whose tokens are neither in a shard nor on disk, to process them again."""
-        ends: dict[str, int] | None = dict.fromkeys(self._ends, 0)
-        for number in range(self._n_units):
-            record = self._records.get(number)
-            if record is None:
-                ends = None  # no shard has tokens from beyond a gap
-                continue
-            if ends is not None:
-                ends = {stream: end + record.tokens[stream] for stream, end in ends.items()}
-            for stream in self._ends:
+        for number, record in sorted(self._records.items()):
+            for stream, ends in self._ends.items():
+                # No shard has tokens from beyond a gap.
+                if number + 1 < len(ends) and self._is_used(stream, ends[number + 1]):
+                    continue
                 path = part_path(self._parts, number, stream)
-                intact = path.exists() and path.stat().st_size == 2 * record.tokens[stream]
-                if not intact and (ends is None or not self._is_used(stream, ends[stream])):
+                size = self._dtype.itemsize * record.tokens[stream]
+                if not path.exists() or path.stat().st_size != size:
                     self._records.pop(number, None)
-            if number not in self._records:
-                ends = None
+        self._ends = {stream: [0] for stream in self._ends}
+        self._extend_ends()
 
     def _is_used(self, stream: str, end: int) -> bool:
         """Whether all tokens before `end` are in shards."""
@@ -275,9 +271,8 @@ class Assembler:
         )
 
     def _delete_used_parts(self) -> None:
-        for stream, ends in self._ends.items():
-            while self._kept[stream] < len(ends) - 1 and self._is_used(
-                stream, ends[self._kept[stream] + 1]
-            ):
-                part_path(self._parts, self._kept[stream], stream).unlink(missing_ok=True)
-                self._kept[stream] += 1
+        for path in self._parts.glob("??????.*"):
+            number, _, stream = path.name.partition(".")
+            ends = self._ends.get(stream, [])  # none of a part that is being written
+            if int(number) + 1 < len(ends) and self._is_used(stream, ends[int(number) + 1]):
+                path.unlink()

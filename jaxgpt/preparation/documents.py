@@ -4,16 +4,18 @@ A document is a string; or a `LongText`, read as a stream, if it is too long for
 with the reason why it cannot be used, so that it is counted.
 """
 
+import bz2
 import codecs
 import gzip
 import hashlib
-import re
+import lzma
+import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxgpt.errors import UserError, first_line
 
@@ -21,7 +23,7 @@ CHUNK = 1 << 20  # bytes read at a time
 ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
 PIECE = 1 << 20  # characters encoded at a time
 
-SampleBy = Literal["document", "paragraph", "line"]
+PARTS = ("document", "paragraph", "line")  # of a text file; any other string parts documents
 
 
 class Skip(Enum):
@@ -38,7 +40,7 @@ class ReadOptions:
     """How files become documents."""
 
     text_column: str = "text"
-    sample_by: SampleBy = "document"
+    sample_by: str = "document"  # one of PARTS, or the text between two documents
     encoding_errors: Literal["skip", "replace"] = "skip"
 
     @property
@@ -93,11 +95,10 @@ def to_document(text: str | bytes | None, options: ReadOptions) -> Document:
     return text or Skip.EMPTY
 
 
-def pieces(document: str | LongText) -> Iterator[str]:
+def pieces(document: str | LongText, cut: Callable[[str, int, int], int]) -> Iterator[str]:
     """Cut a document into pieces of at most a million characters, without changing its tokens.
 
-    GPT-2's pattern ends a word before every space or newline that follows another character, so
-    pieces end there. A million characters without such a place are cut anywhere.
+    `cut` is the tokenizer's. A million characters without a place to cut are cut anywhere.
     """
     if isinstance(document, str) and len(document) <= PIECE:
         yield document
@@ -108,15 +109,11 @@ def pieces(document: str | LongText) -> Iterator[str]:
         pending += chunk
         start = 0
         while len(pending) - start > PIECE:
-            word_end = WORD_END.match(pending, start, start + PIECE)
-            stop = word_end.end() if word_end else start + PIECE
+            stop = cut(pending, start, start + PIECE)
             yield pending[start:stop]
             start = stop
         pending = pending[start:]
     yield pending
-
-
-WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def fraction_of(document: str | LongText) -> float:
@@ -155,6 +152,19 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             pending = others[-1:]
     if any(pending):
         yield b"".join(pending)
+
+
+def split_at(separator: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The texts between separators, without the newlines around them."""
+    pending = bytearray()
+    for chunk in chunks:
+        searched = max(0, len(pending) - len(separator) + 1)
+        pending += chunk
+        while (end := pending.find(separator, searched)) >= 0:
+            yield bytes(pending[:end]).strip(b"\r\n")
+            del pending[: end + len(separator)]
+            searched = 0
+    yield bytes(pending).strip(b"\r\n")
 
 
 def lines_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
@@ -204,10 +214,14 @@ def _decompress(file: BinaryIO, path: str) -> Iterator[bytes]:
         if name.endswith(".zst"):
             yield from _decompress_zstd(file)
             return
-        source = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+        openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+        opener = openers.get(os.path.splitext(name)[1])
+        source: Any = opener(file) if opener else file
         while chunk := source.read(CHUNK):
             yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; the libraries' own have no number
         raise UserError(
             f"{path}: is corrupt or truncated ({first_line(error)}); copy or download it again"
         ) from None

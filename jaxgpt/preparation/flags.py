@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxgpt.config.checks import as_flag
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, PathIfSet, TextIfSet, unless_none
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.documents import PARTS, ReadOptions
 
 PROG = "python -m jaxgpt.prepare"
 DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -21,11 +23,8 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 COUNTS = ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes")
 
-# The flags that --ready, --merge and --inspect can be combined with.
-OF_READY = frozenset(
-    {"inputs", "out", "name", "revision", "ready", "tokens", "workers", "rank", "world_size"}
-)
-OF_MERGE = frozenset({"inputs", "merge"})
+# The flags that --ready and --inspect can be combined with.
+OF_READY = frozenset({"inputs", "out", "name", "revision", "ready", "tokens", "workers"})
 OF_INSPECT = frozenset({"inputs", "inspect", "tokenizer"})
 
 DESCRIPTION = """Make token shards for training from FineWeb, another data set of the Hugging Face \
@@ -49,7 +48,7 @@ class PrepareFlags:
 
     inputs: Inputs = ()
     """fineweb, fineweb-edu, or owner/name of a Hub data set; or files, patterns, a folder of text,
-    a save_to_disk folder (.parquet, .jsonl and .txt, the last two also as .gz and .zst)"""
+    a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed too)"""
     out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
     name: TextIfSet = None
@@ -66,11 +65,13 @@ class PrepareFlags:
     tokens: Count = None
     """with --ready: download at least this many training tokens"""
     tokenizer: str = "gpt2"
-    """gpt2, byte, or a tiktoken encoding with at most 65,536 tokens"""
+    """gpt2, byte or char (the text's characters); a folder with tokenizer.json, such a file, or
+    owner/name on the Hub; or a tiktoken encoding"""
     text_column: str = "text"
-    """column or JSON key with the text"""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """what a document of a .txt file is: the complete file, a paragraph or a line"""
+    """column or JSON key with the text; meta.text for the key text within meta"""
+    sample_by: Annotated[str, tyro.conf.arg(metavar="document|paragraph|line|TEXT")] = "document"
+    """what a document of a .txt file is: the complete file, a paragraph, a line, or what is between
+    two occurrences of a text, such as '<|endoftext|>'"""
     encoding_errors: Literal["skip", "replace"] = "skip"
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
     val_tokens: Count = None
@@ -82,12 +83,9 @@ class PrepareFlags:
     """tokens per shard"""
     workers: IntIfSet = None
     """worker processes; by default one per CPU"""
-    rank: IntIfSet = None
-    """rank of this process among --world-size; by default from Slurm, torchrun or Open MPI"""
-    world_size: IntIfSet = None
-    """number of processes that divide the input; --merge joins their shards"""
-    merge: bool = False
-    """write the manifest of a folder in which all ranks have finished"""
+    cluster: TextIfSet = None
+    """address of a Dask scheduler (tcp://host:8786) whose workers do the work instead; they read
+    the text and write to --out by the same paths"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
     unit_bytes: Count = "256M"
@@ -102,10 +100,17 @@ class PrepareFlags:
             )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
+        if self.sample_by.isalpha() and self.sample_by not in PARTS:
+            errors.append(
+                f"--sample-by {self.sample_by} must be {', '.join(PARTS)}, or the text between two "
+                "documents, such as '<|endoftext|>'"
+            )
         if self.workers is not None and self.workers < 1:
             errors.append(f"--workers {self.workers} must be at least 1")
-        if self.merge or self.inspect:
-            return errors + self._one_folder_errors()
+        if self.cluster is not None and self.workers is not None:
+            errors.append("--workers is for this machine, and a --cluster has its own; give one")
+        if self.inspect:
+            return errors + self._inspect_errors()
         if not self.inputs:
             errors.append(
                 "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
@@ -124,15 +129,12 @@ class PrepareFlags:
             return str(error)
         return None
 
-    def _one_folder_errors(self) -> list[str]:
-        if self.merge and self.inspect:
-            return ["--merge and --inspect are two commands; give one"]
-        what = "--merge" if self.merge else "--inspect"
+    def _inspect_errors(self) -> list[str]:
         errors = []
         if len(self.inputs) != 1:
-            errors.append(f"{what} takes one folder: {PROG} {what} data/fineweb")
-        if others := self._given_beside(OF_MERGE if self.merge else OF_INSPECT):
-            errors.append(f"{what} takes only a folder; leave out {others}")
+            errors.append(f"--inspect takes one folder: {PROG} --inspect data/fineweb")
+        if others := self._given_beside(OF_INSPECT):
+            errors.append(f"--inspect takes only a folder; leave out {others}")
         return errors
 
     def _ready_errors(self) -> list[str]:
@@ -147,7 +149,16 @@ class PrepareFlags:
     def _given_beside(self, names: frozenset[str]) -> str:
         """The given flags that are not in `names`, for a message."""
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - names))
+        return ", ".join(as_flag(name) for name in sorted(given - names))
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How files become documents."""
+        return ReadOptions(
+            text_column=self.text_column,
+            sample_by=self.sample_by,
+            encoding_errors=self.encoding_errors,
+        )
 
     def number_of(self, name: str) -> int | None:
         """The value of a flag as a number (27B, 100M, 5_000, 1e9), None if it is not set.
@@ -156,7 +167,7 @@ class PrepareFlags:
             UserError: if it is not a positive integer.
         """
         text = getattr(self, name)
-        return None if text is None else _parse_number(name, text)
+        return None if text is None else parse_number(name, text)
 
 
 def parse_flags(argv: Sequence[str]) -> PrepareFlags:
@@ -164,7 +175,8 @@ def parse_flags(argv: Sequence[str]) -> PrepareFlags:
     return parse_command(argv, PrepareFlags, prog=PROG, description=DESCRIPTION)
 
 
-def _parse_number(name: str, text: str) -> int:
+def parse_number(name: str, text: str) -> int:
+    """A positive integer as 27B, 100M, 5_000 or 1e9; UserError, naming the flag, for another."""
     digits, factor = text.strip().upper().replace("_", "").replace(",", ""), 1
     if digits[-1:] in SUFFIXES:
         digits, factor = digits[:-1], SUFFIXES[digits[-1]]
@@ -174,7 +186,7 @@ def _parse_number(name: str, text: str) -> int:
         value = Decimal(-1)
     if value.is_nan() or not 1 <= value < 2**62 or value != int(value):
         raise UserError(
-            f"--{name.replace('_', '-')} {text}: is not a positive integer; write 27B, 100M or 5000"
+            f"{as_flag(name)} {text}: is not a positive integer; write 27B, 100M or 5000"
         )
     if name == "shard_tokens" and value >= 2**31:
         raise UserError(f"--shard-tokens {text}: a shard has at most 2,147,483,647 tokens")

@@ -26,7 +26,6 @@ FOLDERS = {
 
 PARQUET_COPY = "the Hub has a parquet copy of most data sets: --revision refs/convert/parquet"
 DOWNLOADS = "downloads"  # the folder for files while they are read
-DOWNLOADS_AHEAD = 2  # files downloaded while others are read
 
 
 class Listing(NamedTuple):
@@ -176,24 +175,31 @@ def remove_leftover_downloads(folder: Path) -> None:
 
 
 class Downloads:
-    """Background downloads, a few files ahead of the one that is needed next."""
+    """Background downloads, a few files ahead of the one that is needed next.
 
-    def __init__(self, inputs: Sequence[Input], get: Callable[[Input], Path]):
-        self._get = get
+    `ahead` says how many, at any time: a cluster may grow.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Input], get: Callable[[Input], Path], ahead: Callable[[], int]
+    ):
+        self._get, self._ahead, self._threads = get, ahead, 0
         self._order = list(inputs)
         self._places = {item.path: place for place, item in enumerate(inputs)}
         self._queue: queue.SimpleQueue[tuple[Input, Future[Path]]] = queue.SimpleQueue()
         self._futures: dict[str, Future[Path]] = {}
-        for _ in range(DOWNLOADS_AHEAD):  # daemons, or Ctrl-C would wait for the end of a download
-            threading.Thread(target=self._work, daemon=True).start()
 
     def local(self, needed: Input) -> Path | None:
         """The path of a downloaded file, None while it is downloading.
 
         Raises what its download raised.
         """
-        place = self._places[needed.path]
-        for item in self._order[place : place + DOWNLOADS_AHEAD]:
+        place, ahead = self._places[needed.path], self._ahead()
+        for _ in range(self._threads, ahead):
+            # A daemon, or Ctrl-C would wait for the end of a download.
+            threading.Thread(target=self._work, daemon=True).start()
+        self._threads = max(self._threads, ahead)
+        for item in self._order[place : place + ahead]:
             if item.path not in self._futures:
                 self._futures[item.path] = Future()
                 self._queue.put((item, self._futures[item.path]))

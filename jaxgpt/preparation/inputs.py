@@ -15,17 +15,19 @@ from typing import Literal, NamedTuple
 from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
 
-Kind = Literal["parquet", "jsonl", "text", "arrow"]
+Kind = Literal["parquet", "jsonl", "csv", "text", "arrow"]
 
 SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
     ".txt": "text",
+    ".md": "text",
 }
-COMPRESSED = (".gz", ".zst")  # of jsonl and text
-READABLE = ".parquet, .jsonl, .txt, the last two also as .gz or .zst"
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")  # of all but parquet
+READABLE = ".parquet, .jsonl, .csv, .txt, .md, all but the first also as .gz, .zst, .xz or .bz2"
 
 # Bytes of text per byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
 # parquet; gzip and zstd compress English to a third.
@@ -60,7 +62,7 @@ class Input:
 
     @property
     def is_compressed(self) -> bool:
-        return self.kind in ("jsonl", "text") and self.path.lower().endswith(COMPRESSED)
+        return self.kind not in ("parquet", "arrow") and self.path.lower().endswith(COMPRESSED)
 
     @property
     def divisible(self) -> bool:
@@ -109,12 +111,6 @@ def work_units(inputs: Iterable[Input], unit_bytes: int) -> list[Unit]:
             group += slices
             grouped += item.text_bytes
     return [*units, tuple(group)] if group else units
-
-
-def share_of_rank(units: Sequence[Unit], rank: int, world_size: int) -> list[Unit]:
-    """The consecutive units of one rank; all ranks' tokens in order are those of one process."""
-    n = len(units)
-    return list(units[n * rank // world_size : n * (rank + 1) // world_size])
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Input]:

@@ -16,11 +16,11 @@ from jaxgpt.data.manifest import (
     load_manifest,
     unfinished_error,
 )
-from jaxgpt.data.shards import TokenStream, find_files
-from jaxgpt.data.token_file import PREPARE, DataError, TokenFile, inspect_file
+from jaxgpt.data.shards import TokenStream, inspect_split
+from jaxgpt.data.token_file import PREPARE, DataError, TokenFile
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.preparation.manifest import summarize
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.text_manifest import summarize
 from jaxgpt.run.console import print_table
 
 EXCERPT = 200  # tokens
@@ -36,8 +36,16 @@ def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
         what = "is a file" if data_dir.exists() else "no such folder"
         raise DataError(f"{data_dir}: {what}; name a folder of tokens: {PREPARE} --inspect FOLDER")
     manifest = load_manifest(data_dir)
-    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name)
-    files, errors = _open_files(data_dir)
+    tokenizer = load_tokenizer(manifest.tokenizer.name if manifest else tokenizer_name, data_dir)
+    files: dict[str, list[TokenFile]] = {}
+    errors: list[str] = []
+    for split in ("train", "val"):
+        try:
+            intact, faults = inspect_split(data_dir, split)
+        except DataError as missing:
+            intact, faults = [], [str(missing)]
+        files |= {split: intact} if intact else {}
+        errors += faults
     rows = summarize(manifest) if manifest else _file_rows(files, tokenizer)
     rows |= {f"{split} begins": _excerpt(files[split], tokenizer) for split in files}
     print_table(str(data_dir), rows)
@@ -53,23 +61,6 @@ def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
     checked = "headers, sizes, checksums, ids" if manifest else "headers, sizes, ids (no manifest)"
     print(f"{data_dir}: " + (f"{len(errors)} errors" if errors else f"intact: {checked} checked"))
     return 2 if errors else 0
-
-
-def _open_files(data_dir: Path) -> tuple[dict[str, list[TokenFile]], list[str]]:
-    files: dict[str, list[TokenFile]] = {}
-    errors: list[str] = []
-    for split in ("train", "val"):
-        try:
-            paths = find_files(data_dir, split)
-        except DataError as error:
-            errors.append(str(error))
-            continue
-        for path in paths:
-            try:
-                files.setdefault(split, []).append(inspect_file(path))
-            except DataError as error:
-                errors.append(str(error))
-    return files, errors
 
 
 def _file_rows(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:

@@ -1,20 +1,21 @@
 """From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.manifest import ShardEntry
+from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
 from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
-from jaxgpt.preparation.plan import (
+from jaxgpt.preparation.readers import find_separators, has_documents
+from jaxgpt.preparation.text_manifest import total_splits
+from jaxgpt.preparation.work_plan import (
     FileSource,
     HubSource,
     Plan,
@@ -24,6 +25,9 @@ from jaxgpt.preparation.plan import (
 )
 
 SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of more
+# Validation is chosen by document if about this many are expected to be in it: with ten, it is
+# empty in one of 20,000 texts.
+EXPECTED_VAL_DOCUMENTS = 10
 
 
 def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -> Plan:
@@ -40,7 +44,10 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
         return _plan_for_hub(flags, folder, tokenizer, old, path)
     _refuse_hub_flags(flags)
     inputs = find_inputs(flags.inputs)
-    _refuse_single_document(inputs, flags)
+    if not any(item.size for item in inputs):
+        raise UserError(f"{inputs[0].path}: is empty; name a file that has text")
+    if flags.sample_by == "document" and (text := find_separators(inputs)):
+        print(f"{text}: if {EOT_TEXT} ends its documents, give --sample-by '{EOT_TEXT}'")
     if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
         raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
     source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)
@@ -74,13 +81,6 @@ def _plan_for_hub(
 
 
 def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
-    if not plan.units():
-        single = replace(plan.settings, rank=0, world_size=1)
-        raise UserError(
-            f"--world-size {plan.settings.world_size}: the input is only "
-            f"{len(replace(plan, settings=single).units())} units of work; use fewer processes, or "
-            "smaller units with --unit-bytes"
-        )
     if plan != old:
         plan.save(path)
     return plan
@@ -105,29 +105,30 @@ def _settings(
 ) -> Settings:
     """The settings from the flags, else from the folder's plan, else the defaults."""
     val_tokens, val_fraction = flags.number_of("val_tokens"), flags.val_fraction
+    val_at_end = False
     if val_tokens is None and val_fraction is None:
         if old is not None:
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
+            val_at_end = old.settings.val_at_end
         elif _is_fineweb(flags):
             val_tokens = SHARD_TOKENS
         else:
             small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
             val_fraction = 0.1 if small else 0.01
+            if not is_hub_name(flags.inputs):
+                least = round(EXPECTED_VAL_DOCUMENTS / val_fraction)
+                val_at_end = not has_documents(inputs, flags.read_options, least)
+            val_fraction = 0.1 if val_at_end else val_fraction
     return Settings(
         prefix=_prefix(flags, folder.out),
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
-        options=ReadOptions(
-            text_column=flags.text_column,
-            sample_by=flags.sample_by,
-            encoding_errors=flags.encoding_errors,
-        ),
+        options=flags.read_options,
         shard_tokens=flags.number_of("shard_tokens") or SHARD_TOKENS,
         val_tokens=val_tokens,
         val_fraction=val_fraction,
+        val_at_end=val_at_end,
         unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
-        rank=folder.rank,
-        world_size=folder.world_size,
     )
 
 
@@ -154,17 +155,26 @@ def _refuse_hub_flags(flags: PrepareFlags) -> None:
         )
 
 
-def _refuse_single_document(inputs: Sequence[Input], flags: PrepareFlags) -> None:
-    only_text = len(inputs) == 1 and inputs[0].kind == "text"
-    if only_text and flags.sample_by == "document" and flags.val_tokens is None:
+def refuse_bad_splits(
+    out: Path, settings: Settings, shards: Sequence[ShardEntry], records: Sequence[Record]
+) -> None:
+    """Raises UserError if a split has no token, or validation has more than training."""
+    splits = total_splits(shards)
+    train, val = splits.train.tokens, splits.val.tokens
+    if not train or not val:
+        raise UserError(_empty_split_error(out, settings, train + val, records))
+    fraction = settings.val_fraction
+    if fraction is not None and fraction <= 0.1 and val > train:
         raise UserError(
-            f"{inputs[0].path}: is a single document, and validation takes complete documents; "
-            "split it with --sample-by paragraph or --sample-by line, or use the first tokens for "
-            "validation with --val-tokens 50K"
+            f"{out}: validation, chosen by document, has {val:,} tokens and training only "
+            f"{train:,}, because a few documents are most of the text; choose another --out, and "
+            f"the first tokens with --val-tokens {(train + val) // 10}"
         )
 
 
-def empty_split_error(out: Path, settings: Settings, split: str, records: Sequence[Record]) -> str:
+def _empty_split_error(
+    out: Path, settings: Settings, tokens: int, records: Sequence[Record]
+) -> str:
     """A sentence on why a split has no token."""
     examples = {reason: path for record in records for reason, path in record.examples.items()}
     if not any(record.documents or record.skipped for record in records):
@@ -178,9 +188,11 @@ def empty_split_error(out: Path, settings: Settings, split: str, records: Sequen
     if settings.val_tokens is not None:
         return (
             f"{out}: all tokens are validation, which is the first {settings.val_tokens:,}; "
-            "prepare more text, or lower --val-tokens and choose another --out"
+            f"choose another --out and --val-tokens {max(tokens // 10, 1)}, or prepare more text"
         )
+    if settings.val_at_end:
+        return f"{out}: the text has only {tokens} tokens; prepare more into another --out"
     return (
-        f"{out}: {split!r} has no document, because there are few of them; choose another --out "
-        "and --val-fraction 0.5, --sample-by paragraph, or --val-tokens 50K (the first tokens)"
+        f"{out}: no document is in one of the splits, because there are few of them; choose "
+        "another --out and leave out --val-fraction: validation is then the end of the text"
     )

@@ -2,102 +2,50 @@
 
 import os
 import shutil
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from rich.filesize import decimal
-
-from jaxgpt.data.manifest import MANIFEST, size_errors
+from jaxgpt.data.manifest import MANIFEST, Manifest, load_manifest, size_errors
 from jaxgpt.data.token_file import refuse
-from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.preparation.assemble import Assembler
+from jaxgpt.preparation.characters import tokenizer_of_flags
+from jaxgpt.preparation.cluster import connect
+from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate_work
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads, download, remove_leftover_downloads
-from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input
-from jaxgpt.preparation.make_plan import empty_split_error, make_plan
-from jaxgpt.preparation.manifest import (
-    TextManifest,
-    load_text_manifest,
-    manifest_name,
-    text_manifest,
-)
+from jaxgpt.preparation.inputs import Input
+from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
-from jaxgpt.preparation.plan import HubSource, Plan
 from jaxgpt.preparation.progress import PreparationConsole
-from jaxgpt.preparation.workers import AHEAD, Locate, run_units
-from jaxgpt.run.console import duration, print_table
-
-# GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
-# machine's.
-TEXT_BYTES_PER_CORE_SECOND = 18e6
-DOWNLOADS_AT_ONCE = 4  # files of the Hub that may be on disk at the same time
+from jaxgpt.preparation.run_units import Locate, UnitLoop
+from jaxgpt.preparation.text_manifest import text_manifest
+from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.workers import Engine, Pool
+from jaxgpt.run.console import print_table
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a complete preparation needs, roughly."""
-
-    input_bytes: int
-    needed_bytes: int  # of the input, until the limit is reached
-    tokens: int
-    shard_bytes: int
-    temporary_bytes: int  # in addition, while it runs
-    core_seconds: float
-
-
-def estimate_work(
-    plan: Plan, inputs: Sequence[Input], limit_tokens: int | None, workers: int
-) -> Estimate:
-    """What preparing `inputs` needs, all of them or up to the limit."""
-    s = plan.settings
-    per_token = 1.0 if s.tokenizer == "byte" else TEXT_BYTES_PER_TOKEN
-    n_bytes = needed = sum(item.size for item in inputs) // s.world_size
-    text = sum(item.text_bytes for item in inputs) // s.world_size
-    tokens = int(text / per_token)
-    if limit_tokens is not None:
-        fraction = min(1.0, (limit_tokens + (s.val_tokens or 0)) / max(tokens, 1))
-        tokens, text = int(tokens * fraction), int(text * fraction)
-        needed = int(n_bytes * fraction)
-    unit_tokens = min(s.unit_bytes / per_token, tokens)
-    waiting = min(tokens, s.shard_tokens + workers * AHEAD * unit_tokens)
-    on_hub = isinstance(plan.source, HubSource)
-    largest = max((item.size for item in inputs), default=0) if on_hub else 0
-    return Estimate(
-        input_bytes=n_bytes,
-        needed_bytes=needed,
-        tokens=tokens,
-        shard_bytes=2 * tokens,
-        temporary_bytes=int(2 * waiting) + min(DOWNLOADS_AT_ONCE, len(inputs)) * largest,
-        core_seconds=text / TEXT_BYTES_PER_CORE_SECOND,
-    )
-
-
-def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> TextManifest:
+def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     """Make the missing shards of a folder and return its manifest. Raises UserError."""
-    out, world_size = folder.out, folder.world_size
-    tokenizer = load_tokenizer(flags.tokenizer)
+    out = folder.out
+    tokenizer = tokenizer_of_flags(flags, folder)
     plan = make_plan(flags, folder, tokenizer)
+    tokenizer.save(out)  # the workers read it, and so does training
     limit = flags.number_of("limit_tokens")
-    if limit is not None:
-        limit //= world_size
-    assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot)
-    refuse(list(size_errors(out, assembler.shards)))
-    path = out / manifest_name(folder.rank, world_size)
-    manifest = load_text_manifest(path)
+    assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot, tokenizer.dtype)
+    refuse(list(size_errors(out, assembler.shards, tokenizer.dtype)))
+    manifest = load_manifest(out)
     if assembler.finished and manifest is not None:
         _delete_temporary_files(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
         return manifest
-    for stale in {path, out / MANIFEST}:  # a folder with a manifest is complete
-        stale.unlink(missing_ok=True)
-    _tokenize(flags, folder, plan, assembler, limit)
+    (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
+    _tokenize(flags, folder, plan, tokenizer, assembler, limit)
     records = assembler.used_records()
-    if world_size == 1 and (missing := assembler.empty_splits):
-        raise UserError(empty_split_error(out, plan.settings, missing[0], records))
+    refuse_bad_splits(out, plan.settings, assembler.shards, records)
     manifest = text_manifest(plan, tokenizer, assembler.shards, records)
-    manifest.save(path)
+    manifest.save(out / MANIFEST)
     _delete_temporary_files(folder, assembler)
     return manifest
 
@@ -108,46 +56,41 @@ def _delete_temporary_files(folder: OutputFolder, assembler: Assembler) -> None:
 
 
 def _tokenize(
-    flags: PrepareFlags, folder: OutputFolder, plan: Plan, assembler: Assembler, limit: int | None
+    flags: PrepareFlags,
+    folder: OutputFolder,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    assembler: Assembler,
+    limit: int | None,
 ) -> None:
-    workers = flags.workers or available_cpus()
-    inputs = [item for round in plan.rounds for item in round]
-    estimate = estimate_work(plan, inputs, limit, workers)
-    remaining = max(0, estimate.shard_bytes - 2 * assembler.tokens_done)
-    free = check_free_space(folder.out, remaining + estimate.temporary_bytes)
-    title = f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}"
-    rows = _estimate_rows(estimate, plan, len(inputs), limit is not None, workers, free)
-    if assembler.shards:
-        rows["already done"] = f"{assembler.tokens_done:,} tokens, {len(assembler.shards)} shards"
-    print_table(title, rows)
-    pending = set(assembler.pending_units())
-    units = enumerate(plan.units())
-    done = sum(s.size for number, unit in units if number not in pending for s in unit)
-    with PreparationConsole(estimate.needed_bytes, done) as console:
-        locate, release = _make_locate(plan, pending, folder.work, console.say)
-        run_units(assembler, plan, folder.work, workers, console, locate, release)
+    with _open_engine(flags) as engine:
+        workers = engine.workers()
+        estimate = estimate_work(plan, tokenizer, limit, workers)
+        remaining = max(0, estimate.shard_bytes - tokenizer.dtype.itemsize * assembler.tokens_done)
+        free = check_free_space(folder.out, remaining + estimate.temporary_bytes)
+        title = f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}"
+        rows = estimate_rows(estimate, plan, limit is not None, workers, free)
+        if done := assembler.shards:
+            rows["already done"] = f"{assembler.tokens_done:,} tokens, {len(done)} shards"
+        print_table(title, rows)
+        pending = set(assembler.pending_units())
+        units = enumerate(plan.units())
+        done_bytes = sum(s.size for number, unit in units if number not in pending for s in unit)
+        with PreparationConsole(estimate.needed_bytes, done_bytes) as console:
+            locate, release = _make_locate(plan, pending, folder.work, engine, console.say)
+            per_token = estimate.bytes_per_token
+            loop = UnitLoop(
+                engine, assembler, plan, folder.work, console, per_token, locate, release
+            )
+            loop.run()
 
 
-def _estimate_rows(
-    estimate: Estimate, plan: Plan, n_inputs: int, limited: bool, workers: int, free: str
-) -> dict[str, str]:
-    """The estimate as rows of a table; `free` is the free space of the disk."""
-    on_hub, s = plan.source if isinstance(plan.source, HubSource) else None, plan.settings
-    return {
-        "input": f"{n_inputs:,} files, {decimal(estimate.input_bytes)}"
-        + (f" of {on_hub.repo} {on_hub.name}, downloaded when needed" if on_hub else "")
-        + (f"; limit reached after about {decimal(estimate.needed_bytes)}" if limited else ""),
-        "tokens": f"about {estimate.tokens:,} of tokenizer {s.tokenizer!r}, in shards of "
-        f"{s.shard_tokens:,}",
-        "disk": f"about {decimal(estimate.shard_bytes)}, plus {decimal(estimate.temporary_bytes)} "
-        f"while this runs; {free} free",
-        "time": f"about {duration(estimate.core_seconds / workers)} with {workers} workers"
-        + (", unless the download takes longer" if on_hub else ""),
-    }
+def _open_engine(flags: PrepareFlags) -> AbstractContextManager[Engine]:
+    return connect(flags.cluster) if flags.cluster else Pool(flags.workers or available_cpus())
 
 
 def _make_locate(
-    plan: Plan, pending: Set[int], work: Path, say: Callable[[str], None]
+    plan: Plan, pending: Set[int], work: Path, engine: Engine, say: Callable[[str], None]
 ) -> tuple[Locate, Callable[[Input], object]]:
     """A function that returns an input's path, and one for an input that is no longer needed."""
     if not isinstance(plan.source, HubSource):
@@ -161,7 +104,7 @@ def _make_locate(
     remove_leftover_downloads(folder)
     units = [unit for number, unit in enumerate(plan.units()) if number in pending]
     needed = {slice.input.path: slice.input for unit in units for slice in unit}
-    downloads = Downloads(list(needed.values()), get)
+    downloads = Downloads(list(needed.values()), get, lambda: downloads_ahead(engine.workers()))
     return downloads.local, lambda item: (folder / item.path).unlink(missing_ok=True)
 
 

@@ -15,7 +15,6 @@ from jaxgpt.data.manifest import (
     ShardEntry,
     Validation,
     count_documents,
-    size_errors,
 )
 from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
@@ -31,9 +30,9 @@ from jaxgpt.preparation.hub import (
     remove_leftover_downloads,
 )
 from jaxgpt.preparation.journal import Journal
-from jaxgpt.preparation.manifest import tokenizer_entry, total_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.text_manifest import tokenizer_entry, total_splits
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.
 READY = {
@@ -54,17 +53,13 @@ class ReadySource(msgspec.Struct):
 def download_ready(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     """Download the missing shards of a folder and return its manifest. Raises UserError."""
     out, work = folder.out, folder.work
-    if folder.world_size > 1:
-        raise UserError("--ready only downloads; run it in one process: --rank 0 --world-size 1")
     tokens = flags.number_of("tokens")
     repo = ready_repository(flags.inputs[0], flags.name, tokens)
     _refuse_other_source(work, repo, out)
     commit, files = list_shards(repo, tokens, flags.revision, print)
     write_json(work / "ready.json", {"repo": repo})
-    tokenizer, journal = load_tokenizer("gpt2"), Journal(work / "shards.jsonl", ShardEntry)
-    _adopt_unrecorded_shards(out, files, journal, tokenizer)
-    _download_missing(repo, commit, files, folder, journal, tokenizer)
-    shards = list(_shards_by_name(journal).values())
+    tokenizer = load_tokenizer("gpt2")
+    shards = _download_missing(repo, commit, files, folder, tokenizer)
     manifest = Manifest(
         jaxgpt=version("jaxgpt"),
         source={"kind": "ready-made shards", "repo": repo, "commit": commit},
@@ -139,50 +134,42 @@ def _file_name(file: Any) -> str:
     return str(file.path).rsplit("/", 1)[-1]
 
 
-def _is_missing(out: Path, entry: ShardEntry | None) -> bool:
-    return entry is None or any(size_errors(out, [entry]))
-
-
-def _shards_by_name(journal: Journal[ShardEntry]) -> dict[str, ShardEntry]:
-    """The newest entry of each shard."""
-    return {entry.file: entry for entry in journal.entries}
-
-
-def _adopt_unrecorded_shards(
-    out: Path, files: Sequence[Any], journal: Journal[ShardEntry], tokenizer: Tokenizer
-) -> None:
-    """Record shards that a killed run downloaded but did not record."""
-    known = _shards_by_name(journal)
-    for name in map(_file_name, files):
-        if name not in known and (out / name).exists():
-            journal.append(_shard_entry(out / name, tokenizer))
-
-
 def _download_missing(
-    repo: str,
-    commit: str,
-    files: Sequence[Any],
-    folder: OutputFolder,
-    journal: Journal[ShardEntry],
-    tokenizer: Tokenizer,
-) -> None:
-    """Download, check and record the missing shards; raises UserError."""
-    out, downloads, known = folder.out, folder.work / DOWNLOADS, _shards_by_name(journal)
-    missing = [file for file in files if _is_missing(out, known.get(_file_name(file)))]
-    total, needed = (sum(file.size for file in some) for some in (files, missing))
+    repo: str, commit: str, files: Sequence[Any], folder: OutputFolder, tokenizer: Tokenizer
+) -> list[ShardEntry]:
+    """Download and check the missing shards; returns the entries of all. Raises UserError.
+
+    A shard is moved to its place when it is complete, and recorded then or by the next run.
+    """
+    out, downloads = folder.out, folder.work / DOWNLOADS
+    journal = Journal(folder.work / "shards.jsonl", ShardEntry)
+    entries = {entry.file: entry for entry in journal.entries}  # the newest of each
+    total, missing = 0, []
+    for file in files:
+        path = out / _file_name(file)
+        total += file.size
+        if not path.is_file() or path.stat().st_size != file.size:
+            entries.pop(path.name, None)
+            missing.append(file)
+    needed = sum(file.size for file in missing)
     free = check_free_space(out, needed)
     print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} free)", flush=True)
     (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     remove_leftover_downloads(downloads)
     with PreparationConsole(total, total - needed) as console:
-        for file in missing:
-            console.update(total - needed, 0, 0, f"downloading {_file_name(file)}")
-            sha256 = file.lfs.sha256 if file.lfs else None
-            path = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
-            _check_shard(path, file.path, tokenizer)
-            move_file(path, out / _file_name(file))
-            journal.append(_shard_entry(out / _file_name(file), tokenizer))
-            needed -= file.size
+        for file in files:
+            name = _file_name(file)
+            if file in missing:
+                console.update(total - needed, 0, 0, f"downloading {name}")
+                sha256 = file.lfs.sha256 if file.lfs else None
+                path = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
+                _check_shard(path, file.path, tokenizer)
+                move_file(path, out / name)
+                needed -= file.size
+            if name not in entries:
+                entries[name] = _shard_entry(out / name, tokenizer)
+                journal.append(entries[name])
+    return list(entries.values())
 
 
 def _check_shard(path: Path, name: str, tokenizer: Tokenizer) -> None:

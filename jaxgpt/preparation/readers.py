@@ -1,34 +1,34 @@
-"""Reading documents from parquet, save_to_disk folders, JSON lines and plain text.
+"""Reading documents from parquet and save_to_disk folders, and by `line_readers.py` from the rest.
 
 A reader yields batches and never has a complete file in memory.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from jaxgpt.data.tokenizer import EOT_TEXT
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.preparation.documents import (
     CHUNK,
     Batch,
-    Document,
-    LongText,
     ReadOptions,
     Skip,
-    in_groups,
-    lines_between,
-    paragraphs,
     read_chunks,
-    split_lines,
     to_document,
 )
 from jaxgpt.preparation.inputs import Input, Slice
+from jaxgpt.preparation.line_readers import (
+    check_column,
+    first_few,
+    read_csv,
+    read_jsonl,
+    read_text,
+    sum_of_used,
+)
 
 ROWS = 1024  # documents per batch, 4 MB of web text: overhead is small
 BATCH_BYTES = 1 << 24  # fewer rows if they are long
-MAX_TOKEN_COUNT = 1 << 53  # of one document
-IN_MEMORY = 1 << 24  # bytes of text; a longer file is read as a stream, twice
 
 
 def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -36,8 +36,9 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     read = {
         "parquet": _read_parquet,
         "arrow": _read_saved_dataset,
-        "jsonl": _read_jsonl,
-        "text": _read_text,
+        "jsonl": read_jsonl,
+        "csv": read_csv,
+        "text": read_text,
     }[slice.input.kind]
     try:
         yield from read(slice, options)
@@ -45,6 +46,33 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         raise UserError(
             f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"
         ) from None
+
+
+def has_documents(inputs: Iterable[Input], options: ReadOptions, least: int) -> bool:
+    """Whether the inputs have at least `least` usable documents; reads no more than that takes.
+
+    Raises UserError as `read_slice` does.
+    """
+    count = 0
+    for item in inputs:
+        if item.kind == "text" and options.sample_by == "document":
+            count += item.size > 0
+            continue
+        for batch in read_slice(Slice(item, item.path, 0, 1), options):
+            count += sum(not isinstance(document, Skip) for document in batch.documents)
+            if count >= least:
+                return True
+    return count >= least
+
+
+def find_separators(inputs: Iterable[Input]) -> str | None:
+    """The first text file, if <|endoftext|> occurs in its first megabyte more than once."""
+    for item in inputs:
+        if item.kind == "text":  # others are most likely alike
+            with open(item.path, "rb") as file:
+                head = next(read_chunks(file, item.path), b"")
+            return item.path if head.count(EOT_TEXT.encode()) > 1 else None
+    return None
 
 
 def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -58,8 +86,10 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             rows = sum(file.metadata.row_group(i).num_rows for i in groups)
             n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
             names = file.schema_arrow.names
-            _check_column(slice.input, names, options.text_column)
+            check_column(slice.input, names, options.text_column)
             columns = [options.text_column, *({"token_count"} & set(names) - {options.text_column})]
+            if options.text_column not in names:  # nested: with all of its column, to name its keys
+                columns[0] = options.text_column.partition(".")[0]
             for batch in file.iter_batches(
                 _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
             ):
@@ -83,8 +113,11 @@ def _open_saved_dataset(path: str) -> Any:
 
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     dataset = _open_saved_dataset(slice.path)
-    _check_column(slice.input, dataset.column_names, options.text_column)
-    columns = {options.text_column, *({"token_count"} & set(dataset.column_names))}
+    check_column(slice.input, dataset.column_names, options.text_column)
+    top = options.text_column
+    if top not in dataset.column_names:
+        top = top.partition(".")[0]
+    columns = {top, *({"token_count"} & set(dataset.column_names))}
     dataset = dataset.select_columns(list(columns)).with_format("arrow")
     first, last = slice.share_of(slice.input.rows)
     step = _batch_rows(slice.input.rows, slice.input.size)
@@ -103,11 +136,11 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
     """The documents of an Arrow batch or table."""
     import pyarrow as pa
 
-    column = table[options.text_column]
+    column = _column(table, slice.input, options.text_column)
     if not _is_text_type(column.type):
         raise UserError(
             f"{slice.path}: column {options.text_column!r} has type {column.type}, not text; "
-            f"choose another with --text-column ({_first_few(table.schema.names)})"
+            f"choose another with --text-column ({first_few(table.schema.names)})"
         )
     try:
         texts = column.to_pylist()
@@ -116,17 +149,24 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
     documents = [to_document(text, options) for text in texts]
     counts = None
     if "token_count" in table.schema.names and options.text_column != "token_count":
-        counts = _sum_of_used(documents, table["token_count"].to_pylist())
+        counts = sum_of_used(documents, table["token_count"].to_pylist())
     return Batch(documents, size, counts)
 
 
-def _sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
-    """The sum of the source's token counts of the documents; None if one of them has none."""
-    pairs = zip(documents, counts, strict=True)
-    used = [count for document, count in pairs if not isinstance(document, Skip)]
-    # Other values mean that the column of this name is something else.
-    is_count = all(type(count) is int and 0 <= count <= MAX_TOKEN_COUNT for count in used)
-    return sum(used) if is_count else None
+def _column(table: Any, input: Input, name: str) -> Any:
+    """A column of an Arrow batch or table; `meta.text` is the field text of the column meta."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if name in table.schema.names:
+        return table[name]
+    top, *path = name.split(".")
+    column = table[top]
+    for key in path:
+        fields = [field.name for field in column.type] if pa.types.is_struct(column.type) else []
+        check_column(input, fields, key)
+        column = pc.struct_field(column, key)
+    return column
 
 
 def _is_text_type(type: Any) -> bool:
@@ -141,97 +181,3 @@ def _is_text_type(type: Any) -> bool:
             *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null),
         )
     )
-
-
-def _check_column(input: Input, names: Iterable[str], text_column: str) -> None:
-    """Raises UserError if the text column is not among `names`."""
-    if text_column not in names:
-        raise UserError(
-            f"{input.path}: has no column {text_column!r}; name the text column with "
-            f"--text-column (there are {_first_few(names)})"
-        )
-
-
-def _first_few(names: Iterable[str]) -> str:
-    """At most eight of the names, shortened, for a message."""
-    found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
-    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
-    return ", ".join(found[:8]) + more
-
-
-def _read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
-    with open(slice.path, "rb") as file:
-        if slice.input.is_compressed:
-            lines = split_lines(read_chunks(file, slice.path))
-        else:
-            lines = lines_between(file, *slice.share_of(slice.input.size))
-        first, position = slice.part == 0, file.tell()
-        for group in in_groups(lines):
-            records = [_parse_line(line, options) for line in group]
-            if first:
-                _check_first_lines(records, group[0], slice, options)
-                first = False
-            documents = [_text_of(record, options) for record in records]
-            counts = [r.get("token_count") if isinstance(r, dict) else None for r in records]
-            before, position = position, file.tell()
-            yield Batch(documents, position - before, _sum_of_used(documents, counts))
-
-
-def _check_first_lines(records: list[Any], line: bytes, slice: Slice, options: ReadOptions) -> None:
-    """Raises UserError if the file is a JSON array, or if its first lines lack the text column."""
-    if line.lstrip().startswith(b"["):
-        raise UserError(
-            f"{slice.path}: is a JSON array, not one object per line; convert it with jq -c '.[]'"
-        )
-    # Some writers omit the key of an empty text, so one line without it is not an error.
-    names = dict.fromkeys(name for r in records if isinstance(r, dict) for name in r)
-    if names:
-        _check_column(slice.input, names, options.text_column)
-
-
-def _parse_line(line: bytes, options: ReadOptions) -> Any:
-    try:
-        return json.loads(line.decode(errors=options.decode_errors))
-    except UnicodeDecodeError:
-        return Skip.NOT_UTF8
-    except (ValueError, RecursionError):  # RecursionError: deeply nested
-        return Skip.MALFORMED
-
-
-def _text_of(record: Any, options: ReadOptions) -> Document:
-    if isinstance(record, Skip):
-        return record
-    text = record.get(options.text_column) if isinstance(record, dict) else Skip.MALFORMED
-    return to_document(text, options) if isinstance(text, str | None) else Skip.MALFORMED
-
-
-def _read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
-    with open(slice.path, "rb") as file:
-        chunks = read_chunks(file, slice.path)
-        if options.sample_by == "document":
-            yield Batch([_file_as_document(chunks, slice.path, options)], slice.size, None)
-            return
-        lines, position = split_lines(chunks), 0
-        for group in in_groups(lines if options.sample_by == "line" else paragraphs(lines)):
-            before, position = position, file.tell()
-            yield Batch([to_document(text, options) for text in group], position - before, None)
-
-
-def _file_as_document(chunks: Iterable[bytes], path: str, options: ReadOptions) -> Document:
-    text = _join_up_to(IN_MEMORY, chunks)
-    if text is not None:
-        return to_document(text, options)
-    long = LongText(path, options)
-    return long.skip_reason() or long
-
-
-def _join_up_to(limit: int, chunks: Iterable[bytes]) -> bytes | None:
-    """All chunks joined, None if they are longer than `limit` bytes."""
-    pending: list[bytes] = []
-    size = 0
-    for chunk in chunks:
-        pending.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            return None
-    return b"".join(pending)

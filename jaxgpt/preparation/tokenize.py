@@ -1,15 +1,17 @@
 """Encodes one unit of work: its documents become tokens in files of their own, the parts.
 
-Parts contain bare uint16 tokens, with the end-of-text token before each document. All units' parts
+Parts contain bare tokens, with the end-of-text token before each document. All units' parts
 in order are a stream: 'train' and 'val' if documents are assigned to splits, else 'all'. The parent
 process cuts the shards from the streams (`assemble.py`), so they do not depend on how the work was
 divided.
 """
 
 import os
+import socket
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -35,6 +37,7 @@ class Job(NamedTuple):
     options: ReadOptions
     val_fraction: float | None  # None: the parent divides the stream 'all' into splits
     folder: Path
+    val_at_end: bool = False  # validation is the end of the unit, not chosen by document
 
 
 class Part:
@@ -57,8 +60,8 @@ class Part:
                 self.encode()
             return
         self.encode()
-        self._append(np.array([self._tokenizer.eot], np.uint16))
-        for piece in pieces(document):
+        self._append(np.array([self._tokenizer.eot], self._tokenizer.dtype))
+        for piece in pieces(document, self._tokenizer.cut):
             self._append(self._tokenizer.encode(piece))
 
     def encode(self) -> None:
@@ -70,8 +73,20 @@ class Part:
     def write(self) -> None:
         """Write the tokens encoded so far."""
         if self._encoded:
-            self._file.write(np.concatenate(self._encoded).astype("<u2", copy=False).data)
+            self._file.write(np.concatenate(self._encoded).data)
         self._encoded, self._n_encoded = [], 0
+
+    def move_end(self, fraction: float, other: "Part") -> None:
+        """Move this fraction of the tokens, at least two, to an empty part; none of under four."""
+        self.write()
+        # The smallest window is two tokens, an input and its target.
+        count = max(round(self.tokens * fraction), 2) if self.tokens >= 4 else 0
+        self._file.flush()
+        kept, dtype = self.tokens - count, self._tokenizer.dtype
+        for tokens in iterate_tokens(Path(self._file.name), kept, self.tokens, dtype):
+            other._append(tokens)
+        self._file.truncate(dtype.itemsize * kept)
+        self.tokens = kept
 
     def _append(self, tokens: np.ndarray) -> None:
         self._encoded.append(tokens)
@@ -86,13 +101,19 @@ def part_path(folder: Path, number: int, stream: str) -> Path:
     return folder / f"{number:06d}.{stream}"
 
 
-def tokenize_unit(
-    job: Job, tokenizer: Tokenizer, advance: Callable[[int, int, int], object]
-) -> Record:
+def tokens_being_written(folder: Path) -> int:
+    """The tokens in the parts that are not complete."""
+    total = 0
+    for path in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # it is complete
+            total += path.stat().st_size // 2
+    return total
+
+
+def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
     """Read, encode and write one unit; its parts appear complete or not at all.
 
-    `advance` gets the documents, tokens and bytes of each batch. Raises UserError for an input
-    that cannot be read.
+    Raises UserError for an input that cannot be read.
     """
     streams = ("all",) if job.val_fraction is None else ("train", "val")
     counts = Counter[str]()
@@ -104,20 +125,19 @@ def tokenize_unit(
             for stream in streams
         }
         for slice in job.unit:
-            for documents, size, token_count in read_slice(slice, job.options):
-                before = sum(part.tokens for part in parts.values())
+            for documents, _, token_count in read_slice(slice, job.options):
                 for document in documents:
                     if isinstance(document, Skip):
                         counts[document.value] += 1
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_stream_of(document, job.val_fraction)].add(document)
+                    parts[_stream_of(document, job)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
-                tokens = sum(part.tokens for part in parts.values()) - before
-                advance(len(documents), tokens, size)
+        if job.val_fraction is not None and job.val_at_end:
+            parts["train"].move_end(job.val_fraction, parts["val"])
         for part in parts.values():
             part.write()
     return Record(
@@ -133,14 +153,17 @@ def tokenize_unit(
 
 def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
     path = part_path(job.folder, job.number, stream)
-    # With the process id: a worker that outlives a killed parent may still write the same part.
-    return atomic_write(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+    # A name of its own: a worker that outlives a killed parent may still write the same part.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return atomic_write(path, path.with_name(f"{path.name}.{writer}.tmp"))
 
 
-def _stream_of(document: str | LongText, val_fraction: float | None) -> str:
-    if val_fraction is None:
+def _stream_of(document: str | LongText, job: Job) -> str:
+    if job.val_fraction is None:
         return "all"
-    return "val" if fraction_of(document) < val_fraction else "train"
+    if job.val_at_end:
+        return "train"  # until the unit is complete
+    return "val" if fraction_of(document) < job.val_fraction else "train"
 
 
 def _sum_if_all_known(counts: list[int | None]) -> int | None:
@@ -148,13 +171,15 @@ def _sum_if_all_known(counts: list[int | None]) -> int | None:
     return sum(known) if known and len(known) == len(counts) else None
 
 
-def iterate_tokens(path: Path, start: int, stop: int, step: int = 1 << 22) -> Iterator[np.ndarray]:
-    """Tokens [start, stop) of a part, 8 MB at a time; raises UserError if it is truncated."""
+def iterate_tokens(
+    path: Path, start: int, stop: int, dtype: np.dtype, step: int = 1 << 22
+) -> Iterator[np.ndarray]:
+    """Tokens [start, stop) of a part, 4M at a time; raises UserError if it is truncated."""
     with path.open("rb") as file:
-        file.seek(2 * start)
+        file.seek(dtype.itemsize * start)
         for position in range(start, stop, step):
             wanted = min(step, stop - position)
-            tokens = np.frombuffer(file.read(2 * wanted), "<u2")
+            tokens = np.frombuffer(file.read(dtype.itemsize * wanted), dtype)
             if len(tokens) != wanted:
                 raise UserError(f"{path}: is truncated; delete it and run the same command again")
             yield tokens

@@ -1,4 +1,4 @@
-"""Worker processes encode units; the parent's loop hands these out and cuts shards.
+"""Worker processes that tokenize units, behind the interface of `concurrent.futures.Executor`.
 
 Only the parent writes shards and journals. A killed worker costs its unit and nothing else.
 """
@@ -6,71 +6,113 @@ Only the parent writes shards and journals. A killed worker costs its unit and n
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
+import socket
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.assemble import Assembler
-from jaxgpt.preparation.inputs import Input, Unit
+from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import Record
-from jaxgpt.preparation.plan import Plan
-from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
 
-# Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
-AHEAD = 3
+T = TypeVar("T")
 
-Locate = Callable[[Input], Path | None]  # where an input can be read, None while it is downloading
-
-
-class SharedProgress:
-    """Totals of documents, tokens and bytes: the workers add to them, the parent reads them."""
-
-    def __init__(self, context: Any):
-        self._totals = context.Array("q", 3)
-
-    def add(self, *batch: int) -> None:
-        """Add a batch's documents, tokens and bytes."""
-        with self._totals.get_lock():
-            for i, count in enumerate(batch):
-                self._totals[i] += count
-
-    def read(self) -> tuple[int, int, int]:
-        """(documents, tokens, bytes)."""
-        documents, tokens, size = self._totals[:]
-        return documents, tokens, size
+FILES_PER_WORKER = 16  # open in the parent for each: pipes and the handle of the process
 
 
-@contextmanager
-def worker_pool(
-    workers: int, tokenizer: str, progress: SharedProgress
-) -> Iterator[ProcessPoolExecutor]:
-    """A pool of new processes: a fork of a process that runs JAX can hang.
+class DeadWorkerError(Exception):
+    """A worker ended while it ran a call, which can be submitted again."""
 
-    On exit the workers are killed; the file that one is writing does not have its name yet.
+
+class Engine(Protocol):
+    """What runs units: worker processes here (`Pool`) or on a cluster (`cluster.py`)."""
+
+    tries: int  # submit a call this often if its worker dies
+    waiting: float  # calls that may wait for each worker, so that none of them waits for us
+
+    def submit(self, fn: Callable[..., T], /, *args: Any) -> Future[T]:
+        """As of any Executor; `fn` and `args` are pickled."""
+
+    def result(self, future: Future[T]) -> T:
+        """The result of a call that is done; raises its exception, or DeadWorkerError."""
+
+    def workers(self) -> int:
+        """The number of calls that run at a time; may change on a cluster."""
+
+
+class Pool(Executor):
+    """Processes on this machine. Each is a pool of its own: if one is killed, the others go on.
+
+    On exit the processes are killed; the file that one is writing does not have its name yet.
     """
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(tokenizer, progress),
-    )
-    try:
-        yield pool
-    finally:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        pool.shutdown()
+
+    tries, waiting = 2, 0.0
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._others = set(multiprocessing.active_children())
+        self._pools: dict[ProcessPoolExecutor, Future[Any] | None] = {}  # with its last call
+        _allow_open_files(FILES_PER_WORKER * workers)
+
+    def workers(self) -> int:
+        """The number of processes."""
+        return self._workers
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run a call in a free worker, which the caller makes sure that there is."""
+        pool = next((p for p, last in self._pools.items() if last is None or last.done()), None)
+        with _without_ctrl_c():
+            while True:
+                pool = pool or self._start_process()
+                try:
+                    self._pools[pool] = future = pool.submit(fn, *args, **kwargs)
+                    return future
+                except BrokenProcessPool:  # killed at its last call, or since
+                    del self._pools[pool]
+                    pool = None
+
+    def result(self, future: Future[T]) -> T:
+        """As `Engine.result`."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise DeadWorkerError from None
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Kill all workers."""
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
+        for pool in self._pools:
+            pool.shutdown(wait, cancel_futures=cancel_futures)
+
+    def _start_process(self) -> ProcessPoolExecutor:
+        assert len(self._pools) < self._workers, "no worker is free"
+        pool = ProcessPoolExecutor(
+            1,
+            # A new process: a fork of one that runs JAX can hang.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=end_with_parent,
+        )
+        self._pools[pool] = None
+        return pool
+
+
+def _allow_open_files(n: int) -> None:
+    """Raise the limit on open files, 1,024 on most systems, by `n` where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + n if hard == resource.RLIM_INFINITY else min(soft + n, hard)
+    if soft != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -87,104 +129,30 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_units(
-    assembler: Assembler,
-    plan: Plan,
-    work: Path,
-    workers: int,
-    console: PreparationConsole,
-    locate: Locate,
-    release: Callable[[Input], object],
-) -> None:
-    """Process the pending units and cut shards until all are written. Raises UserError.
+def end_with_parent() -> None:
+    """In a new process: end it when its parent ends, however that happens."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    `release` is called with each input that is no longer needed.
-    """
-    units = plan.units()
-    progress = SharedProgress(multiprocessing.get_context("spawn"))
-    assembler.write_complete_shards()
-    pending = assembler.pending_units()
-    if assembler.finished:
-        return
-    uses = Counter(path for number in pending for path in _inputs_of(units[number]))
-    running: dict[Future[Record], int] = {}
-    with worker_pool(min(workers, len(pending)), plan.settings.tokenizer, progress) as pool:
-        while not assembler.finished:
-            started = set(running.values())
-            pending = [k for k in assembler.pending_units() if k not in started]
-            note = ""
-            while pending and len(running) <= workers and _is_near(pending[0], running, workers):
-                job = _locate_job(pending[0], units, plan, work, locate)
-                if job is None:
-                    note = "waiting for a download"
-                    break
-                with _without_ctrl_c():
-                    running[pool.submit(run_job, job)] = pending.pop(0)
-            for future in _wait_for_some(running):
-                number = running.pop(future)
-                assembler.add(_result(future))
-                inputs = _inputs_of(units[number])
-                uses.subtract(inputs.keys())
-                for path in inputs:
-                    if not uses[path]:
-                        release(inputs[path])
-            assembler.write_complete_shards()
-            documents, tokens, size = progress.read()
-            console.update(console.done_before + size, tokens, documents, note)
+    def wait_and_exit() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def _is_near(number: int, running: dict[Future[Record], int], workers: int) -> bool:
-    """Whether a unit is close enough to the first unfinished one."""
-    return number - min([*running.values(), number]) <= AHEAD * workers
+class Origin(NamedTuple):
+    """What a worker checks before it runs a unit: that it sees the same plan and tokenizer."""
+
+    plan_sha256: str  # of plan.json
+    tokenizer: str
+    tokenizer_sha256: str
 
 
-def _wait_for_some(running: dict[Future[Record], int]) -> set[Future[Record]]:
-    if not running:
-        time.sleep(0.1)  # until a download is complete
-        return set()
-    return wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done
-
-
-def _result(future: Future[Record]) -> Record:
+def run_job(job: Job, origin: Origin) -> Record:
+    """`tokenize_unit` in a worker; raises UserError."""
     try:
-        return future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, most likely because memory ran out; run the same command "
-            "again with fewer --workers to resume"
-        ) from None
-
-
-def _locate_job(
-    number: int, units: list[Unit], plan: Plan, work: Path, locate: Locate
-) -> Job | None:
-    """A unit with the paths of its inputs, None while one is downloading."""
-    paths = [locate(slice.input) for slice in units[number]]  # of all, to start their downloads
-    if None in paths:
-        return None
-    located = (s._replace(path=str(path)) for s, path in zip(units[number], paths, strict=True))
-    s = plan.settings
-    return Job(number, tuple(located), s.options, s.val_fraction, work / "parts")
-
-
-def _inputs_of(unit: Unit) -> dict[str, Input]:
-    return {slice.input.path: slice.input for slice in unit}
-
-
-_worker: list[Any] = []  # in a worker: its tokenizer and progress
-
-
-def start_worker(tokenizer_name: str, progress: SharedProgress) -> None:
-    """Initialize a new process for `run_job`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker[:] = [load_tokenizer(tokenizer_name), progress]
-
-
-def run_job(job: Job) -> Record:
-    """`tokenize_unit` in a worker; an OSError becomes a UserError."""
-    tokenizer, progress = _worker
-    try:
-        return tokenize_unit(job, tokenizer, progress.add)
+        return tokenize_unit(job, _checked_tokenizer(job, origin))
     except OSError as error:
         raise UserError(
             f"{error.filename or job.folder}: {error.strerror or error}; fix that and run the same "
@@ -192,8 +160,27 @@ def run_job(job: Job) -> Record:
         ) from None
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
+    """The tokenizer; raises UserError if this worker sees other files than the parent does."""
+    host, plan = socket.gethostname(), job.folder.with_name("plan.json")
+    remedy = "the text and --out must be in folders that all workers share, by the same paths"
+    # Also ends what an earlier command left in the queue of a cluster.
+    if not plan.exists() or sha256_of(plan) != origin.plan_sha256:
+        raise UserError(
+            f"{plan}: is missing or another file on {host}, where a worker is; {remedy}"
+        )
+    for slice in job.unit:
+        if not os.path.exists(slice.path):
+            raise UserError(f"{slice.path}: is missing on {host}, where a worker is; {remedy}")
+    tokenizer = _load_once(origin.tokenizer, job.folder.parents[1])
+    if tokenizer.sha256 != origin.tokenizer_sha256:
+        raise UserError(
+            f"tokenizer {origin.tokenizer!r}: is another one on {host}; install the same version "
+            "of jaxgpt on all workers"
+        )
+    return tokenizer
+
+
+@lru_cache(1)
+def _load_once(name: str, out: Path) -> Tokenizer:
+    return load_tokenizer(name, out)

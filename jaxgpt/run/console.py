@@ -179,6 +179,11 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     console.print(table)
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 shard', '2 shards'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """'42 s', '3:05 min', '7:12 h' or '3 d 4 h'."""
     s = round(seconds)

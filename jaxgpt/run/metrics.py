@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write
-from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, parse_record
+from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, events_folder, parse_record
 from jaxgpt.run.tensorboard_events import (
     decode_events,
     encode_event,
@@ -65,7 +65,7 @@ class MetricsLog:
         self._on_error = on_error
         self._reported = False
         self._has_hparams = False
-        lines, folder = out_dir / METRICS_FILE, out_dir / EVENTS_FOLDER
+        lines, folder = out_dir / METRICS_FILE, events_folder(out_dir)
         if resume_step is None:
             _refuse_earlier_metrics(lines, folder)
         last_step = -1 if resume_step is None else resume_step
@@ -227,7 +227,7 @@ def _refuse_earlier_metrics(lines: Path, folder: Path) -> None:
     if any(step is None or step > 0 for step in steps):
         raise UserError(
             f"{lines.parent} has metrics of earlier steps, and no checkpoint to resume from; move "
-            f"{METRICS_FILE} and {EVENTS_FOLDER}/ away, or choose another --out-dir"
+            f"{METRICS_FILE} and {EVENT_FILES} away, or choose another --out-dir"
         )
 
 

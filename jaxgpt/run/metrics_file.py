@@ -13,10 +13,17 @@ import msgspec
 from jaxgpt.files import FormatError, decode_json
 
 METRICS_FILE = "metrics.jsonl"
-EVENTS_FOLDER = "tensorboard"
+EVENT_FILES = "events.out.tfevents.*"
+OLDER_EVENTS_FOLDER = "tensorboard"  # in the run's folder, where older versions wrote them
 
 # No integer that is too large for a float.
 Value = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float | None
+
+
+def events_folder(out_dir: Path) -> Path:
+    """The folder of a run's event files: the run's own, after which TensorBoard names the run."""
+    older = out_dir / OLDER_EVENTS_FOLDER
+    return older if any(older.glob(EVENT_FILES)) else out_dir
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
 from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
-from jaxgpt.data.manifest import check_manifest
+from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Question
 from jaxgpt.data.tasks import load_tasks
@@ -31,7 +31,7 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     loader: WindowLoader  # of the training split
-    windows_WT1: np.ndarray  # uint16, of the validation split
+    windows_WT1: np.ndarray  # of the validation split
     tasks: Mapping[str, Sequence[Question]]  # scored at each evaluation
     identity: dict[str, int | str]  # distinguishes this data from other data
 
@@ -49,18 +49,46 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
     origin, weights = find_origin(asked, saved, given)
+    if weights is None and "tokenizer" not in given:
+        name = saved.tokenizer if saved else origin_of_data(asked, given).tokenizer
+        origin = dataclasses.replace(origin, tokenizer=name)
     if saved is not None:
         check_same_run(asked, origin)
     return origin, weights
 
 
-def open_data(asked: Config, origin: Origin) -> Data:
+def origin_of_data(asked: Config, given: Collection[str]) -> Origin:
+    """The origin of a new run: its tokenizer is the data's if no flag names one."""
+    origin = Origin.of(asked)
+    name = None if "tokenizer" in given else _tokenizer_of_data(asked)
+    return origin if name is None else dataclasses.replace(origin, tokenizer=name)
+
+
+def _tokenizer_of_data(asked: Config) -> str | None:
+    """The name of the tokenizer in the data's manifest, None without one."""
+    if asked.data_dir is None or asked.dataset == "embedded":
+        return None
+    manifest = load_manifest(asked.data_dir)
+    return manifest.tokenizer.name if manifest else None
+
+
+def find_tokenizer(asked: Config, origin: Origin) -> Tokenizer:
+    """The tokenizer of a run, from the run's folder or the data's if they have a copy of it."""
+    folders = [asked.out_dir] if origin.saved and asked.out_dir else []
+    if asked.data_dir is not None and _tokenizer_of_data(asked) == origin.tokenizer:
+        folders.append(asked.data_dir)
+    return load_tokenizer(origin.tokenizer, *folders)
+
+
+def open_data(asked: Config, origin: Origin, tokenizer: Tokenizer | None = None) -> Data:
     """The training and the validation split and the evaluation tasks, checked.
+
+    `tokenizer`: that of the weights to start from, if there are any.
 
     Raises:
         UserError: if any of it is missing, damaged, or made with another tokenizer.
     """
-    tokenizer = load_tokenizer(origin.tokenizer)
+    tokenizer = tokenizer or find_tokenizer(asked, origin)
     model = dataclasses.replace(origin.model, n_vocab=tokenizer.n_vocab)
     if errors := model.errors():  # a vocab_size too small for the tokenizer
         raise ConfigError("\n".join(errors))
@@ -106,7 +134,7 @@ def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved,
 
 
 def load_step(cfg: Resolved, layout: Any, loader: WindowLoader, step: int) -> Any:
-    """The tokens of one step on the devices of `layout`: tokens_ABT1, uint16."""
+    """The tokens of one step on the devices of `layout`: tokens_ABT1."""
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape_ABT1 = (A, B, cfg.model.block_size + 1)
     return layout.load_batch(shape_ABT1, partial(loader.batch, step, A, B))

@@ -13,7 +13,7 @@ from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
 from jaxgpt.run.console import Pace, RunConsole, print_table
-from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
+from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
 from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
 
 if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
@@ -139,7 +139,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         rate += ", constant"
     rows = {
         "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
-        "model": f"{m.parameter_count():,} parameters: n_layer {m.n_layer}, n_head {m.n_head}, "
+        "model": f"{m.arch}, {m.describe_parameters()}: n_layer {m.n_layer}, n_head {m.n_head}, "
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
         "weights": f"random, seed {asked.seed}" if cfg.init_from is None else cfg.init_from,
@@ -158,8 +158,8 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         "attention": compiled.training.attention,
         "memory": f"{need.peak_bytes / GIB:.2f} GiB at the step's peak, compiled; "
         f"{need.host_bytes / GIB:.2f} GiB on the host for a checkpoint",
-        "written to": f"{asked.out_dir}: checkpoints/, {EVENTS_FOLDER}/, {METRICS_FILE}, "
-        "config.json",
+        "written to": f"{asked.out_dir}: checkpoints/, {METRICS_FILE}, config.json, "
+        f"{EVENT_FILES} for TensorBoard",
     }
     print_table(f"jaxgpt {asked.preset}", rows)
 
@@ -186,15 +186,25 @@ def print_finished(
 
 
 def print_finished_before(
-    cfg: Config, prog: str, argv: Sequence[str], step: int, best: tuple[int, float] | None
+    cfg: Config,
+    prog: str,
+    argv: Sequence[str],
+    step: int,
+    best: tuple[int, float] | None,
+    changes: Sequence[str],
 ) -> None:
-    """Print the result of a run that had finished before, and how to continue or start anew."""
+    """Print the result of a run that had finished before, and how to continue or start anew.
+
+    `changes` are the settings that were given and differ from the run's.
+    """
     assert cfg.out_dir is not None
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
     if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
     print(f"{cfg.out_dir} is finished: {step:,} steps{result}{_best(best)}")
+    if changes:
+        print(f"No step is left to train, so these had no effect: {', '.join(changes)}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
 
 
@@ -203,12 +213,19 @@ def _best(best: tuple[int, float] | None) -> str:
 
 
 def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:
-    again = _without(argv, "max_iters", "out_dir")
+    again = _without(argv, "max_iters", "out_dir", "lr_decay_iters")
     here = [] if _without(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
+    o = cfg.optimizer
     commands = {
-        f"{prog} {longer}": "train longer (--lr-decay-iters moves the end of the decay too)",
+        f"{prog} {longer}": f"train longer; the learning rate stays at min_lr, {o.min_lr:g}",
+        f"{prog} {longer} --lr-decay-iters {2 * step}": "train longer with a longer decay: the "
+        "learning rate goes up again, and down to min_lr at the new end",
+    }
+    if not o.decay_lr:
+        commands = {f"{prog} {longer}": "train longer"}
+    commands |= {
         f"{prog} {anew}": "start anew",
         f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
         "(pip install tensorboard)",

@@ -15,10 +15,12 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxgpt.run.metrics_file import EVENT_FILES
+
 
 def event_files(folder: Path) -> list[Path]:
     """A run's event files in the order written."""
-    return sorted(folder.glob("events.out.tfevents.*"))
+    return sorted(folder.glob(EVENT_FILES))
 
 
 def next_file_name(existing: list[Path]) -> str:

@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import OptimizerConfig, Remat
-from jaxgpt.model.attention import compute_capability, pick_attention
+from jaxgpt.data.token_file import token_dtype
+from jaxgpt.model.attention import attention_on
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.loss_scale import LossScale
@@ -30,6 +31,9 @@ GPU_OPTIONS = {
     # With cuBLAS a step takes the memory that the planner reads from a compilation without the
     # card. With Triton the 24gb preset with full remat took 5.0 GiB instead of 3.7.
     "xla_gpu_enable_triton_gemm": False,
+    # It lets XLA leave out roundings to bfloat16, which keeps the residual stream's gradient in
+    # float32: on cards before Hopper two such arrays are written in each layer.
+    "xla_allow_excess_precision": False,
 }
 
 
@@ -38,6 +42,7 @@ class Training(NamedTuple):
 
     graphdef: nnx.GraphDef
     block_size: int
+    tokens_dtype: np.dtype  # of the batches
     attention: str  # the kernel's name and why it was chosen
     init: Callable[[], TrainState]  # the state before the first step
     state_like: TrainState  # its shapes, dtypes and shardings
@@ -68,9 +73,7 @@ def build_training(
     options of every GPU.
     """
     layout = layout or Layout(device)
-    attend, attention = pick_attention(
-        device.platform, compute_capability(device), dtype, model.head_width
-    )
+    attend, attention = attention_on(device, dtype, model.head_width)
     graphdef = build_model(model, dtype, attend, remat, scan_layers)
     schedule = make_schedule(optimizer, max_iters)
     multi_steps = make_optimizer(optimizer, schedule, accumulation)
@@ -99,6 +102,7 @@ def build_training(
     return Training(
         graphdef=graphdef,
         block_size=model.block_size,
+        tokens_dtype=token_dtype(model.n_vocab or 1),
         attention=attention,
         init=jax.jit(init, out_shardings=shardings),
         state_like=jax.tree.map(_with_sharding, like, shardings),
@@ -114,11 +118,16 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
-    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+def lower_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step lowered for A = `accumulation` and B = `batch_size` (of all devices)."""
     return training.train_step.lower(
         training.state_like, _tokens_like(training, accumulation, batch_size)
-    ).compile()
+    )
+
+
+def compile_train_step(training: Training, accumulation: int, batch_size: int) -> Any:
+    """The train step compiled for A = `accumulation` and B = `batch_size` (of all devices)."""
+    return lower_train_step(training, accumulation, batch_size).compile()
 
 
 def compile_eval_step(training: Training, batch_size: int) -> Any:
@@ -131,4 +140,4 @@ def compile_eval_step(training: Training, batch_size: int) -> Any:
 def _tokens_like(training: Training, *leading: int) -> jax.ShapeDtypeStruct:
     shape = (*leading, training.block_size + 1)
     sharding = training.tokens_sharding(len(leading) - 1)
-    return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, training.tokens_dtype, sharding=sharding)

@@ -63,8 +63,8 @@ def _batches(
 
 
 def _padded(rows: list[np.ndarray], width: int, batch_size: int) -> np.ndarray:
-    """(B, T1) uint16, zeros at the end, which causal attention hides from the scored tokens."""
-    tokens_BT1 = np.zeros((batch_size, width + 1), np.uint16)
+    """(B, T1), zeros at the end, which causal attention hides from the scored tokens."""
+    tokens_BT1 = np.zeros((batch_size, width + 1), rows[0].dtype)
     for b, tokens in enumerate(rows):
         tokens_BT1[b, : len(tokens)] = tokens
     return tokens_BT1

@@ -11,13 +11,14 @@ from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.data.tokenizer_files import RECOGNIZED, recognize_tokenizer
+from jaxgpt.data.tokenizer_files import open_tokenizer, recognize_tokenizer
+from jaxgpt.data.tokenizer_json import FILES as TOKENIZER_FILES
 from jaxgpt.errors import first_line
 from jaxgpt.weights import huggingface
 
 # Short names, from before the Hub's models had owners.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "tokenizer.json"]
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", *TOKENIZER_FILES]
 
 
 def find_folder(init_from: str) -> Path:
@@ -47,12 +48,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     cfg = huggingface.read_model_config(folder)
     rows = cfg.vocab_size or 0
     name = recognize_tokenizer(folder, rows)
-    if name is None:
-        raise ConfigError(
-            f"{folder}: its tokenizer, with {rows:,} ids, is not supported; jaxgpt recognizes "
-            f"{' and '.join(RECOGNIZED)}"
-        )
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if name else open_tokenizer(folder)
     if rows < tokenizer.n_vocab:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.n_vocab:,} ids, but its vocab_size is only "

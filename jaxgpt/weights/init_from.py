@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config, names_with
 from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.config.roles import Role
@@ -75,7 +75,7 @@ def _check_architecture(
     wanted["tokenizer"] = asked.tokenizer
     found = {**{name: getattr(model, name) for name in FROM_WEIGHTS}, "tokenizer": tokenizer}
     errors = [
-        f"--{name.replace('_', '-')} {wanted[name]}: the weights of {init_from} have "
+        f"{as_flag(name)} {wanted[name]}: the weights of {init_from} have "
         f"{found[name]}; drop the flag"
         for name in found
         if name in given and wanted[name] not in (found[name], None)

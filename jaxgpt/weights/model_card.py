@@ -7,7 +7,7 @@ from typing import Any
 from jaxgpt.config.fields import names_with
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
-from jaxgpt.data.tokenizer_files import has_files
+from jaxgpt.data.tokenizer_files import SAME_AS_GPT2
 from jaxgpt.weights.source import Weights
 
 CARD = """\
@@ -58,7 +58,7 @@ def model_card(weights: Weights, run: Resolved, data: dict[str, Any]) -> str:
         "trained on": f"{step * run.tokens_per_step:,} tokens in {step:,} steps",
         "validation loss": loss,
     }
-    if weights.tokenizer.bpe is not None and has_files(weights.tokenizer):
+    if weights.tokenizer.name in SAME_AS_GPT2:
         rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
     settings = {k: v for k, v in run.flat().items() if k not in names_with(Role.LOCAL)}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}

@@ -81,6 +81,8 @@ def open_weights(flags: WeightsFlags) -> Weights:
             f"--checkpoint {flags.checkpoint}: {flags.init_from} is not a run and has no "
             "checkpoints; drop --checkpoint"
         )
+    if not path.exists() and (runs := _runs_beside(path)):  # runs/nope could be on the Hub
+        raise ConfigError(f"--init-from {flags.init_from}: no such folder{runs}")
     folder = find_folder(flags.init_from)
     model, tokenizer = read_folder(folder)
     return Weights(
@@ -110,20 +112,18 @@ def prepare_device(device: Device, dtype: Dtype) -> tuple[Any, Dtype]:
 
 def build_network(weights: Weights, device: Any, dtype: str) -> Any:
     """The network as an `nnx.GraphDef`, with the fastest attention on `device`; imports JAX."""
-    from jaxgpt.model.attention import compute_capability, pick_attention
+    from jaxgpt.model.attention import attention_on
     from jaxgpt.model.network import build_model
 
     model = weights.model
-    capability = compute_capability(device)
-    attend, _ = pick_attention(device.platform, capability, dtype, model.head_width)
+    attend, _ = attention_on(device, dtype, model.head_width)
     return build_model(model, dtype, attend)
 
 
 def _open_run(out_dir: Path, which: str) -> Weights:
     if not (out_dir / CONFIG_FILE).is_file():
         what = "not a run" if out_dir.is_dir() else "no such folder"
-        near = sorted(str(path.parent) for path in out_dir.parent.glob(f"*/{CONFIG_FILE}"))
-        runs = f"; runs beside it: {', '.join(near[:8])}" if near else ""
+        runs = _runs_beside(out_dir)
         raise ConfigError(f"--out-dir {out_dir}: {what}{runs}; train one: python -m jaxgpt.train")
     if not (out_dir / FOLDER).exists() and huggingface.has_weights(out_dir):
         raise ConfigError(
@@ -155,12 +155,18 @@ def _open_run(out_dir: Path, which: str) -> Weights:
     return Weights(
         name=f"{out_dir}, step {step:,}",
         model=cfg.model,
-        tokenizer=load_tokenizer(cfg.tokenizer),
+        tokenizer=load_tokenizer(cfg.tokenizer, out_dir),
         load=load,
         run=cfg,
         step=step,
         val_loss=losses.get(step),
     )
+
+
+def _runs_beside(folder: Path) -> str:
+    """The end of a message about a run that is not there: the runs beside it, if there are any."""
+    near = sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
+    return f"; runs beside it: {', '.join(near[:8])}" if near else ""
 
 
 def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:

@@ -1,5 +1,6 @@
 """The order of runs in a comparison with nanoGPT, and the ratios computed from them."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,10 @@ def turns(monkeypatch):
     return made, speeds
 
 
+def keep(run: dict) -> dict:
+    return run
+
+
 def kinds(commands: list[list[str]]) -> str:
     """A letter per run: j for jaxgpt, d and c for nanoGPT with default and cuDNN attention."""
     return "".join(
@@ -52,7 +57,7 @@ def test_the_best_setting_alternates_with_ours(
 ) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 400.0, "cudnn": cudnn, "--compile": default}
-    found = compare_nanogpt.compare("gpt2-124m-b32", ARGS)
+    found = compare_nanogpt.compare("gpt2-124m-b32", ARGS, keep)
     assert kinds(made) == order
     assert (found["nanogpt_setting"], found["speed_ratio"]) == (setting, ratio)
     assert len(found["runs"]) == len(made)
@@ -65,13 +70,30 @@ def test_if_no_setting_runs_there_is_no_comparison(turns) -> None:
     made, speeds = turns
     speeds |= {"cudnn": 0.0, "--compile": 0.0}
     with pytest.raises(compare_nanogpt.RunError, match="out of memory"):
-        compare_nanogpt.compare("gpt2-124m-b32", ARGS)
+        compare_nanogpt.compare("gpt2-124m-b32", ARGS, keep)
     assert kinds(made) == "dc"
 
 
 def test_ours_trains_with_nanogpts_optimizer(turns) -> None:
     made, speeds = turns
     speeds |= {"jaxgpt.bench": 1.0, "--compile": 1.0}
-    compare_nanogpt.compare("tiny", ARGS)
+    compare_nanogpt.compare("tiny", ARGS, keep)
     ours = next(command for command in made if "jaxgpt.bench" in command)
     assert ours[ours.index("--optimizer") + 1] == "adamw"
+
+
+def test_a_run_that_fails_leaves_the_runs_before_it_in_the_file(
+    turns, tmp_path, monkeypatch
+) -> None:
+    _, speeds = turns
+    speeds |= {"jaxgpt.bench": 0.0, "cudnn": 100.0, "--compile": 200.0}
+    path = tmp_path / "speed.json"
+    (tmp_path / "model.py").touch()
+    here = {"nanogpt": tmp_path, "shapes": ["gpt2-124m-b32"], "json": path}
+    monkeypatch.setattr(
+        compare_nanogpt, "parse_args", lambda argv: SimpleNamespace(**vars(ARGS) | here)
+    )
+    with pytest.raises(SystemExit, match="out of memory"):
+        compare_nanogpt.main([])
+    runs = json.loads(path.read_text())["unfinished"]["gpt2-124m-b32"]
+    assert [run["tokens_per_second"] for run in runs] == [200.0, 100.0, 200.0]

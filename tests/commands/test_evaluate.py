@@ -140,7 +140,8 @@ def test_token_files_are_measured_and_named_in_the_table(
     assert main(["--out-dir", str(tiny_run), "--data-dir", str(data_dir)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert str(data_dir) in out
-    for part in ("step 8, 10,592 parameters", "all 31 windows", "nats per token", "bits per byte"):
+    counts = "step 8, 11,600 parameters, 1,008 of them padding"
+    for part in (counts, "all 31 windows", "nats per token", "bits per byte"):
         assert part in out
 
 

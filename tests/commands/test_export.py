@@ -62,7 +62,7 @@ def test_another_checkpoint_is_exported_on_request(tiny_run: Path, tmp_path: Pat
     argv = ["--out-dir", str(tiny_run), "--to", str(tmp_path / "m"), "--checkpoint", "4"]
     assert main(argv) == 0
     assert "tokens in 4 steps" in (tmp_path / "m" / "README.md").read_text()
-    assert "step 4: 10,592 parameters written to" in capsys.readouterr().out
+    assert "step 4: 11,600 parameters, 1,008 of them padding, written to" in capsys.readouterr().out
 
 
 def test_the_current_folder_can_be_written_and_a_failed_export_leaves_nothing(

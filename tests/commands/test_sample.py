@@ -49,7 +49,7 @@ def test_texts_go_to_standard_output_and_messages_to_standard_error(sample) -> N
     assert len(texts) == 3
     assert all(text.startswith("It is a truth") and len(text) > 13 for text in texts)
     assert len(set(texts)) == 3
-    assert "step 8: 10,592 parameters, float32" in err
+    assert "step 8: 11,600 parameters, 1,008 of them padding, float32" in err
     assert "36 tokens in" in err
 
 
@@ -109,6 +109,7 @@ def test_interactive_answers_each_line_until_the_end(sample, monkeypatch) -> Non
     out, err = sample("--interactive")
     assert re.fullmatch(r"> One.*> Two.*> ", out, flags=re.DOTALL)
     assert err.count("12 tokens in") == 2
+    assert err.count("compiling, before the first text") == 1
 
 
 def test_ctrl_c_ends_a_text_or_a_line_and_not_the_conversation(sample, monkeypatch) -> None:
@@ -153,6 +154,8 @@ def test_an_incomplete_character_waits_and_the_text_ends_at_the_stop() -> None:
         (["--out-dir", "x", "--start", "3"], ["--start is nanoGPT's; here it is --prompt"]),
         (["--out-dir", "x", "--seed"], ["Missing value for argument '--seed'"]),
         (["--out-dir", "x", "--prompt", "--- a"], ["--out-dir x: no such folder"]),
+        (["--out-dir", "x", "--prompt"], ["--prompt needs a value", "--prompt='-- ...'"]),
+        (["--prompt", "-hi", "--out-dir", "x"], ["--prompt needs a value", "--prompt='-- ...'"]),
         (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
         (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be at least 0"]),
         (["--out-dir", "x", "--temperature", "1e39"], ["--temperature 1e+39 must", "float32"]),
@@ -175,6 +178,8 @@ def test_a_user_error_is_one_message(mistake, flags, answers) -> None:
 def test_a_misspelt_folder_is_answered_with_the_runs_beside_it(mistake, tiny_run) -> None:
     answer = mistake("--out-dir", str(tiny_run.parent / "tini"))
     assert f"runs beside it: {tiny_run}" in answer
+    answer = mistake("--init-from", str(tiny_run.parent / "tini"))
+    assert f"no such folder; runs beside it: {tiny_run}" in answer
 
 
 def test_errors_and_help_are_printed_before_jax_is_imported() -> None:

@@ -16,7 +16,7 @@ from helpers.runs import SMALL, last_params, losses, train
 
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.data.token_file import write_shard
-from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.run.metrics_file import EVENT_FILES, read_metrics
 from jaxgpt.run.processes import StepRequests
 from jaxgpt.run.tensorboard_events import event_files
 from jaxgpt.train import Due, due_after
@@ -36,9 +36,9 @@ def test_a_run_leaves_its_curves_configuration_and_checkpoints(straight: Path) -
     assert [step for step, (_, val) in by_step.items() if val is not None] == [0, 4, 8, 10]
     assert all(train is not None for step, (train, _) in by_step.items() if step)
     assert json.loads((straight / "config.json").read_text())["n_embd"] == 16
-    assert {p.name for p in straight.iterdir()} == {
-        *("checkpoints", "config.json", "metrics.jsonl", "tensorboard")
-    }
+    names = {p.name for p in straight.iterdir() if not p.match(EVENT_FILES)}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl"}
+    assert len(event_files(straight)) == 1  # in the folder that TensorBoard names the run after
     assert {int(p.name) for p in (straight / "checkpoints").iterdir()} >= {8, 10}
 
 
@@ -90,8 +90,12 @@ def test_a_finished_run_says_its_result_and_how_to_go_on(straight: Path, capsys)
     assert train(straight, "--max-iters", "10") == 0
     out = capsys.readouterr().out
     assert "is finished: 10 steps, validation loss" in out
-    assert re.search(r"--max-iters 20\n +train longer", out)
+    assert re.search(r"--max-iters 20\n +train longer; the learning rate stays at min_lr", out)
+    assert re.search(r"--max-iters 20 --lr-decay-iters 20\n +train longer with a longer decay", out)
+    assert "no effect" not in out
     assert re.search(r"--out-dir \S+-2\n +start anew", out)
+    assert train(straight, "--max-iters", "10", "--min-lr", "1e-5", "--log-interval", "2") == 0
+    assert "so these had no effect: min_lr 0.0001 -> 1e-05, log_int" in capsys.readouterr().out
     assert sorted(straight.rglob("*")) == before
 
 
@@ -99,7 +103,7 @@ def test_what_is_printed_at_the_start_and_at_the_end(tmp_path: Path, capsys) -> 
     assert train(tmp_path, "--max-iters", "2") == 0
     out = capsys.readouterr().out
     for part in (
-        "parameters: n_layer 1",
+        "of them padding: n_layer 1",
         "8 sequences = batch_size 4 x 2 accumulated; 128 tokens",
         "256 tokens, 0.00 epochs",
         "cpu (cpu), float32",
@@ -191,7 +195,7 @@ def test_no_step_is_logged_twice_after_a_crash(straight: Path, tmp_path: Path) -
     train(tmp_path, "--max-iters", "10")
     assert list(losses(tmp_path)) == list(range(11))
     assert set(tags_by_step(tmp_path).values()) == {1}
-    assert len(event_files(tmp_path / "tensorboard")) == 2
+    assert len(event_files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

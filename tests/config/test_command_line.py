@@ -2,20 +2,23 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import jaxgpt
+from jaxgpt import COMMANDS
 from jaxgpt.config.architecture import ARCHITECTURES
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config, OptimizerConfig, flat_fields, flat_values
-from jaxgpt.config.nanogpt import NANOGPT_SETTINGS
+from jaxgpt.config.nanogpt import EPOCHS, NANOGPT_SETTINGS, OTHER_NAMES
 from jaxgpt.config.presets import describe_presets
 from jaxgpt.errors import run_command
-from jaxgpt.planning import gpus
-from jaxgpt.planning.gpus import GIB, LocalCard
+from jaxgpt.planning import local_gpus
+from jaxgpt.planning.gpus import GIB
+from jaxgpt.planning.local_gpus import LocalCard
 
 HIDDEN = {"n_vocab", "eval_windows", "vram_gb"}
 PUBLIC = sorted(flat_fields().keys() - HIDDEN)
@@ -212,14 +215,14 @@ def test_a_tilde_means_the_home_folder_wherever_the_shell_left_it(monkeypatch):
 )
 def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes, preset):
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
-    monkeypatch.setattr(gpus, "local_cards", lambda: cards)
-    cfg = parse("--n-layer=2", default=gpus.tier_of_this_machine)
+    monkeypatch.setattr(local_gpus, "local_cards", lambda: cards)
+    cfg = parse("--n-layer=2", default=local_gpus.tier_of_this_machine)
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
-    monkeypatch.setattr(gpus, "local_cards", list)
-    assert gpus.tier_of_this_machine() is None
+    monkeypatch.setattr(local_gpus, "local_cards", list)
+    assert local_gpus.tier_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer
@@ -346,6 +349,49 @@ def test_a_value_of_nanogpt_alone_is_answered_with_ours(mistake, argv, instead):
     assert instead in mistake(*argv, default="24gb")
 
 
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (["--lr", "3e-4"], "--lr=3e-4 is called learning_rate here"),
+        (["--bs=4"], "--bs=4 is called batch_size here"),
+        (["--grad-accum", "8"], "--grad_accum=8 is called gradient_accumulation_steps here"),
+        (["--epochs=3"], "--epochs=3 is counted in optimizer steps here: max_iters = epochs x"),
+        (["demo"], "demo: a preset is named with a flag: --preset demo"),
+        (["--n-layer=2", "24gb"], "--preset 24gb"),
+    ],
+)
+def test_what_other_programs_call_differently_is_answered_with_its_name(mistake, argv, answer):
+    assert answer in mistake(*argv, default="24gb")
+    assert {*OTHER_NAMES.values()} <= flat_fields().keys()
+    assert not {*OTHER_NAMES, *EPOCHS} & flat_fields().keys()
+
+
+def test_a_preset_as_the_value_of_a_flag_is_not_mistaken_for_a_preset_without_one():
+    assert parse("--dataset", "demo", default="24gb").dataset == "demo"
+
+
+def test_a_learning_rate_far_above_what_is_usual_is_warned_of(capsys):
+    for rate, warned in (("0.1", False), ("6", True)):
+        assert parse("--preset=24gb", f"--learning-rate={rate}").optimizer.learning_rate
+        assert ("learning_rate 6 is far above what is usual" in capsys.readouterr().err) == warned
+
+
+def test_the_installed_command_runs_each_module(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            jaxgpt.main([name, "--help"])
+        assert left.value.code == 0
+        assert f"usage: python -m jaxgpt.{name}" in capsys.readouterr().out
+    assert jaxgpt.main([]) == 0
+    assert "jaxgpt train     train a GPT" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        jaxgpt.main(["trian"])
+    assert left.value.code == 2
+    assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"jaxgpt": "jaxgpt:main"}
+
+
 def test_a_whole_command_line_of_nanogpt_is_answered_at_once(mistake):
     answer = mistake(
         *("config/train_gpt2.py", "--device=cuda", "--compile=False", "--wandb_log=True"),
@@ -361,9 +407,9 @@ WITHOUT_JAX = """
 import os, sys
 import jaxgpt.run.device as device
 from jaxgpt import train
-from jaxgpt.planning import gpus
+from jaxgpt.planning import local_gpus
 device.PLUGINS = ()  # as on a machine without a GPU version of JAX
-gpus.local_cards = lambda: []
+local_gpus.local_cards = lambda: []
 codes = []
 for argv in {argvs}:
     try:
@@ -400,7 +446,6 @@ def test_mistakes_and_help_are_answered_before_jax_is_imported(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-COMMANDS = ("train", "prepare", "plan", "bench", "sample", "evaluate", "export")
 HEAVY = """
 import importlib, sys
 codes = []
@@ -419,7 +464,7 @@ print(codes, [name for name in slow if name in sys.modules], file=sys.stderr)
 
 def test_no_command_imports_what_takes_long_before_it_understands_its_flags():
     """Each of these takes from a tenth of a second to several; the rest takes a third of one."""
-    done = run_python("-c", HEAVY.format(names=COMMANDS))
+    done = run_python("-c", HEAVY.format(names=tuple(COMMANDS)))
     assert done.stderr.splitlines()[-1] == f"{[0, 2] * len(COMMANDS)} []", done.stderr
 
 

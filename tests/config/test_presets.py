@@ -88,7 +88,7 @@ def test_presets_are_listed_largest_card_first_with_true_sizes():
     names = preset_names()
     sized = {"80gb-350m", "48gb-280m", "24gb-180m", "16gb-124m", "12gb-82m"}
     sized |= {"24gb-350m", "24gb-774m", "24gb-1558m"}
-    assert set(names) == {*TIERS, *sized, "gpt2-124m", "demo"}
+    assert set(names) == {*TIERS, *sized, "gpt2-124m", "10gb", "8gb", "demo"}
     for name in sized:  # a preset that is named after its size has it
         millions = load_preset(name).model.parameter_count() / 1e6
         assert abs(millions / int(name.rpartition("-")[2][:-1]) - 1) < 0.015

@@ -104,7 +104,7 @@ def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / ".prepare")
     assert check_manifest(folder, BYTE) is None
     (folder / "manifest-000-of-002.json").touch()
-    with pytest.raises(DataError, match="--merge"):
+    with pytest.raises(DataError, match="several ranks, which an earlier version"):
         check_manifest(folder, BYTE)
 
 

@@ -171,7 +171,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     ("words", "reason"),
     [
         ((55432, 1, 4), "starts with 55432, which is not a token shard; expected 20240520"),
-        ((20240801, 7, 4), "llama-3 shard (uint32 tokens); expected 20240520"),
+        ((20240801, 1, 4), "version 1, expected 7"),
         ((20240522, 1, 4), "HellaSwag"),
         ((20240520, 7, 4), "version 7, expected 1"),
     ],
@@ -186,9 +186,20 @@ def test_a_wrong_magic_or_version_is_refused(
         assert part in message
 
 
-def test_a_llama_3_shard_is_recognized_under_the_headerless_name(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").write_bytes(header(20240801, 7, 4) + bytes(16))
-    assert "llama-3" in refusal(tmp_path)
+def test_uint32_shards_as_llm_c_writes_them_for_llama_3_are_read_and_written(
+    tmp_path: Path,
+) -> None:
+    ids = np.array([128_000, 7, 65_541, 128_255], np.uint32)
+    expected = header(20240801, 7, 4) + ids.astype("<u4").tobytes()
+    (tmp_path / "train.bin").write_bytes(expected)
+    stream = load_split(tmp_path, "train", 128_256)
+    windows = stream.checked_windows(np.array([0, 2]), 2, 128_256)
+    assert windows.dtype == np.uint32
+    np.testing.assert_array_equal(windows, ids.reshape(2, 2))
+    write_shard(tmp_path / "x_val_000000.bin", ids)
+    assert (tmp_path / "x_val_000000.bin").read_bytes() == expected
+    with pytest.raises(DataError, match="token 0 is id 128000, outside the tokenizer's 50,257"):
+        load_split(tmp_path, "train", 50_257)
 
 
 def test_headerless_tokens_are_refused_under_any_other_name(tmp_path: Path) -> None:
@@ -305,8 +316,8 @@ def test_a_file_may_be_shorter_than_a_sample(
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (np.array([1, 65541]), "token id 65541 does not fit into uint16"),
-        (np.array([1, -1]), "token id -1 does not fit into uint16"),
+        (np.array([1, 2**32]), "token id 4294967296 is not one of 0 to 4,294,967,295"),
+        (np.array([1, -1]), "token id -1 is not one of"),
         (np.array([1.0, 2.0]), "must be 1-D integers, not 1-D float64"),
         (np.array([[1, 2]]), "must be 1-D integers, not 2-D int64"),
     ],

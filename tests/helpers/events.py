@@ -7,13 +7,14 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from jaxgpt.run.metrics_file import events_folder
 from jaxgpt.run.tensorboard_events import event_files
 
 
 def read_events(out_dir: Path) -> list[Event]:
     """Every event of every file, in order; fails at the first damaged byte."""
     events = []
-    for path in event_files(out_dir / "tensorboard"):
+    for path in event_files(events_folder(out_dir)):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack_from("<Q", data)

@@ -3,6 +3,7 @@
 A separate process, because the number of devices must be set before JAX starts.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -30,6 +31,9 @@ STEPS, SAVED_AT = 50, 20
 MODEL = ModelConfig(
     **dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, n_vocab=50, dropout=0.1)
 )
+QWEN3 = dataclasses.replace(
+    MODEL, arch="qwen3", n_kv_head=1, head_dim=12, tied_head=False, embedding_norm=True
+)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 BATCH, EFFECTIVE = 2, 32
 # Counting up by one, two or three: something to learn.
@@ -45,13 +49,13 @@ WINDOWS = TOKENS[0, :21]  # not a multiple of the micro-batch
 class Run:
     """A tiny training on a mesh; None is a single device."""
 
-    def __init__(self, mesh: str | None, scan_layers: bool = False):
+    def __init__(self, mesh: str | None, scan_layers: bool = False, model: ModelConfig = MODEL):
         devices, shape = jax.devices(), parse_mesh(mesh)
         self.layout = MeshLayout(devices, shape) if mesh else Layout(devices[0])
         self.global_micro_batch = BATCH * shape.devices
         self.accumulation = EFFECTIVE // self.global_micro_batch
         self.training = build_training(
-            MODEL,
+            model,
             OPTIMIZER,
             max_iters=STEPS,
             accumulation=self.accumulation,
@@ -119,6 +123,9 @@ def main(folder: Path) -> None:
         answer["samples"][name] = run.sample(state)
         answer["shares"][name] = shares(state)
         answer["gathers"][name] = largest_gather(run.step.as_text())
+    for name in ("one", "data=2,fsdp=4"):
+        run = Run(None if name == "one" else name, model=QWEN3)
+        answer["qwen3 losses"][name] = run.train(run.training.init(), range(SAVED_AT))[1]
     answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
     answer["embedding"] = state.params["wte"]["embedding"].size
     runs["fsdp=8"] = Run("fsdp=8", scan_layers=True)

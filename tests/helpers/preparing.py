@@ -2,6 +2,10 @@
 
 import hashlib
 import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,41 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def start(
+    children: list[subprocess.Popen], *arguments: object, session: bool = False
+) -> subprocess.Popen:
+    """Start the command as a process of its own, which the fixture `children` ends."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=session,
+    )
+    children.append(child)
+    return child
+
+
+def wait_until(is_true: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    wait_until(lambda: any(folder.glob(pattern)))
+
+
+def worker_pids(parent: int) -> list[int]:
+    """The worker processes of a command; beside them multiprocessing has a process of its own."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True
+    )
+    lines = [line.split(None, 1) for line in found.stdout.splitlines()]
+    return [int(pid) for pid, command in lines if "spawn_main" in command]
 
 
 def contents(out: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.trees import TINY, assert_trees_equal
+from helpers.trees import MODELS, TINY, TINY_QWEN3, assert_trees_equal
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes, parameter_sizes
 from jaxgpt.config.presets import load_preset
@@ -16,20 +16,21 @@ from jaxgpt.model.attention import (
     plain_attention,
     portable_attention,
 )
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.model.layers import linear_of_norm, make_linear
 from jaxgpt.model.network import build_model, init_params, shorten_context
+from jaxgpt.model.rms_norm import RMSNorm
 
 
-def make_model(cfg: ModelConfig) -> GPT:
+def make_model(cfg: ModelConfig) -> LanguageModel:
     graphdef = build_model(cfg, "float32", plain_attention)
     return nnx.merge(graphdef, init_params(cfg, jax.random.key(0)))
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return make_model(TINY)
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def model(request) -> LanguageModel:
+    return make_model(request.param)
 
 
 def test_no_position_sees_a_later_token(model, tokens_BT1) -> None:
@@ -77,12 +78,19 @@ def test_presets_have_the_documented_size(preset: str, bias: bool, count: int) -
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cfg.parameter_count() == count
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        *(TINY, dataclasses.replace(TINY, bias=True), TINY_QWEN3),
+        dataclasses.replace(TINY_QWEN3, arch="llama", tied_head=True, embedding_norm=False),
+    ],
+    ids=lambda cfg: f"{cfg.arch}-{cfg.bias}",
+)
 @pytest.mark.parametrize(
     "changes", [{}, {"n_layer": 3, "n_head": 1}, {"n_embd": 24, "block_size": 11, "vocab_size": 90}]
 )
-def test_the_declared_shapes_are_those_of_the_parameters(changes: dict, bias: bool) -> None:
-    cfg = dataclasses.replace(TINY, bias=bias, **changes)
+def test_the_declared_shapes_are_those_of_the_parameters(cfg: ModelConfig, changes: dict) -> None:
+    cfg = dataclasses.replace(cfg, **changes)
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -93,13 +101,10 @@ def test_the_declared_shapes_are_those_of_the_parameters(changes: dict, bias: bo
 
 
 def test_a_shorter_context_keeps_the_first_positions(model, tokens_BT1) -> None:
-    params, shorter = (
-        init_params(cfg, jax.random.key(0))
-        for cfg in (TINY, dataclasses.replace(TINY, block_size=5))
-    )
+    cfg = dataclasses.replace(model.cfg, block_size=5)
+    params, shorter = (init_params(c, jax.random.key(0)) for c in (model.cfg, cfg))
     cut = shorten_context(params, shorter)
     assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, shorter)
-    cfg = dataclasses.replace(TINY, block_size=5)
     got = nnx.merge(build_model(cfg, "float32", plain_attention), cut)(tokens_BT1[:, :5])
     np.testing.assert_array_equal(got, model(tokens_BT1[:, :5]))
 
@@ -141,12 +146,15 @@ def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(use_bias) -> None:
+@pytest.mark.parametrize(
+    ("norm", "use_bias"),
+    [(LayerNorm(16, False), False), (LayerNorm(16, True), True), (RMSNorm(16, 1e-6), False)],
+)
+def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_bias) -> None:
     """In value and in the gradients of input, norm and linear layer."""
     kwargs = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     modules = (
-        LayerNorm(16, use_bias),
+        norm,
         make_linear(16, 48, use_bias=use_bias, init_std=0.02, **kwargs),
     )
     graphdefs = [nnx.graphdef(module) for module in modules]

@@ -5,6 +5,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from jaxgpt.model import loss as loss_module
 from jaxgpt.model.loss import mask_padding, mean_cross_entropy, token_scores
 
 N_VOCAB, V, D = 50, 64, 16
@@ -24,8 +25,13 @@ def plain_loss(h_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array) -> ja
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 10, 30, 4096])
-def test_fused_loss_and_gradients_equal_the_plain_ones(inputs, chunk_rows: int) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_fused_loss_and_gradients_equal_the_plain_ones(
+    inputs, chunk_rows: int, as_on_a_gpu: bool, monkeypatch
+) -> None:
     h_BTD, wte_VD, targets_BT = inputs
+    if as_on_a_gpu:
+        monkeypatch.setattr(loss_module, "_logsumexp", loss_module._one_pass_logsumexp)
 
     def fused(h: jax.Array, w: jax.Array) -> jax.Array:
         return 3 * mean_cross_entropy(h, w, targets_BT, N_VOCAB, chunk_rows)
@@ -35,6 +41,13 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(inputs, chunk_rows: int) 
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)
     np.testing.assert_allclose(dh, 3 * dh0, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(dw, 3 * dw0, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gpus_logsumexp_is_exact_for_masked_huge_and_bad_logits() -> None:
+    rows = [[-jnp.inf, 1.0, 2.0, -jnp.inf], [3e38, -3e38, 0.0, 1.0], [-jnp.inf, -1e4, -1e4, 0.0]]
+    x_CV = jnp.array([*rows, [0.0, jnp.nan, 1.0, 2.0]])
+    found = loss_module._one_pass_logsumexp(x_CV)
+    np.testing.assert_allclose(found, jax.nn.logsumexp(x_CV, axis=-1), rtol=1e-6)
 
 
 def test_padded_rows_affect_no_loss_and_get_no_gradient(inputs) -> None:

@@ -1,12 +1,13 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from helpers.trees import TINY
+from helpers import textbook
+from helpers.trees import MODELS, TINY
 from jax.extend.core import jaxprs_in_params
 
 from jaxgpt.model.attention import cudnn_attention, plain_attention
@@ -17,9 +18,9 @@ CFG = dataclasses.replace(TINY, n_layer=3)
 
 
 def loss_and_grads(
-    remat: str, params, tokens_BT1, attend=plain_attention, dtype="float32", scan=False
+    remat: str, params, tokens_BT1, attend=plain_attention, dtype="float32", scan=False, cfg=CFG
 ):
-    graphdef = build_model(CFG, dtype, attend, remat, scan)
+    graphdef = build_model(cfg, dtype, attend, remat, scan)
 
     def loss_fn(params):
         return nnx.merge(graphdef, params).loss(tokens_BT1)
@@ -27,41 +28,22 @@ def loss_and_grads(
     return jax.value_and_grad(loss_fn)(params)
 
 
-def textbook_loss(params, tokens_BT1) -> jax.Array:
-    """GPT-2 in plain jax.numpy: full logits, automatic gradients, no module of the package."""
-    wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
-    T = tokens_BT1.shape[1] - 1
-
-    def norm(x, p):
-        x = x - x.mean(-1, keepdims=True)
-        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p["scale"]
-
-    def attention(x, p):
-        heads = (*x.shape[:2], CFG.n_head, -1)
-        q, k, v = (y.reshape(heads) for y in jnp.split(x @ p["c_attn"]["kernel"], 3, -1))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return out.reshape(x.shape) @ p["c_proj"]["kernel"]
-
-    def mlp(x, p):
-        return jax.nn.gelu(x @ p["c_fc"]["kernel"], approximate=True) @ p["c_proj"]["kernel"]
-
-    x = wte[tokens_BT1[:, :-1]] + wpe[:T]
-    for i in range(CFG.n_layer):
-        block = params["blocks"][i]
-        x = x + attention(norm(x, block["ln_1"]), block["attn"])
-        x = x + mlp(norm(x, block["ln_2"]), block["mlp"])
-    logits = norm(x, params["ln_f"]) @ wte.T
-    logits = logits[..., : CFG.n_vocab]
-    targets = tokens_BT1[:, 1:].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def expected(request, tokens_BT1):
+    """(configuration, parameters, textbook loss, textbook gradients)."""
+    cfg = dataclasses.replace(request.param, n_layer=3)
+    params = init_params(cfg, jax.random.key(0))
+    loss = jax.jit(jax.value_and_grad(partial(textbook.loss, cfg)))
+    return cfg, params, *loss(params, tokens_BT1)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", ["none", "light", "full"])
-def test_loss_and_gradients_equal_the_textbook_ones(remat: str, scan: bool, tokens_BT1) -> None:
-    params = init_params(CFG, jax.random.key(0))
-    expected_loss, expected = jax.value_and_grad(textbook_loss)(params, tokens_BT1)
-    loss, grads = loss_and_grads(remat, params, tokens_BT1, scan=scan)
+def test_loss_and_gradients_equal_the_textbook_ones(
+    expected, remat: str, scan: bool, tokens_BT1
+) -> None:
+    cfg, params, expected_loss, expected = expected
+    loss, grads = loss_and_grads(remat, params, tokens_BT1, scan=scan, cfg=cfg)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         # Relative to the largest element: some elements are sums that nearly cancel.

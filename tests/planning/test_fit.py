@@ -54,10 +54,13 @@ def test_the_largest_model_fills_the_card() -> None:
     assert large.need.peak_bytes < 22 * GIB
 
 
-def test_the_ladder_goes_up_and_keeps_heads_of_64() -> None:
-    sizes = [cfg.model.parameter_count() for cfg in fit.ladder(CFG)]
+@pytest.mark.parametrize(("arch", "width"), [("gpt2", 64), ("qwen3", 128)])
+def test_the_ladder_goes_up_and_keeps_the_width_of_heads(arch, width) -> None:
+    model = dataclasses.replace(CFG.model, arch=arch)
+    models = [cfg.model for cfg in fit.ladder(dataclasses.replace(CFG, model=model))]
+    sizes = [model.parameter_count() for model in models]
     assert sizes == sorted(sizes, reverse=True)
-    assert all(cfg.model.n_embd == 64 * cfg.model.n_head for cfg in fit.ladder(CFG))
+    assert all(not model.errors() and model.head_width == width for model in models)
 
 
 @pytest.mark.parametrize("capacity", [GIB, 6 * GIB])

@@ -16,8 +16,8 @@ from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input
 from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.plan import FileSource, HubSource, Plan, Settings
 from jaxgpt.preparation.tokenize import part_path
+from jaxgpt.preparation.work_plan import FileSource, HubSource, Plan, Settings
 
 EOT = 9999
 
@@ -200,7 +200,7 @@ def test_a_journal_with_the_tokens_of_other_parts_is_refused(tmp_path: Path, wor
 
 
 def test_a_plan_is_loaded_as_saved_and_a_corrupt_one_is_refused(tmp_path: Path) -> None:
-    plan = plan_of(3, val_tokens=None, val_fraction=0.1, rank=1, world_size=2)
+    plan = plan_of(3, val_tokens=None, val_fraction=0.1)
     hub = HubSource(repo="a/b", name="", split="train", revision="main", commit="c")
     path = tmp_path / "plan.json"
     assert Plan.load(path) is None

@@ -12,8 +12,9 @@ import pytest
 import zstandard
 from helpers.preparing import read_documents
 
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation import readers
+from jaxgpt.preparation import line_readers
 from jaxgpt.preparation.documents import ReadOptions, Skip, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
 from jaxgpt.preparation.readers import read_slice
@@ -88,9 +89,9 @@ def test_a_text_file_is_a_document_or_its_paragraphs_or_its_lines(tmp_path: Path
 def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword")
     assert read_documents(tmp_path / "a.txt") == ["word"]
-    monkeypatch.setattr(readers, "IN_MEMORY", 1)
+    monkeypatch.setattr(line_readers, "IN_MEMORY", 1)
     (long,) = read_documents(tmp_path / "a.txt")
-    assert "".join(pieces(long)) == "word"
+    assert "".join(pieces(long, load_tokenizer("gpt2").cut)) == "word"
 
 
 # What is skipped

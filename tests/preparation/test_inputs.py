@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.inputs import Input, find_inputs, kind_of, share_of_rank, work_units
+from jaxgpt.preparation.inputs import Input, find_inputs, kind_of, work_units
 
 
 def fake(path: str, size: int) -> Input:
@@ -56,14 +56,6 @@ def test_units_have_each_input_once_in_order() -> None:
     assert [len(unit) for unit in units] == [2, 2, 1, *[1] * 10, 1, 1, 1]
     parts = [(s.part, s.parts) for s in slices if s.input.path == "b.jsonl"]
     assert parts == [(n, 10) for n in range(10)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_ranks_share_all_units_in_order(world_size: int) -> None:
-    units = work_units([fake(f"{n:02d}.txt", 100) for n in range(11)], 100)
-    shares = [share_of_rank(units, rank, world_size) for rank in range(world_size)]
-    assert [unit for share in shares for unit in share] == units
-    assert {len(share) for share in shares} <= {11 // world_size, 11 // world_size + 1}
 
 
 def test_paths_patterns_and_folders_give_each_file_once_in_the_same_order(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from helpers.preparing import read_documents
 
 from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.preparation import documents, readers
+from jaxgpt.preparation import documents, line_readers, readers
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
 from jaxgpt.preparation.inputs import find_inputs, work_units
 from jaxgpt.preparation.readers import read_slice
+
+GPT2 = load_tokenizer("gpt2")
 
 
 def cases() -> dict[str, str]:
@@ -31,11 +33,12 @@ def cases() -> dict[str, str]:
 def test_a_document_in_pieces_has_the_same_tokens(
     case: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, encode = cases()[case], load_tokenizer(tokenizer).encode
+    text, chosen = cases()[case], load_tokenizer(tokenizer)
+    encode = chosen.encode
     whole = encode(text)
     for size in (1000, 1009, 65_536):
         monkeypatch.setattr(documents, "PIECE", size)
-        parts = list(pieces(text))
+        parts = list(pieces(text, chosen.cut))
         assert "".join(parts) == text
         assert max(map(len, parts)) <= size
         np.testing.assert_array_equal(np.concatenate([encode(part) for part in parts]), whole)
@@ -43,7 +46,7 @@ def test_a_document_in_pieces_has_the_same_tokens(
 
 def test_a_text_without_spaces_is_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 1000)
-    parts = list(pieces("a" * 2500))
+    parts = list(pieces("a" * 2500, GPT2.cut))
     assert [len(part) for part in parts] == [1000, 1000, 500]
 
 
@@ -54,11 +57,11 @@ def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
     (tmp_path / "a.txt").write_text(text, newline="")
     monkeypatch.setattr(documents, "PIECE", 5000)
     monkeypatch.setattr(documents, "CHUNK", 777)
-    expected = list(pieces(text))
-    monkeypatch.setattr(readers, "IN_MEMORY", 1000)
+    expected = list(pieces(text, GPT2.cut))
+    monkeypatch.setattr(line_readers, "IN_MEMORY", 1000)
     (long,) = read_documents(tmp_path / "a.txt")
     assert isinstance(long, LongText)
-    assert list(pieces(long)) == expected
+    assert list(pieces(long, GPT2.cut)) == expected
     assert fraction_of(long) == fraction_of(text)
     (tmp_path / "b.txt").write_bytes(text.encode() + b"\xff")
     assert read_documents(tmp_path / "b.txt") == [Skip.NOT_UTF8]
@@ -71,7 +74,7 @@ def test_a_text_of_any_length_takes_little_memory(tmp_path: Path) -> None:
             file.write("Some words and more of them, line by line.\n" * 20_000)  # 86 MB
     tracemalloc.start()
     (long,) = read_documents(path)
-    length = sum(len(piece) for piece in pieces(long))
+    length = sum(len(piece) for piece in pieces(long, GPT2.cut))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert length == path.stat().st_size
@@ -89,7 +92,7 @@ def test_a_small_file_that_unpacks_to_a_long_text_takes_little_memory(
     assert path.stat().st_size < 1e6
     tracemalloc.start()
     (long,) = read_documents(path)
-    length = sum(len(piece) for piece in pieces(long))
+    length = sum(len(piece) for piece in pieces(long, GPT2.cut))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert length == 58_000_000

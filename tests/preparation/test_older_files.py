@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+from helpers.preparing import refusal
+
 from jaxgpt.data.manifest import ShardEntry, SplitTotals, load_manifest
 from jaxgpt.preparation.inputs import Input
 from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.manifest import load_text_manifest
-from jaxgpt.preparation.plan import HubSource, Plan
+from jaxgpt.preparation.work_plan import HubSource, Plan
 
 # As jaxgpt 0.1.0 wrote them.
 SHARD = """{"file": "x_val_000000.bin", "split": "val", "tokens": 9, "documents": 2, \
@@ -37,9 +39,10 @@ def test_files_of_version_0_1_0_are_read(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     shard = ShardEntry(file="x_val_000000.bin", split="val", tokens=9, documents=2, sha256="82d0")
     path.write_text(OF_TEXT)
-    of_text = load_text_manifest(path)
+    of_text = load_manifest(tmp_path)
     assert of_text is not None
     assert of_text.shards == [shard]
+    assert of_text.documents is not None
     assert of_text.documents.skipped == {"null": 1}
     assert of_text.token_count is not None
     assert of_text.token_count.equal
@@ -61,3 +64,15 @@ def test_files_of_version_0_1_0_are_read(tmp_path: Path) -> None:
     assert (unit.number, unit.tokens["val"], unit.examples) == (5, 216, {"null": "/in/a.jsonl"})
     path.write_text(SHARD + "\n")
     assert Journal(path, ShardEntry).entries == [shard]
+
+
+def test_a_folder_that_ranks_began_is_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    plan = out / ".prepare" / "rank-000-of-002" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(PLAN)
+    message = refusal(capsys, texts, "--out", out)
+    assert f"{out}: was begun with --rank and --world-size (rank-000-of-002), which" in message
+    assert plan.exists()

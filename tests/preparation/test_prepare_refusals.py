@@ -17,6 +17,7 @@ def test_each_mistake_gives_one_sentence(
 ) -> None:
     (tmp_path / "a.pdf").touch()
     (tmp_path / "empty").mkdir()
+    (empty := tmp_path / "empty.txt").touch()
     os.mkfifo(tmp_path / "pipe.txt")
     for arguments, said in (
         ([tmp_path / "gone.txt"], "gone.txt: no such file or folder"),
@@ -26,8 +27,8 @@ def test_each_mistake_gives_one_sentence(
         ([tmp_path / "empty"], "empty: contains no text"),
         ([prepared], "already contains tokens; train on them with"),
         ([next(prepared.glob("*.bin"))], "already contains tokens"),
-        ([texts / "01.txt"], "is a single document, and validation takes complete documents"),
-        ([texts, "--tokenizer", "o200k_base"], "has 200,019 ids"),
+        ([empty], "empty.txt: is empty; name a file that has text"),
+        ([texts, "--tokenizer", "tok/"], "'tok/': no such folder or file"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two ways to choose validation"),
@@ -36,8 +37,6 @@ def test_each_mistake_gives_one_sentence(
             "--limit-tokens many: is not a positive integer; write 27B",
         ),
         ([texts, "--shard-tokens", "3B"], "has at most 2,147,483,647 tokens"),
-        ([texts, "--rank", "3"], "--rank and --world-size belong together"),
-        ([texts, "--rank", "3", "--world-size", "3"], "rank 3 of 3"),
         ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
         (
             [texts, "--name", "x", "--split", "dev"],
@@ -46,17 +45,16 @@ def test_each_mistake_gives_one_sentence(
         ([texts, "--out", texts], "contains the text itself; choose another folder with --out"),
         (["fineweb", "--ready", "--tokenizer", "byte"], "tokens; leave out --tokenizer"),
         (["fineweb", "fineweb-edu", "--ready"], "--ready takes one name"),
-        (["fineweb", "--ready", "--rank", "0", "--world-size", "2"], "run it in one process"),
         (["--inspect", tmp_path / "gone"], "gone: no such folder; name a folder of tokens"),
         (
             ["--inspect", texts, "--limit-tokens", "3"],
             "takes only a folder; leave out --limit-tokens",
         ),
-        (["--merge"], "--merge takes one folder"),
+        (["--inspect"], "--inspect takes one folder"),
         ([], "name what to prepare"),
     ):
         out = ["--out", tmp_path / "o"]
-        if "--out" in arguments or "--inspect" in arguments or arguments in ([], ["--merge"]):
+        if "--out" in arguments or "--inspect" in arguments or not arguments:
             out = []
         assert said in refusal(capsys, *arguments, *out)
     assert not (tmp_path / "o").exists(), "a mistake leaves no folder"
@@ -159,16 +157,18 @@ def test_a_missing_finished_shard_is_reported(
     assert f"{lost}: is missing" in refusal(capsys, *arguments)
 
 
-def test_the_bar_of_a_limited_run_ends_where_the_limit_is_reached(
-    fineweb_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_estimate_is_of_a_sample_of_the_text(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (*SMALL, "--val-tokens", "10K", "--limit-tokens", "20K")
     assert prepare(fineweb_like, "--out", tmp_path / "out", *flags) == 0
     told = " ".join(capsys.readouterr().out.split())
+    manifest = load_manifest(prepared)
+    assert manifest is not None
+    tokens = sum(totals.tokens for _, totals in manifest.splits.items())
     size = sum(path.stat().st_size for path in fineweb_like.glob("*.parquet"))
-    share = 30_000 * 4.6 / (size * 1.56)
     (kilobytes,) = re.findall(r"limit reached after about ([\d.]+) kB", told)
-    assert float(kilobytes) == pytest.approx(size * share / 1000, rel=0.01)
+    assert float(kilobytes) == pytest.approx(size * 30_000 / tokens / 1000, rel=0.05)
 
 
 def test_a_folder_with_foreign_shards_is_refused(
@@ -186,7 +186,7 @@ def test_a_split_without_documents_is_reported_with_the_remedy(
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
     arguments = (tmp_path / "0.txt", tmp_path / "1.txt", "--out", tmp_path / "out")
-    assert "--sample-by paragraph" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
+    assert "leave out --val-fraction" in refusal(capsys, *arguments, "--val-fraction", "1e-9")
     arguments = (*arguments[:2], "--out", tmp_path / "out2", "--val-tokens", "1K")
     assert "all tokens are validation" in refusal(capsys, *arguments)
 

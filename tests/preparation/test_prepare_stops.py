@@ -6,42 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.preparing import SMALL, contents, prepare, refusal
-
-
-@pytest.fixture
-def children() -> Iterator[list[subprocess.Popen]]:
-    started: list[subprocess.Popen] = []
-    yield started
-    for child in started:
-        if child.poll() is None:
-            child.kill()
-        child.wait()
-
-
-def start(
-    children: list[subprocess.Popen], *arguments: object, session: bool = False
-) -> subprocess.Popen:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=session,
-    )
-    children.append(child)
-    return child
-
-
-def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(folder.glob(pattern)):
-        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
-        time.sleep(0.005)
+from helpers.preparing import SMALL, contents, prepare, refusal, start, wait_for, worker_pids
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
@@ -119,10 +87,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(
 ) -> None:
     child = start(children, fineweb_like, "--out", tmp_path / "out", *SMALL, "--workers", "2")
     wait_for(tmp_path / "out", ".prepare/parts/*")
-    of_child = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
-    )
-    workers = [int(pid) for pid in of_child.stdout.split()]
+    workers = worker_pids(child.pid)
     assert workers
     child.kill()
     child.wait()

@@ -19,10 +19,10 @@ from jaxgpt.config.resolved import load_config
 from jaxgpt.data import manifest
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.data.shards import load_split
-from jaxgpt.data.token_file import MAGIC, inspect_file
+from jaxgpt.data.token_file import FORMATS, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.manifest import summarize
+from jaxgpt.preparation.text_manifest import summarize
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import read_metrics
@@ -48,7 +48,10 @@ def read_or_named(read: Callable[[], T], path: Path) -> T | None:
     return None
 
 
-NUMBERS = st.one_of(st.sampled_from([MAGIC, 20240801, 1, 0, -1, 2**31 - 1]), st.integers(-9, 600))
+NUMBERS = st.one_of(
+    st.sampled_from([*(format.magic for format in FORMATS), 7, 1, 0, -1, 2**31 - 1]),
+    st.integers(-9, 600),
+)
 HEADERS = st.builds(
     lambda words, rest: struct.pack(f"<{len(words)}i", *words).ljust(1024, b"\0") + rest,
     st.lists(NUMBERS, max_size=5),
@@ -62,7 +65,8 @@ HEADERS = st.builds(
     name=st.sampled_from(["x_train_0.bin", "train.bin"]),
 )
 @example(
-    content=struct.pack("<3i", MAGIC, 1, 3).ljust(1024, b"\0") + b"\1\0" * 3, name="x_train_0.bin"
+    content=struct.pack("<3i", FORMATS[0].magic, 1, 3).ljust(1024, b"\0") + b"\1\0" * 3,
+    name="x_train_0.bin",
 )
 def test_a_shard_of_any_bytes_is_read_or_named(folder: Path, content: bytes, name: str) -> None:
     for path in folder.glob("*.bin"):

@@ -186,7 +186,7 @@ def parsed(command: list[str]) -> Config:
 def test_a_run_that_was_stopped_says_of_which_step_its_loss_is(tmp_path, capsys, step, told):
     (tmp_path / "metrics.jsonl").write_text('{"step": 600, "time": 0, "val/loss": 2.5}\n')
     cfg = with_fields(load_preset("demo"), out_dir=tmp_path)
-    report.print_finished_before(cfg, "train", [], step, None)
+    report.print_finished_before(cfg, "train", [], step, None, [])
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"{tmp_path} is finished: {step} steps, validation loss {told}"
 
@@ -207,8 +207,12 @@ def test_a_finished_run_says_its_result_and_a_sample(capsys):
 )
 def test_the_commands_it_names_do_what_they_say(argv, capsys):
     cfg, _, commands = finished(argv, capsys)
-    (longer,) = [parsed(c) for what, c in commands.items() if what.startswith("train longer")]
-    assert (longer.out_dir, longer.max_iters) == (cfg.out_dir, 2 * cfg.max_iters)
+    longer, decaying = [
+        parsed(c) for what, c in commands.items() if what.startswith("train longer")
+    ]
+    for one, decay_end in ((longer, None), (decaying, 2 * cfg.max_iters)):
+        assert (one.out_dir, one.max_iters) == (cfg.out_dir, 2 * cfg.max_iters)
+        assert one.optimizer.lr_decay_iters == decay_end
     anew = parsed(commands["start anew"])
     assert (anew.out_dir, anew.max_iters) == (
         cfg.out_dir.with_name(f"{cfg.out_dir.name}-2"),

@@ -29,7 +29,7 @@ def header(*words: int) -> bytes:
 
 FAULTY_SHARDS = {
     "2 magic": (header(12345, 1, 400) + GOOD.tobytes(), "starts with 12345"),
-    "2 llama-3": (header(20240801, 1, 400) + GOOD.tobytes(), "a llama-3 shard"),
+    "2 llama-3": (header(20240801, 7, 400) + GOOD.tobytes(), "is truncated: "),
     "2 version": (header(20240520, 2, 400) + GOOD.tobytes(), "is a shard of version 2"),
     "3 truncated": (header(20240520, 1, 400) + GOOD.tobytes()[:-9], "is truncated"),
     "3 over-long": (header(20240520, 1, 400) + GOOD.tobytes() * 2, "is too long"),
@@ -88,13 +88,14 @@ def test_a_folder_that_no_file_system_takes_is_said_in_a_sentence(tmp_path, refu
     assert "cannot be read (File name too long)" in err
 
 
-def test_a_pickle_beside_the_data_is_never_opened(tmp_path, monkeypatch) -> None:
+def test_a_pickle_beside_the_data_is_never_opened(tmp_path, monkeypatch, refused) -> None:
     monkeypatch.setenv("MARK", str(tmp_path / "executed"))
     for name in ("train", "val"):
         GOOD.tofile(tmp_path / f"{name}.bin")
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch $MARK'\ntR.")
     flags = ("--dataset", "x", "--data-dir", str(tmp_path), "--max-iters", "1")
-    assert train(tmp_path / "run", *flags) == 0
+    err = refused(tmp_path / "run", *flags)
+    assert f"input.txt --tokenizer char --out {tmp_path}_tokens" in " ".join(err.split())
     assert not (tmp_path / "executed").exists()
 
 

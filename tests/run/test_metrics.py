@@ -2,7 +2,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from tensorboardX.proto.event_pb2 import SessionLog
 from jaxgpt.errors import UserError
 from jaxgpt.run import metrics
 from jaxgpt.run.metrics import MetricsLog
-from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
+from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
 from jaxgpt.run.tensorboard_events import _encode_record, event_files
 
 
@@ -88,8 +87,21 @@ def test_resuming_leaves_no_step_twice(tmp_path: Path) -> None:
             log_steps(log, steps)
     assert lines_by_step(tmp_path) == expected(range(21))
     assert tags_by_step(tmp_path) == expected(range(21), "sample/text_summary")
-    assert len(event_files(tmp_path / "tensorboard")) == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    files = event_files(tmp_path)
+    assert len(files) == 3
+    assert {*tmp_path.iterdir()} == {tmp_path / "metrics.jsonl", *files}
+
+
+def test_a_run_of_an_older_version_goes_on_in_its_own_folder_of_events(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log_steps(log, range(5))
+    (tmp_path / "tensorboard").mkdir()
+    for path in event_files(tmp_path):
+        path.rename(tmp_path / "tensorboard" / path.name)
+    with MetricsLog(tmp_path, 2) as log:
+        log_steps(log, range(3, 7))
+    assert tags_by_step(tmp_path) == expected(range(7), "sample/text_summary")
+    assert (len(event_files(tmp_path / "tensorboard")), event_files(tmp_path)) == (2, [])
 
 
 @pytest.mark.parametrize("lost_bytes", [1, 5, 30])
@@ -99,7 +111,7 @@ def test_resuming_after_a_crash_in_mid_record(
 ) -> None:
     with MetricsLog(tmp_path) as log:
         log_steps(log, range(13))
-    for path in (tmp_path / "metrics.jsonl", *event_files(tmp_path / "tensorboard")):
+    for path in (tmp_path / "metrics.jsonl", *event_files(tmp_path)):
         os.truncate(path, path.stat().st_size - lost_bytes)
     with MetricsLog(tmp_path, resume_step) as log:
         log_steps(log, range(resume_step + 1, 15))
@@ -110,7 +122,7 @@ def test_resuming_after_a_crash_in_mid_record(
 def test_a_damaged_event_ends_its_file(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log_steps(log, range(1, 5))
-    (path,) = event_files(tmp_path / "tensorboard")
+    (path,) = event_files(tmp_path)
     data = bytearray(path.read_bytes())
     data[-6] ^= 1  # in the data of the last event
     path.write_bytes(data)
@@ -121,7 +133,7 @@ def test_a_damaged_event_ends_its_file(tmp_path: Path) -> None:
 def test_an_entry_that_is_no_event_ends_its_file(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log_steps(log, range(1, 4))
-    (path,) = event_files(tmp_path / "tensorboard")
+    (path,) = event_files(tmp_path)
     with path.open("ab") as file:
         file.write(_encode_record(b"\xff\xff"))
     with pytest.raises(UserError, match="has metrics of earlier steps"):
@@ -159,16 +171,17 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path)
     assert lines_by_step(tmp_path) == expected(range(2))
     hparams = Counter({(0, tag): 1 for tag in HPARAMS_TAGS})
     assert tags_by_step(tmp_path) == expected(range(2), "sample/text_summary") + hparams
-    assert len(event_files(tmp_path / "tensorboard")) == 1
+    assert len(event_files(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("gone", [METRICS_FILE, EVENTS_FOLDER])
+@pytest.mark.parametrize("gone", [METRICS_FILE, EVENT_FILES])
 def test_a_new_run_leaves_the_metrics_of_steps_that_were_taken_alone(
     tmp_path: Path, gone: str
 ) -> None:
     with MetricsLog(tmp_path) as log:
         log_steps(log, range(3))
-    shutil.rmtree(tmp_path / gone) if gone == EVENTS_FOLDER else (tmp_path / gone).unlink()
+    for path in tmp_path.glob(gone):
+        path.unlink()
     (left,) = (path for path in tmp_path.rglob("*") if path.is_file())
     before = left.read_bytes()
     with pytest.raises(UserError, match=r"no checkpoint to resume from; move .* another --out-dir"):
@@ -222,7 +235,7 @@ def test_restarts_within_a_second_write_files_in_order(
         monkeypatch.setattr(metrics.time, "time", lambda now=now: now)
         with MetricsLog(tmp_path, resume_step=step - 1 if step else None) as log:
             log.scalars(step, {"loss": 1.0})
-    assert len(event_files(tmp_path / "tensorboard")) == 3
+    assert len(event_files(tmp_path)) == 3
     assert [e.step for e in read_events(tmp_path) if e.summary.value] == [0, 1, 2]
 
 
@@ -278,7 +291,7 @@ def test_a_file_that_may_not_grow_does_not_end_the_run(tmp_path: Path) -> None:
     complaint, flushed = process.stdout.splitlines()
     assert complaint.endswith("training continues: [Errno 27] File too large")
     assert flushed == "False"
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    assert {*tmp_path.iterdir()} == {tmp_path / "metrics.jsonl", *event_files(tmp_path)}
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 120
     assert len(read_events(tmp_path)) > 140
 

@@ -3,6 +3,7 @@
 The guards of `test_step_cost.py` see what is computed; these see what is also moved.
 """
 
+import dataclasses
 import math
 import re
 
@@ -16,9 +17,11 @@ from jaxgpt.planning.gpus import find_gpu
 
 H100 = find_gpu("h100")
 B, T, D = 8, 1024, 768
-MODEL = ModelConfig(
-    n_layer=2, n_head=12, n_embd=D, block_size=T, vocab_size=50304, n_vocab=50257, bias=False
-)
+GPT2 = ModelConfig(n_layer=2, n_head=12, n_embd=D, block_size=T, vocab_size=50304, n_vocab=50257)
+MODELS = {
+    "gpt2": GPT2,
+    "qwen3": dataclasses.replace(GPT2, arch="qwen3", n_head=6, n_kv_head=2, tied_head=False),
+}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -28,9 +31,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program() -> str:
-    cfg = resolved(Config(model=MODEL), "bfloat16", batch_size=B, effective_batch_size=B)
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def program(request) -> str:
+    cfg = resolved(Config(model=request.param), "bfloat16", batch_size=B, effective_batch_size=B)
     return memory.compile_ahead(cfg, target.card_device(H100)).as_text()
 
 
@@ -48,10 +51,10 @@ def test_no_activation_is_copied(program) -> None:
 def test_the_gradient_of_a_blocks_norm_is_no_array_as_large_as_its_input(program) -> None:
     """Only the last norm, which no linear layer follows, has its two in float32."""
     as_large = [dtype for dtype, size in made_by("fusion", program) if size == B * T * D]
-    assert as_large.count("bf16") > 2 * MODEL.n_layer
+    assert as_large.count("bf16") > 2 * GPT2.n_layer
     assert as_large.count("f32") <= 2
 
 
 def test_flash_attention_runs_once_forward_and_once_back_in_each_layer(program) -> None:
     for kernel in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
-        assert program.count(f'custom_call_target="__cudnn${kernel}"') == MODEL.n_layer
+        assert program.count(f'custom_call_target="__cudnn${kernel}"') == GPT2.n_layer

@@ -43,6 +43,12 @@ def test_every_mesh_has_the_losses_of_one_device(seen, mesh) -> None:
     assert seen["evaluations"][mesh] == pytest.approx(seen["evaluations"]["one"], rel=2e-6)
 
 
+def test_a_mesh_has_the_losses_of_one_device_with_another_network(seen) -> None:
+    one, many = seen["qwen3 losses"].values()
+    assert one[-1] < one[0] - 0.1
+    np.testing.assert_allclose(many, one, rtol=3e-6)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_writes_what_one_device_writes(seen, mesh) -> None:
     assert len(set(seen["samples"]["one"])) > 1

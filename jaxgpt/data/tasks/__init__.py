@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from jaxgpt.config.checks import as_flag
 from jaxgpt.data.task import Question, Row, Task
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import FormatError, decode_json
@@ -62,17 +63,13 @@ def load_task(name: str, source: str, tokenizer: Tokenizer, block_size: int) -> 
         if longest > block_size:
             raise TaskError(
                 f"{where} has {longest} tokens to score, but block_size is {block_size}; use a "
-                f"model with a longer context, or leave out {_flag(name)}"
+                f"model with a longer context, or leave out {as_flag(name)}"
             )
         rows = [Row(row.tokens[-block_size - 1 :], row.scored) for row in question.rows]
         questions.append(Question(rows, question.label))
     if not questions:
-        raise TaskError(f"{_flag(name)} {source} is empty; download it again")
+        raise TaskError(f"{as_flag(name)} {source} is empty; download it again")
     return questions
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _records(name: str, source: str) -> Iterator[tuple[str, Any]]:
@@ -107,7 +104,7 @@ def _read_file(name: str, source: str) -> bytes:
         return Path(source).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError, RuntimeError) as error:
         raise TaskError(
-            f"{_flag(name)} {source} cannot be read ({error}); give the published jsonl file, or "
+            f"{as_flag(name)} {source} cannot be read ({error}); give the published jsonl file, or "
             f"'{FROM_DATASETS}' to download it"
         ) from None
 
@@ -118,12 +115,12 @@ def _download(name: str) -> Iterable[Any]:
         import datasets
     except ImportError:
         raise TaskError(
-            f"{_flag(name)} {FROM_DATASETS} needs the library: pip install datasets"
+            f"{as_flag(name)} {FROM_DATASETS} needs the library: pip install datasets"
         ) from None
     try:
         return datasets.load_dataset(**hub)
     except Exception as error:  # its own, the Hub's and the HTTP library's
         raise TaskError(
             f"{hub['path']} cannot be downloaded ({type(error).__name__}: {first_line(error)}); "
-            f"give the published file instead: {_flag(name)} {TASKS[name].file}"
+            f"give the published file instead: {as_flag(name)} {TASKS[name].file}"
         ) from None

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from jaxgpt.data.manifest import Count
 from jaxgpt.errors import UserError
 from jaxgpt.files import FormatError, decode_json, write_json
 from jaxgpt.preparation.documents import ReadOptions
-from jaxgpt.preparation.inputs import Input, Unit, share_of_rank, work_units
+from jaxgpt.preparation.inputs import Input, Unit, work_units
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -49,9 +48,8 @@ class Settings:
     shard_tokens: Positive
     val_tokens: Positive | None  # validation is this many tokens at the start ...
     val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
+    val_at_end: bool = False  # ... or that fraction of the tokens, at the end of each unit
     unit_bytes: Positive
-    rank: Count = 0
-    world_size: Positive = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +64,13 @@ class Plan:
     settings: Settings
     rounds: list[list[Input]] = field(default_factory=list)
 
+    @property
+    def inputs(self) -> list[Input]:
+        """The inputs of all rounds, in order."""
+        return [item for inputs in self.rounds for item in inputs]
+
     def units(self) -> list[Unit]:
-        """The units of work of this rank, in order."""
+        """The units of work, in order."""
         return [unit for units in self._rounds_of_units() for unit in units]
 
     def round_ends(self) -> list[int]:
@@ -79,11 +82,7 @@ class Plan:
         return ends
 
     def _rounds_of_units(self) -> list[list[Unit]]:
-        s = self.settings
-        return [
-            share_of_rank(work_units(inputs, s.unit_bytes), s.rank, s.world_size)
-            for inputs in self.rounds
-        ]
+        return [work_units(inputs, self.settings.unit_bytes) for inputs in self.rounds]
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""
@@ -109,7 +108,7 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
     Raises UserError if an input of the plan is missing from `inputs` or has changed.
     """
     named = {item.path: item for item in inputs}
-    known = {item.path: item for round in plan.rounds for item in round}
+    known = {item.path: item for item in plan.inputs}
     for path, item in known.items():
         if path not in named:
             raise UserError(
@@ -147,7 +146,7 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
     flat = {**msgspec.to_builtins(source), **msgspec.to_builtins(settings)}
     # A preparation keeps its first commit, unit sizes change no token, and options are listed one
     # by one.
-    hidden = {"commit", "options", "unit_bytes", "prefix"}
+    hidden = {"commit", "options", "unit_bytes", "prefix", "val_at_end"}
     return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
 
 

@@ -1,0 +1,61 @@
+"""A planned run as the command line that trains it, named after the preset of its shape."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config.checks import as_flag
+from jaxgpt.config.fields import Config, flat_fields, names_with, with_fields
+from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.roles import Role
+from jaxgpt.planning import speed
+from jaxgpt.planning.new_run import resolve_new
+
+TRAIN = "python -m jaxgpt.train"
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+def train_command(cfg: Resolved) -> str:
+    """The command line that trains `cfg`: its preset, and a flag for each field that differs."""
+    differing = _differences(cfg, load_preset(cfg.asked.preset))
+    words = ["--preset", cfg.asked.preset]
+    for name, value in differing.items():
+        words += [as_flag(name), str(value)]
+    if set(SHAPE) & differing.keys():  # no longer a run of the preset
+        size = f"{cfg.model.parameter_count() / 1e6:.0f}m"
+        words += ["--out-dir", f"runs/{Path(cfg.asked.preset).stem}-{size}"]
+    return f"{TRAIN} {shlex.join(words)}"
+
+
+def _differences(cfg: Resolved, preset: Config) -> dict[str, Any]:
+    """Fields of `cfg` that are not the preset's, by flat name, but for those that need no flag."""
+    base = resolve_new(preset, cfg.dtype)
+    # Neither is printed: the dtype is the card's own, and the decay ends with the run.
+    old = {**base.flat(), "dtype": preset.dtype, "lr_decay_iters": cfg.asked.max_iters}
+    new = {**cfg.flat(), "dtype": cfg.asked.dtype}
+    names = [name for name in flat_fields() if name not in names_with(Role.IMPLIED)]
+    return {name: new[name] for name in names if new[name] != old[name]}
+
+
+def of_its_preset(cfg: Resolved) -> Resolved:
+    """`cfg` as a variant of the preset that has its shape, if one has; the run is the same."""
+
+    def has_its_shape(preset: Config) -> bool:
+        return all(getattr(preset.model, name) == getattr(cfg.model, name) for name in SHAPE)
+
+    if has_its_shape(load_preset(cfg.asked.preset)):
+        return cfg
+    same = [preset for preset in map(load_preset, preset_names()) if has_its_shape(preset)]
+    nearest = min(same, key=lambda preset: len(_differences(cfg, preset)), default=cfg.asked)
+    return dataclasses.replace(cfg, asked=with_fields(cfg.asked, preset=nearest.preset))
+
+
+def at_suggested_rate(cfg: Resolved) -> Resolved:
+    """`cfg` with the learning rate for its size."""
+    peak = speed.suggested_learning_rate(cfg.model.parameter_count())
+    optimizer = dataclasses.replace(
+        cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}")
+    )
+    return dataclasses.replace(cfg, optimizer=optimizer)

@@ -1,0 +1,145 @@
+"""The manifest of prepared text, and what is printed of it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jaxgpt.data.manifest import (
+    Documents,
+    Manifest,
+    ShardEntry,
+    Splits,
+    SplitTotals,
+    TokenCount,
+    TokenizerEntry,
+    Validation,
+)
+from jaxgpt.data.token_file import UINT16
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.preparation.journal import Record
+from jaxgpt.preparation.next_command import train_command
+from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.run.console import print_table
+
+AT_END = "end of the text"  # the rule for few documents
+LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
+
+
+def text_manifest(
+    plan: Plan, tokenizer: Tokenizer, shards: Sequence[ShardEntry], records: Sequence[Record]
+) -> Manifest:
+    """Make the manifest, without dates and folders: the same work makes the same manifest."""
+    s, inputs = plan.settings, plan.inputs
+    lines = "\n".join(f"{item.name} {item.size} {item.check}" for item in inputs)
+    source: dict[str, Any] = {
+        **msgspec.to_builtins(plan.source),
+        "inputs": len(inputs),
+        "bytes": sum(item.size for item in inputs),
+        "sha256_of_inputs": hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest(),
+        "text_column": s.options.text_column,
+        "sample_by": s.options.sample_by,
+    }
+    if len(inputs) <= LISTED_INPUTS:
+        on_hub = isinstance(plan.source, HubSource)
+        source["files"] = [item.path if on_hub else item.name for item in inputs]
+    validation = Validation(rule="first tokens", tokens=s.val_tokens)
+    if s.val_fraction is not None:
+        rule = AT_END if s.val_at_end else "hash of the document"
+        validation = Validation(rule=rule, fraction=s.val_fraction)
+    return Manifest(
+        jaxgpt=version("jaxgpt"),
+        source=source,
+        tokenizer=tokenizer_entry(tokenizer),
+        dtype="uint16" if tokenizer.dtype == UINT16 else "uint32",
+        validation=validation,
+        shard_tokens=s.shard_tokens,
+        splits=total_splits(shards),
+        shards=sorted(shards),
+        documents=_sum_documents(records),
+        # The column counts GPT-2's tokens; another tokenizer's differ without an error.
+        token_count=_compare_counts(records) if tokenizer.name == "gpt2" else None,
+    )
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    """The entry of a tokenizer in a manifest."""
+    t = tokenizer
+    return TokenizerEntry(name=t.name, sha256=t.sha256, n_vocab=t.n_vocab, eot=t.eot)
+
+
+def total_splits(shards: Sequence[ShardEntry]) -> Splits:
+    """The sums of tokens and documents in each split."""
+
+    def total(split: str) -> SplitTotals:
+        some = [shard for shard in shards if shard.split == split]
+        return SplitTotals(
+            tokens=sum(shard.tokens for shard in some),
+            documents=sum(shard.documents for shard in some),
+        )
+
+    return Splits(train=total("train"), val=total("val"))
+
+
+def _sum_documents(records: Sequence[Record]) -> Documents:
+    """The sums of the counts, and the first example of each reason."""
+    skipped, examples = Counter[str](), dict[str, str]()
+    for record in records:
+        skipped.update(record.skipped)
+        examples = record.examples | examples
+    return Documents(
+        used=sum(record.documents for record in records),
+        skipped=dict(sorted(skipped.items())),
+        skipped_for_example={why: Path(path).name for why, path in sorted(examples.items())},
+    )
+
+
+def _compare_counts(records: Sequence[Record]) -> TokenCount | None:
+    """The source's own token counts and ours, over the units that have them; None without any."""
+    counted = [record for record in records if record.token_count is not None]
+    theirs = sum(record.token_count or 0 for record in counted)
+    ours = sum(sum(record.tokens.values()) - record.documents for record in counted)
+    if not counted:
+        return None
+    return TokenCount(source_says=theirs, tokens_minus_documents=ours, equal=theirs == ours)
+
+
+def summarize(manifest: Manifest) -> dict[str, str]:
+    """A manifest as rows of a table."""
+    source, tokenizer = manifest.source, manifest.tokenizer
+    names = [str(source[k]) for k in ("repo", "name", "kind", "revision") if source.get(k)]
+    rows = {
+        "source": ", ".join(names),
+        "tokenizer": f"{tokenizer.name}, {tokenizer.n_vocab:,} ids",
+    }
+    for split, totals in manifest.splits.items():
+        n = sum(shard.split == split for shard in manifest.shards)
+        rows[split] = f"{totals.tokens:,} tokens, {totals.documents:,} documents, {n} shards"
+    rule = manifest.validation
+    if rule.tokens:
+        rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"
+    elif rule.fraction and rule.rule == AT_END:
+        rows["validation"] = f"the last {rule.fraction:.0%} of the text, which is few documents"
+    elif rule.fraction:
+        rows["validation"] = f"{rule.fraction:.3g} of the documents, by their hash"
+    if documents := manifest.documents:
+        for reason, n in documents.skipped.items():
+            example = documents.skipped_for_example.get(reason)
+            rows[f"skipped: {reason}"] = f"{n:,} documents, the first in {example}"
+    if count := manifest.token_count:
+        verdict = "equal" if count.equal else "NOT EQUAL"
+        rows["token_count"] = (
+            f"the source says {count.source_says:,}; tokens minus documents are "
+            f"{count.tokens_minus_documents:,}: {verdict}"
+        )
+    return rows
+
+
+def print_result(out: Path, manifest: Manifest, has_gpu: bool) -> None:
+    """Print what the folder contains now, and the next command."""
+    print_table(str(out), summarize(manifest))
+    print(f"train on it: {train_command(out, manifest, has_gpu)}")

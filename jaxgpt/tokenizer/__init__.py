@@ -1,0 +1,1 @@
+"""Training a tokenizer: `python -m jaxgpt.tokenizer texts/ --out tok/`."""

@@ -1,0 +1,214 @@
+"""Train a tokenizer: `python -m jaxgpt.tokenizer texts/ --vocab-size 32768 --out tok/`.
+
+A byte-level BPE, as GPT-2's, on a sample of the text. It takes about a minute per 100 MB of sample,
+so there is nothing to resume.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.filesize import decimal
+
+from jaxgpt.config.command_line import parse_command
+from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.errors import UserError, run_command
+from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
+from jaxgpt.preparation.flags import Inputs, parse_number
+from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
+from jaxgpt.preparation.readers import read_slice
+from jaxgpt.run.console import print_table, waiting
+
+PROG = "python -m jaxgpt.tokenizer"
+DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
+
+SLICE_BYTES = 1 << 24  # the sample is the beginning of each such part of the text
+PIECE = 10_000  # characters that are used for training or held out together
+HELD_OUT = 20  # every such piece
+HELD_OUT_BYTES = 5_000_000  # enough to measure
+SMALLEST = 512  # ids: 256 bytes, the end of text, and some merges
+
+# As GPT-2's, but marks belong to the letter before them, which many scripts of India need, and
+# numbers have at most three digits.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFlags:
+    """The command line."""
+
+    inputs: Inputs = ()
+    """text files, patterns, or a folder, as for jaxgpt.prepare"""
+    out: PathIfSet = None
+    """folder for tokenizer.json; must not have one"""
+    vocab_size: int = 32768
+    """ids, with 256 for bytes and one for the end of text"""
+    sample: Annotated[str, tyro.conf.arg(metavar="BYTES")] = "100M"
+    """bytes of text to train on, from all parts of the input"""
+    text_column: str = "text"
+    """column or JSON key with the text"""
+
+    def errors(self) -> list[str]:
+        """A sentence for each error in the flags."""
+        errors = []
+        if not self.inputs:
+            errors.append("name the text to train on: files or a folder")
+        if self.out is None:
+            errors.append("name the folder to write: --out FOLDER")
+        if self.vocab_size < SMALLEST:
+            errors.append(f"--vocab-size {self.vocab_size} must be at least {SMALLEST}")
+        try:
+            parse_number("sample", self.sample)
+        except UserError as error:
+            errors.append(str(error))
+        return errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Read a sample, train, write the files, and compare with GPT-2's. Raises UserError."""
+    flags = parse_command(argv, TokenizerFlags, prog=PROG, description=DESCRIPTION)
+    assert flags.out is not None
+    out = flags.out.expanduser()
+    if (out / "tokenizer.json").exists():
+        raise UserError(f"{out}: already has a tokenizer.json; choose another --out")
+    started = time.perf_counter()
+    with waiting("reading the sample"):
+        options = ReadOptions(text_column=flags.text_column)
+        training, held_out = read_sample(
+            flags.inputs, parse_number("sample", flags.sample), options
+        )
+    size = sum(len(text.encode(errors="replace")) for text in training)
+    with waiting(f"training on {decimal(size)}"):
+        library = train_bpe(training, flags.vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = save(library, out)
+    rows = {
+        "vocabulary": f"{tokenizer.n_vocab:,} ids"
+        + ("" if tokenizer.n_vocab == flags.vocab_size else ", all that this sample has"),
+        "trained on": f"{decimal(size)} of text, in {time.perf_counter() - started:.0f} s",
+        **compare(tokenizer, held_out),
+    }
+    print_table(str(out), rows)
+    words = ["python", "-m", "jaxgpt.prepare", *flags.inputs[:3], "--tokenizer", str(out)]
+    print(f"use it: {shlex.join(words)}")
+    return 0
+
+
+def read_sample(
+    arguments: Sequence[str], n_bytes: int, options: ReadOptions
+) -> tuple[list[str], list[str]]:
+    """(pieces of text to train on, pieces held out), about `n_bytes` of text from all inputs.
+
+    Raises UserError.
+    """
+    slices = [slice for unit in work_units(find_inputs(arguments), SLICE_BYTES) for slice in unit]
+    share = n_bytes / max(sum(slice.input.text_bytes / slice.parts for slice in slices), 1)
+    training: list[str] = []
+    held_out: list[str] = []
+    held_out_bytes = 0
+    pieces = (piece for slice in slices for piece in _beginning_of(slice, share, options))
+    for number, piece in enumerate(pieces):
+        if number % HELD_OUT == HELD_OUT - 1 and held_out_bytes < HELD_OUT_BYTES:
+            held_out.append(piece)
+            held_out_bytes += len(piece)
+        else:
+            training.append(piece)
+    if not training:
+        raise UserError(f"{arguments[0]}: has no text to train on; check the files")
+    if not held_out:  # a few pages of text
+        middle = len(training[-1]) * 9 // 10
+        training[-1], held_out = training[-1][:middle], [training[-1][middle:]]
+    return training, held_out
+
+
+def _beginning_of(slice: Slice, share: float, options: ReadOptions) -> Iterator[str]:
+    """Pieces of the first `share` of a slice's text."""
+    left = slice.input.text_bytes / slice.parts * share
+    for batch in read_slice(slice, options):
+        for document in batch.documents:
+            if isinstance(document, Skip):
+                continue
+            chunks = document.chunks() if isinstance(document, LongText) else [document]
+            for chunk in chunks:
+                for start in range(0, len(chunk), PIECE):
+                    if left <= 0:
+                        return
+                    piece = chunk[start : start + PIECE]
+                    left -= len(piece.encode(errors="replace"))
+                    yield piece
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
+    """A `tokenizers.Tokenizer` with at most `vocab_size` ids."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from jaxgpt.data.tokenizer import EOT_TEXT
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    clean = (text.encode(errors="replace").decode() for text in texts)  # of lone surrogates
+    library.train_from_iterator(clean, trainer)
+    return library
+
+
+def save(library: Any, out: Path) -> Any:
+    """Write the files of a trained tokenizer and open them as any other."""
+    import json
+
+    from jaxgpt.data.tokenizer import EOT_TEXT
+    from jaxgpt.data.tokenizer_json import tokenizer_from_files
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT_TEXT}
+    files = {
+        "tokenizer.json": library.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(
+            {**config, "clean_up_tokenization_spaces": False}, indent=1
+        ).encode(),
+    }
+    tokenizer = tokenizer_from_files(files, str(out))
+    tokenizer.save(out)
+    return tokenizer
+
+
+def compare(tokenizer: Any, held_out: Sequence[str]) -> dict[str, str]:
+    """Bytes per token on text that the tokenizer was not trained on, and GPT-2's."""
+    from jaxgpt.data.tokenizer import load_tokenizer
+
+    n_bytes = sum(len(text.encode(errors="replace")) for text in held_out)
+
+    def per_token(encode: Any) -> float:
+        return n_bytes / max(sum(len(encode(text)) for text in held_out), 1)
+
+    own, gpt2 = per_token(tokenizer.encode), per_token(load_tokenizer("gpt2").encode)
+    return {
+        "bytes per token": f"{own:.2f} on {decimal(n_bytes)} held out; with GPT-2: {gpt2:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Worker processes that are killed."""
+
+import os
+import signal
+import subprocess
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.preparing import SMALL, contents, start, wait_for, wait_until, worker_pids
+
+from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.files import sha256_of
+from jaxgpt.preparation.assemble import Assembler
+from jaxgpt.preparation.documents import ReadOptions
+from jaxgpt.preparation.inputs import find_inputs
+from jaxgpt.preparation.progress import PreparationConsole
+from jaxgpt.preparation.run_units import UnitLoop
+from jaxgpt.preparation.tokenize import Job
+from jaxgpt.preparation.work_plan import FileSource, Plan, Settings
+from jaxgpt.preparation.workers import DeadWorkerError, Origin, Pool, run_job
+
+BYTE = load_tokenizer("byte")
+
+
+def test_a_killed_worker_costs_its_unit_alone(
+    fineweb_like: Path, prepared: Path, tmp_path: Path, children: list[subprocess.Popen]
+) -> None:
+    out = tmp_path / "out"
+    child = start(children, fineweb_like, "--out", out, *SMALL, "--workers", "2")
+    wait_until(lambda: len(worker_pids(child.pid)) == 2)
+    stopped, other = worker_pids(child.pid)  # which still import
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for(out, ".prepare/parts/??????.train")
+    os.kill(stopped, signal.SIGKILL)
+    wait_until(lambda: set(worker_pids(child.pid)) - {stopped, other})
+    assert other in worker_pids(child.pid), "the other one goes on"
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+    assert "a worker was killed in unit" in said
+    assert contents(out) == contents(prepared)
+
+
+def test_a_pool_replaces_a_process_that_ended() -> None:
+    with Pool(1) as pool:
+        for _ in range(2):
+            ended = pool.submit(os._exit, 3)
+            with pytest.raises(DeadWorkerError):
+                pool.result(ended)
+        assert pool.result(pool.submit(pow, 2, 5)) == 32
+
+
+class Fragile:
+    """An engine in this process, whose workers die the first few times in one unit."""
+
+    tries, waiting = 2, 0.0
+
+    def __init__(self, deaths: int):
+        self._deaths = deaths
+
+    def workers(self) -> int:
+        return 1
+
+    def submit(self, fn: Any, job: Job, origin: Origin) -> Future:
+        future: Future = Future()
+        if job.number == 1 and self._deaths:
+            self._deaths -= 1
+            future.set_exception(DeadWorkerError())
+        else:
+            future.set_result(fn(job, origin))
+        return future
+
+    def result(self, future: Future) -> Any:
+        return future.result()
+
+
+@pytest.fixture
+def plan(texts: Path, tmp_path: Path) -> Plan:
+    """A saved plan with several units."""
+    settings = Settings(
+        prefix="x",
+        tokenizer="byte",
+        tokenizer_sha256=BYTE.sha256,
+        options=ReadOptions(),
+        shard_tokens=5000,
+        val_tokens=1000,
+        val_fraction=None,
+        unit_bytes=1000,
+    )
+    plan = Plan(source=FileSource(), settings=settings, rounds=[find_inputs([str(texts)])])
+    (tmp_path / ".prepare").mkdir()
+    plan.save(tmp_path / ".prepare" / "plan.json")
+    return plan
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_unit_that_kills_its_worker_twice_is_named(
+    plan: Plan, tmp_path: Path, deaths: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / ".prepare"
+    assembler = Assembler(tmp_path, work, plan, None, BYTE.eot)
+    left = work / "parts" / "000001.all.host-1-2.tmp"
+    left.touch()
+    first = plan.units()[1][0].path
+    loop = UnitLoop(
+        Fragile(deaths),
+        assembler,
+        plan,
+        work,
+        PreparationConsole(1, 0),
+        1.0,
+        lambda item: Path(item.path),
+        lambda item: None,
+    )
+    if deaths == 1:
+        loop.run()
+        assert assembler.finished
+        assert f"a worker was killed in unit 1 ({first}); starting it" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=f"{first}: workers were killed whenever .* unit 1,"):
+            loop.run()
+    assert not left.exists()
+
+
+def test_a_worker_that_sees_other_files_is_refused(plan: Plan, tmp_path: Path) -> None:
+    parts = tmp_path / ".prepare" / "parts"
+    parts.mkdir()
+    job = Job(0, plan.units()[0], plan.settings.options, None, parts)
+    good = Origin(sha256_of(parts.with_name("plan.json")), "byte", BYTE.sha256)
+    lost = job._replace(unit=(job.unit[0]._replace(path=str(tmp_path / "gone.txt")),))
+    elsewhere = job._replace(folder=tmp_path / "elsewhere" / "parts")
+    for some, origin, said in (
+        (elsewhere, good, "elsewhere/plan.json: is missing or another file on"),
+        (job, good._replace(plan_sha256="0"), "plan.json: is missing or another file on"),
+        (lost, good, "gone.txt: is missing on"),
+        (job, good._replace(tokenizer_sha256="0"), "tokenizer 'byte': is another one on"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_job(some, origin)
+    assert not any(parts.iterdir())
+    assert run_job(job, good).documents > 0
