@@ -39,7 +39,7 @@ def _raise_stopped(number: int, _: object) -> None:
 
 def run(flags: PrepareFlags) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
-    from jaxgpt.planning.gpus import visible_card
+    from jaxgpt.planning.local_gpus import visible_card
     from jaxgpt.preparation.inspect_folder import inspect_folder
     from jaxgpt.preparation.output_folder import open_output_folder
     from jaxgpt.preparation.pipeline import prepare_text

@@ -12,7 +12,7 @@ from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input, Slice
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.preparation.run_units import AHEAD
 from jaxgpt.preparation.work_plan import HubSource, Plan
-from jaxgpt.run.console import duration
+from jaxgpt.run.console import counted, duration
 
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller
 # machine's.
@@ -80,7 +80,7 @@ def estimate_rows(
     on_hub, s = plan.source if isinstance(plan.source, HubSource) else None, plan.settings
     n_inputs = sum(map(len, plan.rounds))
     return {
-        "input": f"{n_inputs:,} files, {decimal(estimate.input_bytes)}"
+        "input": f"{counted(n_inputs, 'file')}, {decimal(estimate.input_bytes)}"
         + (f" of {on_hub.repo} {on_hub.name}, downloaded when needed" if on_hub else "")
         + (f"; limit reached after about {decimal(estimate.needed_bytes)}" if limited else ""),
         "tokens": f"about {estimate.tokens:,} of tokenizer {s.tokenizer!r}, in shards of "
@@ -88,7 +88,7 @@ def estimate_rows(
         "disk": f"about {decimal(estimate.shard_bytes)}, plus {decimal(estimate.temporary_bytes)} "
         f"while this runs; {free} free",
         "time": f"about {duration(estimate.core_seconds / max(workers, 1))} with "
-        f"{workers or 'one of the'} workers"
+        + (counted(workers, "worker") if workers else "one of the workers")
         + (", unless the download takes longer" if on_hub else ""),
     }
 

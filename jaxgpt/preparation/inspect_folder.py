@@ -21,7 +21,7 @@ from jaxgpt.data.token_file import PREPARE, DataError, TokenFile
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import summarize
-from jaxgpt.run.console import print_table
+from jaxgpt.run.console import counted, print_table
 
 EXCERPT = 200  # tokens
 
@@ -66,7 +66,7 @@ def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
 def _file_rows(files: dict[str, list[TokenFile]], tokenizer: Tokenizer) -> dict[str, str]:
     rows = {"tokenizer": f"{tokenizer.name} (assumed: there is no {MANIFEST})"}
     for split, some in files.items():
-        rows[split] = f"{sum(file.length for file in some):,} tokens, {len(some)} files"
+        rows[split] = f"{sum(file.length for file in some):,} tokens, {counted(len(some), 'file')}"
     return rows
 
 

@@ -23,7 +23,7 @@ from jaxgpt.preparation.run_units import Locate, UnitLoop
 from jaxgpt.preparation.text_manifest import text_manifest
 from jaxgpt.preparation.work_plan import HubSource, Plan
 from jaxgpt.preparation.workers import Engine, Pool
-from jaxgpt.run.console import print_table
+from jaxgpt.run.console import counted, print_table
 
 
 def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
@@ -71,7 +71,9 @@ def _tokenize(
         title = f"jaxgpt prepare {' '.join(flags.inputs[:3])} -> {folder.out}"
         rows = estimate_rows(estimate, plan, limit is not None, workers, free)
         if done := assembler.shards:
-            rows["already done"] = f"{assembler.tokens_done:,} tokens, {len(done)} shards"
+            rows["already done"] = (
+                f"{assembler.tokens_done:,} tokens, {counted(len(done), 'shard')}"
+            )
         print_table(title, rows)
         pending = set(assembler.pending_units())
         units = enumerate(plan.units())

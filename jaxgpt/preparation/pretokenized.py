@@ -33,6 +33,7 @@ from jaxgpt.preparation.journal import Journal
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import tokenizer_entry, total_splits
+from jaxgpt.run.console import counted
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.
 READY = {
@@ -153,7 +154,8 @@ def _download_missing(
             missing.append(file)
     needed = sum(file.size for file in missing)
     free = check_free_space(out, needed)
-    print(f"{repo}: {len(files)} shards, {decimal(total)}, to {out} ({free} free)", flush=True)
+    shards = counted(len(files), "shard")
+    print(f"{repo}: {shards}, {decimal(total)}, to {out} ({free} free)", flush=True)
     (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
     remove_leftover_downloads(downloads)
     with PreparationConsole(total, total - needed) as console:

@@ -24,7 +24,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.next_command import train_command
 from jaxgpt.preparation.work_plan import HubSource, Plan
-from jaxgpt.run.console import print_table
+from jaxgpt.run.console import counted, print_table
 
 AT_END = "end of the text"  # the rule for few documents
 LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
@@ -118,7 +118,8 @@ def summarize(manifest: Manifest) -> dict[str, str]:
     }
     for split, totals in manifest.splits.items():
         n = sum(shard.split == split for shard in manifest.shards)
-        rows[split] = f"{totals.tokens:,} tokens, {totals.documents:,} documents, {n} shards"
+        sizes = (counted(totals.documents, "document"), counted(n, "shard"))
+        rows[split] = f"{totals.tokens:,} tokens, {', '.join(sizes)}"
     rule = manifest.validation
     if rule.tokens:
         rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"

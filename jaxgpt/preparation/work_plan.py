@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from jaxgpt.config.checks import as_flag
 from jaxgpt.errors import UserError
 from jaxgpt.files import FormatError, decode_json, write_json
 from jaxgpt.preparation.documents import ReadOptions
@@ -151,4 +152,4 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
 
 
 def _flag_name(name: str) -> str:
-    return {"kind": "source", "repo": "data set"}.get(name, f"--{name.replace('_', '-')}")
+    return {"kind": "source", "repo": "data set"}.get(name, as_flag(name))
