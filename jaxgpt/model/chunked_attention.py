@@ -31,7 +31,8 @@ class Part(NamedTuple):
 
 def parts_of(T: int) -> Iterator[Part]:
     """The parts of T queries; the last may reach beyond T, where queries are padding."""
-    chunks = math.ceil(math.ceil(T / CHUNK) / PARTS)
+    # At least two: XLA would merge the two passes of a chunk outside a loop, and keep its scores.
+    chunks = max(2, math.ceil(T / (CHUNK * PARTS)))
     for first in range(0, T, chunks * CHUNK):
         yield Part(first, chunks, min(first + chunks * CHUNK, T))
 
@@ -114,8 +115,6 @@ def _scan_chunks(
     """
     end = part.first + part.chunks * CHUNK
     arrays = tuple(x[:, :, :, part.first : end] for x in arrays)
-    if part.chunks == 1:
-        return chunk(part, carry, jnp.int32(part.first), *arrays)
 
     def split(x: jax.Array) -> jax.Array:
         missing = part.chunks * CHUNK - x.shape[3]
