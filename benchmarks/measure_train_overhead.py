@@ -45,6 +45,7 @@ from jaxgpt.run.console import RunConsole
 from jaxgpt.run.device import versions
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.report import Reporter
+from jaxgpt.run.skipped_steps import SkipCounter
 
 CARD = "rtx4090"
 BAR_SECONDS = 5.0
@@ -144,7 +145,7 @@ def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float,
         RunConsole(0, steps, cfg.asked.eval_interval) as console,
     ):
         assert console.console.is_terminal
-        reporter = Reporter(cfg, device, log, console, 0)
+        reporter = Reporter(cfg, device, log, console, SkipCounter(0))
         seconds = []
         for first in range(0, steps, cfg.asked.log_interval):
             begin = time.perf_counter()

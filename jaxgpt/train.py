@@ -28,6 +28,7 @@ from jaxgpt.run.console import RunConsole, unfailing_output
 from jaxgpt.run.opening import Data, find_devices, load_step, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, connect
 from jaxgpt.run.signals import StopRequest
+from jaxgpt.run.skipped_steps import SkipCounter
 from jaxgpt.run.watchdog import StallWatch
 from jaxgpt.weights.init_from import load_initial_params
 from jaxgpt.weights.source import Weights
@@ -105,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
         state = start_or_restore(compiled, data, weights, checkpoints, resumed_step)
         training = open_training(
-            compiled, data, checkpoints, resumed_step, int(state.skipped), tell, stack
+            compiled, data, checkpoints, resumed_step, count_skips(state), tell, stack
         )
         result = train(training, state, resumed_step, StepSync(processes, layout), stop)
         if result is None:
@@ -152,6 +153,13 @@ def start_or_restore(
     return state._replace(params=params)
 
 
+def count_skips(state: "TrainState") -> SkipCounter:
+    """The counter of skipped steps, continued from `state`."""
+    return SkipCounter(
+        int(state.skipped), int(state.loss_scale.overflows) if state.loss_scale else 0
+    )
+
+
 class Training(NamedTuple):
     """Everything that is open while a run trains."""
 
@@ -169,14 +177,11 @@ def open_training(
     data: Data,
     checkpoints: "Checkpoints",
     resumed_step: int | None,
-    skipped: int,
+    skips: SkipCounter,
     tell: Callable[[str], object],
     stack: ExitStack,
 ) -> Training:
-    """The log, the batches and what else is open while a run trains, closed by `stack`.
-
-    `skipped` is how many steps the run has skipped so far.
-    """
+    """The log, the batches and what else is open while a run trains, closed by `stack`."""
     from jaxgpt.run.evaluator import Evaluator
     from jaxgpt.run.metrics import MetricsLog, NoLog
     from jaxgpt.run.saver import Saver
@@ -196,7 +201,7 @@ def open_training(
         batches=stack.enter_context(batches),
         saver=saver,
         evaluator=Evaluator(compiled, data),
-        reporter=report.Reporter(cfg, layout.device, log, console, skipped),
+        reporter=report.Reporter(cfg, layout.device, log, console, skips),
         watch=stack.enter_context(StallWatch()),
     )
 

@@ -24,7 +24,7 @@ from jaxgpt.config.roles import Role, with_role
 from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Remat = Literal["auto", "none", "light", "full"]
 Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
@@ -106,7 +106,8 @@ class Config:
     mesh: Annotated[TextIfSet, Role.TUNABLE] = None
     # auto: a GPU if there is one, required by presets made for a card; cpu: train on the CPU
     device: Annotated[Device, Role.TUNABLE, Role.LOCAL, Role.IMPLIED] = "auto"
-    # dtype of the matrix products; auto: bfloat16 on a GPU that has it, else float32
+    # dtype of the matrix products; auto: bfloat16 on a GPU that has it (compute capability 8.0),
+    # float16 with loss scaling on 7.0 and 7.5, else float32
     dtype: Annotated[Dtype, Role.TUNABLE] = "auto"
     # what the backward pass recomputes to save memory: none; light: norms and GELU (about 5 % more
     # work, a third less memory); full: whole blocks (a fifth more work, the least memory); auto:

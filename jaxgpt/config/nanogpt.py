@@ -59,8 +59,6 @@ def nanogpt_answer(setting: str, value: object) -> str | None:
             "is nanoGPT's; here it is gpu (CUDA_VISIBLE_DEVICES=N chooses among several), cpu or "
             "auto"
         )
-    if setting == "dtype" and value == "float16":
-        return "is nanoGPT's and needs loss scaling; here it is bfloat16, float32 or auto"
     return None
 
 

@@ -42,7 +42,7 @@ class Resolved:
     tokenizer: str
     batch: Batch
     mesh: MeshShape
-    dtype: Dtype  # bfloat16 or float32
+    dtype: Dtype  # never auto
     remat: Remat  # none, light or full
     eval_windows: int
 
@@ -141,7 +141,7 @@ def resolve(
 
 
 def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int]) -> Dtype:
-    """'bfloat16' or 'float32' for the matrix products on a device.
+    """The dtype of the matrix products on a device, 'auto' resolved.
 
     Raises:
         ConfigError: if bfloat16 is asked for on a GPU without instructions for it; XLA would accept
@@ -151,11 +151,12 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
     if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
         raise ConfigError(
             "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
-            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float32"
+            f"has {compute_capability[0]}.{compute_capability[1]}; leave it out, or use float16"
         )
     if asked != "auto":
         return asked
-    return "bfloat16" if has_bfloat16 else "float32"
+    has_float16 = platform == "gpu" and compute_capability >= (7, 0)  # tensor cores
+    return "bfloat16" if has_bfloat16 else "float16" if has_float16 else "float32"
 
 
 def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.model.chunked_attention import CHUNK, chunked_attention
+
 # q_BTNH, k_BTKH, v_BTKH -> out_BTNH; N / K adjacent heads share keys and values
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -18,6 +20,12 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
     )
+
+
+def portable_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    """On any device: in chunks of queries, or plain where there would be only one."""
+    attend = plain_attention if q_BTNH.shape[1] <= CHUNK else chunked_attention
+    return attend(q_BTNH, k_BTKH, v_BTKH)
 
 
 def plain_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
@@ -100,7 +108,7 @@ def pick_attention(
     }
     for obstacle, applies in obstacles.items():
         if applies:
-            return plain_attention, f"plain (cuDNN flash attention: {obstacle})"
+            return portable_attention, f"in chunks of queries (cuDNN flash attention: {obstacle})"
     return cudnn_attention, "cuDNN flash attention"
 
 

@@ -50,24 +50,36 @@ class Block(nnx.Module):
 
 
 def run_unrolled(
-    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, all_gather: AllGather | None
+    blocks: nnx.List,
+    x_BTD: jax.Array,
+    keys: Keys,
+    dtype: jnp.dtype,
+    remat: Remat,
+    all_gather: AllGather | None,
 ) -> jax.Array:
-    """x through the blocks, unrolled: each is compiled by itself."""
+    """x through the blocks, unrolled: each is compiled by itself. `dtype` is the products'."""
     for block, key in zip(blocks, keys, strict=True):
-        run = block if all_gather is None else _gathered_when_run(block, all_gather)
+        run = block if all_gather is None else _gathered_when_run(block, dtype, all_gather)
         x_BTD, _ = rematerialized(run, remat)(x_BTD, key)
     return x_BTD
 
 
-def _gathered_when_run(block: nnx.Module, all_gather: AllGather) -> Callable[..., Any]:
+def _gathered_when_run(
+    block: nnx.Module, dtype: jnp.dtype, all_gather: AllGather
+) -> Callable[..., Any]:
     # The all-gather is inside the rematerialized function, so that remat repeats it instead of
     # keeping every block's full parameters for the backward pass.
     graphdef, shards = nnx.graphdef(block), nnx.to_pure_dict(nnx.state(block, nnx.Param))
-    return lambda x_BTD, key: nnx.merge(graphdef, all_gather(shards, x_BTD.dtype))(x_BTD, key)
+    return lambda x_BTD, key: nnx.merge(graphdef, all_gather(shards, dtype))(x_BTD, key)
 
 
 def run_scanned(
-    blocks: nnx.List, x_BTD: jax.Array, keys: Keys, remat: Remat, all_gather: AllGather | None
+    blocks: nnx.List,
+    x_BTD: jax.Array,
+    keys: Keys,
+    dtype: jnp.dtype,
+    remat: Remat,
+    all_gather: AllGather | None,
 ) -> jax.Array:
     """x through the blocks by one `lax.scan` over their stacked parameters.
 
@@ -76,12 +88,12 @@ def run_scanned(
     """
     graphdef = nnx.graphdef(blocks[0])
     params = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in blocks]
-    dtype = x_BTD.dtype if all_gather is None else jnp.float32  # shards are cast when gathered
-    stacked = jax.tree.map(lambda *leaves: _stack(leaves, dtype), *params)
+    stack_dtype = dtype if all_gather is None else jnp.float32  # shards are cast when gathered
+    stacked = jax.tree.map(lambda *leaves: _stack(leaves, stack_dtype), *params)
 
     def one(x_BTD: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, None]:
         params, key = layer
-        params = params if all_gather is None else all_gather(params, x_BTD.dtype)
+        params = params if all_gather is None else all_gather(params, dtype)
         return nnx.merge(graphdef, params)(x_BTD, key)
 
     stacked_keys = None if keys[0] is None else jnp.stack(keys)

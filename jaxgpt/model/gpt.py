@@ -50,10 +50,10 @@ class GPT(LanguageModel):
         self.ln_f = LayerNorm(cfg.n_embd, cfg.bias)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
-        """Token plus position embeddings, x_BTD in `dtype`."""
+        """Token plus position embeddings, x_BTD in `stream_dtype`."""
         # Looked up and added in float32, so that their gradients are summed in float32.
         x_BTD = self.wte(tokens_BT.astype(jnp.int32)) + self.wpe(positions_T)
-        return x_BTD.astype(self.dtype)
+        return x_BTD.astype(self.stream_dtype)
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """The norm after the last block."""

@@ -26,13 +26,15 @@ class LanguageModel(nnx.Module):
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
         self.cfg = cfg
         self.dtype = dtype
+        # Sums over layers pass float16's largest number, 65,504, in large networks.
+        self.stream_dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
         self.remat = remat
         self.scan_layers = scan_layers
         self.all_gather: AllGather | None = None  # set by `merge_model` for sharded parameters
         self.drop = nnx.Dropout(cfg.dropout)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
-        """The first block's input x_BTD in `dtype`."""
+        """The first block's input x_BTD in `stream_dtype`."""
         raise NotImplementedError
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
@@ -50,7 +52,8 @@ class LanguageModel(nnx.Module):
         keys = [None] * n if key is None else list(jax.random.split(key, n))
         x_BTD = dropout(self.drop, x_BTD, keys[-1])
         run = run_scanned if self.scan_layers else run_unrolled
-        return self.final_norm(run(self.blocks, x_BTD, keys[:-1], self.remat, self.all_gather))
+        x_BTD = run(self.blocks, x_BTD, keys[:-1], self.dtype, self.remat, self.all_gather)
+        return self.final_norm(x_BTD).astype(self.dtype)
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Next-token logits (..., V) of features (..., D): float32, minus infinity for padding."""
@@ -91,4 +94,4 @@ class LanguageModel(nnx.Module):
         for block, layer in zip(self.blocks, cache, strict=True):
             x_BTD, layer = block(x_BTD, cache=layer, start=start)
             new_cache.append(layer)
-        return self.final_norm(x_BTD), new_cache
+        return self.final_norm(x_BTD).astype(self.dtype), new_cache

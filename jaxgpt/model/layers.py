@@ -63,11 +63,12 @@ def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array)
 
 def _folded(linear: nnx.Linear, norm: Norm, normed_BTD: jax.Array) -> jax.Array:
     kernel = norm.scale[...][:, None] * linear.kernel[...]
-    y = dot_general_by_rows(normed_BTD, kernel.astype(normed_BTD.dtype))
+    normed_BTD = normed_BTD.astype(linear.dtype)
+    y = dot_general_by_rows(normed_BTD, kernel.astype(linear.dtype))
     if norm.bias is None:
         return y
     bias = linear.bias[...] + norm.bias[...] @ linear.kernel[...]
-    return y + bias.astype(normed_BTD.dtype)
+    return y + bias.astype(y.dtype)
 
 
 def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:

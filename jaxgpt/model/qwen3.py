@@ -50,9 +50,9 @@ class Qwen3(LanguageModel):
             self.lm_head = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=head, rngs=rngs)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
-        """Token embeddings x_BTD in `dtype`."""
+        """Token embeddings x_BTD in `stream_dtype`."""
         # Looked up in float32, so that the embedding's gradient is summed in float32.
-        x_BTD = self.embed_tokens(tokens_BT.astype(jnp.int32)).astype(self.dtype)
+        x_BTD = self.embed_tokens(tokens_BT.astype(jnp.int32)).astype(self.stream_dtype)
         if not self.cfg.embedding_norm:
             return x_BTD
         return rms_normalize(x_BTD, jnp.ones(self.cfg.n_embd), self.cfg.norm_eps)

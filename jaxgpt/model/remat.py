@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from jaxgpt.config.fields import Remat
 
+# The name that `chunked_attention` gives what its backward pass needs of the forward pass.
+ATTENTION_RESIDUAL = "attention_residual"
+
 
 class Kept(NamedTuple):
     """Memory at a step's peak, fitted to benchmarks/results/memory.json.
@@ -43,6 +46,7 @@ def saves_products(primitive: Any, *args: Any, **params: Any) -> bool:
     import jax
 
     is_flash = primitive.name.startswith("dot_product_attention_fwd")
+    is_flash |= params.get("name") == ATTENTION_RESIDUAL
     is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return is_flash or is_product(primitive, *args, **params)
 

@@ -1,24 +1,47 @@
 """The part of a training state that a checkpoint stores, and checks of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.training.loss_scale import LossScale
 from jaxgpt.training.step import TrainState
+
+LOSS_SCALE = "loss_scale"  # the field of TrainState that runs in other dtypes than float16 lack
 
 
 def to_stored(state: TrainState) -> dict[str, Any]:
     """The state without its accumulator, which is zero between steps: a quarter less to write."""
-    return {**state._asdict(), "opt_state": state.opt_state._replace(acc_grads=())}
+    stored = {**state._asdict(), "opt_state": state.opt_state._replace(acc_grads=())}
+    return stored if state.loss_scale else {k: x for k, x in stored.items() if k != LOSS_SCALE}
 
 
 def from_stored(stored: Mapping[str, Any], like: TrainState) -> TrainState:
-    """The state, with an accumulator of zeros in the shapes and shardings of `like`."""
+    """The state, with an accumulator of zeros in the shapes and shardings of `like`.
+
+    A run that changes to float16 starts with the initial loss scale; one that leaves it has none.
+    """
     acc_grads = jax.tree.map(_zeros, like.opt_state.acc_grads)
-    return TrainState(**{**stored, "opt_state": stored["opt_state"]._replace(acc_grads=acc_grads)})
+    state = TrainState(**{**stored, "opt_state": stored["opt_state"]._replace(acc_grads=acc_grads)})
+    if like.loss_scale and not state.loss_scale:
+        shardings = jax.tree.map(lambda x: x.sharding, like.loss_scale)
+        return state._replace(loss_scale=jax.jit(LossScale.initial, out_shardings=shardings)())
+    return state if like.loss_scale else state._replace(loss_scale=())
+
+
+def with_loss_scale_as(saved: Collection[str], like: TrainState) -> TrainState:
+    """Shapes like `like`, with a loss scale exactly if the arrays `saved`, by path, have one."""
+    if not any(path.startswith(f"{LOSS_SCALE}/") for path in saved):
+        return like._replace(loss_scale=())
+    shapes = jax.eval_shape(LossScale.initial)
+    return like._replace(
+        loss_scale=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding), shapes
+        )
+    )
 
 
 @jax.jit

@@ -27,11 +27,15 @@ class Reporter:
     """Shows each step's metrics on the console and writes them to the log."""
 
     def __init__(
-        self, cfg: Resolved, device: Any, log: "MetricsLog", console: RunConsole, skipped: int
+        self,
+        cfg: Resolved,
+        device: Any,
+        log: "MetricsLog",
+        console: RunConsole,
+        skips: SkipCounter,
     ):
-        """`skipped`: how many steps the run has skipped so far."""
         self._log, self._console, self._device = log, console, device
-        self._skips = SkipCounter(skipped)
+        self._skips = skips
         self._log_interval = cfg.asked.log_interval
         self._pace = Pace(cfg.tokens_per_step)
         gpu = lookup_gpu(device.device_kind)

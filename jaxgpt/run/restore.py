@@ -14,7 +14,14 @@ from orbax.checkpoint import v1 as ocp
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model.blocks import Params
 from jaxgpt.run import retention
-from jaxgpt.run.checkpoint_state import abstract, array_specs, differences, from_stored, to_stored
+from jaxgpt.run.checkpoint_state import (
+    abstract,
+    array_specs,
+    differences,
+    from_stored,
+    to_stored,
+    with_loss_scale_as,
+)
 from jaxgpt.run.integrity import DamagedError, Manifest, verify
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import is_lost_connection
@@ -39,7 +46,7 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
     Raises:
         CheckpointError: if it does not fit `like`, or Orbax cannot read it.
     """
-    target = to_stored(abstract(like))
+    target = to_stored(with_loss_scale_as(manifest.arrays, abstract(like)))
     if differing := differences(manifest.arrays, array_specs(target)):
         raise CheckpointError(
             f"checkpoint {folder} is of another model; if the run's config.json was edited, delete "

@@ -14,12 +14,23 @@ class DivergedError(UserError):
 class SkipCounter:
     """Detects skipped steps from the metrics of every step, in order."""
 
-    def __init__(self, skipped: int):
-        """`skipped`: number of skipped steps so far, from the checkpoint."""
-        self._skipped, self._in_a_row = skipped, 0
+    def __init__(self, skipped: int, overflows: int = 0):
+        """The numbers of skipped steps and of float16 overflows so far, from the checkpoint."""
+        self._skipped, self._overflows, self._in_a_row = skipped, overflows, 0
 
     def note(self, step: int, scalars: Mapping[str, float]) -> str | None:
-        """A message if `step` was skipped; DivergedError if it was the tenth in a row."""
+        """A message if `step` was skipped; DivergedError if it was the tenth in a row.
+
+        Overflows of scaled gradients in float16 are expected, and no reason to stop.
+        """
+        overflows = int(scalars.get("train/overflows", 0))
+        if overflows > self._overflows:
+            self._overflows = overflows
+            scale = scalars["train/loss_scale"]
+            return (
+                f"step {step:,} skipped: a gradient overflowed float16; the loss scale is now "
+                f"{scale:,g} ({overflows:,} so far)"
+            )
         skipped = int(scalars["train/skipped_steps"])
         self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
         self._skipped = skipped

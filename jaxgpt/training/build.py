@@ -15,6 +15,7 @@ from jaxgpt.data.token_file import token_dtype
 from jaxgpt.model.attention import attention_on
 from jaxgpt.model.network import build_model, init_params
 from jaxgpt.training.layout import Layout
+from jaxgpt.training.loss_scale import LossScale
 from jaxgpt.training.optimizer import make_accumulator, make_optimizer
 from jaxgpt.training.schedule import make_schedule
 from jaxgpt.training.step import (
@@ -83,7 +84,8 @@ def build_training(
 
     def init() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
-        return init_state(init_params(model, init_key), multi_steps, run_key)
+        loss_scale = LossScale.initial() if dtype == "float16" else ()
+        return init_state(init_params(model, init_key), multi_steps, run_key, loss_scale)
 
     like = jax.eval_shape(init)
     shardings = layout.state_shardings(like)

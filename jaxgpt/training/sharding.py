@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.training.layout import Layout
-from jaxgpt.training.step import LocalGradients, StepGradients
+from jaxgpt.training.step import Factor, LocalGradients, StepGradients
 
 AXES = ("data", "fsdp")
 # Last parts of the paths of sharded leaves: matrices and embeddings, along their first axis, in
@@ -76,21 +76,33 @@ class MeshLayout(Layout):
         device, and therefore the same dropout.
         """
 
-        def on_each(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
+        def on_each(
+            params: Any,
+            empty: Any,
+            tokens_ABT1: jax.Array,
+            key: jax.Array,
+            factor: Factor,
+        ) -> Any:
             first_A = jnp.arange(len(tokens_ABT1)) * self.count
             indices_A = first_A + jax.lax.axis_index(AXES)
-            means, loss = gradients(params, empty, tokens_ABT1, indices_A, key)
+            means, loss = gradients(params, empty, tokens_ABT1, indices_A, key, factor)
             return jax.tree.map_with_path(self._all_reduce, means), jax.lax.pmean(loss, AXES)
 
-        def step_gradients(params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
+        def step_gradients(
+            params: Any,
+            empty: Any,
+            tokens_ABT1: jax.Array,
+            key: jax.Array,
+            factor: Factor,
+        ) -> Any:
             param_specs, replicated = specs_of(params), PartitionSpec()
             return jax.shard_map(
                 on_each,
                 mesh=self.mesh,
-                in_specs=(param_specs, specs_of(empty), _rows(1), replicated),
+                in_specs=(param_specs, specs_of(empty), _rows(1), replicated, replicated),
                 out_specs=(param_specs, replicated),
                 check_vma=False,
-            )(params, empty, tokens_ABT1, key)
+            )(params, empty, tokens_ABT1, key, factor)
 
         return step_gradients
 

@@ -8,6 +8,7 @@ while the loop runs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxgpt.model.blocks import AllGather, Params
 from jaxgpt.model.network import merge_model
+from jaxgpt.training.loss_scale import LossScale
 from jaxgpt.training.optimizer import grad_norm
 from jaxgpt.training.spikes import add_to_history, empty_history, is_spike
 
@@ -31,31 +33,42 @@ class TrainState(NamedTuple):
     opt_state: optax.MultiStepsState
     key: jax.Array  # (), PRNG key; folded with step and micro-batch, never advanced
     recent: jax.Array  # (2, WINDOW), float32: losses and gradient norms for spike detection
+    loss_scale: LossScale | tuple[()] = ()  # in float16 only
 
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, ArrayLike], jax.Array]
 ScoreStep = Callable[[Params, ArrayLike], tuple[jax.Array, jax.Array]]
-# (params, empty accumulator, tokens_ABT1, indices_A of the micro-batches within the step, key) ->
-# (mean gradient, mean loss), of the rows on one device.
+Factor = jax.Array | None  # of the loss, (), float32; None is 1
+# (params, empty accumulator, tokens_ABT1, indices_A of the micro-batches within the step, key,
+# factor of the loss) -> (mean gradient, mean loss), of the rows on one device, without the factor.
 LocalGradients = Callable[..., tuple[Params, jax.Array]]
-# (params, empty accumulator, tokens_ABT1, key) -> (mean gradient, mean loss), of the whole step.
+# (params, empty accumulator, tokens_ABT1, key, factor) -> (mean gradient, mean loss), of the whole
+# step.
 StepGradients = Callable[..., tuple[Params, jax.Array]]
 
 
-def init_state(params: Params, optimizer: optax.MultiSteps, key: jax.Array) -> TrainState:
+def init_state(
+    params: Params,
+    optimizer: optax.MultiSteps,
+    key: jax.Array,
+    loss_scale: LossScale | tuple[()] = (),
+) -> TrainState:
     """The state before the first step."""
     # Two zeros, not one twice: the step donates its state, and a buffer can be donated only once.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, params, optimizer.init(params), key, empty_history())
+    opt_state = optimizer.init(params)
+    return TrainState(step, skipped, params, opt_state, key, empty_history(), loss_scale)
 
 
 def on_single_device(gradients: LocalGradients) -> StepGradients:
     """`gradients` of a step whose micro-batches all run on one device."""
 
-    def step_gradients(params: Params, empty: Any, tokens_ABT1: jax.Array, key: jax.Array) -> Any:
-        return gradients(params, empty, tokens_ABT1, jnp.arange(len(tokens_ABT1)), key)
+    def step_gradients(
+        params: Params, empty: Any, tokens_ABT1: jax.Array, key: jax.Array, factor: Factor
+    ) -> Any:
+        return gradients(params, empty, tokens_ABT1, jnp.arange(len(tokens_ABT1)), key, factor)
 
     return step_gradients
 
@@ -74,13 +87,17 @@ def make_gradients(
         tokens_ABT1: jax.Array,
         indices_A: jax.Array,
         step_key: jax.Array,
+        factor: Factor,
     ) -> tuple[Params, jax.Array]:
         def add(
             carry: tuple[jax.Array, Params], micro_batch: tuple[jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, Params], jax.Array]:
             (mini_step, acc_grads), (tokens_BT1, index) = carry, micro_batch
             key = jax.random.fold_in(step_key, index)
-            loss, grads = jax.value_and_grad(loss_fn)(params, tokens_BT1, key)
+            loss, pull_back = jax.vjp(partial(loss_fn, tokens_BT1=tokens_BT1, key=key), params)
+            (grads,) = pull_back(jnp.ones_like(loss) if factor is None else factor)
+            if factor is not None:
+                grads = jax.tree.map(lambda g: g / factor, grads)
             before = empty._replace(mini_step=mini_step, acc_grads=acc_grads)
             _, after = accumulator.update(grads, before, params)
             return (after.mini_step, after.acc_grads), loss
@@ -107,7 +124,8 @@ def make_train_step(
     that `optimizer` accumulates. A step is skipped if its loss or gradient is not finite or, unless
     `skip_spikes` is 0, more than that many standard deviations above the recent ones. Metrics are
     scalars: `loss` in nats (mean over the step's tokens), `grad_norm` before clipping,
-    `learning_rate`, `skipped_steps` (so far); all are logged, as `train/loss` and so on. On several
+    `learning_rate`, `skipped_steps` (so far), and with loss scaling `loss_scale` and `overflows`
+    (so far, not among the skipped steps); all are logged, as `train/loss` and so on. On several
     devices `data_parallel` averages the gradients over them, and `all_gather` gathers sharded
     parameters.
     """
@@ -117,7 +135,9 @@ def make_train_step(
         tokens_ABT1 = jnp.asarray(tokens_ABT1)
         step_key = jax.random.fold_in(state.key, state.step)
         empty = state.opt_state._replace(inner_opt_state=())
-        mean_grads, loss = step_gradients(state.params, empty, tokens_ABT1, step_key)
+        scaling = state.loss_scale or None
+        factor = None if scaling is None else scaling.scale
+        mean_grads, loss = step_gradients(state.params, empty, tokens_ABT1, step_key, factor)
         params, opt_state = _update(optimizer, state, mean_grads, len(tokens_ABT1))
 
         norm = grad_norm(opt_state)
@@ -127,19 +147,23 @@ def make_train_step(
             good &= ~is_spike(state.recent, loss, norm, skip_spikes)
         # A spike enters the history too, so that a lasting rise stops counting as one.
         recent = jnp.where(finite, add_to_history(state.recent, loss, norm), state.recent)
-        skipped = state.skipped + ~good
-        new = TrainState(state.step + 1, skipped, params, opt_state, state.key, state.recent)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}
+        skipped, loss_scale = state.skipped + ~good, state.loss_scale
+        if scaling is not None:
+            overflowed = scaling.overflowed(loss, norm)
+            loss_scale = scaling.after(overflowed)
+            skipped -= overflowed
+            metrics |= {"loss_scale": loss_scale.scale, "overflows": loss_scale.overflows}
+        metrics["skipped_steps"] = skipped
+        new = TrainState(
+            state.step + 1, skipped, params, opt_state, state.key, recent, state.loss_scale
+        )
         # A step starts with an empty accumulator. Written as zeros, because XLA would keep a copy
         # of the old one during the step: 4 bytes per parameter.
         zeros = optax.tree.zeros_like(mean_grads)
         old = state._replace(opt_state=state.opt_state._replace(acc_grads=zeros))
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": schedule(state.step),
-            "skipped_steps": skipped,
-        }
-        return skip_if_bad(good, new, old)._replace(recent=recent), metrics
+        state = skip_if_bad(good, new, old)
+        return state._replace(recent=recent, loss_scale=loss_scale), metrics
 
     return train_step
 

@@ -11,13 +11,13 @@ from jaxgpt.run.integrity import Manifest, checksum_files, write_manifest
 from jaxgpt.training.build import Training, build_training
 
 
-def build() -> Training:
+def build(dtype: str = "float32") -> Training:
     return build_training(
         TINY,
         OptimizerConfig(warmup_iters=2),
         max_iters=20,
         accumulation=2,
-        dtype="float32",
+        dtype=dtype,
         seed=0,
         device=jax.devices("cpu")[0],
     )

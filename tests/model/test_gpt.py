@@ -10,7 +10,12 @@ from helpers.trees import MODELS, TINY, TINY_QWEN3, assert_trees_equal
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes, parameter_sizes
 from jaxgpt.config.presets import load_preset
-from jaxgpt.model.attention import cudnn_attention, pick_attention, plain_attention
+from jaxgpt.model.attention import (
+    cudnn_attention,
+    pick_attention,
+    plain_attention,
+    portable_attention,
+)
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.model.layers import linear_of_norm, make_linear
@@ -191,11 +196,11 @@ def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:
     ("platform", "capability", "dtype", "width", "kernel", "why"),
     [
         ("gpu", (8, 9), "bfloat16", 64, cudnn_attention, "cuDNN"),
-        ("cpu", (0, 0), "float32", 64, plain_attention, "not on cpu"),
-        ("gpu", (7, 5), "bfloat16", 64, plain_attention, "8.0"),
-        ("gpu", (8, 9), "float32", 64, plain_attention, "float32"),
-        ("gpu", (8, 9), "bfloat16", 60, plain_attention, "head width 60"),
-        ("gpu", (8, 9), "bfloat16", 160, plain_attention, "head width 160"),
+        ("cpu", (0, 0), "float32", 64, portable_attention, "not on cpu"),
+        ("gpu", (7, 5), "float16", 64, portable_attention, "8.0"),
+        ("gpu", (8, 9), "float32", 64, portable_attention, "float32"),
+        ("gpu", (8, 9), "bfloat16", 60, portable_attention, "head width 60"),
+        ("gpu", (8, 9), "bfloat16", 160, portable_attention, "head width 160"),
     ],
 )
 def test_attention_is_chosen_for_the_device(

@@ -25,3 +25,16 @@ def test_ten_in_a_row_end_the_run_and_nine_do_not() -> None:
         note(counter, step, step - 1)
     with pytest.raises(DivergedError, match=r"10 steps in a row, 11 to 20, .*--learning-rate"):
         note(counter, 20, 19)
+
+
+def test_overflows_are_reported_and_never_end_the_run() -> None:
+    counter = SkipCounter(0, overflows=1)
+    scalars = {"train/skipped_steps": 0, "train/loss": 4.0, "train/grad_norm": float("inf")}
+    for step in range(1, 20):
+        message = counter.note(
+            step, {**scalars, "train/overflows": step + 1, "train/loss_scale": 2048}
+        )
+        assert message == (
+            f"step {step} skipped: a gradient overflowed float16; the loss scale is now 2,048 "
+            f"({step + 1} so far)"
+        )
