@@ -5,9 +5,10 @@ Two formats are read: llm.c's and modded-nanogpt's shards begin with a magic num
 """
 
 import hashlib
-import mmap
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def inspect_file(path: Path) -> TokenFile:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             head = file.read(HEADER_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+        raise DataError(_unreadable(path, error)) from None
     if size == 0:
         raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
     magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
@@ -109,11 +110,50 @@ def as_uint16(tokens: np.ndarray, name: str) -> np.ndarray:
     return tokens.astype("<u2", copy=False)
 
 
-def map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
-    """The tokens of a file, read on access, and the memory map that contains them."""
-    with file.path.open("rb") as opened:
-        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(memory, "<u2", file.length, file.offset), memory
+class Reader:
+    """Reads a token file at any position; a method may be called from several threads.
+
+    Not a memory map: where a file was cut short, or its disk fails, that ends the process (SIGBUS).
+    """
+
+    def __init__(self, file: TokenFile):
+        """Raises DataError if the file cannot be opened."""
+        self._file, self._lock = file, threading.Lock()
+        with self._explained():
+            self._opened = file.path.open("rb", buffering=0)
+            self._advise("POSIX_FADV_RANDOM", 0, 0)  # or each window reads 64 pages
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        """Tokens [first, end): (end - first,) uint16, read-only; DataError if they are missing."""
+        with self._explained(), self._lock:
+            self._opened.seek(self._file.offset + 2 * first)
+            data = self._opened.read(2 * (end - first))
+        if len(data) < 2 * (end - first):
+            raise DataError(
+                f"{self._file.path}: has become shorter since it was opened; copy or download it "
+                "again, and run the same command again"
+            )
+        return np.frombuffer(data, "<u2")
+
+    def read_ahead(self, first: int, end: int) -> None:
+        """Ask the kernel to read tokens [first, end) ahead of their use."""
+        self._advise("POSIX_FADV_WILLNEED", self._file.offset + 2 * first, 2 * (end - first))
+
+    def _advise(self, advice: str, offset: int, length: int) -> None:
+        if hasattr(os, advice):
+            with suppress(OSError):
+                os.posix_fadvise(self._opened.fileno(), offset, length, getattr(os, advice))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(_unreadable(self._file.path, error)) from None
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be read ({error.strerror}); copy it again"
 
 
 def _inspect_shard(path: Path, size: int, version: int, length: int) -> TokenFile:
@@ -140,7 +180,7 @@ def _inspect_headerless(path: Path, size: int) -> TokenFile:
             f"{path}: has {size:,} bytes, an odd number, so it is truncated or not uint16 "
             f"tokens; copy it again, or make it with {PREPARE}"
         )
-    tokens = map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
+    tokens = Reader(TokenFile(path, 0, size // 2)).read(0, min(size // 2, 1 << 16))
     zeros_even, zeros_odd = (np.count_nonzero(tokens[i::2] == 0) for i in (0, 1))
     # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
     if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.1 * len(tokens):
