@@ -4,8 +4,9 @@ A reader yields batches and never has a complete file in memory.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import UserError, first_line
@@ -40,11 +41,25 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         "text": _read_text,
     }[slice.input.kind]
     try:
+        _check_size(slice)
         yield from read(slice, options)
+        _check_size(slice)  # most readers take a cut for the end of the file
     except OSError as error:
         raise UserError(
             f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"
         ) from None
+
+
+def _check_size(slice: Slice) -> None:
+    """Raises UserError if the input has another size than when it was found."""
+    path, expected = Path(slice.path), slice.input.size
+    files = path.glob("*.arrow") if slice.input.kind == "arrow" else [path]
+    size = sum(file.stat().st_size for file in files)
+    if size != expected:
+        raise UserError(
+            f"{path}: has {size:,} bytes, and had {expected:,} when it was found; restore it and "
+            "run the same command again, or choose another folder with --out"
+        )
 
 
 def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
@@ -59,7 +74,7 @@ def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
             names = file.schema_arrow.names
             _check_column(slice.input, names, options.text_column)
-            columns = [options.text_column, *({"token_count"} & set(names) - {options.text_column})]
+            columns = [options.text_column, *_count_column(names, options)]
             for batch in file.iter_batches(
                 _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
             ):
@@ -82,10 +97,12 @@ def _open_saved_dataset(path: str) -> Any:
 
 
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    if not slice.input.rows:
+        return
     dataset = _open_saved_dataset(slice.path)
     _check_column(slice.input, dataset.column_names, options.text_column)
-    columns = {options.text_column, *({"token_count"} & set(dataset.column_names))}
-    dataset = dataset.select_columns(list(columns)).with_format("arrow")
+    columns = [options.text_column, *_count_column(dataset.column_names, options)]
+    dataset = dataset.select_columns(columns).with_format("arrow")
     first, last = slice.share_of(slice.input.rows)
     step = _batch_rows(slice.input.rows, slice.input.size)
     for start in range(first, last, step):
@@ -143,8 +160,19 @@ def _is_text_type(type: Any) -> bool:
     )
 
 
-def _check_column(input: Input, names: Iterable[str], text_column: str) -> None:
-    """Raises UserError if the text column is not among `names`."""
+def _count_column(names: Collection[str], options: ReadOptions) -> list[str]:
+    """The column of FineWeb's token counts, if there is one."""
+    has_one = [*names].count("token_count") == 1 and options.text_column != "token_count"
+    return ["token_count"] if has_one else []
+
+
+def _check_column(input: Input, names: Collection[str], text_column: str) -> None:
+    """Raises UserError if `names` has no text column, or several."""
+    if (found := [*names].count(text_column)) > 1:
+        raise UserError(
+            f"{input.path}: has {found} columns {text_column!r}; rename one, or name another with "
+            "--text-column"
+        )
     if text_column not in names:
         raise UserError(
             f"{input.path}: has no column {text_column!r}; name the text column with "
@@ -200,10 +228,10 @@ def _parse_line(line: bytes, options: ReadOptions) -> Any:
 
 
 def _text_of(record: Any, options: ReadOptions) -> Document:
-    if isinstance(record, Skip):
-        return record
-    text = record.get(options.text_column) if isinstance(record, dict) else Skip.MALFORMED
-    return to_document(text, options) if isinstance(text, str | None) else Skip.MALFORMED
+    if not isinstance(record, dict):
+        return record if isinstance(record, Skip) else Skip.MALFORMED
+    text = record.get(options.text_column)
+    return to_document(text, options) if isinstance(text, str | None) else Skip.NO_TEXT
 
 
 def _read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
