@@ -27,6 +27,7 @@ from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError, run_command, warn
+from jaxgpt.files import user_path
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
@@ -133,7 +134,8 @@ def measure(
                     training.train_step, state, batches, flags.windows, flags.window_seconds
                 )
             if flags.profile is not None:
-                trace(training.train_step, state, batches, flags.profile)
+                folder = user_path(flags.profile, "--profile")
+                trace(training.train_step, state, batches, folder)
     return {
         **describe_run(cfg, device),
         "attention": training.attention,

@@ -17,6 +17,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import run_command
+from jaxgpt.files import user_path
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
 from jaxgpt.weights import huggingface
@@ -60,13 +61,13 @@ def run(argv: Sequence[str]) -> int:
     )
     assert flags.out_dir is not None
     assert flags.to is not None
-    folder = flags.to.expanduser()
+    folder = user_path(flags.to, "--to")
     check_is_free(folder)
     weights = open_weights(flags.weights())
     assert weights.run is not None
     device, _ = prepare_device("cpu", "float32")
     params = weights.load(device)
-    checkpoint = flags.out_dir.expanduser() / FOLDER / str(weights.step)
+    checkpoint = user_path(flags.out_dir, "--out-dir") / FOLDER / str(weights.step)
     card = model_card(weights, weights.run, read_manifest(checkpoint).data)
     try:
         write_folder(folder, weights, params, card)

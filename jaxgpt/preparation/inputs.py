@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import user_path
 
 Kind = Literal["parquet", "jsonl", "text", "arrow"]
 
@@ -119,7 +120,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = user_path(argument, "input")
         if is_saved_dataset(path):
             inputs = [saved_dataset(path)]
         else:
@@ -169,7 +170,7 @@ def saved_dataset(path: Path) -> Input:
 
 
 def _files_of(argument: str) -> list[Path]:
-    path = Path(argument).expanduser()
+    path = user_path(argument, "input")
     if path.is_dir():
         return _files_in(path)
     if path.exists():

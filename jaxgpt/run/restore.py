@@ -56,6 +56,10 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
             f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was "
             f"written with {made_with}: install these versions"
         ) from error
+    if int(stored["step"]) != int(folder.name):
+        raise CheckpointError(
+            f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
+        )
     return Restored(from_stored(stored, like), manifest.config, manifest.data)
 
 

@@ -4,7 +4,6 @@ Nothing here imports JAX, so that a wrong name or folder is reported at once.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from jaxgpt.config.architecture import ModelConfig
@@ -13,6 +12,7 @@ from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import RECOGNIZED, recognize_tokenizer
 from jaxgpt.errors import first_line
+from jaxgpt.files import user_path
 from jaxgpt.weights import huggingface
 
 # Short names, from before the Hub's models had owners.
@@ -26,7 +26,7 @@ def find_folder(init_from: str) -> Path:
     Raises:
         ConfigError: if there is no such folder or model, or it cannot be downloaded.
     """
-    path = Path(os.path.expanduser(init_from))
+    path = user_path(init_from, "--init-from")
     if path.is_dir():
         return path
     is_name = init_from.count("/") == 1 and not init_from.startswith(("/", ".", "~"))
