@@ -23,7 +23,7 @@ from jaxgpt.files import FolderLock
 from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
-from jaxgpt.run.compile_cache import prepare_compile_cache
+from jaxgpt.run.compile_cache import note_new_entries, prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output
 from jaxgpt.run.opening import Data, find_devices, load_step, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, connect
@@ -106,6 +106,7 @@ def run(argv: Sequence[str]) -> int:
             )
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
+        note_new_entries()
         report.print_run(compiled, data, resumed_step)
         if origin.saved is not None:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
