@@ -86,7 +86,7 @@ def check_is_free(folder: Path) -> None:
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
     """Write the complete folder under a temporary name, then rename it. Raises OSError."""
     folder = folder.resolve()  # "." has no name
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    part = folder.with_name(f".jaxgpt-export.{os.getpid()}.tmp")  # a name may have 255 bytes
     part.mkdir(parents=True)
     try:
         huggingface.save_model(part, weights.model, params, weights.tokenizer.eot)
