@@ -6,7 +6,6 @@ without an error, so every way out of a run goes through `close`. Orbax's V1 int
 marked experimental, so it is used only here and in `restore.py`.
 """
 
-import logging
 import math
 import time
 import warnings
@@ -34,10 +33,6 @@ from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.run.restore import CheckpointError, Restored, check_readable, load_state, reason_of
 from jaxgpt.training.step import TrainState
-
-# Orbax logs each phase of a save, and a failed one with a thousand lines of tracebacks; we report
-# what a user has to know.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class _Save(NamedTuple):
