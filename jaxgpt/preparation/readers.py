@@ -5,6 +5,7 @@ A reader yields batches and never has a complete file in memory.
 
 import json
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,31 +63,38 @@ def _check_size(slice: Slice) -> None:
         )
 
 
-def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+@contextmanager
+def _named_if_corrupt(slice: Slice) -> Iterator[None]:
+    """Turn Arrow's errors into a UserError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        # Without a buffer, a file of one row group would be read into memory completely.
-        with pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file:
-            groups = range(*slice.share_of(file.metadata.num_row_groups))
-            rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-            n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-            names = file.schema_arrow.names
-            _check_column(slice.input, names, options.text_column)
-            columns = [options.text_column, *_count_column(names, options)]
-            for batch in file.iter_batches(
-                _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
-            ):
-                yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
-    except (
-        pa.ArrowException,
-        UnicodeDecodeError,
-    ) as error:  # UnicodeDecodeError: in a column's name
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise UserError(
-            f"{slice.path}: is not a parquet file, or is corrupt ({first_line(error)}); copy or "
-            "download it again"
+            f"{slice.path}: is no {slice.input.kind} file, or is corrupt ({first_line(error)}); "
+            "copy or download it again"
         ) from None
+
+
+def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    import pyarrow.parquet as pq
+
+    # Without a buffer, a file of one row group would be read into memory completely.
+    with (
+        _named_if_corrupt(slice),
+        pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file,
+    ):
+        groups = range(*slice.share_of(file.metadata.num_row_groups))
+        rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+        n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+        names = file.schema_arrow.names
+        _check_column(slice.input, names, options.text_column)
+        columns = [options.text_column, *_count_column(names, options)]
+        for batch in file.iter_batches(
+            _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
+        ):
+            yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
 
 
 @lru_cache(1)  # or each of a hundred slices would read the headers of all files in the folder
@@ -99,6 +107,11 @@ def _open_saved_dataset(path: str) -> Any:
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     if not slice.input.rows:
         return
+    with _named_if_corrupt(slice):
+        yield from _read_saved_rows(slice, options)
+
+
+def _read_saved_rows(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     dataset = _open_saved_dataset(slice.path)
     _check_column(slice.input, dataset.column_names, options.text_column)
     columns = [options.text_column, *_count_column(dataset.column_names, options)]
