@@ -29,6 +29,7 @@ LARGEST = 2**29  # bytes; of more, those that were written first are removed
 # latter is missing, and where the user has no name (in containers) if MAX_SIZE is set.
 ENTRY, USED = "-cache", "-atime"
 NAME = re.compile(r".+-[0-9a-f]{64}-cache")  # the user's folder may contain other files
+AUTOTUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own entries, in text
 CHECKSUMS = "checksums.json"
 ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -85,14 +86,14 @@ def remove_damaged(folder: Path) -> list[str]:
     intact, removed = dict[str, int](), []
     for path in _entries(folder):
         with suppress(OSError):  # of one entry, which another process may have removed
-            entry = b"" if path.is_dir() else path.read_bytes()
+            name, entry = _name(path), b"" if path.is_dir() else path.read_bytes()
             checksum = zlib.crc32(entry)
-            if known.get(path.name, checksum) == checksum and is_intact(entry):
-                intact[path.name] = checksum
+            if known.get(name, checksum) == checksum and is_intact(entry, name):
+                intact[name] = checksum
                 if os.environ.get(MAX_SIZE) and not _used(path).exists():
                     _used(path).write_bytes(path.stat().st_mtime_ns.to_bytes(8, "little"))
                 continue
-            removed.append(path.name)
+            removed.append(name)
             _remove(path)
     if intact != known:
         with suppress(OSError):  # the folder may be read-only
@@ -105,8 +106,8 @@ def note_new_entries() -> None:
     folder = Path(os.environ.get(FOLDER, ""))
     with suppress(OSError):
         known = _read_checksums(folder)
-        new = {path.name: path.read_bytes() for path in _entries(folder) if path.name not in known}
-        added = {name: zlib.crc32(entry) for name, entry in new.items() if is_intact(entry)}
+        new = {_name(p): p.read_bytes() for p in _entries(folder) if _name(p) not in known}
+        added = {name: zlib.crc32(entry) for name, entry in new.items() if is_intact(entry, name)}
         if added:
             write_json(folder / CHECKSUMS, known | added)
 
@@ -122,7 +123,13 @@ def remove_oldest(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"*{ENTRY}") if NAME.fullmatch(path.name)]
+    programs = [path for path in folder.glob(f"*{ENTRY}") if NAME.fullmatch(path.name)]
+    return [*programs, *(folder / AUTOTUNING).glob("*")]
+
+
+def _name(path: Path) -> str:
+    """An entry's name in the list of checksums."""
+    return f"{AUTOTUNING}/{path.name}" if path.parent.name == AUTOTUNING else path.name
 
 
 def _used(path: Path) -> Path:
@@ -143,11 +150,13 @@ def _read_checksums(folder: Path) -> dict[str, int]:
         return {}
 
 
-def is_intact(entry: bytes) -> bool:
-    """Whether an entry decompresses: JAX compresses with zstandard, or zlib without it.
+def is_intact(entry: bytes, name: str) -> bool:
+    """Whether a program decompresses: JAX compresses with zstandard, or zlib without it.
 
     Without the zstandard package its entries cannot be checked and count as intact.
     """
+    if name.startswith(AUTOTUNING):
+        return bool(entry)
     if not entry.startswith(ZSTD):
         try:
             zlib.decompress(entry)

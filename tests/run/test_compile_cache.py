@@ -199,7 +199,7 @@ def test_any_damage_of_an_entry_costs_that_entry(home: Path, damage, is_known: b
     if is_known:
         assert remove_damaged(home) == []
     damage(bad)
-    could_be_sound = not is_known and not bad.is_dir() and is_intact(bad.read_bytes())
+    could_be_sound = not is_known and not bad.is_dir() and is_intact(bad.read_bytes(), bad.name)
     assert remove_damaged(home) == ([] if could_be_sound else [bad.name])
     assert good.exists()
     assert bad.exists() == used.exists() == could_be_sound
@@ -222,6 +222,15 @@ def test_entries_of_this_process_are_known_to_the_next(home: Path, monkeypatch) 
     note_new_entries()
     entry.write_bytes(zlib.compress(b"another program"))
     assert remove_damaged(home) == [entry.name]
+
+
+def test_results_of_autotuning_have_checksums_too(home: Path) -> None:
+    results = home / compile_cache.AUTOTUNING / "key.textproto"
+    results.parent.mkdir()
+    results.write_text("version: 3")
+    assert remove_damaged(home) == []
+    results.write_text("version: 2")
+    assert remove_damaged(home) == [f"{compile_cache.AUTOTUNING}/key.textproto"]
 
 
 def test_an_entry_without_its_last_use_gets_one_where_jax_needs_it(home: Path, monkeypatch) -> None:
