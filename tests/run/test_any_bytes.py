@@ -24,11 +24,11 @@ from jaxgpt.data.token_file import MAGIC, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.plan import Plan
 from jaxgpt.preparation.text_manifest import summarize
+from jaxgpt.preparation.work_plan import Plan
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
-from jaxgpt.run.metrics_file import EVENTS_FOLDER, METRICS_FILE, read_metrics
+from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 from jaxgpt.run.tensorboard_events import _encode_record
 
 T = TypeVar("T")
@@ -211,15 +211,15 @@ def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: by
 def test_event_files_of_any_records_stop_no_start(
     folder: Path, records: list[bytes], rest: bytes
 ) -> None:
-    path = folder / "events" / EVENTS_FOLDER / "events.out.tfevents.1.here"
+    path = folder / "events" / "events.out.tfevents.1.here"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(map(_encode_record, records)) + rest)
-    (path.parent.parent / METRICS_FILE).unlink(missing_ok=True)
+    (path.parent / METRICS_FILE).unlink(missing_ok=True)
     told: list[str] = []
-    with MetricsLog(path.parent.parent, resume_step=0, on_error=told.append) as log:
+    with MetricsLog(path.parent, resume_step=0, on_error=told.append) as log:
         log.scalars(1, {"train/loss": 1.0})
     assert told == []
-    assert read_metrics(path.parent.parent / METRICS_FILE)[-1]["step"] == 1
+    assert read_metrics(path.parent / METRICS_FILE)[-1]["step"] == 1
 
 
 RECORD = {"number": 0, "tokens": {"all": 5}, "documents": 1, "skipped": {}, "examples": {}}

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter

@@ -100,7 +100,7 @@ def _not_a_record(name: str, where: str, error: Exception) -> TaskError:
 
 def _read_file(name: str, source: str) -> bytes:
     try:
-        return user_path(source, _flag(name)).read_bytes().removeprefix(codecs.BOM_UTF8)
+        return user_path(source, as_flag(name)).read_bytes().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         raise TaskError(
             f"{as_flag(name)} {source} cannot be read ({error}); give the published jsonl file, or "
