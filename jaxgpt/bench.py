@@ -28,6 +28,7 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, run_command, warn
+from jaxgpt.files import user_path
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
@@ -135,7 +136,8 @@ def measure(
                     training.train_step, state, batches, flags.windows, flags.window_seconds
                 )
             if flags.profile is not None:
-                trace(training.train_step, state, batches, flags.profile)
+                folder = user_path(flags.profile, "--profile")
+                trace(training.train_step, state, batches, folder)
     return {
         **describe_run(cfg, device),
         "attention": training.attention,

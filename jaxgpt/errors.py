@@ -39,11 +39,15 @@ class Stopped(KeyboardInterrupt):
 def run_command(prog: str, command: Callable[[], int]) -> int:
     """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
 
-    A closed pipe, as in `| head`, is no error; all other errors go to `report_error`.
+    A closed pipe, as in `| head`, is no error; all other errors go to `report_error`. What the
+    output cannot encode, a name that is not UTF-8 for instance, is printed as question marks.
 
     Raises:
         SystemExit: with code 2, for an error that a user can cause.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = command()
         if sys.stdout is not None:

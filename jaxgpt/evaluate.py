@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from jaxgpt.config import command_line as cli
@@ -29,7 +28,8 @@ from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Figure, Question
 from jaxgpt.data.tasks import TASKS, load_tasks
 from jaxgpt.errors import explain_out_of_memory, run_command
-from jaxgpt.run.console import print_table, waiting
+from jaxgpt.files import user_path
+from jaxgpt.run.console import make_console, print_table, waiting
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.evaluate"
@@ -192,14 +192,14 @@ def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
             f"{weights.name} is not a run and has no dataset; add --data-dir FOLDER or --dataset "
             "embedded, or score tasks only with --skip-loss"
         )
-    data_dir = data_dir.expanduser()
+    data_dir = user_path(data_dir, "--data-dir")
     check_manifest(data_dir, weights.tokenizer)
     return open_split(data_dir, "val", weights.tokenizer)
 
 
 def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Iterable[np.ndarray]:
     """The batches, with a progress bar if standard error is a terminal."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     hidden = not console.is_terminal
     return track(batches, what, total, console=console, disable=hidden, transient=True)
 

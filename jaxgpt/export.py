@@ -20,6 +20,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet, unless_none
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import run_command, warn
+from jaxgpt.files import user_path
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
 from jaxgpt.weights import huggingface, push
@@ -77,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
     )
     assert flags.out_dir is not None
     assert flags.to is not None
-    target = flags.to.expanduser()
+    target = user_path(flags.to, "--to")
     check_is_free(target)
     if flags.push is not None:
         push.check_login(flags.push)
@@ -87,7 +88,7 @@ def run(argv: Sequence[str]) -> int:
         require_gguf(weights.tokenizer)
     device, _ = prepare_device("cpu", "float32")
     params = weights.load(device)
-    checkpoint = flags.out_dir.expanduser() / FOLDER / str(weights.step)
+    checkpoint = user_path(flags.out_dir, "--out-dir") / FOLDER / str(weights.step)
     data = read_manifest(checkpoint).data
     card = model_card(
         weights, weights.run, data, library="gguf" if flags.is_gguf else "transformers"
@@ -115,7 +116,7 @@ def check_is_free(target: Path) -> None:
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
     """Write the complete folder under a temporary name, then rename it. Raises OSError."""
     folder = folder.resolve()  # "." has no name
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    part = folder.with_name(f".jaxgpt-export.{os.getpid()}.tmp")  # a name may have 255 bytes
     part.mkdir(parents=True)
     try:
         huggingface.save_model(part, weights.model, params, weights.tokenizer.eot)

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,11 +29,37 @@ except ImportError:  # Windows, where a leftover lock file must be deleted by ha
 T = TypeVar("T")
 
 LOCK_FILE = "lock"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` drops the second slash
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems
 
 
 class FormatError(UserError):
     """JSON that is corrupt or not of the declared type; names the key and the expected type."""
+
+
+def user_path(path: str | Path, name: str) -> Path:
+    """The path that the flag or variable `name` gives, with `~` as the home folder.
+
+    Raises:
+        UserError: if it is a URL, or there is no such home folder.
+    """
+    text = os.path.expanduser(path)
+    if URL.match(text):
+        raise UserError(
+            f"{name} {path}: is a URL; give a path of this machine, where an object store can be "
+            "mounted"
+        )
+    if text.startswith("~"):
+        raise UserError(f"{name} {path}: there is no such home folder; give the whole path")
+    return Path(text)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder with its contents, or only the link if `path` is one. Raises OSError."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager
@@ -163,6 +191,17 @@ class FolderLock:
                 "folder"
             ) from None
 
+    def is_held(self) -> bool:
+        """Whether the folder is still the one that was locked."""
+        return self._file is not None and self._is_at_path(self._file)
+
+    def renew(self) -> None:
+        """Lock the folder again if it was deleted or moved meanwhile; raises as `take` does."""
+        if self._file is not None and not self.is_held():
+            os.close(self._file)
+            self._file = None
+            self.take()
+
     def __exit__(self, *_: object) -> None:
         if self._file is None:
             return
@@ -206,7 +245,7 @@ class FolderLock:
     def _is_at_path(self, file: int) -> bool:
         try:
             return os.path.samestat(os.fstat(file), self._path.lstat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def _in_use_message(self) -> str:

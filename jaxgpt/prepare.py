@@ -8,9 +8,9 @@ of the input (`preparation/tokenize.py`), and shards are cut from them in order
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxgpt.errors import Stopped, run_command
+from jaxgpt.files import user_path
 from jaxgpt.preparation.flags import PROG, PrepareFlags, parse_flags
 from jaxgpt.run.console import unfailing_output
 
@@ -47,7 +47,7 @@ def run(flags: PrepareFlags) -> int:
     from jaxgpt.preparation.text_manifest import print_result
 
     if flags.inspect:
-        return inspect_folder(Path(flags.inputs[0]).expanduser(), flags.tokenizer)
+        return inspect_folder(user_path(flags.inputs[0], "--inspect"), flags.tokenizer)
     with open_output_folder(flags) as folder:
         manifest = download_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
         print_result(folder.out, manifest, visible_card() is not None)

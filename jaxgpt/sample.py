@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
+from jaxgpt.files import user_path
 from jaxgpt.weights.deploy import has_learned_positions
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -146,9 +146,9 @@ def read_prompt(prompt: str) -> str:
             return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
         if not prompt.startswith(FROM_FILE):
             return prompt
-        path = Path(prompt.removeprefix(FROM_FILE)).expanduser()
+        path = user_path(prompt.removeprefix(FROM_FILE), "--prompt")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--prompt {prompt} cannot be read as text: {error}") from None
 
 

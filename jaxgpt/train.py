@@ -23,7 +23,7 @@ from jaxgpt.files import FolderLock
 from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
-from jaxgpt.run.compile_cache import prepare_compile_cache
+from jaxgpt.run.compile_cache import note_new_entries, prepare_compile_cache
 from jaxgpt.run.console import RunConsole, unfailing_output
 from jaxgpt.run.opening import Data, find_devices, load_step, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, connect
@@ -36,6 +36,7 @@ from jaxgpt.weights.source import Weights
 if TYPE_CHECKING:  # they import JAX
     from jaxgpt.run.checkpoint import Checkpoints
     from jaxgpt.run.evaluator import Evaluator
+    from jaxgpt.run.metrics import MetricsLog
     from jaxgpt.run.preflight import Compiled
     from jaxgpt.run.saver import Saver
     from jaxgpt.training.step import Metrics, TrainState
@@ -85,14 +86,19 @@ def run(argv: Sequence[str]) -> int:
         jax = hardware.import_jax()
 
         from jaxgpt.run.checkpoint import Checkpoints
+        from jaxgpt.run.metrics import MetricsLog, NoLog
         from jaxgpt.run.preflight import compile_to_fit
 
         cfg, layout = find_devices(asked, origin, data.tokenizer.n_vocab)
         stack.enter_context(jax.default_device(layout.device))
         checkpoints = stack.enter_context(
-            Checkpoints(asked.out_dir, asked.keep_checkpoints, tell, processes)
+            Checkpoints(asked.out_dir, asked.keep_checkpoints, tell, processes, lock.renew)
         )
         resumed_step = checkpoints.recover(tell, strict=asked.resume == "must")
+        if resumed_step is not None:
+            saved = checkpoints.manifest(resumed_step)
+            folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
+            folder.check_data(saved.data, data.identity, asked.out_dir)
         if resumed_step is not None and resumed_step >= asked.max_iters:
             changes = folder.changes(cfg, origin.saved) if origin.saved else []
             given_changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
@@ -101,12 +107,18 @@ def run(argv: Sequence[str]) -> int:
             )
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
+        note_new_entries()
         report.print_run(compiled, data, resumed_step)
         if origin.saved is not None:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
-        state = start_or_restore(compiled, data, weights, checkpoints, resumed_step)
+        state = start_or_restore(compiled, weights, checkpoints, resumed_step)
+        log = stack.enter_context(
+            MetricsLog(asked.out_dir, resumed_step, tell, lock.is_held)
+            if processes.is_main
+            else NoLog()
+        )
         training = open_training(
-            compiled, data, checkpoints, resumed_step, count_skips(state), tell, stack
+            compiled, data, checkpoints, resumed_step, count_skips(state), log, stack
         )
         result = train(training, state, resumed_step, StepSync(processes, layout), stop)
         if result is None:
@@ -121,8 +133,8 @@ def start_process(
     processes: Processes, lock: FolderLock, stack: ExitStack
 ) -> Callable[[str], object]:
     """The main process locks the run's folder, the others print nothing; returns how to warn."""
+    processes.in_main(lock.take)  # before JAX takes a card's memory from the run that has the lock
     if processes.is_main:
-        lock.take()  # before JAX takes the card's memory from the run that has the lock
         return warn
     nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
     stack.enter_context(redirect_stdout(nowhere))
@@ -131,7 +143,6 @@ def start_process(
 
 def start_or_restore(
     compiled: "Compiled",
-    data: Data,
     weights: Weights | None,
     checkpoints: "Checkpoints",
     resumed_step: int | None,
@@ -139,12 +150,9 @@ def start_or_restore(
     """The state before the first step of this process."""
     import jax
 
-    training, cfg = compiled.training, compiled.cfg
+    training = compiled.training
     if resumed_step is not None:
-        restored = checkpoints.restore(resumed_step, training.state_like)
-        folder.check_checkpoint(cfg, restored.config, str(checkpoints.folder))
-        folder.check_data(restored.data, data.identity, cfg.out_dir)
-        return restored.state
+        return checkpoints.restore(resumed_step, training.state_like).state
     state = training.init()
     if weights is None:
         return state
@@ -178,19 +186,17 @@ def open_training(
     checkpoints: "Checkpoints",
     resumed_step: int | None,
     skips: SkipCounter,
-    tell: Callable[[str], object],
+    log: "MetricsLog",
     stack: ExitStack,
 ) -> Training:
-    """The log, the batches and what else is open while a run trains, closed by `stack`."""
+    """The batches and what else is open while a run trains, closed by `stack`."""
     from jaxgpt.run.evaluator import Evaluator
-    from jaxgpt.run.metrics import MetricsLog, NoLog
     from jaxgpt.run.saver import Saver
 
     cfg, layout, asked = compiled.cfg, compiled.layout, compiled.cfg.asked
-    is_main, step = checkpoints.processes.is_main, resumed_step or 0
-    log = stack.enter_context(MetricsLog(cfg.out_dir, resumed_step, tell) if is_main else NoLog())
+    step = resumed_step or 0
     saver = Saver(checkpoints, log, cfg, data.identity)
-    if is_main:
+    if checkpoints.processes.is_main:
         data.tokenizer.save(cfg.out_dir)
     log.hparams(cfg.flat(), metrics=("val/loss",))
     batches = prefetch(partial(load_step, cfg, layout, data.loader), step, asked.max_iters)

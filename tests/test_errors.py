@@ -1,6 +1,7 @@
 """How a command ends: its exit code and what it prints."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -104,3 +105,16 @@ def test_the_first_line_of_an_error_is_short_and_never_empty() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(ValueError("x" * 300)) == "x" * 200
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_name_that_the_output_cannot_encode_is_printed_without_it(encoding: str) -> None:
+    code = """
+import sys
+from jaxgpt.errors import run_command
+sys.exit(run_command("prog", lambda: print("caf\\udce9 \\u00e9")))
+"""
+    env = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    shown = {"utf-8": "caf? é\n", "ascii": "caf? ?\n"}[encoding]
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, shown, b"")

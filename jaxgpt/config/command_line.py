@@ -5,7 +5,6 @@ suggests and prints `--help`; this module adds answers to flags that other progr
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
@@ -20,6 +19,7 @@ from jaxgpt.config.fields import Config
 from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
 from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
 from jaxgpt.errors import fail, warn
+from jaxgpt.files import user_path
 
 # `--batch-size 16`, `--batch_size=16` and `--bias=True`, without sections and `--no-` twins.
 HIGHEST_USUAL_RATE = 0.1
@@ -184,14 +184,11 @@ def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -
     effective = draft.effective_batch_size if "effective_batch_size" in flags else None
     fields |= fields_of_accumulation(draft.gradient_accumulation_steps, draft.batch_size, effective)
     fields["eval_windows"] = base.windows_in(draft.eval_iters)
-    fields["out_dir"] = _expanded(draft.out_dir or Path("runs") / Path(draft.preset).stem)
+    default = Path("runs") / Path(draft.preset).stem
+    # The shell leaves '~' alone in --out-dir=~/x and in a TOML file.
+    fields["out_dir"] = user_path(draft.out_dir or default, "--out-dir")
     if draft.data_dir is not None:
-        fields["data_dir"] = _expanded(draft.data_dir)
+        fields["data_dir"] = user_path(draft.data_dir, "--data-dir")
     elif draft.dataset != "embedded":
         fields["data_dir"] = Path("data") / draft.dataset
     return Config(**fields)
-
-
-def _expanded(path: Path) -> Path:
-    # The shell leaves '~' alone in --out-dir=~/x and in a TOML file.
-    return Path(os.path.expanduser(path))

@@ -77,7 +77,7 @@ def inspect_file(path: Path) -> TokenFile:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             head = file.read(HEADER_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+        raise DataError(_unreadable(path, error)) from None
     if size == 0:
         raise DataError(f"{path}: is empty; copy it again, or make it with {PREPARE}")
     magic, version, length = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
@@ -133,11 +133,48 @@ def as_tokens(tokens: np.ndarray, name: str) -> np.ndarray:
     return tokens.astype(token_dtype(int(tokens.max(initial=0)) + 1), copy=False)
 
 
-def map_file(file: TokenFile) -> tuple[np.ndarray, mmap.mmap]:
-    """The tokens of a file, read on access, and the memory map that contains them."""
-    with file.path.open("rb") as opened:
-        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(memory, file.dtype, file.length, file.offset), memory
+class Reader:
+    """A memory-mapped token file; its methods may be called from several threads."""
+
+    def __init__(self, file: TokenFile):
+        """Raises DataError if the file cannot be mapped."""
+        self._file = file
+        try:
+            with file.path.open("rb") as opened:
+                self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tokens = np.frombuffer(self._memory, file.dtype, file.length, file.offset)
+        except OSError as error:
+            raise DataError(_unreadable(file.path, error)) from None
+        except ValueError:  # nothing to map, or less than file.length
+            raise self._cut_short() from None
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        """Tokens [first, end), a read-only view of the file; DataError if they are missing.
+
+        Its present size is checked, because reading a page beyond the end ends the process.
+        """
+        if self._memory.size() < self._position(end):
+            raise self._cut_short()
+        return self._tokens[first:end]
+
+    def read_ahead(self, first: int, end: int) -> None:
+        """Ask the kernel to read tokens [first, end) ahead of their use."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            begin = self._position(first) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._memory.madvise(mmap.MADV_WILLNEED, begin, self._position(end) - begin)
+
+    def _position(self, token: int) -> int:
+        return self._file.offset + self._file.dtype.itemsize * token
+
+    def _cut_short(self) -> DataError:
+        return DataError(
+            f"{self._file.path}: has become shorter since it was opened; copy or download it "
+            "again, and run the same command again"
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be read ({error.strerror}); copy it again"
 
 
 def _inspect_shard(path: Path, size: int, version: int, length: int, format: Format) -> TokenFile:
@@ -188,7 +225,7 @@ def _inspect_headerless(path: Path, size: int) -> TokenFile:
             f"{path}: has {size:,} bytes, an odd number, so it is truncated or not uint16 "
             f"tokens; copy it again, or make it with {PREPARE}"
         )
-    tokens = map_file(TokenFile(path, 0, size // 2))[0][: 1 << 16]
+    tokens = Reader(TokenFile(path, 0, size // 2)).read(0, min(size // 2, 1 << 16))
     zeros_even, zeros_odd = (np.count_nonzero(tokens[i::2] == 0) for i in (0, 1))
     # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
     if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.1 * len(tokens):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxgpt.errors import UserError, first_line
@@ -32,7 +33,8 @@ class Skip(Enum):
     NULL = "null"
     EMPTY = "empty"
     NOT_UTF8 = "not UTF-8"
-    MALFORMED = "not JSON"
+    MALFORMED = "not a JSON object"
+    NO_TEXT = "JSON without a text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +130,30 @@ def fraction_of(document: str | LongText) -> float:
 
 
 def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """A file's bytes, decompressed, about 1 MB at a time, without a byte order mark.
+    """A file's bytes, decompressed, about 1 MB at a time.
 
-    Raises UserError if the file is corrupt.
+    Without a byte order mark, and with Windows' line ends as newlines. Raises UserError if the file
+    is corrupt, or UTF-16.
     """
     chunks = _decompress(file, path)
     head = b""
     while len(head) < len(codecs.BOM_UTF8) and (chunk := next(chunks, None)) is not None:
         head += chunk
-    yield head.removeprefix(codecs.BOM_UTF8)
-    yield from chunks
+    _refuse_utf16(head, path)
+    held = b""  # the first half of a line end, perhaps
+    for chunk in chain([head.removeprefix(codecs.BOM_UTF8)], chunks):
+        whole = held + chunk
+        held = b"\r" if whole.endswith(b"\r") else b""
+        yield whole.removesuffix(held).replace(b"\r\n", b"\n")
+    yield held
+
+
+def _refuse_utf16(head: bytes, path: str) -> None:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(
+            f"{path}: is UTF-16, as PowerShell's > writes it; convert it to UTF-8 (iconv -f UTF-16 "
+            "-t UTF-8, or Set-Content -Encoding utf8)"
+        )
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -172,8 +188,10 @@ def lines_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     if start:
         file.seek(start - 1)
         file.readline()
-    elif file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-        file.seek(0)
+    else:
+        head = file.read(len(codecs.BOM_UTF8))
+        _refuse_utf16(head, file.name)
+        file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
     position = file.tell()
     while position < stop and (line := file.readline()):
         position += len(line)

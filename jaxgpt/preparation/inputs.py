@@ -5,6 +5,7 @@ So "unit 12" is the same in a killed run and in the run that resumes it.
 """
 
 import glob
+import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from jaxgpt.data.manifest import WORK_FOLDER, Count
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import user_path
 
 Kind = Literal["parquet", "jsonl", "csv", "text", "arrow"]
 
@@ -120,7 +122,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = user_path(argument, "input")
         if is_saved_dataset(path):
             inputs = [saved_dataset(path)]
         else:
@@ -152,7 +154,9 @@ def saved_dataset(path: Path) -> Input:
     from datasets import load_from_disk
 
     try:
-        dataset = load_from_disk(str(path))
+        state = json.loads((path / "state.json").read_bytes())
+        # It cannot load what it has saved without rows.
+        rows = 0 if state.get("_data_files") == [] else len(load_from_disk(str(path)))
     except Exception as error:  # datasets wraps pyarrow's and its own
         raise UserError(
             f"{path}: cannot be read as a saved dataset ({first_line(error)})"
@@ -163,12 +167,12 @@ def saved_dataset(path: Path) -> Input:
         size=sum(file.stat().st_size for file in files),
         kind="arrow",
         check=f"{zlib.crc32(''.join(_edges(file) for file in files).encode()):08x}",
-        rows=len(dataset),
+        rows=rows,
     )
 
 
 def _files_of(argument: str) -> list[Path]:
-    path = Path(argument).expanduser()
+    path = user_path(argument, "input")
     if path.is_dir():
         return _files_in(path)
     if path.exists():
@@ -211,12 +215,24 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _texts_under(folder: Path) -> Iterator[Path]:
-    """Files with a known suffix, except in hidden folders and in folders of tokens."""
-    for parent, folders, names in os.walk(folder):
+    """Files with a known suffix, except in hidden folders and in folders of tokens.
+
+    Raises UserError for a link whose target is missing.
+    """
+    walked = set[tuple[int, int]]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(parent)
+        if (stat.st_dev, stat.st_ino) in walked:  # by another link, perhaps of an endless loop
+            folders.clear()
+            continue
+        walked.add((stat.st_dev, stat.st_ino))
         here = [Path(parent, name) for name in folders if not name.startswith(".")]
         folders[:] = [path.name for path in here if not _contains_tokens(path)]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        yield from (path for path in paths if kind_of(path.name) and path.is_file())
+        texts = [path for path in paths if kind_of(path.name)]
+        if missing := [path for path in texts if not path.exists()]:
+            raise UserError(f"{missing[0]}: its target is missing; restore it, or delete this link")
+        yield from (path for path in texts if path.is_file())
 
 
 def _contains_tokens(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -38,8 +38,13 @@ def sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
     return sum(used) if is_count else None
 
 
-def check_column(input: Input, names: Iterable[str], text_column: str) -> None:
-    """Raises UserError if `names` has neither the text column nor the one it is nested in."""
+def check_column(input: Input, names: Collection[str], text_column: str) -> None:
+    """Raises UserError if `names` lacks the text column and what it is nested in, or repeats it."""
+    if (found := [*names].count(text_column)) > 1:
+        raise UserError(
+            f"{input.path}: has {found} columns {text_column!r}; rename one, or name another with "
+            "--text-column"
+        )
     if not {text_column, text_column.partition(".")[0]} & set(names):
         raise UserError(
             f"{input.path}: has no column {text_column!r}; name the text column with "
@@ -103,9 +108,9 @@ def _text_of(record: Any, options: ReadOptions) -> Document:
     text = record
     for name in names:
         if not isinstance(text, dict):
-            return Skip.MALFORMED
+            return Skip.MALFORMED if text is record else Skip.NO_TEXT
         text = text.get(name)
-    return to_document(text, options) if isinstance(text, str | None) else Skip.MALFORMED
+    return to_document(text, options) if isinstance(text, str | None) else Skip.NO_TEXT
 
 
 def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:

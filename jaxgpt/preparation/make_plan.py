@@ -141,7 +141,8 @@ def _prefix(flags: PrepareFlags, out: Path) -> str:
     """The prefix of the shards' names: as in llm.c for FineWeb, else the folder's name."""
     if _is_fineweb(flags):
         return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
-    return "".join(c if c.isalnum() else "_" for c in out.resolve().name) or "text"
+    name = out.resolve().name[:50]  # of 255 bytes, with room for _train_000000.bin.tmp
+    return "".join(c if c.isalnum() else "_" for c in name) or "text"
 
 
 def _refuse_hub_flags(flags: PrepareFlags) -> None:

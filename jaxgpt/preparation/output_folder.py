@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
-from jaxgpt.files import FolderLock
+from jaxgpt.files import FolderLock, user_path
 from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
 from jaxgpt.preparation.inputs import kind_of
 
@@ -31,7 +31,7 @@ def open_output_folder(flags: PrepareFlags) -> Iterator[OutputFolder]:
 
     A command that fails before it has a plan leaves nothing behind.
     """
-    out = (flags.out or default_out(flags)).expanduser()
+    out = user_path(flags.out or default_out(flags), "--out")
     _refuse_foreign_tokens(out)
     work = out / WORK_FOLDER
     try:
@@ -61,7 +61,7 @@ def _refuse_foreign_tokens(out: Path) -> None:
 
 def default_out(flags: PrepareFlags) -> Path:
     """data/ and the name of the source: of the data set, of the only file, or of its folder."""
-    first = Path(flags.inputs[0]).expanduser()
+    first = user_path(flags.inputs[0], "input")
     if is_hub_name(flags.inputs):
         return Path("data") / flags.inputs[0].rpartition("/")[2]
     folder = first if first.is_dir() else first.parent

@@ -3,10 +3,9 @@
 import time
 from typing import Self
 
-from rich.console import Console
 from rich.filesize import decimal
 
-from jaxgpt.run.console import duration, make_bar
+from jaxgpt.run.console import duration, make_bar, make_console
 
 LINE_SECONDS = 30  # between two lines if the output is not a terminal
 
@@ -15,7 +14,7 @@ class PreparationConsole:
     """Prints lines, with one bar below them if the output is a terminal."""
 
     def __init__(self, total_bytes: int, done_bytes: int):
-        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = make_console()
         self._total, self.done_before = total_bytes, done_bytes
         self._began = self._last_line = time.monotonic()
         self._bar = make_bar(self.console, "{task.percentage:3.0f} %")
@@ -40,7 +39,7 @@ class PreparationConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def _status(self, done_bytes: int, tokens: int, documents: int) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-6)

@@ -3,8 +3,10 @@
 A reader yields batches and never has a complete file in memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jaxgpt.data.tokenizer import EOT_TEXT
@@ -41,7 +43,9 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         "text": read_text,
     }[slice.input.kind]
     try:
+        _check_size(slice)
         yield from read(slice, options)
+        _check_size(slice)  # most readers take a cut for the end of the file
     except OSError as error:
         raise UserError(
             f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"
@@ -75,33 +79,58 @@ def find_separators(inputs: Iterable[Input]) -> str | None:
     return None
 
 
-def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+def _check_size(slice: Slice) -> None:
+    """Raises UserError if the input has another size than when it was found."""
+    path, expected = Path(slice.path), slice.input.size
+    files = path.glob("*.arrow") if slice.input.kind == "arrow" else [path]
+    size = sum(file.stat().st_size for file in files)
+    if size != expected:
+        raise UserError(
+            f"{path}: has {size:,} bytes, and had {expected:,} when it was found; restore it and "
+            "run the same command again, or choose another folder with --out"
+        )
+
+
+@contextmanager
+def _named_if_corrupt(slice: Slice) -> Iterator[None]:
+    """Turn Arrow's errors into a UserError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        # Without a buffer, a file of one row group would be read into memory completely.
-        with pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file:
-            groups = range(*slice.share_of(file.metadata.num_row_groups))
-            rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-            n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-            names = file.schema_arrow.names
-            check_column(slice.input, names, options.text_column)
-            columns = [options.text_column, *({"token_count"} & set(names) - {options.text_column})]
-            if options.text_column not in names:  # nested: with all of its column, to name its keys
-                columns[0] = options.text_column.partition(".")[0]
-            for batch in file.iter_batches(
-                _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
-            ):
-                yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
-    except (
-        pa.ArrowException,
-        UnicodeDecodeError,
-    ) as error:  # UnicodeDecodeError: in a column's name
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise UserError(
-            f"{slice.path}: is not a parquet file, or is corrupt ({first_line(error)}); copy or "
-            "download it again"
+            f"{slice.path}: is no {slice.input.kind} file, or is corrupt ({first_line(error)}); "
+            "copy or download it again"
         ) from None
+
+
+def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    import pyarrow.parquet as pq
+
+    # Without a buffer, a file of one row group would be read into memory completely.
+    with (
+        _named_if_corrupt(slice),
+        pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file,
+    ):
+        groups = range(*slice.share_of(file.metadata.num_row_groups))
+        rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+        n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+        columns = _columns(slice, file.schema_arrow.names, options)
+        for batch in file.iter_batches(
+            _batch_rows(rows, n_bytes), row_groups=groups, columns=columns, use_threads=False
+        ):
+            yield _batch(batch, slice, options, slice.size * len(batch) // max(rows, 1))
+
+
+def _columns(slice: Slice, names: Collection[str], options: ReadOptions) -> list[str]:
+    """The columns to read: the text's, with all that it is nested in, and FineWeb's counts."""
+    check_column(slice.input, names, options.text_column)
+    text = options.text_column
+    if text not in names:
+        text = text.partition(".")[0]
+    has_counts = [*names].count("token_count") == 1 and text != "token_count"
+    return [text, "token_count"] if has_counts else [text]
 
 
 @lru_cache(1)  # or each of a hundred slices would read the headers of all files in the folder
@@ -112,13 +141,16 @@ def _open_saved_dataset(path: str) -> Any:
 
 
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    if not slice.input.rows:
+        return
+    with _named_if_corrupt(slice):
+        yield from _read_saved_rows(slice, options)
+
+
+def _read_saved_rows(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     dataset = _open_saved_dataset(slice.path)
-    check_column(slice.input, dataset.column_names, options.text_column)
-    top = options.text_column
-    if top not in dataset.column_names:
-        top = top.partition(".")[0]
-    columns = {top, *({"token_count"} & set(dataset.column_names))}
-    dataset = dataset.select_columns(list(columns)).with_format("arrow")
+    columns = _columns(slice, dataset.column_names, options)
+    dataset = dataset.select_columns(columns).with_format("arrow")
     first, last = slice.share_of(slice.input.rows)
     step = _batch_rows(slice.input.rows, slice.input.size)
     for start in range(first, last, step):

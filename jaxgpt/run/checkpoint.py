@@ -6,22 +6,21 @@ without an error, so every way out of a run goes through `close`. Orbax's V1 int
 marked experimental, so it is used only here and in `restore.py`.
 """
 
-import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt.files import LockedError
 from jaxgpt.run import retention
-from jaxgpt.run.checkpoint_state import all_finite, array_specs, not_finite_message, to_stored
+from jaxgpt.run.checkpoint_state import all_finite, manifest_notes, not_finite_message, to_stored
 from jaxgpt.run.integrity import (
     DamagedError,
     Manifest,
@@ -34,11 +33,6 @@ from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.run.restore import CheckpointError, Restored, check_readable, load_state, reason_of
 from jaxgpt.training.step import TrainState
-
-# Orbax logs each phase of a save, and a failed one with a thousand lines of tracebacks; we report
-# what a user has to know.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-MADE_WITH = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class _Save(NamedTuple):
@@ -56,6 +50,8 @@ class Checkpoints:
     displaces the newest. After a failed save training continues with the older checkpoints, and
     `on_error` is called with a message.
 
+    `renew_lock` is called before each save; its LockedError ends the run.
+
     Each of several `processes` writes the shards on its devices; only the main one verifies, writes
     manifests and deletes. All must call the same methods in the same order.
     """
@@ -66,6 +62,7 @@ class Checkpoints:
         keep: int,
         on_error: Callable[[str], object] = warnings.warn,
         processes: Processes = SINGLE_PROCESS,
+        renew_lock: Callable[[], object] = lambda: None,
     ):
         self.folder = (out_dir / retention.FOLDER).absolute()
         try:
@@ -76,6 +73,7 @@ class Checkpoints:
             ) from None
         self._orbax = OrbaxPath(self.folder, processes.count)
         self._keep, self._on_error, self.processes = keep, on_error, processes
+        self._renew_lock = renew_lock
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
@@ -136,6 +134,7 @@ class Checkpoints:
         Raises:
             CheckpointError: if `state` has a number that is not finite, or a save failed and there
                 is no checkpoint at all.
+            LockedError: if another process has taken the run's folder.
         """
         self.settle()
         step = int(state.step)
@@ -145,20 +144,23 @@ class Checkpoints:
         if not all_finite(stored):
             raise CheckpointError(not_finite_message(step, self.folder, self.latest_step))
         self._begun = time.monotonic()
-        notes = _notes(stored, config, data)
+        notes = manifest_notes(stored, config, data)
         val_loss: Future[float | None] = Future()
         done: Future[None] = Future()
         try:
             with self.processes.fail_together():
-                # The user may have deleted it.
+                # The user may have deleted it, and another run may have taken it.
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if self.processes.is_main:
+                    self._renew_lock()
                     retention.remove_leftovers(self.folder)
                 size = sum(x.nbytes for x in jax.tree.leaves(stored))
                 retention.check_free_space(self.folder, size)
             written = ocp.save_checkpointables_async(
                 self._orbax.path / str(step), {"state": stored}
             )
+        except LockedError:
+            raise
         except Exception as error:
             self._remove_failed(step)
             done.set_exception(error)
@@ -191,6 +193,10 @@ class Checkpoints:
             return
         if self._saving.done.done():
             self.settle()
+
+    def manifest(self, step: int) -> Manifest:
+        """What is known of a checkpoint that `recover` has verified; raises DamagedError."""
+        return self._verify(self.folder / str(step))
 
     def restore(self, step: int, like: TrainState) -> Restored:
         """Read a checkpoint into the shapes, dtypes and shardings of `like`.
@@ -251,7 +257,7 @@ class Checkpoints:
             files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
             loss = _finite(val_loss.result())
-            write_manifest(folder, Manifest(**notes, val_loss=loss, files=files))
+            write_manifest(folder, Manifest(**notes, step=step, val_loss=loss, files=files))
         except BaseException:
             self._remove_failed(step)
             raise
@@ -275,18 +281,6 @@ class Checkpoints:
             raise CheckpointError(f"{self._failure}, or choose another --out-dir")
         if report:
             self._on_error(f"{self._failure}; training continues, and saves again when it is due")
-
-
-def _notes(
-    stored: Mapping[str, Any], config: Mapping[str, Any], data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields of the manifest that are known when the save begins."""
-    return {
-        "config": dict(config),
-        "data": dict(data),
-        "arrays": array_specs(stored),
-        "made_with": {name: version(name) for name in MADE_WITH},
-    }
 
 
 def _finite(val_loss: float | None) -> float | None:

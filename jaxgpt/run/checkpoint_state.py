@@ -1,6 +1,7 @@
 """The part of a training state that a checkpoint stores, and checks of it."""
 
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxgpt.training.loss_scale import LossScale
 from jaxgpt.training.step import TrainState
 
 LOSS_SCALE = "loss_scale"  # the field of TrainState that runs in other dtypes than float16 lack
+MADE_WITH = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 def to_stored(state: TrainState) -> dict[str, Any]:
@@ -77,6 +79,18 @@ def array_specs(stored: Mapping[str, Any]) -> dict[str, str]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{leaf.shape}"
         for path, leaf in jax.tree.leaves_with_path(dict(stored))
+    }
+
+
+def manifest_notes(
+    stored: Mapping[str, Any], config: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a checkpoint's manifest that are known when its save begins."""
+    return {
+        "config": dict(config),
+        "data": dict(data),
+        "arrays": array_specs(stored),
+        "made_with": {name: version(name) for name in MADE_WITH},
     }
 
 

@@ -1,27 +1,36 @@
 """A persistent cache of XLA's compiled programs, so that the second start is quick.
 
-JAX does not write entries atomically. A killed process or a full disk leaves a truncated one under
-its final name; JAX then warns of it at every start, compiles, and never replaces it. So truncated
-entries are removed before JAX reads them.
+JAX neither writes entries atomically nor notices damage: it warns of a truncated one at every start
+and never replaces it, and executes one in which a bit has changed. So damaged entries are removed
+before JAX reads them: any that differs from its checksum, and a truncated one that has none yet.
 
 JAX executes what is in the folder, so only the user may own it and write to it.
 """
 
+import atexit
 import hashlib
 import os
 import platform
 import re
+import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from jaxgpt.errors import UserError
+from jaxgpt.files import decode_json, delete, user_path, write_json
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting, kept if the user has set it
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
-MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
-LARGEST = 2 * 2**30  # bytes; above it JAX removes the least recently used entries
-ENTRY, USED = "-cache", "-atime"  # JAX's suffixes of an entry, and of the file with its last use
+MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"  # JAX's own limit
+LARGEST = 2**29  # bytes; of more, those that were written first are removed
+# JAX's suffixes of an entry, and of the file with its last use. JAX 0.10 stores nothing more if the
+# latter is missing, and where the user has no name (in containers) if MAX_SIZE is set.
+ENTRY, USED = "-cache", "-atime"
 NAME = re.compile(r".+-[0-9a-f]{64}-cache")  # the user's folder may contain other files
-CHECKED = "checked"  # a file; entries older than it were intact when last checked
+AUTOTUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own entries, in text
+CHECKSUMS = "checksums.json"
 ZSTD = b"\x28\xb5\x2f\xfd"
 
 
@@ -34,21 +43,23 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
     if os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off", "n", "f"):
         return
     named = os.environ.get(FOLDER)
-    folder = Path(named) if named else default_folder()
     if named and "://" in named:  # not on this file system
         return
     try:
+        folder = user_path(named, FOLDER) if named else default_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not named and (reason := _not_private(folder)):
             warn(f"{folder} {reason}; without a cache every start compiles again")
             return
         remove_damaged(folder)
-    except OSError as error:
+        if not named:
+            remove_oldest(folder)
+    except (OSError, UserError) as error:
         warn(f"no compilation cache, so every start compiles again: {error}")
+        os.environ[SWITCH] = "false"  # or JAX would make a folder called ~
         return
-    if not named:
-        os.environ[FOLDER] = str(folder)
-        os.environ.setdefault(MAX_SIZE, str(LARGEST))
+    os.environ[FOLDER] = str(folder)
+    atexit.register(note_new_entries)
 
 
 def default_folder() -> Path:
@@ -56,45 +67,96 @@ def default_folder() -> Path:
 
     XLA compiles for the instruction set of the CPU, and machines may share a home folder.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    except UserError:  # without HOME, a user whose number has no name has no home folder
+        home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     kind = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
     digest = hashlib.sha256("\n".join([platform.machine(), *sorted(set(kind))]).encode())
-    return Path(os.path.expanduser(home)) / "jaxgpt" / f"xla-{digest.hexdigest()[:8]}"
+    return home / "jaxgpt" / f"xla-{digest.hexdigest()[:8]}"
 
 
 def remove_damaged(folder: Path) -> list[str]:
-    """Remove truncated entries, of those written since the last check; returns their names."""
-    marker = folder / CHECKED
-    since = marker.stat().st_mtime_ns if marker.exists() else 0
-    removed = []
-    newest = since
-    for path in folder.glob(f"*{ENTRY}"):
-        if not NAME.fullmatch(path.name):
-            continue
-        try:
-            written = path.stat().st_mtime_ns
-            if written < since or is_intact(path.read_bytes()):
-                newest = max(newest, written)
+    """Remove damaged entries and note the checksums of the others; returns the removed names."""
+    known = _read_checksums(folder)
+    intact, removed = dict[str, int](), []
+    for path in _entries(folder):
+        with suppress(OSError):  # of one entry, which another process may have removed
+            name, entry = _name(path), b"" if path.is_dir() else path.read_bytes()
+            checksum = zlib.crc32(entry)
+            if known.get(name, checksum) == checksum and is_intact(entry, name):
+                intact[name] = checksum
+                if os.environ.get(MAX_SIZE) and not _used(path).exists():
+                    _used(path).write_bytes(path.stat().st_mtime_ns.to_bytes(8, "little"))
                 continue
-            path.unlink()
-            path.with_name(path.name.removesuffix(ENTRY) + USED).unlink(missing_ok=True)
-        except FileNotFoundError:  # another process has removed it
-            continue
-        removed.append(path.name)
-    marker.touch()
-    os.utime(marker, ns=(newest, newest))
+            removed.append(name)
+            _remove(path)
+    if intact != known:
+        with suppress(OSError):  # the folder may be read-only
+            write_json(folder / CHECKSUMS, intact)
     return removed
 
 
-def is_intact(entry: bytes) -> bool:
-    """Whether an entry decompresses: JAX compresses with zstandard, or zlib without it.
+def note_new_entries() -> None:
+    """Note the checksums of the entries that this process has added."""
+    folder = Path(os.environ.get(FOLDER, ""))
+    with suppress(OSError):
+        known = _read_checksums(folder)
+        new = {_name(p): p.read_bytes() for p in _entries(folder) if _name(p) not in known}
+        added = {name: zlib.crc32(entry) for name, entry in new.items() if is_intact(entry, name)}
+        if added:
+            write_json(folder / CHECKSUMS, known | added)
+
+
+def remove_oldest(folder: Path) -> None:
+    """Remove the entries that were written first, of more than LARGEST bytes."""
+    stats = [(path, path.stat()) for path in _entries(folder)]
+    total = 0
+    for path, stat in sorted(stats, key=lambda item: item[1].st_mtime_ns, reverse=True):
+        total += stat.st_size
+        if total > LARGEST:
+            _remove(path)
+
+
+def _entries(folder: Path) -> list[Path]:
+    programs = [path for path in folder.glob(f"*{ENTRY}") if NAME.fullmatch(path.name)]
+    return [*programs, *(folder / AUTOTUNING).glob("*")]
+
+
+def _name(path: Path) -> str:
+    """An entry's name in the list of checksums."""
+    return f"{AUTOTUNING}/{path.name}" if path.parent.name == AUTOTUNING else path.name
+
+
+def _used(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(ENTRY) + USED)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        delete(path)
+    path.unlink(missing_ok=True)
+    _used(path).unlink(missing_ok=True)
+
+
+def _read_checksums(folder: Path) -> dict[str, int]:
+    try:
+        return decode_json((folder / CHECKSUMS).read_bytes(), dict[str, int])
+    except (OSError, UserError):  # none yet, or damaged
+        return {}
+
+
+def is_intact(entry: bytes, name: str) -> bool:
+    """Whether a program decompresses: JAX compresses with zstandard, or zlib without it.
 
     Without the zstandard package its entries cannot be checked and count as intact.
     """
+    if name.startswith(AUTOTUNING):
+        return bool(entry)
     if not entry.startswith(ZSTD):
         try:
             zlib.decompress(entry)

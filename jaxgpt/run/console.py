@@ -3,6 +3,7 @@
 User text is never printed as rich markup: a path may well contain [/b] or :cat:.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -61,6 +62,15 @@ class Pace:
         return steps_left * self._seconds_per_step + pauses_left * self._pause
 
 
+def make_console(stderr: bool = False) -> Console:
+    """A console that prints text as it is; `is_terminal` is whether a bar can be drawn on it."""
+    stream = sys.stderr if stderr else sys.stdout
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    can_draw = stream is not None and stream.isatty() and not is_dumb  # even with FORCE_COLOR
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    return Console(stderr=stderr, force_terminal=None if can_draw else False, **plain)
+
+
 def make_bar(console: Console, left: str) -> Progress:
     """A progress bar between `left` and the task's `status`; only on a terminal."""
     return Progress(
@@ -78,7 +88,7 @@ class RunConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
     def __init__(self, start: int, total: int, eval_interval: int):
-        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = make_console()
         self._total, self._eval_interval = total, eval_interval
         self._bar = make_bar(self.console, "step {task.completed:,}/{task.total:,}")
         self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
@@ -107,7 +117,7 @@ class RunConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
         if pace.tokens_per_second is None:
@@ -162,7 +172,7 @@ def unfailing_output() -> Iterator[None]:
 
 def waiting(text: str) -> AbstractContextManager[Any]:
     """Show a spinner with `text` until the context ends, if standard error is a terminal."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
@@ -173,7 +183,7 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = make_console()
     # Not as the table's title, which rich wraps at the table's width, in the middle of a path.
     console.print(title, style="italic", soft_wrap=True)
     console.print(table)

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.checks import ConfigError
@@ -19,6 +20,16 @@ MEMORY_SETTINGS = (
 )
 # No atomics, and no autotuning, which may choose other kernels in each run.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# What JAX's settings must be, if they are set.
+ON, OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
+ARITHMETIC = {
+    "JAX_ENABLE_X64": OFF,
+    "JAX_DISABLE_JIT": OFF,
+    "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+    "JAX_THREEFRY_PARTITIONABLE": ON,
+    "JAX_NUMPY_DTYPE_PROMOTION": ("standard",),
+    "JAX_NUMPY_RANK_PROMOTION": ("allow", "warn"),
+}
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
@@ -26,14 +37,15 @@ def prepare_environment(cfg: Config) -> None:
     """Set what JAX reads when it starts; call before JAX is imported. The user's settings win.
 
     Raises:
-        ConfigError: if the run needs a GPU and no GPU version of JAX is installed.
+        ConfigError: if the run needs a GPU and no GPU version of JAX is installed, or a setting of
+            JAX's would change the run's arithmetic.
     """
+    _refuse_other_arithmetic()
     if cfg.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return
     if cfg.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+        os.environ["XLA_FLAGS"] = f"{_xla_flags()} {DETERMINISTIC}".strip()
     if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
     # nvidia-smi's order, by which the preset was chosen; CUDA's own is by speed.
@@ -42,6 +54,33 @@ def prepare_environment(cfg: Config) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(name in os.environ for name in MEMORY_SETTINGS):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL_SHARE)
+
+
+def _refuse_other_arithmetic() -> None:
+    changed = [
+        f"{name}={value}"
+        for name, usual in ARITHMETIC.items()
+        if (value := os.environ.get(name, "")) and value.lower() not in usual
+    ]
+    if changed:
+        names = " ".join(setting.partition("=")[0] for setting in changed)
+        raise ConfigError(
+            f"{', '.join(changed)}: this setting of JAX's changes what a run computes, so that it "
+            f"could not be resumed without it; unset it: unset {names}"
+        )
+
+
+def _xla_flags() -> str:
+    """The user's XLA_FLAGS, which may name a file with them."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if not flags or flags.startswith("-"):
+        return flags
+    try:
+        return " ".join(Path(flags).read_text().split())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"XLA_FLAGS={flags}: is a file that cannot be read ({error}); name another, or flags"
+        ) from None
 
 
 def import_jax() -> Any:

@@ -24,7 +24,7 @@ class DamagedError(UserError):
     """A checkpoint is not as it was written; the message names the file and the reason."""
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of a checkpoint without reading its arrays."""
 
     config: dict[str, Any]  # the run's, as `config.flat_values` returns it
@@ -33,6 +33,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     made_with: dict[str, str]  # version by package
     val_loss: float | None  # None without an evaluation, or if it was not finite
     files: Files
+    step: int | None = None  # None in checkpoints of older versions
 
 
 class _SignedManifest(msgspec.Struct):
@@ -54,7 +55,7 @@ def checksum_files(folder: Path) -> Files:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Finish the checkpoint in `folder`. Raises OSError."""
     with atomic_write(folder / MANIFEST) as file:
-        file.write(_encode(msgspec.structs.asdict(manifest)))
+        file.write(_encode(msgspec.to_builtins(manifest)))
     sync_folder(folder.parent)
 
 
@@ -65,11 +66,14 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
         if _encode(decode_json(data, dict[str, Any]).get("manifest", {})) != data:
             raise DamagedError(f"{path} is corrupt: checksum mismatch")
-        return decode_json(data, _SignedManifest).manifest
+        manifest = decode_json(data, _SignedManifest).manifest
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
     except (FormatError, RecursionError) as error:
         raise DamagedError(f"{path} is corrupt: {error}") from None
+    if manifest.step is not None and str(manifest.step) != folder.name:
+        raise DamagedError(f"{folder} is the checkpoint of step {manifest.step}, renamed")
+    return manifest
 
 
 def verify(folder: Path) -> Manifest:
@@ -92,6 +96,10 @@ def verify(folder: Path) -> Manifest:
             raise DamagedError(f"{path} is corrupt: {found:,} bytes instead of {size:,}")
         if not intact:
             raise DamagedError(f"{path} is corrupt: checksum mismatch")
+    for path in sorted(folder.glob("*/**/*")):  # Orbax's own folders, which it reads as a whole
+        is_known = str(path.relative_to(folder)) in manifest.files or path.name.startswith(".")
+        if path.is_file() and not is_known:
+            raise DamagedError(f"{path} is not a file of this checkpoint")
     return manifest
 
 

@@ -16,6 +16,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +50,7 @@ class MetricsLog:
         out_dir: Path,
         resume_step: int | None = None,
         on_error: Callable[[str], object] = warnings.warn,
+        is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
         """Open the log of a new run, or of a run that resumes from step `resume_step`.
 
@@ -57,6 +59,8 @@ class MetricsLog:
             resume_step: step of the checkpoint to resume from: later records are removed. None for
                 a new run, which removes the records of one that died before its first checkpoint.
             on_error: called with a message the first time that metrics cannot be written.
+            is_ours: whether the folder is still the run's own. Only then is a file created again
+                that was deleted with it; until then, records wait in memory.
 
         Raises:
             UserError: if the run is new and the folder has metrics of steps after 0: of a run whose
@@ -69,11 +73,10 @@ class MetricsLog:
         if resume_step is None:
             _refuse_earlier_metrics(lines, folder)
         last_step = -1 if resume_step is None else resume_step
-        self._try(_drop_lines_after, last_step, lines)
         for path in event_files(folder):
             self._try(self._drop_events_after, last_step, path)
-        self._lines = _Appender(lines)
-        self._events = _Appender(folder / next_file_name(event_files(folder)))
+        self._lines = _Appender(lines, is_ours, partial(_drop_lines_after, last_step))
+        self._events = _Appender(folder / next_file_name(event_files(folder)), is_ours)
         self._add_event(0, time.time(), file_version="brain.Event:2")
         # Each start but the first makes an open TensorBoard discard the events from this step on.
         start = SessionLog(status=SessionLog.START)
@@ -180,15 +183,27 @@ class NoLog(MetricsLog):
 class _Appender:
     """Appends `pending` to a file, all or nothing; on OSError it stays pending."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        is_ours: Callable[[], bool],
+        clean: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        """`clean` is called until it succeeds, before anything is appended."""
+        self.path, self._is_ours, self._clean = path, is_ours, clean
+        self._is_clean = False
         self.pending = bytearray()
         self.file: int | None = None
 
     def drain(self) -> None:
         """Pass `pending` to the operating system; a failure leaves no partial record."""
+        if not self._is_clean:
+            self._clean(self.path)
+            self._is_clean = True
         if self.file is not None and not os.fstat(self.file).st_nlink:
             self.close()  # somebody deleted it
+        if self.file is None and not self._is_ours():
+            return
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -205,8 +220,8 @@ class _Appender:
     def sync(self) -> None:
         """Drain, and flush the file to disk."""
         self.drain()
-        assert self.file is not None
-        os.fsync(self.file)
+        if self.file is not None:
+            os.fsync(self.file)
 
     def close(self) -> None:
         if self.file is not None:
@@ -241,7 +256,9 @@ def _drop_lines_after(last_step: int, path: Path) -> None:
 def _rewrite(path: Path, old: bytes, new: bytes) -> None:
     if not new:
         path.unlink(missing_ok=True)
-    elif new != old:
+    elif old.startswith(new):  # as a rule; and a full disk has room for it
+        os.truncate(path, len(new))
+    else:
         # TensorBoard reads every file with 'tfevents' in its name, so this one has another.
         with atomic_write(path, path.with_name("rewriting.tmp")) as file:
             file.write(new)

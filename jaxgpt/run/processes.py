@@ -97,6 +97,33 @@ class Processes:
         smallest = min(int(high) * 2**30 + int(low) for high, low in parts)
         return None if smallest < 0 else smallest
 
+    def in_main(self, action: Callable[[], object]) -> None:
+        """Run `action` in the main process; if it fails, all raise UserError and leave together.
+
+        Before JAX has taken a device's memory, which every other exchange needs: the answer goes
+        through the service that connects the processes.
+        """
+        if self.count == 1:
+            action()
+            return
+        import jax
+        from jax._src.distributed import global_state  # JAX has no public name for it
+
+        service = global_state.client
+        assert service is not None, "connected"
+        if self.is_main:
+            failure = ""
+            try:
+                action()
+            except Exception as error:
+                failure = str(error) or first_line(error)
+            service.key_value_set("jaxgpt/main", failure)
+        else:
+            failure = service.blocking_key_value_get("jaxgpt/main", 1000 * START_SECONDS)
+        if failure:
+            jax.distributed.shutdown()  # or XLA aborts those that see the main process exit
+            raise UserError(failure)
+
     @contextmanager
     def fail_together(self) -> Iterator[None]:
         """An error inside, in one process, becomes an error in all of them."""
@@ -202,6 +229,11 @@ def _check_address(address: Address, launcher: Launcher | None) -> None:
         errors.append(f"--coordinator-address {where} must be HOST:PORT")
     elif where is not None and not 0 < int(where.rpartition(":")[2]) < 65536:
         errors.append(f"--coordinator-address {where}: a port is a number from 1 to 65535")
+    elif where is not None and (reason := _why_unknown(where.rpartition(":")[0])):
+        errors.append(
+            f"--coordinator-address {where}: no machine of that name is known here ({reason}); "
+            "check its spelling, or give its IP address"
+        )
     if count is not None and count < 1:
         errors.append(f"--num-processes {count} must be at least 1")
     if index is not None and not 0 <= index < (count or index + 1):
@@ -210,6 +242,15 @@ def _check_address(address: Address, launcher: Launcher | None) -> None:
         errors.append(f"--coordinator-address {where}: its port is in use here; choose another")
     if errors:
         raise UserError("\n".join(errors))
+
+
+def _why_unknown(host: str) -> str:
+    """Why a name or an address is of no machine; '' if it is of one. JAX would try for minutes."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or first_line(error)
+    return ""
 
 
 def _is_free(address: str) -> bool:

@@ -4,7 +4,9 @@ Orbax casts from one dtype to another and loads flipped bits without an error, s
 checked first. For a tree that does not fit it raises a dozen kinds of exceptions, which become one.
 """
 
+import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,19 @@ from jaxgpt.run.integrity import DamagedError, Manifest, verify
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import is_lost_connection
 from jaxgpt.training.step import TrainState
+
+# Orbax logs each phase of a save, and a failed one with a thousand lines of tracebacks; we report
+# what a user has to know.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _without_failed_saves(unraisable: Any) -> None:
+    # What TensorStore still writes for a save that has failed, it reports to Orbax's ended loop.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+sys.unraisablehook = _without_failed_saves
 
 
 class CheckpointError(UserError):
@@ -63,6 +78,10 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
             f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was "
             f"written with {made_with}: install these versions"
         ) from error
+    if int(stored["step"]) != int(folder.name):
+        raise CheckpointError(
+            f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
+        )
     return Restored(from_stored(stored, like), manifest.config, manifest.data)
 
 

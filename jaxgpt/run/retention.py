@@ -5,12 +5,14 @@ that the last good one is never deleted in favour of one that is not on disk yet
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from jaxgpt.errors import UserError
+from jaxgpt.files import delete
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 
 FOLDER = "checkpoints"
@@ -44,9 +46,15 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all finished checkpoints but the newest `keep` and the best; and all leftovers."""
     remove_leftovers(folder)
     steps, best = finished_steps(folder), best_step(folder)
+    failed = None
     for step in steps[:-keep]:
         if best is None or step != best[0]:
-            remove(folder / str(step))
+            try:
+                remove(folder / str(step))
+            except OSError as error:  # one that cannot be deleted must not keep the others
+                failed = error
+    if failed is not None:
+        raise failed
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -56,7 +64,8 @@ def remove_leftovers(folder: Path) -> None:
     next call deletes that.
     """
     for path in _leftovers(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            delete(path)
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -71,11 +80,17 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint's folder; a partly deleted one never counts as a checkpoint."""
+    delete(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a folder so that it counts as a leftover; returns its new path."""
     doomed = path.with_name(path.name.removesuffix(DELETED) + DELETED)
     if path != doomed:
-        shutil.rmtree(doomed, ignore_errors=True)
+        if os.path.lexists(doomed):
+            delete(doomed)
         path.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def remove_failed(folder: Path, step: int) -> None:
@@ -89,7 +104,7 @@ def remove_failed(folder: Path, step: int) -> None:
 def remove_unfinished(folder: Path) -> list[str]:
     """Delete the leftovers of killed saves and deletions; returns their names.
 
-    Needs the run's lock.
+    Needs the run's lock. What cannot be deleted, but no longer counts, stays.
 
     Raises:
         UserError: if there are checkpoints and none has a manifest. Every run finishes that of
@@ -102,10 +117,11 @@ def remove_unfinished(folder: Path) -> list[str]:
             f"{missing} is missing, so the checkpoint may be incomplete; copy the whole folder "
             "again, or start a new run with another --out-dir"
         )
-    leftovers = {*_leftovers(folder), *unfinished}
-    for path in leftovers:
-        remove(path)
-    return sorted(path.name for path in leftovers)
+    names = sorted({path.name for path in [*_leftovers(folder), *unfinished]})
+    for path in unfinished:
+        _set_aside(path)
+    remove_leftovers(folder)
+    return names
 
 
 def newest_intact(
@@ -133,7 +149,8 @@ def newest_intact(
             continue
         for bad, reason in damaged:
             aside = folder / f"{bad}{DAMAGED}"
-            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                delete(aside)
             (folder / str(bad)).rename(aside)
             warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {reason}")
         return step

@@ -4,7 +4,6 @@ Nothing here imports JAX, so that a wrong name or folder is reported at once.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from jaxgpt.config.architecture import ModelConfig
@@ -14,6 +13,7 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import open_tokenizer, recognize_tokenizer
 from jaxgpt.data.tokenizer_json import FILES as TOKENIZER_FILES
 from jaxgpt.errors import first_line
+from jaxgpt.files import user_path
 from jaxgpt.weights import huggingface
 
 # Short names, from before the Hub's models had owners.
@@ -27,7 +27,7 @@ def find_folder(init_from: str) -> Path:
     Raises:
         ConfigError: if there is no such folder or model, or it cannot be downloaded.
     """
-    path = Path(os.path.expanduser(init_from))
+    path = user_path(init_from, "--init-from")
     if path.is_dir():
         return path
     is_name = init_from.count("/") == 1 and not init_from.startswith(("/", ".", "~"))

@@ -18,6 +18,7 @@ from jaxgpt.config.flag_types import PathIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved, choose_dtype, load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import warn
+from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.folder import CONFIG_FILE
@@ -85,9 +86,9 @@ def open_weights(flags: WeightsFlags) -> Weights:
         UserError: if they do not exist, cannot be read, or are of another kind of model.
     """
     if flags.out_dir is not None:
-        return _open_run(Path(os.path.expanduser(flags.out_dir)), flags.checkpoint)
+        return _open_run(user_path(flags.out_dir, "--out-dir"), flags.checkpoint)
     assert flags.init_from is not None
-    path = Path(os.path.expanduser(flags.init_from))
+    path = user_path(flags.init_from, "--init-from")
     if (path / FOLDER).is_dir() and (path / CONFIG_FILE).is_file():
         return _open_run(path, flags.checkpoint)
     if flags.checkpoint != "latest":

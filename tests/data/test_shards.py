@@ -358,7 +358,7 @@ def test_a_write_that_fails_leaves_no_shard(
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (700, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -375,3 +375,15 @@ def test_a_thousand_shards_of_100_million_tokens_open_with_little_memory(tmp_pat
     assert stream.window(99_999_999_990, 10).tolist() == [0] * 10
     assert tracemalloc.get_traced_memory()[1] < 64e6
     tracemalloc.stop()
+
+
+def test_a_shard_cut_short_while_it_is_open_is_named(tmp_path: Path) -> None:
+    """A memory map would end the process with SIGBUS."""
+    path = tmp_path / "x_train_0.bin"
+    write_shard(path, np.arange(400, dtype=np.uint16))
+    (tmp_path / "._x_train_0.bin").write_bytes(b"what macOS leaves beside it on a foreign disk")
+    tokens = load_split(tmp_path, "train", 400)
+    os.truncate(path, 1024 + 2 * 300)
+    assert tokens.window(290, 10)[-1] == 299
+    with pytest.raises(DataError, match=f"^{path}: has become shorter"):
+        tokens.window(290, 11)

@@ -29,8 +29,8 @@ def save(checkpoints: Checkpoints, state, val_loss: float | None = None, **notes
     checkpoints.finish(val_loss)
 
 
-def sign(folder: Path, val_loss: float | None = None, **config) -> None:
-    """Make a finished checkpoint of the files in `folder`."""
+def sign(folder: Path, val_loss: float | None = None, step: int | None = None, **config) -> None:
+    """Make a finished checkpoint of the files in `folder`; older ones do not know their step."""
     notes = {"config": config, "data": {}, "arrays": {}, "made_with": {}}
     files = checksum_files(folder)
-    write_manifest(folder, Manifest(**notes, val_loss=val_loss, files=files))
+    write_manifest(folder, Manifest(**notes, val_loss=val_loss, files=files, step=step))

@@ -10,6 +10,7 @@ import numpy as np
 
 import jaxgpt
 from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.retention import finished_steps
 
 ROOT = Path(jaxgpt.__file__).parents[1]
@@ -32,8 +33,9 @@ def last_params(out_dir: Path) -> dict[str, bytes]:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    newest = out_dir / "checkpoints" / str(finished_steps(out_dir / "checkpoints")[-1])
-    tree = ocp.load_checkpointables(newest)["state"]
+    newest = finished_steps(out_dir / "checkpoints")[-1]
+    with OrbaxPath((out_dir / "checkpoints").absolute()) as orbax:
+        tree = ocp.load_checkpointables(orbax.path / str(newest))["state"]
     tree.pop("key")
     return {
         jax.tree_util.keystr(path): np.asarray(leaf).tobytes()

@@ -3,9 +3,11 @@
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -110,7 +112,7 @@ def test_documents_that_cannot_be_used_are_skipped_with_a_reason(tmp_path: Path)
         b'{"text": " "}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    bad = [Skip.NULL, Skip.EMPTY, Skip.NOT_UTF8, Skip.MALFORMED, Skip.MALFORMED, Skip.MALFORMED]
+    bad = [Skip.NULL, Skip.EMPTY, Skip.NOT_UTF8, Skip.MALFORMED, Skip.NO_TEXT, Skip.MALFORMED]
     assert read_documents(tmp_path / "a.jsonl") == ["good", *bad, Skip.NULL, " "]
     replaced = read_documents(tmp_path / "a.jsonl", encoding_errors="replace")
     assert replaced[3] == "caf\N{REPLACEMENT CHARACTER}"
@@ -182,7 +184,7 @@ def test_a_parquet_file_with_a_corrupt_column_name_is_refused(tmp_path: Path) ->
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS, "zzzz": TEXTS}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xccz"))
-    with pytest.raises(UserError, match="is not a parquet file, or is corrupt"):
+    with pytest.raises(UserError, match="is no parquet file, or is corrupt"):
         read_documents(path)
 
 
@@ -237,3 +239,64 @@ def test_a_json_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
     with pytest.raises(UserError, match="one object per line"):
         read_documents(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("sample_by", ["document", "paragraph", "line"])
+def test_windows_line_ends_make_the_same_documents(tmp_path: Path, sample_by: str) -> None:
+    text = "one\ntwo\n\nthree\n" * 100_000 + "\r"  # longer than a chunk, and cut in line ends
+    for name, content in (("lf.txt", text), ("crlf.txt", text.replace("\n", "\r\n"))):
+        (tmp_path / name).write_bytes(content.encode())
+    documents = [
+        read_documents(tmp_path / name, sample_by=sample_by) for name in ("lf.txt", "crlf.txt")
+    ]
+    assert documents[0] == documents[1]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_by_its_mark(tmp_path: Path, name: str, encoding: str) -> None:
+    content = '\ufeff{"text": "one"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=rf"{name}: is UTF-16, .*; convert it to UTF-8"):
+        read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_an_input_cut_after_it_was_found_is_no_complete_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "one"}\n' * 100_000)
+    ((slice,),) = work_units(find_inputs([str(path)]), 10**9)
+    batches = read_slice(slice, ReadOptions(sample_by="line"))
+    next(batches)
+    os.truncate(path, 1_200_000)
+    with pytest.raises(UserError, match=f"^{path}: has 1,200,000 bytes, and had 1,600,000"):
+        list(batches)
+
+
+def test_two_columns_of_one_name_are_refused_and_two_counts_ignored(tmp_path: Path) -> None:
+    path, column = tmp_path / "a.parquet", pa.array(["x"])
+    pq.write_table(pa.table([column, column], names=["text", "text"]), path)
+    with pytest.raises(UserError, match="has 2 columns 'text'"):
+        read_documents(path)
+    count = pa.array([1])
+    pq.write_table(
+        pa.table([column, count, count], names=["text", "token_count", "token_count"]), path
+    )
+    assert read_documents(path) == ["x"]
+
+
+def test_files_without_rows_have_no_documents(tmp_path: Path) -> None:
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    datasets.Dataset(empty).save_to_disk(tmp_path / "saved")
+    assert read_documents(tmp_path / "a.parquet") == []
+    assert read_documents(tmp_path / "saved") == []
+
+
+def test_a_corrupt_saved_dataset_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["x" * 999] * 99}).save_to_disk(tmp_path / "saved")
+    ((slice,),) = work_units(find_inputs([str(tmp_path / "saved")]), 10**9)
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/saved: (cannot be read|is no arrow file)"):
+        list(read_slice(slice, ReadOptions()))

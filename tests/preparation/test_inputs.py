@@ -95,3 +95,18 @@ def test_a_broken_saved_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a saved dataset"):
         find_inputs([str(tmp_path)])
+
+
+def test_linked_folders_are_read_once_and_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "texts/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("texts/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "texts/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts/sub/loop").symlink_to(tmp_path / "texts")
+    found = find_inputs([str(tmp_path / "texts")])
+    assert [Path(item.path).name for item in found] == ["b.txt", "a.txt"]
+    (tmp_path / "elsewhere/b.txt").unlink()
+    (tmp_path / "texts/c.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"c.txt: its target is missing"):
+        find_inputs([str(tmp_path / "texts")])

@@ -112,7 +112,7 @@ def test_skipped_documents_are_counted_and_reported(
         "skipped: null 1 documents, the first in a.jsonl",
         "skipped: empty 1 documents, the first in a.jsonl",
         "skipped: not UTF-8 2 documents, the first in a.jsonl",
-        "skipped: not JSON 2 documents, the first in a.jsonl",
+        "skipped: not a JSON object 2 documents, the first in a.jsonl",
     ):
         assert line in told
     manifest = load_manifest(tmp_path / "out")
@@ -134,7 +134,10 @@ def test_text_without_a_usable_document_is_refused_with_the_reason(
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": "one", "others": [1, 2]}, indent=1))
     message = refusal(capsys, tmp_path / "a.json", "--out", tmp_path / "out")
-    assert f"none of the documents can be used, each is not JSON ({tmp_path / 'a.json'})" in message
+    assert (
+        f"none of the documents can be used, each is not a JSON object ({tmp_path / 'a.json'})"
+        in message
+    )
 
 
 def test_tokens_inside_the_folder_of_the_text_are_ignored(

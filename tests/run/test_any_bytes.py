@@ -18,14 +18,18 @@ from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import load_config
 from jaxgpt.data import manifest
 from jaxgpt.data.loader import WindowLoader
+from jaxgpt.data.manifest import ShardEntry
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import FORMATS, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.text_manifest import summarize
+from jaxgpt.preparation.work_plan import Plan
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
-from jaxgpt.run.metrics_file import read_metrics
+from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
+from jaxgpt.run.tensorboard_events import _encode_record
 
 T = TypeVar("T")
 NO_DEADLINE = settings(deadline=None, max_examples=150)  # a busy machine is no fault
@@ -202,3 +206,51 @@ def test_what_lies_in_a_runs_folder_may_hold_any_bytes(folder: Path, content: by
     told: list[str] = []
     MetricsLog(folder, resume_step=0, on_error=told.append).close()
     assert told == []
+
+
+@NO_DEADLINE
+@given(records=st.lists(st.binary(max_size=60), max_size=4), rest=st.binary(max_size=30))
+@example(records=[b"\x08\xff\xff"], rest=b"")  # whose checksums are right, and which is no event
+@example(records=[], rest=b"\xff" * 30)
+def test_event_files_of_any_records_stop_no_start(
+    folder: Path, records: list[bytes], rest: bytes
+) -> None:
+    path = folder / "events" / "events.out.tfevents.1.here"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(map(_encode_record, records)) + rest)
+    (path.parent / METRICS_FILE).unlink(missing_ok=True)
+    told: list[str] = []
+    with MetricsLog(path.parent, resume_step=0, on_error=told.append) as log:
+        log.scalars(1, {"train/loss": 1.0})
+    assert told == []
+    assert read_metrics(path.parent / METRICS_FILE)[-1]["step"] == 1
+
+
+RECORD = {"number": 0, "tokens": {"all": 5}, "documents": 1, "skipped": {}, "examples": {}}
+RECORD |= {"token_count": None, "bytes": 9}
+
+
+@NO_DEADLINE
+@given(
+    content=st.one_of(
+        st.binary(max_size=300),
+        st.dictionaries(st.sampled_from(list(RECORD)), JSON).map(
+            lambda changed: json.dumps({**RECORD, **changed}).encode() + b"\n"
+        ),
+    )
+)
+@example(content=b"[" * 100_000 + b"\n")
+@example(content=b'{"number": ' + b"9" * 5000 + b"}\n")
+@example(content=b"\0" * 20 + b"\n")  # what some file systems leave after a power cut
+def test_what_lies_in_a_preparations_folder_may_hold_any_bytes(
+    folder: Path, content: bytes
+) -> None:
+    path = folder / "work" / "units.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    for kind in (Record, ShardEntry):
+        path.write_bytes(content)
+        journal = read_or_named(lambda kind=kind: Journal(path, kind), path)
+        assert journal is None or all(type(entry) is kind for entry in journal.entries)
+    path.write_bytes(content)
+    plan = read_or_named(lambda: Plan.load(path), path)
+    assert plan is None or type(plan) is Plan

@@ -1,14 +1,22 @@
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from jaxgpt.run import compile_cache
-from jaxgpt.run.compile_cache import prepare_compile_cache, remove_damaged
+from jaxgpt.run.compile_cache import (
+    is_intact,
+    note_new_entries,
+    prepare_compile_cache,
+    remove_damaged,
+)
 
 PROGRAM = """
 import os, sys
@@ -72,12 +80,34 @@ def test_left_to_itself_jax_warns_of_a_truncated_entry(home: Path, monkeypatch) 
         assert "Error reading persistent compilation cache entry" in warned
 
 
-def test_the_folder_is_the_users_own_and_bounded(home: Path) -> None:
+def test_the_folder_is_the_users_own_and_bounded(home: Path, monkeypatch) -> None:
     prepare_compile_cache(pytest.fail)
-    folder = Path(os.environ[compile_cache.FOLDER])
+    folder = Path(os.environ.pop(compile_cache.FOLDER))
     assert folder.is_relative_to(home)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert int(os.environ[compile_cache.MAX_SIZE]) == compile_cache.LARGEST
+    for age, name in enumerate("abc"):
+        path = add_entry(folder, name)
+        os.utime(path, ns=(0, 10**18 - age))
+    monkeypatch.setattr(compile_cache, "LARGEST", 2 * path.stat().st_size)
+    prepare_compile_cache(pytest.fail)
+    assert sorted(path.name[6] for path in entries(folder)) == ["a", "b"]
+    assert compile_cache.MAX_SIZE not in os.environ  # with it JAX stores nothing in some containers
+
+
+@pytest.mark.parametrize("setting", [compile_cache.FOLDER, "XDG_CACHE_HOME", None])
+def test_no_folder_is_called_tilde(home: Path, monkeypatch, setting: str | None) -> None:
+    monkeypatch.chdir(home)
+    if setting is None:  # and the user's number has no name
+        monkeypatch.setattr(os.path, "expanduser", os.fspath)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp"))
+    else:
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.setenv(setting, "~/cache")
+    prepare_compile_cache(pytest.fail)
+    folder = Path(os.environ[compile_cache.FOLDER])
+    assert folder.is_relative_to(home / ("tmp" if setting is None else "cache"))
+    assert not (home / "~").exists()
 
 
 def test_a_folder_that_others_can_write_is_not_used(home: Path) -> None:
@@ -130,18 +160,84 @@ def test_without_the_zstandard_package_its_entries_are_kept(home: Path, monkeypa
     assert remove_damaged(home) == [f"jit_f-{'b' * 64}-cache"]
 
 
-def test_what_was_intact_is_not_read_again(home: Path, monkeypatch) -> None:
-    good, bad = (home / f"jit_f-{digit * 64}-cache" for digit in "ab")
-    (home / "another-cache").write_bytes(b"nobody's business")
-    good.write_bytes(zlib.compress(b"x" * 1000))
-    bad.write_bytes(good.read_bytes()[:-3])
+def add_entry(folder: Path, digit: str, content: bytes = b"x" * 1000) -> Path:
+    path = folder / f"jit_f-{digit * 64}-cache"
+    path.write_bytes(zlib.compress(content))
+    return path
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a byte whose change zlib would notice, in a file whose date stays."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    (path / "sub").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: (path.write_bytes(b"x"), os.utime(path, ns=(0, 0))),
+        lambda path: path.write_bytes(zlib.compress(b"another program")),
+        flip_a_bit,
+        make_a_folder,
+    ],
+)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_any_damage_of_an_entry_costs_that_entry(home: Path, damage, is_known: bool) -> None:
+    good, bad = (add_entry(home, digit) for digit in "ab")
     used = home / bad.name.replace("-cache", "-atime")
     used.write_bytes(b"")
-    assert remove_damaged(home) == [bad.name]
-    assert not used.exists()
+    (home / "another-cache").write_bytes(b"nobody's business")
+    if is_known:
+        assert remove_damaged(home) == []
+    damage(bad)
+    could_be_sound = not is_known and not bad.is_dir() and is_intact(bad.read_bytes(), bad.name)
+    assert remove_damaged(home) == ([] if could_be_sound else [bad.name])
+    assert good.exists()
+    assert bad.exists() == used.exists() == could_be_sound
     assert (home / "another-cache").exists()
-    looked = []
-    monkeypatch.setattr(compile_cache, "is_intact", lambda entry: looked.append(entry) or True)
-    os.utime(good, ns=(0, 0))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+@example(content=b'{"jit_f-": -1}')
+def test_checksums_of_any_bytes_cost_no_entry(home: Path, content: bytes) -> None:
+    entry = add_entry(home, "a")
+    (home / compile_cache.CHECKSUMS).write_bytes(content)
     assert remove_damaged(home) == []
-    assert looked == []
+    assert entry.exists()
+
+
+def test_entries_of_this_process_are_known_to_the_next(home: Path, monkeypatch) -> None:
+    monkeypatch.setenv(compile_cache.FOLDER, str(home))
+    entry = add_entry(home, "a")
+    note_new_entries()
+    entry.write_bytes(zlib.compress(b"another program"))
+    assert remove_damaged(home) == [entry.name]
+
+
+def test_results_of_autotuning_have_checksums_too(home: Path) -> None:
+    results = home / compile_cache.AUTOTUNING / "key.textproto"
+    results.parent.mkdir()
+    results.write_text("version: 3")
+    assert remove_damaged(home) == []
+    results.write_text("version: 2")
+    assert remove_damaged(home) == [f"{compile_cache.AUTOTUNING}/key.textproto"]
+
+
+def test_an_entry_without_its_last_use_gets_one_where_jax_needs_it(home: Path, monkeypatch) -> None:
+    entry = add_entry(home, "a")
+    remove_damaged(home)
+    used = home / entry.name.replace("-cache", "-atime")
+    assert not used.exists()
+    monkeypatch.setenv(compile_cache.MAX_SIZE, "1000000")
+    remove_damaged(home)
+    assert len(used.read_bytes()) == 8

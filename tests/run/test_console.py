@@ -1,5 +1,6 @@
 import re
 import shlex
+import sys
 import time
 
 import pytest
@@ -97,8 +98,22 @@ def test_durations_are_told_in_the_two_units_that_matter(seconds, text):
 # ---------------------------------------------------------------- lines and the bar
 
 
-def test_elsewhere_than_on_a_terminal_a_run_prints_plain_lines(clock, capsys, monkeypatch):
+def pretend_terminal(monkeypatch) -> None:
+    """Have what pytest captures count as a terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("where", ["file", "file with FORCE_COLOR", "terminal of TERM=dumb"])
+def test_where_no_bar_can_be_drawn_a_run_prints_plain_lines(clock, capsys, monkeypatch, where):
     monkeypatch.setenv("COLUMNS", "40")  # which must not break a line of a log
+    if "FORCE_COLOR" in where:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    if "dumb" in where:
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     pace = pace_of(clock, 2.0)
     with RunConsole(0, 2000, 500) as lines:
         lines.log_line(1, 5.0, Pace(100))
@@ -116,9 +131,7 @@ def test_elsewhere_than_on_a_terminal_a_run_prints_plain_lines(clock, capsys, mo
 def test_on_a_terminal_a_run_shows_a_bar_with_step_loss_speed_and_time_to_go(
     clock, capsys, monkeypatch
 ):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    pretend_terminal(monkeypatch)
     pace = pace_of(clock, 2.0)
     with RunConsole(10, 2000, 500) as bar:
         assert bar.console.is_terminal
@@ -136,9 +149,7 @@ NAME = "runs/[/x] [red]a[/] :cat:"
 
 
 def test_names_of_the_users_are_shown_as_they_are(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    pretend_terminal(monkeypatch)
     bar = console.make_bar(RunConsole(0, 1, 1).console, "left")
     bar.add_task("", total=1, status=NAME)
     bar.start()

@@ -101,6 +101,27 @@ def test_the_same_bits_are_asked_of_xla_beside_what_the_user_asks(monkeypatch, f
     assert os.environ["XLA_FLAGS"] == f"{flags} {DETERMINISTIC}".strip()
 
 
+def test_flags_of_xla_in_a_file_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    with pytest.raises(ConfigError, match="is a file that cannot be read"):
+        prepare_environment(with_fields(DEMO, deterministic=True))
+    (tmp_path / "flags").write_text("--xla_dump_to=x\n--xla_dump_hlo_as_text\n")
+    prepare_environment(with_fields(DEMO, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x --xla_dump_hlo_as_text {DETERMINISTIC}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "True"), ("JAX_DEFAULT_PRNG_IMPL", "rbg")],
+)
+def test_settings_of_jax_that_change_a_runs_arithmetic_are_refused(monkeypatch, name, value):
+    monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "warn")
+    prepare_environment(on("cpu", DEMO))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}: .*; unset it: unset {name}"):
+        prepare_environment(on("cpu", DEMO))
+
+
 def test_the_cpu_needs_no_flag_for_the_same_bits():
     prepare_environment(with_fields(DEMO, device="cpu", deterministic=True))
     assert "XLA_FLAGS" not in os.environ

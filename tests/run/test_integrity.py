@@ -181,6 +181,24 @@ def test_a_manifest_names_no_file_outside_its_folder(folder: Path, name: str) ->
         verify(folder)
 
 
+def test_a_checkpoint_under_another_steps_number_is_damaged(folder: Path) -> None:
+    sign(folder, step=10)
+    assert verify(folder).step == 10
+    renamed = folder.rename(folder.with_name("11"))
+    with pytest.raises(DamagedError, match=f"{renamed} is the checkpoint of step 10, renamed"):
+        read_manifest(renamed)
+
+
+def test_a_file_among_the_arrays_that_the_run_did_not_write_is_damage(folder: Path) -> None:
+    """Orbax reads whatever lies there; beside them, a user may keep notes."""
+    for name in ("notes.txt", "state/.DS_Store", "state/d/._array"):
+        (folder / name).write_text("")
+    verify(folder)
+    (folder / "state" / "d" / "process_1").write_text("")
+    with pytest.raises(DamagedError, match="state/d/process_1 is not a file of this checkpoint"):
+        verify(folder)
+
+
 def test_the_manifest_appears_complete_or_not_at_all(folder: Path, monkeypatch) -> None:
     (folder / MANIFEST).unlink()
     fsync, left = os.fsync, len(files(folder)) + 3  # every file and folder, not the manifest

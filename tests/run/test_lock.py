@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -167,3 +168,19 @@ def test_a_file_system_without_locks_is_warned_of_and_used(
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
     assert not tmp_path.exists()  # it was empty
+
+
+def test_a_folder_that_was_deleted_is_locked_again_unless_another_has_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with FolderLock(folder, "--out-dir") as lock, FolderLock(folder, "--out-dir") as other:
+        lock.take()
+        shutil.rmtree(folder)
+        assert not lock.is_held()
+        lock.renew()
+        assert lock.is_held()
+        shutil.rmtree(folder)
+        other.take()
+        with pytest.raises(LockedError, match="is in use by process"):
+            lock.renew()
+        assert not lock.is_held()
+        assert other.is_held()

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -292,8 +293,45 @@ def test_a_file_that_may_not_grow_does_not_end_the_run(tmp_path: Path) -> None:
     assert complaint.endswith("training continues: [Errno 27] File too large")
     assert flushed == "False"
     assert {*tmp_path.iterdir()} == {tmp_path / "metrics.jsonl", *event_files(tmp_path)}
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 120
+    assert lines_by_step(tmp_path) == expected(range(91))  # shortened, which needs no room
     assert len(read_events(tmp_path)) > 140
+
+
+def test_a_disk_that_is_full_when_a_run_resumes_leaves_no_step_twice(
+    tmp_path: Path, monkeypatch
+) -> None:
+    with MetricsLog(tmp_path) as log:
+        log_steps(log, range(9))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"no record\n" + path.read_bytes())  # so that it has to be written again
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk)
+        complaints: list[str] = []
+        log = MetricsLog(tmp_path, resume_step=4, on_error=complaints.append)
+        log_steps(log, range(5, 7))
+        assert lines_by_step(tmp_path) == expected(range(9))
+    log_steps(log, range(7, 9))
+    log.close()
+    assert len(complaints) == 1
+    assert lines_by_step(tmp_path) == expected(range(9))
+
+
+def test_a_folder_that_another_run_has_taken_is_not_written_to(tmp_path: Path) -> None:
+    ours = [True]
+    with MetricsLog(tmp_path / "run", is_ours=lambda: ours[0]) as log:
+        log_steps(log, range(2))
+        shutil.rmtree(tmp_path / "run")
+        ours[0] = False
+        log_steps(log, range(2, 4))
+        assert log.flush()
+        assert not (tmp_path / "run").exists()
+        ours[0] = True
+        log_steps(log, range(4, 6))
+    assert lines_by_step(tmp_path / "run") == expected(range(2, 6))
 
 
 def test_a_folder_that_cannot_be_made_does_not_end_the_run(tmp_path: Path) -> None:

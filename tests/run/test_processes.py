@@ -16,6 +16,7 @@ import pytest
 from helpers.runs import SMALL, last_params, losses, train
 
 from jaxgpt.errors import UserError
+from jaxgpt.files import FolderLock
 from jaxgpt.run.integrity import verify
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.processes import (
@@ -166,6 +167,18 @@ with connect(Address(sys.argv[1], 2, me), import_jax, int) as processes:
 
 
 @pytest.mark.slow
+def test_a_folder_in_use_is_said_by_both_processes_and_neither_is_aborted(tmp_path) -> None:
+    with FolderLock(tmp_path / "run", "--out-dir") as lock:
+        lock.take()
+        with Pair(tmp_path / "run", "--max-iters", "10") as pair:
+            codes, outputs = pair.end()
+    assert codes == [2, 2], outputs
+    for output in outputs:
+        assert f"run is in use by process {os.getpid()} on " in output
+        assert "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_collectives_return_the_same_in_every_process() -> None:
     address = f"127.0.0.1:{free_port()}"
     started = [
@@ -201,6 +214,8 @@ def no_import() -> None:
         (Address("host:100000", 2, 0), "host:100000: a port is a number from 1 to 65535"),
         (Address("host:1", 2, 2), "--process-id 2 must be at least 0 and below --num-processes 2"),
         (Address("host:1", 0, 0), "--num-processes 0 must be at least 1"),
+        (Address("no.such.invalid:1", 2, 1), "no machine of that name is known here"),
+        (Address("a..b:1", 2, 1), "no machine of that name is known here"),
     ],
 )
 def test_an_address_that_cannot_be_is_refused_before_jax_is_imported(address, answer) -> None:
@@ -265,7 +280,7 @@ SLURM_STEP = {
 @pytest.mark.usefixtures("no_launcher")
 def test_jax_gets_the_cards_that_a_process_uses(monkeypatch) -> None:
     jax = fake_jax()
-    connect(Address("host:1", 2, 1), lambda: jax, no_import)
+    connect(Address("localhost:1", 2, 1), lambda: jax, no_import)
     # Or it would look at the variables of the shell in which the process was started by hand.
     assert jax.calls["arguments"]["cluster_detection_method"] == "deactivate"
     for name, value in SLURM_STEP.items():
@@ -287,7 +302,7 @@ def test_a_process_whose_peer_has_exited_gets_a_sentence() -> None:
     jax = fake_jax()
     jax.process_index = lost
     with pytest.raises(UserError, match=r"cannot connect .*reset by peer"):
-        connect(Address("host:1", 2, 1), lambda: jax, no_import)
+        connect(Address("localhost:1", 2, 1), lambda: jax, no_import)
 
 
 @pytest.mark.usefixtures("no_launcher")

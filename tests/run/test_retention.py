@@ -1,4 +1,5 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,36 @@ def test_files_that_are_named_like_checkpoints_are_left_alone(tmp_path: Path) ->
     prune(tmp_path, keep=1)
     assert finished_steps(tmp_path) == [4]
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_old_checkpoint_that_is_a_link_is_pruned_and_its_target_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    elsewhere = add(tmp_path / "elsewhere", 1)
+    for step in (2, 3):
+        add(folder, step)
+    (folder / "1").symlink_to(elsewhere)
+    prune(folder, keep=1)
+    assert names(folder) == ["3"]
+    (folder / "2.deleted").symlink_to(elsewhere)
+    assert remove_unfinished(folder) == ["2.deleted"]
+    assert names(folder) == ["3"]
+    assert names(elsewhere) == [MANIFEST, "state"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_keeps_no_other_and_stops_no_start(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for step in (1, 2, 3):
+        add(tmp_path, step)
+    rmtree = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if path.name.startswith("1"):
+            raise OSError(16, "Device or resource busy")
+        rmtree(path)
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with pytest.raises(OSError, match="busy"):
+        prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["1.deleted", "3"]
+    assert remove_unfinished(tmp_path) == ["1.deleted"]

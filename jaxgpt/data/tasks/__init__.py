@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import msgspec
 from jaxgpt.config.checks import as_flag
 from jaxgpt.data.task import Question, Row, Task
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import FormatError, decode_json
+from jaxgpt.files import FormatError, decode_json, user_path
 
 if TYPE_CHECKING:
     from jaxgpt.data.tokenizer import Tokenizer
@@ -101,8 +100,8 @@ def _not_a_record(name: str, where: str, error: Exception) -> TaskError:
 
 def _read_file(name: str, source: str) -> bytes:
     try:
-        return Path(source).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
-    except (OSError, ValueError, RuntimeError) as error:
+        return user_path(source, as_flag(name)).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except (OSError, ValueError) as error:
         raise TaskError(
             f"{as_flag(name)} {source} cannot be read ({error}); give the published jsonl file, or "
             f"'{FROM_DATASETS}' to download it"
