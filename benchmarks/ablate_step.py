@@ -28,7 +28,7 @@ def attention_plain() -> None:
     from jaxgpt.model.attention import plain_attention
     from jaxgpt.training import build
 
-    build.pick_attention = lambda *_: (plain_attention, "plain (replaced)")
+    build.attention_on = lambda *_: (plain_attention, "plain (replaced)")
 
 
 def loss_full() -> None:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "product_size": args.size,
         "product_flops": flops,
-        "product_of_peak": flops / gpu.bf16_flops if gpu and gpu.bf16_flops else None,
+        "product_of_peak": flops / gpu.half_flops if gpu and gpu.half_flops else None,
         # Each copied byte is read and written.
         "copy_bytes_per_second": bytes_per_second,
     }

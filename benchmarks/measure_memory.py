@@ -24,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Config, flat_fields, with_fields
 from jaxgpt.config.presets import load_preset, preset_names
-from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu
 from jaxgpt.planning.new_run import resolve_new
@@ -37,6 +37,7 @@ CARDS = {
     48: ("l40s", "a6000"),
     24: ("a10g", "rtx3090", "rtx4090"),
     16: ("rtx5080", "rtx4080"),
+    15: ("t4",),
     12: ("rtx3080", "rtx4070ti"),
     10: ("rtx3080", "rtx5070"),
     8: ("rtx3070", "rtx4060"),
@@ -92,13 +93,14 @@ SHAPES = (
     Shape(12, 12, 768, 8, bias=True),
     Shape(12, 12, 768, 8, dropout=0.1),
     Shape(24, 16, 1024, 8, scan_layers=True, state_dtype="bfloat16"),
-    Shape(6, 6, 384, 8, dtype="float32", gpu="t4"),
-    Shape(12, 12, 768, 4, dtype="float32", gpu="t4"),
+    Shape(6, 6, 384, 8, dtype="float32", gpu="rtx3090"),
+    Shape(12, 12, 768, 4, dtype="float16", gpu="t4"),
+    Shape(6, 6, 384, 4, block_size=2048, dtype="float16", gpu="t4"),
     Shape(6, 6, 768, 8, tied_head=False, embedding_norm=True, zero_init=True, **QWEN3),
     Shape(6, 12, 768, 8, n_kv_head=4, **QWEN3),
     Shape(6, 3, 384, 16, block_size=512, tied_head=False, **QWEN3),
     Shape(4, 6, 768, 2, block_size=4096, n_kv_head=2, **QWEN3),
-    Shape(4, 6, 384, 8, dtype="float32", gpu="t4", **QWEN3),
+    Shape(4, 6, 384, 8, dtype="float16", gpu="t4", **QWEN3),
 )
 
 
@@ -107,7 +109,7 @@ def runs() -> Iterator[tuple[str, str, Resolved]]:
     for name in preset_names():
         cfg = load_preset(name)
         for gpu in CARDS.get(cfg.vram_gb or 0, ()):
-            yield "presets", gpu, resolve_new(cfg, "bfloat16")
+            yield "presets", gpu, resolved_for(cfg, find_gpu(gpu))
     for name, gpu in TIERS.items():
         for remat in REMATS:
             cfg = with_fields(load_preset(name), remat=remat)
@@ -129,6 +131,16 @@ def _resolved(values: dict[str, Any], accumulation: int) -> Resolved:
     dtype = values.pop("dtype")
     values |= {"vocab_size": 50304, "effective_batch_size": accumulation * values["batch_size"]}
     return resolve_new(with_fields(Config(), **values), dtype)
+
+
+def resolved_for(cfg: Config, gpu: Gpu) -> Resolved:
+    """`cfg` in the dtype that a card computes in."""
+    return resolve_new(cfg, choose_dtype(cfg.dtype, "gpu", gpu.compute_capability))
+
+
+def _by_memory_and_size(pair: tuple[Resolved, Gpu]) -> tuple[int, int]:
+    cfg, _ = pair
+    return cfg.asked.vram_gb or 0, cfg.model.parameter_count()
 
 
 def record(kind: str, gpu: str, cfg: Resolved, peak_bytes: int) -> dict[str, Any]:
@@ -184,9 +196,9 @@ def preset_rows(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Resolved, Gpu,
     """(configuration, best-known card of its tier, bytes a step needs there), small cards first."""
     peaks = {(r["preset"], r["gpu"]): r["peak_bytes"] for r in rows if r["list"] == "presets"}
     asked = [load_preset(name) for name in preset_names()]
-    configs = [resolve_new(one, "bfloat16") for one in asked if one.vram_gb is not None]
-    for cfg in sorted(configs, key=lambda c: (c.asked.vram_gb or 0, c.model.parameter_count())):
-        gpu = find_gpu(CARDS[cfg.asked.vram_gb or 0][-1])
+    pairs = [(one, find_gpu(CARDS[one.vram_gb][-1])) for one in asked if one.vram_gb is not None]
+    configs = [(resolved_for(one, gpu), gpu) for one, gpu in pairs]
+    for cfg, gpu in sorted(configs, key=_by_memory_and_size):
         yield cfg, gpu, peaks[cfg.asked.preset, gpu.key]
 
 

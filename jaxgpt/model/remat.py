@@ -15,16 +15,12 @@ ATTENTION_RESIDUAL = "attention_residual"
 class Kept(NamedTuple):
     """Memory at a step's peak, fitted to benchmarks/results/memory.json.
 
-    Bytes per token and unit of width, in bfloat16. Fields with `scores` are multiples of the
-    float32 attention scores, which only plain attention stores.
+    Bytes per token and unit of width, in bfloat16.
     """
 
     per_layer: float  # until the layer's backward pass
     at_the_head: float  # in addition, while the loss is computed
     in_a_block: float  # in addition, while one block's backward pass runs
-    per_layer_plain: float  # `per_layer` with plain attention
-    scores_per_layer: float
-    scores_in_a_block: float
     copies: float  # share of the weights that exist a second time, in the dtype of the products
     dropout: float  # per layer, if there is dropout
 
@@ -59,15 +55,15 @@ def saves_nothing(primitive: Any, *args: Any, **params: Any) -> bool:
 # In the order in which `--remat auto` tries them.
 REMATS: dict[Remat, RematSetting] = {
     "none": RematSetting(
-        policy=None, work=1.0, kept=Kept(33.1, 0, 0, 33.1, 1.95, 0, copies=0.6, dropout=4.0)
+        policy=None, work=1.0, kept=Kept(33.1, 0, 0, copies=0.6, dropout=4.0)
     ),
-    # Recomputes norms, GELU and plain attention: many bytes for little work.
+    # Recomputes norms and GELU: many bytes for little work.
     "light": RematSetting(
-        policy=saves_products, work=1.05, kept=Kept(21, 0, 0, 16, 0, 2, copies=0, dropout=0.6)
+        policy=saves_products, work=1.05, kept=Kept(21, 0, 0, copies=0, dropout=0.6)
     ),
     # Recomputes each block's forward pass except its last product.
     "full": RematSetting(
-        policy=saves_nothing, work=1.2, kept=Kept(2, 10, 38, 2, 0, 3, copies=0.2, dropout=0.0)
+        policy=saves_nothing, work=1.2, kept=Kept(2, 10, 38, copies=0.2, dropout=0.0)
     ),
 }
 

@@ -50,11 +50,6 @@ class Gpu:
     compute_capability: tuple[int, int]
     spellings: tuple[str, ...]  # names, as `_normalize` returns them
 
-    @property
-    def bf16_flops(self) -> float | None:
-        """Dense peak per second in bfloat16; None for a card that has only float16."""
-        return self.half_flops if self.compute_capability >= BFLOAT16_FROM else None
-
 
 _BRANDS = ("nvidia", "geforce", "tesla", "generation", "gpu", "")  # do not distinguish cards
 

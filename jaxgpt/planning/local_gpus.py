@@ -9,7 +9,6 @@ import re
 import subprocess
 
 from jaxgpt.config.presets import preset_for_memory
-from jaxgpt.errors import warn
 from jaxgpt.planning.gpus import BFLOAT16_FROM, GIB, MIB
 
 QUERY = "name,memory.total,uuid,compute_cap,mig.mode.current"
@@ -118,22 +117,9 @@ def visible_card() -> LocalCard | None:
 
 
 def tier_of_this_machine() -> str | None:
-    """The preset for the card that a run would use; None without a card.
-
-    Memory alone decides; warns of a card that is slow for another reason.
-    """
+    """The preset for the memory of the card that a run would use; None without a card."""
     card = visible_card()
-    if card is None:
-        return None
-    tier = preset_for_memory(card.memory_bytes / GIB)
-    if card.compute_capability < BFLOAT16_FROM:
-        major, minor = card.compute_capability
-        warn(
-            f"{card.name} has compute capability {major}.{minor}, and so no bfloat16: the run "
-            f"computes in float32, several times slower and with more memory. Preset {tier} is "
-            "chosen by memory alone; if it does not fit, use --preset 12gb --batch-size 8"
-        )
-    return tier
+    return None if card is None else preset_for_memory(card.memory_bytes / GIB)
 
 
 def count_visible_cards() -> int:

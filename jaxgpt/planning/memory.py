@@ -20,6 +20,7 @@ from jaxgpt.config.fields import Remat
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
+from jaxgpt.model.chunked_attention import CHUNK
 from jaxgpt.model.loss import CHUNK_ROWS
 from jaxgpt.model.remat import REMATS
 from jaxgpt.planning import target
@@ -97,6 +98,9 @@ def estimate(cfg: Resolved) -> Need:
 
 
 STACKED = 0.85  # share of the weights that a scan over layers copies
+SCORES_AT_ONCE = 3  # float32 arrays as large as a chunk's scores, without flash attention
+# Bytes per token, unit of width and layer that float16's float32 residual stream takes in addition.
+STREAM: dict[Remat, int] = {"none": 4, "light": 4, "full": 2}
 
 
 def _transient_bytes(cfg: Resolved) -> dict[str, int]:
@@ -105,8 +109,8 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch.batch_size * m.block_size
     attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.head_width)
-    flash = attend is cudnn_attention
-    scores = 0 if flash else 4 * rows * m.n_head * m.block_size
+    chunk = 0 if attend is cudnn_attention else min(CHUNK, m.block_size)
+    scores = 4 * cfg.batch.batch_size * m.n_head * chunk * m.block_size
     BTD = rows * m.n_embd * width / 2
     logits = 2 * width * min(rows, CHUNK_ROWS) * m.vocab_size
     copy = width if cfg.dtype != "float32" else 0  # of a weight, for the products
@@ -117,12 +121,13 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     copies = kept.copies * copy * N
     if cfg.asked.scan_layers:  # shards are stacked as they are, in float32
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
-    per_layer = (kept.per_layer if flash else kept.per_layer_plain) * BTD
+    per_layer = kept.per_layer * BTD
+    if cfg.dtype == "float16":  # the residual stream is float32
+        per_layer += STREAM[cfg.remat] * BTD
     per_layer += rows * width * _kept_beyond_gpt2(m, cfg.remat)
-    per_layer += kept.scores_per_layer * scores
     per_layer += kept.dropout * BTD if m.dropout else 0
     at_the_head = kept.at_the_head * BTD + logits
-    in_a_block = kept.in_a_block * BTD + kept.scores_in_a_block * scores
+    in_a_block = kept.in_a_block * BTD + SCORES_AT_ONCE * scores
     return {
         "activations": int(m.n_layer * per_layer + max(in_a_block, at_the_head) - logits),
         "logits": int(logits),

@@ -85,8 +85,8 @@ def _reasons(planner: Planner, cfg: Resolved, any_fits: bool) -> list[str]:
     major, minor = planner.gpu.compute_capability
     if planner.gpu.compute_capability < BFLOAT16_FROM:
         reasons.append(
-            f"Compute capability {major}.{minor} has no bfloat16: it computes in float32, and "
-            "attention stores T x T scores, which need several times the memory."
+            f"Compute capability {major}.{minor} has no bfloat16: it computes in float16 with loss "
+            "scaling, without flash attention."
         )
     if not any_fits:
         reasons.append(

@@ -24,8 +24,10 @@ class Mfu(NamedTuple):
     source: str
 
 
-# By compute capability: GPT-2 124M on dense bfloat16 peaks, without rematerialization.
+# By compute capability: GPT-2 124M on dense half-precision peaks, without rematerialization.
 PUBLISHED_MFU = {
+    (7, 0): Mfu(0.30, "assumed, in float16 without flash attention; nothing is published"),
+    (7, 5): Mfu(0.30, "assumed, in float16 without flash attention; nothing is published"),
     (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
     (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; no good figure is published for this chip"),
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
@@ -66,10 +68,10 @@ def reached_mfu(tokens_per_second: float, model: ModelConfig, peak_flops: float)
 
 
 def peak_of(gpu: Gpu | None, dtype: str, devices: int) -> float | None:
-    """FLOP/s that an MFU refers to: dense bfloat16; None for other dtypes and unknown cards."""
-    if gpu is None or gpu.bf16_flops is None or dtype != "bfloat16":
+    """FLOP/s that an MFU refers to: dense half precision; None in float32 and for unknown cards."""
+    if gpu is None or gpu.half_flops is None or dtype == "float32":
         return None
-    return gpu.bf16_flops * devices
+    return gpu.half_flops * devices
 
 
 def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
@@ -78,8 +80,8 @@ def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
 
 
 def mfu_of(gpu: Gpu) -> Mfu | None:
-    """The MFU to expect on a card; None if that or its bfloat16 peak is unknown."""
-    return None if gpu.bf16_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
+    """The MFU to expect on a card; None if that or its peak is unknown."""
+    return None if gpu.half_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
 
 
 def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
@@ -87,12 +89,11 @@ def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
 
     Communication between several cards is not included; docs/scaling.md has its bytes.
     """
-    mfu = mfu_of(gpu)
-    if mfu is None or cfg.dtype != "bfloat16" or gpu.bf16_flops is None:
+    mfu, peak = mfu_of(gpu), peak_of(gpu, cfg.dtype, cfg.batch.devices)
+    if mfu is None or peak is None:
         return None
-    at_best = gpu.bf16_flops * mfu.value / model_flops_per_token(cfg.model)
-    each = at_best / relative_step_time(cfg.remat, cfg.batch.batch_size * cfg.model.block_size)
-    return each * cfg.batch.devices
+    at_best = peak * mfu.value / model_flops_per_token(cfg.model)
+    return at_best / relative_step_time(cfg.remat, cfg.batch.batch_size * cfg.model.block_size)
 
 
 def predicted_loss(parameters: int, tokens: float) -> float:

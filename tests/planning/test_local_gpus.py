@@ -112,15 +112,7 @@ def test_of_a_card_in_mig_mode_a_program_sees_one_slice(machine, visible, name, 
     assert (card.name, card.memory_bytes) == (name, gigabytes * GIB)
 
 
-@pytest.mark.parametrize(
-    ("visible", "tier", "warned"),
-    [("0", "24gb", False), ("GPU-c", "16gb", True), ("", None, False)],
-)
-def test_the_tier_is_by_memory_and_a_card_without_bfloat16_is_warned_of(
-    machine, capsys, visible, tier, warned
-) -> None:
+@pytest.mark.parametrize(("visible", "tier"), [("0", "24gb"), ("GPU-c", "16gb"), ("", None)])
+def test_the_tier_is_by_memory(machine, visible, tier) -> None:
     machine(visible=visible)
     assert local_gpus.tier_of_this_machine() == tier
-    err = capsys.readouterr().err
-    assert ("compute capability 7.5, and so no bfloat16" in err) == warned
-    assert ("Preset 16gb is chosen by memory alone" in err) == warned

@@ -52,7 +52,7 @@ def test_what_computes_twice_or_little_at_a_time_is_slower() -> None:
 def test_a_card_has_a_speed_if_and_only_if_it_has_a_peak() -> None:
     for gpu in GPUS:
         mfu = speed.mfu_of(gpu)
-        assert (mfu is None) == (gpu.bf16_flops is None), gpu.key
+        assert (mfu is None) == (gpu.half_flops is None), gpu.key
         assert mfu is None or mfu.source.startswith(("published: ", "assumed: "))
 
 
