@@ -101,6 +101,8 @@ SHAPES = (
     Shape(6, 3, 384, 16, block_size=512, tied_head=False, **QWEN3),
     Shape(4, 6, 768, 2, block_size=4096, n_kv_head=2, **QWEN3),
     Shape(4, 6, 384, 8, dtype="float16", gpu="t4", **QWEN3),
+    Shape(24, 8, 1024, 8, scan_layers=True, state_dtype="bfloat16", **QWEN3),
+    Shape(4, 16, 1024, 4, n_kv_head=8, head_dim=128, mlp_width=3072, **QWEN3),
 )
 
 

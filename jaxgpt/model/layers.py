@@ -57,18 +57,14 @@ def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array)
     if x_BTD.shape[1] == 1:
         normed = norm(x_BTD)
         return [linear(normed) for linear in linears]
+    kernels = [norm.scale[...][:, None] * linear.kernel[...] for linear in linears]
     normed = norm.without_gain(x_BTD)
-    return [_folded(linear, norm, normed) for linear in linears]
-
-
-def _folded(linear: nnx.Linear, norm: Norm, normed_BTD: jax.Array) -> jax.Array:
-    kernel = norm.scale[...][:, None] * linear.kernel[...]
-    normed_BTD = normed_BTD.astype(linear.dtype)
-    y = dot_general_by_rows(normed_BTD, kernel.astype(linear.dtype))
+    normed = normed.astype(linears[0].dtype)
+    ys = [dot_general_by_rows(normed, kernel.astype(normed.dtype)) for kernel in kernels]
     if norm.bias is None:
-        return y
-    bias = linear.bias[...] + norm.bias[...] @ linear.kernel[...]
-    return y + bias.astype(y.dtype)
+        return ys
+    biases = [linear.bias[...] + norm.bias[...] @ linear.kernel[...] for linear in linears]
+    return [y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
 
 
 def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
