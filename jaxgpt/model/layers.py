@@ -58,8 +58,7 @@ def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array)
         normed = norm(x_BTD)
         return [linear(normed) for linear in linears]
     kernels = [norm.scale[...][:, None] * linear.kernel[...] for linear in linears]
-    normed = norm.without_gain(x_BTD)
-    normed = normed.astype(linears[0].dtype)
+    normed = norm.without_gain(x_BTD).astype(linears[0].dtype)
     ys = [dot_general_by_rows(normed, kernel.astype(normed.dtype)) for kernel in kernels]
     if norm.bias is None:
         return ys
