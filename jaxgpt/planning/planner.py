@@ -176,8 +176,7 @@ class Planner:
                 cfg.optimizer, warmup_iters=warmup, lr_decay_iters=max_iters
             ),
         )
-        loss = speed.predicted_loss(cfg.model.parameter_count(), cfg.total_tokens)
-        return Choice(fit.Fitting(cfg, found.need), loss)
+        return Choice(fit.Fitting(cfg, found.need), speed.predicted_loss_of(cfg))
 
     def _choice_record(self, choice: "Choice") -> dict[str, Any]:
         cfg = choice.fitting.cfg

@@ -26,8 +26,8 @@ class Mfu(NamedTuple):
 
 # By compute capability: GPT-2 124M on dense half-precision peaks, without rematerialization.
 PUBLISHED_MFU = {
-    (7, 0): Mfu(0.30, "assumed, in float16 without flash attention; nothing is published"),
-    (7, 5): Mfu(0.30, "assumed, in float16 without flash attention; nothing is published"),
+    (7, 0): Mfu(0.30, "assumed: in float16 without flash attention; nothing is published"),
+    (7, 5): Mfu(0.30, "assumed: in float16 without flash attention; nothing is published"),
     (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
     (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; no good figure is published for this chip"),
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
@@ -43,6 +43,12 @@ HOUR = 3600.0
 # L = E + A / N^alpha + B / D^beta, nats per token, N parameters, D tokens (Besiroglu et al. 2024,
 # table 1).
 SCALING_LAW = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
+# Tokens that GPT-2 with AdamW needs for the loss that others reach with one, at 124M on FineWeb, by
+# modded-nanogpt: 10.3B for llm.c's recipe (record 1), 2.95B for the modern block with Adam, 1.77B
+# with Muon (track 3, results 2 and 6), here 1.9B, because parts that no other program loads are
+# left out; for GPT-2 with rotary positions 5.0B with AdamW, 3.25B with Muon (records 2 and 4).
+TOKENS_WORTH = {("gpt2", "muon"): 5.0 / 3.25, ("qwen3", "adamw"): 10.3 / 2.95}
+TOKENS_WORTH |= {("qwen3", "muon"): 10.3 / 1.9}
 # Peak learning rates by parameters: the rule in the README, continued with GPT-3's for 1.3B.
 LEARNING_RATES = ((30e6, 8e-4), (124e6, 6e-4), (355e6, 5e-4), (774e6, 3e-4), (1.56e9, 2e-4))
 
@@ -94,6 +100,12 @@ def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
         return None
     at_best = peak * mfu.value / model_flops_per_token(cfg.model)
     return at_best / relative_step_time(cfg.remat, cfg.batch.batch_size * cfg.model.block_size)
+
+
+def predicted_loss_of(cfg: Resolved) -> float:
+    """`predicted_loss` of a run, its tokens multiplied by what its network and optimizer save."""
+    worth = TOKENS_WORTH.get((cfg.model.arch, cfg.optimizer.optimizer), 1.0)
+    return predicted_loss(cfg.model.parameter_count(), worth * cfg.total_tokens)
 
 
 def predicted_loss(parameters: int, tokens: float) -> float:

@@ -83,7 +83,8 @@ def print_hours(answer: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "[dim]The loss is a prediction: the scaling law of Hoffmann et al. 2022 as refitted by "
-        "Besiroglu et al. 2024, on their data. Use it to rank models, not to predict a loss.[/dim]"
+        "Besiroglu et al. 2024, on their data; for the modern network and Muon with the tokens "
+        "that they save by modded-nanogpt's records. It ranks, it does not promise.[/dim]"
     )
     console.print(_facts(answer))
     _print_command(console, answer)

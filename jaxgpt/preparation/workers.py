@@ -120,13 +120,35 @@ def _without_ctrl_c() -> Iterator[None]:
     """Block SIGINT; processes that are started in here inherit that.
 
     Ctrl-C reaches every process of a terminal, and only the parent must react to it. A worker
-    could not ignore it while it is still importing.
+    could not ignore it while it is still importing. Another thread of the parent may receive it:
+    its handlers run afterwards, or they would interrupt the start of a worker half-way.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with _handlers_afterwards():
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _handlers_afterwards() -> Iterator[None]:
+    """Run Python's handlers of SIGINT and SIGTERM after the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python runs no handlers
+        return
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    called = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in called:
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in called.items():
+            signal.signal(number, handler)
+    if received:
+        called[signal.Signals(received[0])](received[0], None)
 
 
 def end_with_parent() -> None:

@@ -13,6 +13,7 @@ import jaxgpt
 from jaxgpt import bench
 from jaxgpt.config.fields import Config
 from jaxgpt.planning import bench_record as bench_report
+from jaxgpt.planning.gpus import find_gpu
 from jaxgpt.planning.speed import model_flops_per_token
 from jaxgpt.training.layout import Layout
 
@@ -97,7 +98,7 @@ def test_mfu_is_on_the_dense_bf16_peak_of_a_known_card() -> None:
     figures = bench_report.speeds(cfg, h200, [1.0, 1.1, 9.0])
     assert figures["step_ms"] == pytest.approx(1100)
     flops = cfg.tokens_per_step / 1.1 * model_flops_per_token(cfg.model)
-    assert figures["mfu"] == pytest.approx(flops / 989.4e12)
+    assert figures["mfu"] == pytest.approx(flops / find_gpu("h200").half_flops)
     assert "dense bf16 peak" in figures["mfu_formula"]
     for device_kind, dtype in (("NVIDIA H201", "bfloat16"), ("NVIDIA H200", "float32")):
         device = types.SimpleNamespace(device_kind=device_kind)

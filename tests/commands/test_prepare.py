@@ -177,12 +177,12 @@ def test_a_document_longer_than_a_shard_is_split(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.bin"))) > 50
 
 
-def test_the_train_command_names_the_byte_tokenizer(
+def test_the_train_command_names_the_folder(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert prepare(texts, "--out", out, "--tokenizer", "byte") == 0
-    assert f"--data-dir {out} --tokenizer byte" in capsys.readouterr().out
+    assert f"--preset demo --dataset out --data-dir {out}" in capsys.readouterr().out
     tokens = stream(out, "train")
     assert tokens[0] == 256
     assert bytes(tokens[1:7].astype(np.uint8)) == b"Text n"

@@ -25,7 +25,11 @@ def test_all_mistakes_in_the_flags_are_reported_at_once(capsys: pytest.CaptureFi
     [
         ("--shard_tokns", "3", "Perhaps you meant: --shard-tokens"),
         ("--workers", "many", "Error parsing --workers"),
-        ("--sample-by", "lines", "Expected one of ('document', 'paragraph', 'line')"),
+        (
+            "--sample-by",
+            "lines",
+            "--sample-by lines must be document, paragraph, line, or the text between",
+        ),
     ],
 )
 def test_a_flag_that_cannot_be_parsed_is_reported_with_the_valid_ones(

@@ -57,6 +57,7 @@ def test_a_long_file_is_read_as_a_stream_with_the_same_pieces_and_the_same_hash(
     (tmp_path / "a.txt").write_text(text, newline="")
     monkeypatch.setattr(documents, "PIECE", 5000)
     monkeypatch.setattr(documents, "CHUNK", 777)
+    text = text.replace("\r\n", "\n")  # as files are read
     expected = list(pieces(text, GPT2.cut))
     monkeypatch.setattr(line_readers, "IN_MEMORY", 1000)
     (long,) = read_documents(tmp_path / "a.txt")

@@ -59,7 +59,7 @@ def test_a_nested_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = [{"meta": {"text": "one", "n": 1}}, {"meta": {"text": "two", "n": 2}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"meta": "x"}])))
     found = read_documents(tmp_path / "a.jsonl", text_column="meta.text")
-    assert found == ["one", "two", Skip.MALFORMED]
+    assert found == ["one", "two", Skip.NO_TEXT]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_documents(tmp_path / "a.parquet", text_column="meta.text") == ["one", "two"]
     flags = ("--text-column", "meta.body", "--out", tmp_path / "out")

@@ -46,7 +46,7 @@ def on(device: str, cfg: Config) -> Config:
 # ---------------------------------------------------------------- before JAX is imported
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if load_preset(name).vram_gb])
 @pytest.mark.usefixtures("no_plugin")
 def test_a_preset_for_a_card_stops_without_gpu_support_and_names_two_ways_out(name):
     cfg = load_preset(name)
@@ -166,9 +166,9 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32"), ((0, 0), "float32")],
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((0, 0), "float32")],
 )
-def test_bfloat16_is_used_where_the_card_has_it(capability, dtype):
+def test_half_precision_is_used_where_the_card_has_it(capability, dtype):
     assert choose_dtype("auto", "gpu", capability) == dtype
 
 
