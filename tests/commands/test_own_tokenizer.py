@@ -72,6 +72,7 @@ def test_characters_train_and_come_out_as_a_tokenizer(book: Path) -> None:
     assert prepare(book, *flags) == 0  # again: nothing to do
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_qwen3s_size_trains_and_evaluates(book: Path) -> None:
     tokens = [*byte_characters().values(), *(f"x{number}" for number in range(151_412))]
     model = {"type": "BPE", "vocab": {token: id for id, token in enumerate(tokens)}, "merges": []}

@@ -96,7 +96,7 @@ def test_a_finished_run_says_its_result_and_how_to_go_on(straight: Path, capsys)
     assert re.search(r"--out-dir \S+-2\n +start anew", out)
     assert train(straight, "--max-iters", "10", "--min-lr", "1e-5", "--log-interval", "2") == 0
     assert (
-        "so these had no effect: log_interval 10 -> 2, min_lr 0.0001 -> 1e-05"
+        "so these had no effect: log_interval 1 -> 2, min_lr 0.0001 -> 1e-05"
         in capsys.readouterr().out
     )
     assert sorted(straight.rglob("*")) == before

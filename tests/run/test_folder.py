@@ -35,6 +35,13 @@ SAVED = resolved(ASKED, n_vocab=50, vocab_size=64)
 OTHER_RUN = dict(n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=128)
 OTHER_RUN |= dict(dataset="other", tokenizer="gpt2", seed=8, effective_batch_size=24, eval_iters=3)
 OTHER_RUN |= dict(gelu="erf", init_from="gpt2", state_dtype="bfloat16", optimizer="muon")
+# The same for fields that only the modern networks have, and a run of these.
+OTHER_MODERN_RUN = dict(
+    arch="llama", n_kv_head=2, head_dim=8, mlp_width=96, rope_theta=5e5, norm_eps=1e-5
+)
+OTHER_MODERN_RUN |= dict(tied_head=True, zero_init=True, embedding_norm=True)
+ASKED_MODERN = with_fields(ASKED, arch="qwen3", tied_head=False)
+SAVED_MODERN = resolved(ASKED_MODERN, n_vocab=50, vocab_size=64)
 # And for each that may change.
 SAME_RUN = (
     dict(preset="my.toml", max_iters=200, lr_decay_iters=150, decay_lr=False, learning_rate=2e-3)
@@ -95,8 +102,9 @@ def add_checkpoint(out_dir: Path, step: int, cfg: Resolved = SAVED) -> Path:
 
 def test_every_field_either_may_change_or_makes_another_run():
     found = {"n_vocab", "eval_windows", "gradient_accumulation_steps"}
-    assert OTHER_RUN.keys() | SAME_RUN.keys() | found == flat_fields().keys()
-    assert OTHER_RUN.keys() == names_with(Role.FIXED) - {"n_vocab"}
+    other = OTHER_RUN.keys() | OTHER_MODERN_RUN.keys()
+    assert other | SAME_RUN.keys() | found == flat_fields().keys()
+    assert other == names_with(Role.FIXED) - {"n_vocab"}
     assert SAME_RUN.keys() == names_with(Role.TUNABLE) - {"gradient_accumulation_steps"}
 
 
@@ -114,11 +122,21 @@ def test_what_may_change_is_taken_from_the_command_line(name):
 
 @pytest.mark.parametrize("name", sorted(OTHER_RUN))
 def test_what_makes_another_run_is_refused_with_both_values(name):
-    first, columns, *rows = refusal(with_fields(ASKED, **{name: OTHER_RUN[name]}))
+    check_refusal(name, OTHER_RUN[name], ASKED, SAVED)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_MODERN_RUN))
+def test_what_makes_another_modern_run_is_refused_too(name):
+    check_refusal(name, OTHER_MODERN_RUN[name], ASKED_MODERN, SAVED_MODERN)
+
+
+def check_refusal(name: str, value: object, asked: Config, saved: Resolved) -> None:
+    """Assert that another value of one field is refused, with both values."""
+    first, columns, *rows = refusal(with_fields(asked, **{name: value}), saved)
     assert first.startswith("runs/mine has another run; ")
     assert "--out-dir" in first
     assert columns.split() == ["the", "run", "asked", "for"]
-    assert [row.split() for row in rows] == [[name, str(SAVED.flat()[name]), str(OTHER_RUN[name])]]
+    assert [row.split() for row in rows] == [[name, str(saved.flat()[name]), str(value)]]
 
 
 def test_every_difference_is_in_the_table():

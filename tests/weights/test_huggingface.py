@@ -220,7 +220,7 @@ def test_the_context_may_be_shorter_and_the_vocabulary_padded(folder: Path) -> N
 @pytest.mark.parametrize(
     ("values", "answers"),
     [
-        ({"model_type": "mamba"}, ['model_type is "mamba", and only "gpt2", ']),
+        ({"model_type": "mamba"}, ['model_type is "mamba"', '"gpt2"', '"qwen3"', '"llama"']),
         ({"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon is 1e-06, and only 1e-05"]),
         ({"n_inner": 17}, ["n_inner is 17, and only 4 x n_embd"]),
         ({"activation_function": "relu"}, ["activation_function relu is not one of gelu_new"]),
