@@ -123,40 +123,41 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
-    """Our name for the tokenizer in a Hugging Face folder, None if it is not one of ours.
+    """Our name for the tokenizer in a Hugging Face folder, None if it makes other ids of some text.
 
     Without tokenizer files `n_vocab`, the rows of the embedding, decides: GPT-2's 50,257, possibly
     padded to 50,304, or the 257 of bytes.
     """
-    found = _vocabulary_in(folder)
-    if found is None:
+    found = _vocabularies_in(folder)
+    if not found:
         return {50_257: "gpt2", 50_304: "gpt2", 257: "byte"}.get(n_vocab)
     for name, size in RECOGNIZED.items():
-        if len(found) < size:
-            continue
-        ids = vocabulary(load_tokenizer(name))
-        if all(found.get(text) == id for text, id in ids.items()):
-            return name
+        if {len(ids) for ids in found} == {size}:
+            known = vocabulary(load_tokenizer(name))
+            return name if all(ids == known for ids in found) else None
     return None
 
 
-def _vocabulary_in(folder: Path) -> dict[str, int] | None:
-    """The vocabulary in the folder's files: {} if they have none, None if there are no files."""
-    found: dict[str, int] | None = None
+def _vocabularies_in(folder: Path) -> list[dict[str, int]]:
+    """The vocabulary in each of the folder's files, {} for a file that has none."""
+    found = []
     for name in ("vocab.json", "tokenizer.json"):
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-            return dict(values) if name == "vocab.json" else _vocabulary_of(values)
+            found.append(dict(values) if name == "vocab.json" else _vocabulary_of(values))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
-            found = {}  # another format, or corrupt: n_vocab must not decide
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found.append({})  # another format, or corrupt: n_vocab must not decide
     return found
 
 
 def _vocabulary_of(tokenizer_json: dict[str, Any]) -> dict[str, int]:
-    added = {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
-    return {**tokenizer_json["model"]["vocab"], **added}
+    """All tokens but special ones, which are never made of a text; with the end of text."""
+    added = tokenizer_json["added_tokens"]
+    special = {token["content"] for token in added if token["special"]} - {EOT_TEXT}
+    ids = {**tokenizer_json["model"]["vocab"], **{t["content"]: t["id"] for t in added}}
+    return {text: id for text, id in ids.items() if text not in special}
 
 
 def _tokenizer_json(ids: dict[str, int], merges: list[str]) -> dict[str, Any]:

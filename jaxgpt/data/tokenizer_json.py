@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, byte_characters
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import atomic_write
+from jaxgpt.files import FormatError, atomic_write, decode_json
 
 MAIN_FILE = "tokenizer.json"
 # What is copied with it. The first ones that name the eos token decide.
@@ -137,10 +137,10 @@ class JsonTokenizer(Tokenizer):
         """
         values, model = self._values, self._values["model"]
         is_plain = not any(values.get(name) for name in ("normalizer", "pre_tokenizer"))
-        special = [token for token in values["added_tokens"] if not token["special"]]
+        ordinary = [t for t in values.get("added_tokens", []) if not t["special"]]
         characters = model["vocab"] if model.get("type") == "BPE" else {}
         unknown = characters.get(model.get("unk_token"))
-        is_plain = is_plain and not special and not model.get("merges") and unknown is not None
+        is_plain = is_plain and not ordinary and not model.get("merges") and unknown is not None
         if not is_plain or any(len(token) != 1 for token in characters):
             return None
         table = np.full(0x110000, unknown)
@@ -189,7 +189,7 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str) -> JsonTokenizer
             "again"
         ) from None
     ids = library.get_vocab(with_added_tokens=True)
-    eot = _find_eos(files, ids)
+    eot = _find_eos(files, ids, name)
     if eot is None:
         raise UserError(
             f"tokenizer {name!r}: no file names its end-of-text token; write it into "
@@ -210,16 +210,22 @@ def _build(content: bytes) -> Any:
     return library
 
 
-def _find_eos(files: Mapping[str, bytes], ids: Mapping[str, int]) -> int | None:
-    for name in OTHER_FILES:
-        values = json.loads(files.get(name, b"{}"))
+def _find_eos(files: Mapping[str, bytes], ids: Mapping[str, int], name: str) -> int | None:
+    known = set(ids.values())
+    for file in OTHER_FILES:
+        try:
+            values = decode_json(files.get(file, b"{}"), dict[str, Any])
+        except FormatError as error:
+            raise UserError(
+                f"tokenizer {name!r}: its {file} cannot be read ({error}); copy it again"
+            ) from None
         token = values.get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str) and text in ids:
             return ids[text]
         number = values.get("eos_token_id")
         first = number[0] if isinstance(number, list) and number else number
-        if isinstance(first, int):
+        if type(first) is int and first in known:
             return first
     return next((ids[text] for text in KNOWN_EOS if text in ids), None)
 

@@ -134,6 +134,20 @@ def test_gpt2s_own_file_is_opened_as_gpt2_and_has_its_ids(tmp_path: Path) -> Non
     np.testing.assert_array_equal(as_json.byte_lengths(), gpt2.byte_lengths())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_more_tokens_than_gpt2s_make_another_tokenizer(tmp_path: Path, name: str) -> None:
+    write_tokenizer(tmp_path, load_tokenizer(name), 64)
+    library = of_library(tmp_path)
+    library.add_special_tokens(["<|pad|>"])  # which no text has
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).name == name
+    library.add_tokens(["        "])
+    library.save(str(tmp_path / "tokenizer.json"))
+    ids = load_tokenizer(str(tmp_path)).encode("a        b").tolist()
+    assert ids == library.encode("a        b").ids
+    assert len(ids) == 3
+
+
 def test_the_identity_is_the_content_not_the_layout(folder: Path, tmp_path: Path) -> None:
     values = json.loads((folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
@@ -153,6 +167,7 @@ def test_the_identity_is_the_content_not_the_layout(folder: Path, tmp_path: Path
         ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, 4),
         ({"special_tokens_map.json": {"eos_token": "cat"}}, 2),
         ({"generation_config.json": {"eos_token_id": [3, 4]}}, 3),
+        ({"generation_config.json": {"eos_token_id": 50256}}, 4),  # which it does not have
         ({}, 4),
     ],
 )
@@ -171,8 +186,23 @@ def test_mistakes_are_answered_in_a_sentence(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match=r"no such folder or file; name a folder with"):
         load_tokenizer(f"{tmp_path}/gone/")
+    write_tokenizer(tmp_path, load_tokenizer("byte"), 64)
+    for text in ("{", "[]", "\ud800"):
+        (tmp_path / "generation_config.json").write_text(text, errors="surrogatepass")
+        (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=r"its generation_config\.json cannot be read"):
+            open_json_tokenizer(tmp_path, "x")
     with pytest.raises(UserError, match=r"is made of a text: .* --tokenizer char"):
         load_tokenizer("char")
+
+
+def test_added_tokens_may_be_left_out(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer("ab<>")
+    values = json.loads(tokenizer.files["tokenizer.json"])
+    del values["added_tokens"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<"}')
+    assert open_tokenizer(tmp_path).encode("ab").tolist() == tokenizer.encode("ab").tolist()
 
 
 def test_characters_have_the_ids_of_the_library_and_others_are_unknown(tmp_path: Path) -> None:
