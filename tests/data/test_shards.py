@@ -378,7 +378,7 @@ def test_a_thousand_shards_of_100_million_tokens_open_with_little_memory(tmp_pat
 
 
 def test_a_shard_cut_short_while_it_is_open_is_named(tmp_path: Path) -> None:
-    """A memory map would end the process with SIGBUS."""
+    """Reading the missing page of a memory map would end the process with SIGBUS."""
     path = tmp_path / "x_train_0.bin"
     write_shard(path, np.arange(400, dtype=np.uint16))
     (tmp_path / "._x_train_0.bin").write_bytes(b"what macOS leaves beside it on a foreign disk")
