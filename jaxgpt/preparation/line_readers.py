@@ -38,14 +38,20 @@ def sum_of_used(documents: list[Document], counts: list[Any]) -> int | None:
     return sum(used) if is_count else None
 
 
-def check_column(input: Input, names: Collection[str], text_column: str) -> None:
-    """Raises UserError if `names` lacks the text column and what it is nested in, or repeats it."""
+def check_column(
+    input: Input, names: Collection[str], text_column: str, nested: bool = True
+) -> None:
+    """Raises UserError if `names` lacks the text column, or repeats it.
+
+    `nested`: what it is nested in will do, `meta` for `meta.text`.
+    """
     if (found := [*names].count(text_column)) > 1:
         raise UserError(
             f"{input.path}: has {found} columns {text_column!r}; rename one, or name another with "
             "--text-column"
         )
-    if not {text_column, text_column.partition(".")[0]} & set(names):
+    wanted = {text_column, text_column.partition(".")[0]} if nested else {text_column}
+    if not wanted & set(names):
         raise UserError(
             f"{input.path}: has no column {text_column!r}; name the text column with "
             f"--text-column (there are {first_few(names)})"
@@ -122,7 +128,7 @@ def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         rows = csv.reader(line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
         try:
             names, position = next(rows, []), 0
-            check_column(slice.input, names, options.text_column)
+            check_column(slice.input, names, options.text_column, nested=False)
             index = names.index(options.text_column)
             while some := list(islice(rows, CSV_ROWS)):
                 texts = [row[index] if index < len(row) else None for row in some]

@@ -53,6 +53,8 @@ def test_a_column_of_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert read_documents(path) == ['a "b", c\nd', Skip.EMPTY, Skip.NULL, Skip.NOT_UTF8]
     message = refusal(capsys, path, "--text-column", "body", "--out", tmp_path / "out")
     assert "has no column 'body'" in message
+    message = refusal(capsys, path, "--text-column", "text.x", "--out", tmp_path / "out")
+    assert "has no column 'text.x'" in message
 
 
 def test_a_nested_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
