@@ -56,7 +56,7 @@ class Assembler:
         dtype: np.dtype = UINT16,
     ):
         self._out, self._parts, self._plan = out, work / "parts", plan
-        self._eot, self._dtype = eot, dtype
+        self._eot, self.dtype = eot, dtype
         self._parts.mkdir(exist_ok=True)
         self._units = Journal(work / "units.jsonl", Record)
         self._shards = Journal(work / "shards.jsonl", ShardEntry)
@@ -189,7 +189,7 @@ class Assembler:
                 yield piece
 
         name = self._next_name(output)
-        sha256 = write_pieces(self._out / name, stop - start, pieces(), self._dtype)
+        sha256 = write_pieces(self._out / name, stop - start, pieces(), self.dtype)
         self._record_shard(name, output, stop - start, documents, sha256)
 
     def _record_shard(
@@ -212,7 +212,7 @@ class Assembler:
             first, last = ends[unit : unit + 2]
             end = min(stop, last)
             path = part_path(self._parts, unit, stream)
-            yield from iterate_tokens(path, start - first, end - first, self._dtype)
+            yield from iterate_tokens(path, start - first, end - first, self.dtype)
             unit, start = unit + 1, end
 
     def _adopt_unrecorded_shards(self) -> None:
@@ -256,7 +256,7 @@ class Assembler:
                 if number + 1 < len(ends) and self._is_used(stream, ends[number + 1]):
                     continue
                 path = part_path(self._parts, number, stream)
-                size = self._dtype.itemsize * record.tokens[stream]
+                size = self.dtype.itemsize * record.tokens[stream]
                 if not path.exists() or path.stat().st_size != size:
                     self._records.pop(number, None)
         self._ends = {stream: [0] for stream in self._ends}

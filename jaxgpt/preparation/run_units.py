@@ -119,7 +119,8 @@ class UnitLoop:
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
-        made, tokens = self._made, tokens_being_written(self._work / "parts")
+        made, dtype = self._made, self._assembler.dtype
+        tokens = tokens_being_written(self._work / "parts", dtype)
         started = sum(slice.size for n in self._running.values() for slice in self._units[n])
         n_bytes = int(min(tokens * self._bytes_per_token, started))
         done = self._console.done_before + made["bytes"] + n_bytes

@@ -101,12 +101,12 @@ def part_path(folder: Path, number: int, stream: str) -> Path:
     return folder / f"{number:06d}.{stream}"
 
 
-def tokens_being_written(folder: Path) -> int:
-    """The tokens in the parts that are not complete."""
+def tokens_being_written(folder: Path, dtype: np.dtype) -> int:
+    """The tokens of `dtype` in the parts that are not complete."""
     total = 0
     for path in folder.glob("*.tmp"):
         with suppress(FileNotFoundError):  # it is complete
-            total += path.stat().st_size // 2
+            total += path.stat().st_size // dtype.itemsize
     return total
 
 

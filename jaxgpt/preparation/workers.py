@@ -194,7 +194,7 @@ def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
     for slice in job.unit:
         if not os.path.exists(slice.path):
             raise UserError(f"{slice.path}: is missing on {host}, where a worker is; {remedy}")
-    tokenizer = _load_once(origin.tokenizer, job.folder.parents[1])
+    tokenizer = _load_once(origin, job.folder.parents[1])
     if tokenizer.sha256 != origin.tokenizer_sha256:
         raise UserError(
             f"tokenizer {origin.tokenizer!r}: is another one on {host}; install the same version "
@@ -204,5 +204,6 @@ def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
 
 
 @lru_cache(1)
-def _load_once(name: str, out: Path) -> Tokenizer:
-    return load_tokenizer(name, out)
+def _load_once(origin: Origin, out: Path) -> Tokenizer:
+    # A cluster's worker outlives a command, and the next one may write another tokenizer to `out`.
+    return load_tokenizer(origin.tokenizer, out)

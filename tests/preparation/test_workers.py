@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from helpers.preparing import SMALL, contents, start, wait_for, wait_until, worker_pids
 
+from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.assemble import Assembler
+from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import find_inputs
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.run_units import UnitLoop
-from jaxgpt.preparation.tokenize import Job
+from jaxgpt.preparation.tokenize import Job, tokens_being_written
 from jaxgpt.preparation.work_plan import FileSource, Plan, Settings
 from jaxgpt.preparation.workers import DeadWorkerError, Origin, Pool, run_job
 
@@ -141,3 +143,22 @@ def test_a_worker_that_sees_other_files_is_refused(plan: Plan, tmp_path: Path) -
             run_job(some, origin)
     assert not any(parts.iterdir())
     assert run_job(job, good).documents > 0
+
+
+def test_a_worker_of_a_cluster_sees_that_the_folders_tokenizer_is_another(
+    plan: Plan, tmp_path: Path
+) -> None:
+    parts = tmp_path / ".prepare" / "parts"
+    parts.mkdir()
+    job = Job(0, plan.units()[0], plan.settings.options, None, parts)
+    for characters in ("ab", "abc"):  # one command, and another one
+        tokenizer = character_tokenizer(characters)
+        tokenizer.save(tmp_path)
+        origin = Origin(sha256_of(parts.with_name("plan.json")), "char", tokenizer.sha256)
+        assert run_job(job, origin).documents > 0
+
+
+def test_tokens_being_written_are_counted_in_their_dtype(tmp_path: Path) -> None:
+    (tmp_path / "000001.all.host-1-2.tmp").write_bytes(bytes(120))
+    assert tokens_being_written(tmp_path, token_dtype(50_257)) == 60
+    assert tokens_being_written(tmp_path, token_dtype(151_669)) == 30
