@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, load_tokenizer
-from jaxgpt.data.tokenizer_json import tokenizer_from_files
+from jaxgpt.data.tokenizer_json import MAIN_FILE, tokenizer_from_files
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
 from jaxgpt.preparation.flags import PrepareFlags
@@ -24,7 +24,7 @@ def tokenizer_of_flags(flags: PrepareFlags, folder: OutputFolder) -> Tokenizer:
     """The tokenizer that the flags name; 'char' is made of the text. Raises UserError."""
     if flags.tokenizer != "char":
         return load_tokenizer(flags.tokenizer)
-    if not nothing_finished(folder.work):
+    if not nothing_finished(folder.work) and (folder.out / MAIN_FILE).is_file():
         return load_tokenizer("char", folder.out)
     if is_hub_name(flags.inputs):
         raise UserError(

@@ -131,6 +131,8 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
 def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path) -> None:
     """Raises UserError, naming every difference, if `out` was started with something else."""
     was, now = _flags_of(plan.source, plan.settings), _flags_of(source, settings)
+    if was["tokenizer"] != now["tokenizer"]:
+        del now["tokenizer_sha256"]
     differences = [
         f"{_flag_name(name)} {was.get(name)}, not {now[name]}"
         for name in now
@@ -152,4 +154,5 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
 
 
 def _flag_name(name: str) -> str:
-    return {"kind": "source", "repo": "data set"}.get(name, as_flag(name))
+    names = {"kind": "source", "repo": "data set", "tokenizer_sha256": "a tokenizer of SHA-256"}
+    return names.get(name, as_flag(name))

@@ -20,9 +20,11 @@ from rich.filesize import decimal
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.errors import UserError, run_command
+from jaxgpt.files import user_path
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
 from jaxgpt.preparation.flags import Inputs, parse_number
 from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
+from jaxgpt.preparation.output_folder import is_hub_name
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.run.console import print_table, waiting
 
@@ -80,9 +82,16 @@ def run(argv: Sequence[str]) -> int:
     """Read a sample, train, write the files, and compare with GPT-2's. Raises UserError."""
     flags = parse_command(argv, TokenizerFlags, prog=PROG, description=DESCRIPTION)
     assert flags.out is not None
-    out = flags.out.expanduser()
+    out = user_path(flags.out, "--out")
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out}: already has a tokenizer.json; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder with --out")
+    if is_hub_name(flags.inputs):
+        raise UserError(
+            f"{flags.inputs[0]}: no such file or folder, and of the Hub nothing is read here; "
+            "name text files, such as a few that you have downloaded"
+        )
     started = time.perf_counter()
     with waiting("reading the sample"):
         options = ReadOptions(text_column=flags.text_column)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.preparing import prepare
+from helpers.preparing import prepare, refusal
 from helpers.runs import train
 
 from jaxgpt import evaluate, export, sample
@@ -70,6 +70,29 @@ def test_characters_train_and_come_out_as_a_tokenizer(book: Path) -> None:
     assert train(Path("run"), *FLAGS, "--max-iters", "1") == 0
     assert (Path("run") / "tokenizer.json").is_file()
     assert prepare(book, *flags) == 0  # again: nothing to do
+
+
+def test_characters_do_not_mix_with_another_tokenizer(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (book, "--workers", "1", "--out", "data/mine")
+    assert prepare(*flags) == 0
+    message = refusal(capsys, *flags, "--tokenizer", "char")
+    assert "data/mine: was started with --tokenizer gpt2, not char; a folder has" in message
+
+
+def test_mistakes_are_known_before_a_tokenizer_is_trained(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ([str(book), "--out", str(book)], "book.txt: is a file"),
+        ([str(book), "--out", "~nobody-here/tok"], "there is no such home folder"),
+        (["fineweb", "--out", "tok"], "of the Hub nothing is read here"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
