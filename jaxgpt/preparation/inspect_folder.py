@@ -59,7 +59,10 @@ def inspect_folder(data_dir: Path, tokenizer_name: str) -> int:
     for error in errors:
         print(f"ERROR  {error}")
     checked = "headers, sizes, checksums, ids" if manifest else "headers, sizes, ids (no manifest)"
-    print(f"{data_dir}: " + (f"{len(errors)} errors" if errors else f"intact: {checked} checked"))
+    print(
+        f"{data_dir}: "
+        + (counted(len(errors), "error") if errors else f"intact: {checked} checked")
+    )
     return 2 if errors else 0
 
 
@@ -87,9 +90,9 @@ def _content_errors(
 ) -> list[str]:
     """A sentence for each error in the contents of the files."""
     errors = []
-    total = sum(file.length for some in files.values() for file in some)
+    total = sum(file.size for some in files.values() for file in some)
     documents = dict.fromkeys(files, 0)
-    with _progress_bar(2 * total * (2 if manifest else 1)) as advance:
+    with _progress_bar(total * (2 if manifest else 1)) as advance:
         for split, some in files.items():
             for file in some:
                 error, count = _check_file(file, tokenizer, advance)
@@ -114,7 +117,7 @@ def _check_file(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[st
         except DataError as error:
             return str(error), documents
         documents += int(np.count_nonzero(tokens == tokenizer.eot))
-        advance(2 * len(tokens))
+        advance(tokens.nbytes)
     return None, documents
 
 

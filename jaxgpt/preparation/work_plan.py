@@ -131,7 +131,9 @@ def with_inputs(plan: Plan, inputs: Sequence[Input], out: Path) -> Plan:
 def refuse_differences(plan: Plan, source: Source, settings: Settings, out: Path) -> None:
     """Raises UserError, naming every difference, if `out` was started with something else."""
     was, now = _flags_of(plan.source, plan.settings), _flags_of(source, settings)
-    if was["tokenizer"] != now["tokenizer"]:
+    if was["tokenizer_sha256"] == now["tokenizer_sha256"]:
+        del now["tokenizer"]  # two names for the same, as tok and tok/
+    elif was["tokenizer"] != now["tokenizer"]:
         del now["tokenizer_sha256"]
     differences = [
         f"{_flag_name(name)} {was.get(name)}, not {now[name]}"

@@ -33,7 +33,10 @@ def test_a_tokenizer_travels_from_its_folder_to_the_exported_model(
     told = " ".join(capsys.readouterr().out.split())
     assert "600 ids trained on" in told
     assert "held out; with GPT-2: " in told
-    assert prepare(book, "--tokenizer", "tok", "--workers", "1", "--out", "data/mine") == 0
+    flags = (book, "--workers", "1", "--out", "data/mine", "--tokenizer")
+    assert prepare(*flags, "tok") == 0
+    assert prepare(*flags, "tok/") == 0  # another name for it
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
     Path("tok").rename("gone")  # the data has a copy
     assert train(Path("run"), *FLAGS, "--max-iters", "1") == 0
     Path("data/mine").rename("data/moved")  # the run has one, too
