@@ -96,15 +96,11 @@ def run(argv: Sequence[str]) -> int:
         )
         resumed_step = checkpoints.recover(tell, strict=asked.resume == "must")
         if resumed_step is not None:
-            saved = checkpoints.manifest(resumed_step)
-            folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
-            folder.check_data(saved.data, data.identity, asked.out_dir)
+            check_saved(cfg, data, checkpoints, resumed_step)
         if resumed_step is not None and resumed_step >= asked.max_iters:
             changes = folder.changes(cfg, origin.saved) if origin.saved else []
-            given_changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
-            report.print_finished_before(
-                asked, PROG, argv, resumed_step, checkpoints.best, given_changes
-            )
+            shown = [x for x in changes if x.split()[0] in given - asked.open_choices]
+            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best, shown)
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         note_new_entries()
@@ -112,11 +108,8 @@ def run(argv: Sequence[str]) -> int:
         if origin.saved is not None:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
         state = start_or_restore(compiled, weights, checkpoints, resumed_step)
-        log = stack.enter_context(
-            MetricsLog(asked.out_dir, resumed_step, tell, lock.is_held)
-            if processes.is_main
-            else NoLog()
-        )
+        main_log = partial(MetricsLog, asked.out_dir, resumed_step, tell, lock.is_held)
+        log = stack.enter_context(main_log() if processes.is_main else NoLog())
         training = open_training(
             compiled, data, checkpoints, resumed_step, count_skips(state), log, stack
         )
@@ -139,6 +132,13 @@ def start_process(
     nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
     stack.enter_context(redirect_stdout(nowhere))
     return lambda message: None
+
+
+def check_saved(cfg: Resolved, data: Data, checkpoints: "Checkpoints", step: int) -> None:
+    """Raises UserError if the checkpoint of `step` is of another run, or of other data."""
+    saved = checkpoints.manifest(step)
+    folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
+    folder.check_data(saved.data, data.identity, cfg.out_dir)
 
 
 def start_or_restore(
