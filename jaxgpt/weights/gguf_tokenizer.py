@@ -80,7 +80,7 @@ def _of_json(tokenizer: JsonTokenizer) -> GgufVocabulary:
 def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for the way in which a text is split, None if it has none."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    *before, last = steps
+    *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if last.get("use_regex", True):

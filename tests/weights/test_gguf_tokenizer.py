@@ -61,6 +61,7 @@ def test_llama_cpp_s_name_of_the_split_is_found() -> None:
     ("tokenizer", "answer"),
     [
         (tokenizer_of(split_by(r"\w+|\W+")), "llama.cpp cannot split a text into words as it does"),
+        (tokenizer_of({"type": "Sequence", "pretokenizers": []}), "cannot split a text into words"),
         (tokenizer_of({**BYTE_LEVEL, "add_prefix_space": True}), "cannot split a text into words"),
         (tokenizer_of(BYTE_LEVEL, decoder={"type": "Fuse"}), "it is not a byte-level BPE"),
         (tokenizer_of(BYTE_LEVEL, normalizer={"type": "Lowercase"}), "its normalizer, Lowercase"),
