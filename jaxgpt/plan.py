@@ -24,6 +24,7 @@ from jaxgpt.planning import tables, target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, unnamed_card
 from jaxgpt.planning.local_gpus import visible_card
 from jaxgpt.run.console import waiting
+from jaxgpt.run.opening import origin_of_data
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.planning.planner import Planner
@@ -73,6 +74,8 @@ def run(argv: Sequence[str]) -> int:
             f"--init-from {asked.init_from}: plan reads no weights; describe their shape instead: "
             "--n-layer, --n-head, --n-embd, --block-size, --bias"
         )
+    # The data's tokenizer decides the size of the embedding, as in `train`.
+    asked = dataclasses.replace(asked, tokenizer=origin_of_data(asked, given).tokenizer)
     target.prepare_environment()
     answer, show = _answer(asked, flags, given, _planner(gpu, flags.estimate, mesh))
     if flags.json:

@@ -1,6 +1,7 @@
 """A new run, resolved for a card; imports no JAX."""
 
 import functools
+from pathlib import Path
 
 from jaxgpt.config.fields import Config, Dtype
 from jaxgpt.config.mesh_shape import ONE_DEVICE, MeshShape
@@ -10,10 +11,11 @@ from jaxgpt.data.tokenizer import load_tokenizer
 
 def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Resolved:
     """`asked` as a new run with random weights. Raises ConfigError as `resolve` does."""
-    n_vocab = _n_vocab(asked.tokenizer)
+    n_vocab = _n_vocab(asked.tokenizer, asked.data_dir)
     return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)
 
 
 @functools.cache
-def _n_vocab(tokenizer: str) -> int:
-    return load_tokenizer(tokenizer).n_vocab  # takes a tenth of a second, for each of many presets
+def _n_vocab(tokenizer: str, data_dir: Path | None) -> int:
+    folders = [data_dir] if data_dir else []  # which may have a copy of the tokenizer
+    return load_tokenizer(tokenizer, *folders).n_vocab  # a tenth of a second, of many presets

@@ -8,7 +8,7 @@ import pytest
 from helpers.preparing import prepare, refusal
 from helpers.runs import train
 
-from jaxgpt import evaluate, export, sample
+from jaxgpt import evaluate, export, plan, sample
 from jaxgpt.data.manifest import load_manifest
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.sources import load_embedded_documents
@@ -61,7 +61,9 @@ def test_data_of_another_tokenizer_is_refused(
     assert "was made with tokenizer 'a', but the model's is 'b'" in capsys.readouterr().err
 
 
-def test_characters_train_and_come_out_as_a_tokenizer(book: Path) -> None:
+def test_characters_train_and_come_out_as_a_tokenizer(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--tokenizer", "char", "--workers", "1", "--out", "data/mine")
     assert prepare(book, *flags) == 0
     assert inspect_folder(Path("data/mine"), "gpt2") == 0
@@ -70,6 +72,11 @@ def test_characters_train_and_come_out_as_a_tokenizer(book: Path) -> None:
     splits = [load_split(Path("data/mine"), split, tokenizer.n_vocab) for split in ("train", "val")]
     ids = np.concatenate([split.window(0, len(split)) for split in splits])
     assert tokenizer.decode(ids[1:]) == text
+    capsys.readouterr()
+    flags_of_plan = ["--dataset", "mine", "--vram", "8", "--estimate", "--json"]
+    assert plan.main(["--preset", "demo", *flags_of_plan]) == 0
+    padding = json.loads(capsys.readouterr().out)["padding_parameters"]
+    assert padding == -tokenizer.n_vocab % 64 * 128
     assert train(Path("run"), *FLAGS, "--max-iters", "1") == 0
     assert (Path("run") / "tokenizer.json").is_file()
     assert prepare(book, *flags) == 0  # again: nothing to do
