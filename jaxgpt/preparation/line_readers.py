@@ -45,13 +45,15 @@ def check_column(
 
     `nested`: what it is nested in will do, `meta` for `meta.text`.
     """
-    if (found := [*names].count(text_column)) > 1:
+    name = text_column
+    if nested and name not in names:
+        name = name.partition(".")[0]
+    if (found := [*names].count(name)) > 1:
         raise UserError(
-            f"{input.path}: has {found} columns {text_column!r}; rename one, or name another with "
+            f"{input.path}: has {found} columns {name!r}; rename one, or name another with "
             "--text-column"
         )
-    wanted = {text_column, text_column.partition(".")[0]} if nested else {text_column}
-    if not wanted & set(names):
+    if not found:
         raise UserError(
             f"{input.path}: has no column {text_column!r}; name the text column with "
             f"--text-column (there are {first_few(names)})"
@@ -62,7 +64,7 @@ def first_few(names: Iterable[str]) -> str:
     """At most eight of the names, shortened, for a message."""
     found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
     more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
-    return ", ".join(found[:8]) + more
+    return ", ".join(found[:8]) + more or "none"
 
 
 def read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:

@@ -66,6 +66,13 @@ def test_a_nested_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert read_documents(tmp_path / "a.parquet", text_column="meta.text") == ["one", "two"]
     flags = ("--text-column", "meta.body", "--out", tmp_path / "out")
     assert "has no column 'body'" in refusal(capsys, tmp_path / "a.parquet", *flags)
+    column = pa.array([row["meta"] for row in rows])
+    pq.write_table(pa.Table.from_arrays([column] * 2, ["meta"] * 2), tmp_path / "a.parquet")
+    assert "has 2 columns 'meta'" in refusal(capsys, tmp_path / "a.parquet", *flags)
+    pq.write_table(pa.table({"meta": [["one"]]}), tmp_path / "a.parquet")
+    assert "has no column 'body'; name the text column with --text-column (there are none)" in (
+        refusal(capsys, tmp_path / "a.parquet", *flags)
+    )
 
 
 def test_shards_of_build_nanogpt(tmp_path: Path) -> None:
