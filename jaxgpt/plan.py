@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     if asked.init_from is not None:
         raise ConfigError(
             f"--init-from {asked.init_from}: plan reads no weights; describe their shape instead: "
-            "--n-layer, --n-head, --n-embd, --block-size, --bias"
+            "--arch, --n-layer, --n-head, --n-embd, --block-size"
         )
     target.prepare_environment()
     answer, show = _answer(asked, flags, given, _planner(gpu, flags.estimate, mesh))

@@ -231,6 +231,14 @@ def test_hours_need_a_card_of_known_speed(refused) -> None:
     assert "too short for one step" in refused("--gpu", "4090", "--hours=0.00001")
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "said"),
+    [("3", "Those with a batch_size in the column 'fits' do"), ("1", "with any batch_size")],
+)
+def test_a_card_that_no_preset_fits_as_it_is_says_whether_one_can(answer, gigabytes, said) -> None:
+    assert said in " ".join(answer("--vram", gigabytes)["reasons"])
+
+
 def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:
     got = answer("--vram", "20", "--preset", "16gb")
     assert got["capacity_bytes"] == int(20 * 2**30 * 0.92)
