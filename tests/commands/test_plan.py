@@ -210,6 +210,12 @@ def test_the_command_says_what_was_asked_for(answer, flags) -> None:
     assert " ".join(flags) in got["command_that_fits"]
 
 
+def test_the_command_stays_with_the_preset_asked_for_if_it_is_nearer(answer) -> None:
+    """Though the modern presets have the shape that is found, heads of 128."""
+    got = answer("--gpu", "rtx4090", "--hours", "10", "--preset", "24gb", "--arch", "llama")
+    assert got["command"].startswith("python -m jaxgpt.train --preset 24gb ")
+
+
 def test_hours_refuse_what_they_choose(refused) -> None:
     text = refused("--gpu", "4090", "--hours", "48", "--n-layer", "12", "--max-iters", "9")
     assert "--hours chooses --max-iters, --n-layer itself" in text
