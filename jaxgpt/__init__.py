@@ -1,17 +1,18 @@
-"""jaxgpt: train GPT-2-style language models in JAX, tuned to the GPU memory you own."""
+"""jaxgpt: train language models in JAX, tuned to the GPU memory you own."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "train": "train a GPT, or resume a run",
+    "train": "train a model, or resume a run",
     "prepare": "text to token shards",
+    "tokenizer": "train a tokenizer on your text",
     "plan": "what fits a card, and how long it takes",
     "bench": "how fast a step is here",
     "sample": "continue a text",
     "evaluate": "measure a model",
-    "export": "write a model for transformers",
+    "export": "write a model for transformers or Ollama",
 }
 
 
@@ -28,5 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jaxgpt.errors import fail
 
         fail("jaxgpt", f"no command {name!r}{did_you_mean(name, COMMANDS)}\n{text}")
-    code: int = import_module(f"jaxgpt.{name}").main(rest)
+    module = "tokenizer.__main__" if name == "tokenizer" else name
+    code: int = import_module(f"jaxgpt.{module}").main(rest)
     return code

@@ -96,7 +96,7 @@ def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
     if asked.init_from is not None:
         errors.append(
             f"init_from {asked.init_from}: speed does not depend on the weights; give their "
-            "architecture instead (--n-layer, --n-head, --n-embd, --block-size)"
+            "architecture instead (--arch, --n-layer, --n-head, --n-embd, --block-size)"
         )
     if flags.profile is not None and flags.profile.exists() and not flags.profile.is_dir():
         errors.append(f"profile {flags.profile} is a file; name a folder for the trace")

@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
     if asked.init_from is not None:
         raise ConfigError(
             f"--init-from {asked.init_from}: plan reads no weights; describe their shape instead: "
-            "--n-layer, --n-head, --n-embd, --block-size, --bias"
+            "--arch, --n-layer, --n-head, --n-embd, --block-size"
         )
     # The data's tokenizer decides the size of the embedding, as in `train`.
     asked = dataclasses.replace(asked, tokenizer=origin_of_data(asked, given).tokenizer)

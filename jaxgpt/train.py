@@ -1,4 +1,4 @@
-"""Train a GPT: `python -m jaxgpt.train --preset 24gb`. The same command resumes it.
+"""Train a language model: `python -m jaxgpt.train --preset 24gb`. The same command resumes it.
 
 One pass of the loop is one optimizer step; `step` counts the completed steps, and is the name of
 checkpoints and the x of every curve. JAX is imported after the command line is parsed: that
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         TrainFlags,
         argv,
         prog=PROG,
-        description="Train a GPT. The same command resumes a run that was stopped.",
+        description="Train a language model. The same command resumes a run that was stopped.",
         default_preset=tier_of_this_machine,
     )
     assert asked.out_dir is not None
@@ -94,13 +94,11 @@ def run(argv: Sequence[str]) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(asked.out_dir, asked.keep_checkpoints, tell, processes, lock.renew)
         )
-        resumed_step = checkpoints.recover(tell, strict=asked.resume == "must")
-        if resumed_step is not None:
-            check_saved(cfg, data, checkpoints, resumed_step)
+        resumed_step = find_checkpoint(cfg, data, checkpoints, tell)
         if resumed_step is not None and resumed_step >= asked.max_iters:
             changes = folder.changes(cfg, origin.saved) if origin.saved else []
-            shown = [x for x in changes if x.split()[0] in given - asked.open_choices]
-            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best, shown)
+            changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
+            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best, changes)
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         note_new_entries()
@@ -134,11 +132,16 @@ def start_process(
     return lambda message: None
 
 
-def check_saved(cfg: Resolved, data: Data, checkpoints: "Checkpoints", step: int) -> None:
-    """Raises UserError if the checkpoint of `step` is of another run, or of other data."""
-    saved = checkpoints.manifest(step)
-    folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
-    folder.check_data(saved.data, data.identity, cfg.out_dir)
+def find_checkpoint(
+    cfg: Resolved, data: Data, checkpoints: "Checkpoints", tell: Callable[[str], object]
+) -> int | None:
+    """The step to resume from, None for a new run. Raises ConfigError if it is of another run."""
+    step: int | None = checkpoints.recover(tell, strict=cfg.asked.resume == "must")
+    if step is not None:
+        saved = checkpoints.manifest(step)
+        folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
+        folder.check_data(saved.data, data.identity, cfg.out_dir)
+    return step
 
 
 def start_or_restore(

@@ -113,8 +113,9 @@ class ModelConfig:
             owners = [arch for arch, kind in ARCHITECTURES.items() if field.name in kind.options]
             value = getattr(self, field.name)
             if owners and self.arch not in owners and value != field.default:
+                drop = "drop it" if field.default is None else f"set it to {field.default}"
                 errors.append(
-                    f"{field.name} {value}: arch {self.arch} has no such option; drop it, or "
+                    f"{field.name} {value}: arch {self.arch} has no such option; {drop}, or "
                     f"choose arch {' or '.join(owners)}"
                 )
         return errors

@@ -109,9 +109,9 @@ class Config:
     # dtype of the matrix products; auto: bfloat16 on a GPU that has it (compute capability 8.0),
     # float16 with loss scaling on 7.0 and 7.5, else float32
     dtype: Annotated[Dtype, Role.TUNABLE] = "auto"
-    # what the backward pass recomputes to save memory: none; light: norms and GELU (about 5 % more
-    # work, a third less memory); full: whole blocks (a fifth more work, the least memory); auto:
-    # the first of these that fits
+    # what the backward pass recomputes to save memory: none; light: norms and activations of the
+    # MLP (about 5 % more work, a third less memory); full: whole blocks (a fifth more work, the
+    # least memory); auto: the first of these that fits
     remat: Annotated[Remat, Role.TUNABLE, Role.PLANNED] = "none"
     # compile one block for all layers: many times faster to compile, a little more memory
     scan_layers: Annotated[TrueOrFalse, Role.TUNABLE] = False

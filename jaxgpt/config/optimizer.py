@@ -63,9 +63,9 @@ class OptimizerConfig:
     def scaled(self, factor: float) -> "OptimizerConfig":
         """A copy with every learning rate multiplied, to two digits.
 
-        A model of another width takes sqrt(old width / new width): the rate of matrices does not
-        move with the width where an update is an orthogonal matrix, and here it is 0.2 sqrt(longer
-        side) times that; in nanochat the AdamW rates fall in the same way.
+        For a model of another width the factor is sqrt(old width / new width). An orthogonal
+        update of a matrix keeps its best rate at every width; Muon's update here is one times
+        0.2 sqrt(longer side), which the factor cancels. nanochat scales AdamW's rates so, too.
         """
         rates = self.rates()
         for name, rate in rates.items():

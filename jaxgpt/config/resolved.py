@@ -116,11 +116,9 @@ def resolve(
             the effective batch, or fsdp does not divide the model.
     """
     saved = origin.saved
-    rows, decay_end = origin.model.vocab_size, asked.optimizer.lr_decay_iters
+    rows = origin.model.vocab_size
     if rows is None:
         rows = saved.model.vocab_size if saved else padded_vocab_size(n_vocab)
-    if decay_end is None:
-        decay_end = saved.optimizer.lr_decay_iters if saved else asked.max_iters
     model = dataclasses.replace(origin.model, vocab_size=rows, n_vocab=n_vocab)
     if errors := [*model.errors(), *_undivided(model, mesh)]:
         raise ConfigError("\n".join(errors))
@@ -129,7 +127,7 @@ def resolve(
     return Resolved(
         asked=asked,
         model=model,
-        optimizer=dataclasses.replace(asked.optimizer, lr_decay_iters=decay_end),
+        optimizer=dataclasses.replace(asked.optimizer, lr_decay_iters=decay_end(asked, saved)),
         init_from=origin.init_from,
         tokenizer=origin.tokenizer,
         batch=batch,
@@ -138,6 +136,12 @@ def resolve(
         remat="full" if asked.remat == "auto" else asked.remat,
         eval_windows=windows if saved is None else saved.eval_windows,
     )
+
+
+def decay_end(asked: Config, saved: Resolved | None) -> int:
+    """The step at which the learning rate reaches min_lr; a longer run keeps the `saved` one's."""
+    inherited = saved.optimizer.lr_decay_iters if saved else None
+    return asked.optimizer.lr_decay_iters or inherited or asked.max_iters
 
 
 def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int]) -> Dtype:

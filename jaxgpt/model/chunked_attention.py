@@ -1,7 +1,8 @@
 """Causal attention over chunks of queries: memory linear in T on devices without a flash kernel.
 
-A chunk's scores are computed from the keys up to its end, and once more in the backward pass, which
-keeps only the output and the log-sum-exp of each row. So a step never holds T x T scores.
+A chunk's scores are computed with the keys up to the end of its part (`Part`), and once more in the
+backward pass, for which only the output and the log-sum-exp of each row are kept. So a step never
+holds T x T scores.
 
 Axes besides those of gpt.py: K key heads, G query heads per key head (N = K * G), C queries in a
 chunk, S keys that they can see, L chunks with the same S.

@@ -55,7 +55,7 @@ def saves_nothing(primitive: Any, *args: Any, **params: Any) -> bool:
 # In the order in which `--remat auto` tries them.
 REMATS: dict[Remat, RematSetting] = {
     "none": RematSetting(policy=None, work=1.0, kept=Kept(33.1, 0, 0, copies=0.6, dropout=4.0)),
-    # Recomputes norms and GELU: many bytes for little work.
+    # Recomputes norms, rotations and the MLP's activation: many bytes for little work.
     "light": RematSetting(
         policy=saves_products, work=1.05, kept=Kept(21, 0, 0, copies=0, dropout=0.6)
     ),

@@ -11,7 +11,7 @@ from jaxgpt.planning.speed import model_flops_per_token, peak_of, reached_mfu
 from jaxgpt.run import device as hardware
 from jaxgpt.run.console import print_table
 
-MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense bf16 peak"
+MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense half-precision peak"
 
 
 def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
         "platform": device.platform,
         "versions": hardware.versions(),
         "preset": cfg.asked.preset,
+        "arch": m.arch,
         "parameters": m.parameter_count(),
         "padding_parameters": m.padding_parameters,
         **shape,
@@ -77,14 +78,14 @@ def print_result(result: dict[str, Any]) -> None:
     spread = (max(r["step_ms_windows"]) - min(r["step_ms_windows"])) / r["step_ms"]
     rows = {
         "device": f"{r['device']} ({r['platform']}), jax {r['versions']['jax']}",
-        "model": f"{r['parameters']:,} parameters, {r['padding_parameters']:,} of them padding, "
-        f"{r['dtype']}, remat {r['remat']}",
+        "model": f"{r['arch']}, {r['parameters']:,} parameters, {r['padding_parameters']:,} of "
+        f"them padding, {r['dtype']}, remat {r['remat']}",
         "attention": r["attention"],
         "step": f"{r['batch']}; {r['tokens_per_step']:,} tokens of {r['data']}",
         "step time": f"{r['step_ms']:,.1f} ms, the median of {len(r['step_ms_windows'])} windows "
         f"of {r['steps_per_window']} steps, spread {spread:.1%}",
         "speed": f"{r['tokens_per_second']:,.0f} tokens/s",
-        "MFU": "unknown: the card's bfloat16 peak is not known, or the dtype is not bfloat16"
+        "MFU": "unknown: the card's half-precision peak is not known, or the dtype is float32"
         if r["mfu"] is None
         else f"{r['mfu']:.1%} of {r['mfu_peak_flops'] / 1e12:g} TFLOP/s, by {r['mfu_formula']}",
         "peak memory": f"{r['peak_bytes'] / GIB:.2f} GiB by {r['peak_bytes_from']}"

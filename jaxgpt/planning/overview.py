@@ -28,7 +28,7 @@ def overview(planner: Planner, cfg: Resolved) -> dict[str, Any]:
     return {
         "gpu": planner.gpu.key,
         "capacity_bytes": planner.capacity,
-        "reasons": _reasons(planner, cfg, any(one["fits"] for one in starters)),
+        "reasons": _reasons(planner, cfg, starters),
         "hours_given": HOURS,
         "presets": starters,
         "recommended": recommended,
@@ -79,7 +79,7 @@ def _record_of_largest(planner: Planner, found: fit.Fitting) -> dict[str, Any]:
     return planner.record(of_its_preset(at_suggested_rate(found.cfg)), found.need)
 
 
-def _reasons(planner: Planner, cfg: Resolved, any_fits: bool) -> list[str]:
+def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]) -> list[str]:
     """What somebody should know before reading the overview."""
     reasons = []
     major, minor = planner.gpu.compute_capability
@@ -88,10 +88,13 @@ def _reasons(planner: Planner, cfg: Resolved, any_fits: bool) -> list[str]:
             f"Compute capability {major}.{minor} has no bfloat16: it computes in float16 with loss "
             "scaling, without flash attention."
         )
-    if not any_fits:
+    if not any(one["fits"] for one in starters):
+        some = any(one["batch_size_that_fits"] for one in starters)
         reasons.append(
-            "No preset fits as it is. With the batch_size and remat in the column 'fits' it "
-            "does, and trains the same."
+            "No preset fits as it is. Those with a batch_size in the column 'fits' do with that, "
+            "and train the same."
+            if some
+            else "No preset fits, with any batch_size and remat."
         )
     if speed.tokens_per_second(cfg, planner.gpu) is None:
         by = "its memory" if cfg.dtype == "float32" else f"the speed of an {find_gpu(ASSUMED).name}"

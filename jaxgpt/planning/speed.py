@@ -46,7 +46,8 @@ SCALING_LAW = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 
 # Tokens that GPT-2 with AdamW needs for the loss that others reach with one, at 124M on FineWeb, by
 # modded-nanogpt: 10.3B for llm.c's recipe (record 1), 2.95B for the modern block with Adam, 1.77B
 # with Muon (track 3, results 2 and 6), here 1.9B, because parts that no other program loads are
-# left out; for GPT-2 with rotary positions 5.0B with AdamW, 3.25B with Muon (records 2 and 4).
+# left out; for GPT-2 with rotary positions 5.0B with AdamW, 3.25B with Muon (records 2 and 4). For
+# llama nothing is published: it counts as GPT-2 with AdamW.
 TOKENS_WORTH = {("gpt2", "muon"): 5.0 / 3.25, ("qwen3", "adamw"): 10.3 / 2.95}
 TOKENS_WORTH |= {("qwen3", "muon"): 10.3 / 1.9}
 # Peak learning rates by parameters: the rule in the README, continued with GPT-3's for 1.3B.

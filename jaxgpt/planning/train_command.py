@@ -40,15 +40,16 @@ def _differences(cfg: Resolved, preset: Config) -> dict[str, Any]:
 
 
 def of_its_preset(cfg: Resolved) -> Resolved:
-    """`cfg` as a variant of the preset that has its shape, if one has; the run is the same."""
+    """`cfg` as a variant of a preset with its shape, if one is nearer; the run is the same."""
 
     def has_its_shape(preset: Config) -> bool:
         return all(getattr(preset.model, name) == getattr(cfg.model, name) for name in SHAPE)
 
-    if has_its_shape(load_preset(cfg.asked.preset)):
+    asked = load_preset(cfg.asked.preset)
+    if has_its_shape(asked):
         return cfg
     same = [preset for preset in map(load_preset, preset_names()) if has_its_shape(preset)]
-    nearest = min(same, key=lambda preset: len(_differences(cfg, preset)), default=cfg.asked)
+    nearest = min([*same, asked], key=lambda preset: len(_differences(cfg, preset)))
     return dataclasses.replace(cfg, asked=with_fields(cfg.asked, preset=nearest.preset))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
-from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, resolve
+from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, decay_end, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.sources import open_split
@@ -44,7 +44,8 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
         given: names of the flags in argv.
 
     Raises:
-        UserError: if out_dir holds another run or cannot be used, or there are no such weights.
+        UserError: if out_dir holds another run or cannot be used, there are no such weights, or the
+            last steps would have a learning rate of zero.
     """
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
@@ -54,7 +55,19 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
         origin = dataclasses.replace(origin, tokenizer=name)
     if saved is not None:
         check_same_run(asked, origin)
+    _check_decay_end(asked, saved)
     return origin, weights
+
+
+def _check_decay_end(asked: Config, saved: Resolved | None) -> None:
+    """Raises ConfigError if the learning rate falls to zero before the run ends."""
+    end = decay_end(asked, saved)
+    if asked.optimizer.decay_lr and not asked.optimizer.min_lr and end < asked.max_iters:
+        raise ConfigError(
+            f"the learning rate is 0 from step {end:,} on (lr_decay_iters, with min_lr 0), so the "
+            f"steps up to max_iters {asked.max_iters:,} would train nothing; give "
+            f"--lr-decay-iters {asked.max_iters}, or a --min-lr above 0"
+        )
 
 
 def origin_of_data(asked: Config, given: Collection[str]) -> Origin:

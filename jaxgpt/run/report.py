@@ -228,6 +228,8 @@ def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> st
     }
     if not o.decay_lr:
         commands = {f"{prog} {longer}": "train longer"}
+    elif not o.min_lr:
+        del commands[f"{prog} {longer}"]
     commands |= {
         f"{prog} {anew}": "start anew",
         f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "

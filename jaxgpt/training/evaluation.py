@@ -14,7 +14,7 @@ from jaxgpt.training.step import EvalStep, ScoreStep
 def evaluate(
     eval_step: EvalStep, params: Params, windows_WT1: np.ndarray, batch_size: int
 ) -> float:
-    """Mean loss in nats per token over `windows_WT1` (uint16), `batch_size` windows at a time.
+    """Mean loss in nats per token over `windows_WT1`, `batch_size` windows at a time.
 
     The last batch is padded with earlier windows, which are not counted again.
     """
@@ -42,7 +42,7 @@ def measure_text(
     batches: Iterable[np.ndarray],
     byte_lengths_V: np.ndarray,
 ) -> TextLoss:
-    """The loss over batches of windows, each (W, T+1) uint16; only the last may be smaller.
+    """The loss over batches of windows, each (W, T+1); only the last may be smaller.
 
     Bits per byte exclude end-of-text tokens, both their nats and their bytes.
     """

@@ -7,6 +7,7 @@ small model does not; products are in the run's dtype, as in Jordan's code. The 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,6 +64,8 @@ def _orthogonalized_momentum(
 
 def orthogonalize(matrices: Any, dtype: str, map_stack: MapStack = on_one_device) -> Any:
     """Each matrix of a tree with singular values near 1, float32; those of one shape together."""
+    # In float16 small gradients would be zero before they are scaled up.
+    stack_dtype = "float32" if dtype == "float16" else dtype
     leaves, treedef = jax.tree.flatten(matrices)
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -71,18 +74,19 @@ def orthogonalize(matrices: Any, dtype: str, map_stack: MapStack = on_one_device
         at_once = max(1, BATCH_ELEMENTS // math.prod(shape))
         for first in range(0, len(members), at_once):
             batch = members[first : first + at_once]
-            stack = jnp.stack([leaves[i].astype(dtype) for i in batch])
-            for i, matrix in zip(batch, map_stack(newton_schulz, stack), strict=True):
+            stack = jnp.stack([leaves[i].astype(stack_dtype) for i in batch])
+            results = map_stack(partial(newton_schulz, dtype=dtype), stack)
+            for i, matrix in zip(batch, results, strict=True):
                 leaves[i] = matrix.astype(jnp.float32)
     return jax.tree.unflatten(treedef, leaves)
 
 
-def newton_schulz(x_KMN: jax.Array) -> jax.Array:
-    """K matrices with their singular values brought to between 0.7 and 1.2, in their own dtype."""
+def newton_schulz(x_KMN: jax.Array, dtype: str) -> jax.Array:
+    """K matrices in `dtype`, with their singular values brought to between 0.7 and 1.2."""
     tall = x_KMN.shape[1] > x_KMN.shape[2]
     x = x_KMN.mT if tall else x_KMN  # so that x xT is the smaller product
     norm_K11 = jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True)
-    x = (x / (norm_K11 + 1e-7)).astype(x.dtype)
+    x = (x / (norm_K11 + 1e-7)).astype(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

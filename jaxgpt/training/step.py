@@ -120,7 +120,7 @@ def make_train_step(
 ) -> TrainStep:
     """Make `train_step(state, tokens_ABT1) -> (state, metrics)`, to be jitted with state donated.
 
-    `tokens_ABT1` are uint16 windows of block_size + 1 tokens; A must be the number of micro-batches
+    `tokens_ABT1` are windows of block_size + 1 token ids; A must be the number of micro-batches
     that `optimizer` accumulates. A step is skipped if its loss or gradient is not finite or, unless
     `skip_spikes` is 0, more than that many standard deviations above the recent ones. Metrics are
     scalars: `loss` in nats (mean over the step's tokens), `grad_norm` before clipping,

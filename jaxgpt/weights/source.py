@@ -38,7 +38,9 @@ class WeightsFlags:
     init_from: TextIfSet = None
     checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
     device: Device = "auto"  # auto: a GPU if there is one
-    dtype: Dtype = "auto"  # of the matrix products: bfloat16 on a GPU that has it, else float32
+    # of the matrix products; auto: bfloat16 on a GPU that has it, float16 on one of compute
+    # capability 7.0 or 7.5, else float32
+    dtype: Dtype = "auto"
 
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""

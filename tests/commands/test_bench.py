@@ -165,4 +165,4 @@ def test_the_table_names_both_memories_and_says_why_there_is_no_mfu(result, caps
     bench_report.print_result(result)
     text = " ".join(capsys.readouterr().out.split())
     assert "GiB by compiled memory_analysis" in text
-    assert "MFU unknown: the card's bfloat16 peak is not known" in text
+    assert "MFU unknown: the card's half-precision peak is not known" in text

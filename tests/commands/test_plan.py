@@ -210,6 +210,12 @@ def test_the_command_says_what_was_asked_for(answer, flags) -> None:
     assert " ".join(flags) in got["command_that_fits"]
 
 
+def test_the_command_stays_with_the_preset_asked_for_if_it_is_nearer(answer) -> None:
+    """Though the modern presets have the shape that is found, heads of 128."""
+    got = answer("--gpu", "rtx4090", "--hours", "10", "--preset", "24gb", "--arch", "llama")
+    assert got["command"].startswith("python -m jaxgpt.train --preset 24gb ")
+
+
 def test_hours_refuse_what_they_choose(refused) -> None:
     text = refused("--gpu", "4090", "--hours", "48", "--n-layer", "12", "--max-iters", "9")
     assert "--hours chooses --max-iters, --n-layer itself" in text
@@ -229,6 +235,14 @@ def test_hours_need_a_card_of_known_speed(refused) -> None:
     assert "no speed is published" in refused("--gpu", "gtx1660", "--hours", "10")
     assert "hours -1 must be finite and above 0" in refused("--gpu", "4090", "--hours=-1")
     assert "too short for one step" in refused("--gpu", "4090", "--hours=0.00001")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "said"),
+    [("3", "Those with a batch_size in the column 'fits' do"), ("1", "with any batch_size")],
+)
+def test_a_card_that_no_preset_fits_as_it_is_says_whether_one_can(answer, gigabytes, said) -> None:
+    assert said in " ".join(answer("--vram", gigabytes)["reasons"])
 
 
 def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:

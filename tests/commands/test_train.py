@@ -79,6 +79,18 @@ def test_a_resumed_run_keeps_the_end_of_its_decay(tmp_path: Path) -> None:
     assert rates[5] == rates[6] == pytest.approx(1e-4)
 
 
+def test_a_run_that_has_decayed_to_zero_is_not_made_longer_without_a_longer_decay(
+    tmp_path: Path, capsys
+) -> None:
+    run = ("--min-lr", "0", "--warmup-iters", "1")
+    assert train(tmp_path, *run, "--max-iters", "2") == 0
+    assert "the learning rate stays at" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, *run, "--max-iters", "4")
+    assert "the learning rate is 0 from step 2 on" in capsys.readouterr().err
+    assert train(tmp_path, *run, "--max-iters", "4", "--lr-decay-iters", "4") == 0
+
+
 def test_a_smaller_batch_size_changes_nothing_but_rounding(straight: Path, tmp_path: Path) -> None:
     train(tmp_path, "--max-iters", "10", "--batch-size", "2")
     got, expected = (np.array(list(losses(d).values()), float) for d in (tmp_path, straight))

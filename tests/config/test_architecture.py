@@ -12,7 +12,10 @@ QWEN3 = ModelConfig(arch="qwen3", n_layer=2, n_head=4, n_embd=48, vocab_size=64)
     [
         ({"arch": "gpt2", "n_kv_head": 2}, "n_kv_head 2: arch gpt2 has no such option; drop it"),
         ({"arch": "gpt2", "tied_head": False}, "or choose arch qwen3 or llama"),
-        ({"bias": True}, "bias True: arch qwen3 has no such option; drop it, or choose arch gpt2"),
+        (
+            {"bias": True},
+            "bias True: arch qwen3 has no such option; set it to False, or choose arch gpt2",
+        ),
         ({"n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3; the nearest that is: 3"),
         ({"head_dim": 7}, "heads of width 7: rotary positions need an even width; set head_dim to"),
         ({"n_embd": 50}, "n_embd 50 is not a multiple of n_head 4"),

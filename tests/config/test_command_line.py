@@ -383,7 +383,7 @@ def test_the_installed_command_runs_each_module(capsys):
         assert left.value.code == 0
         assert f"usage: python -m jaxgpt.{name}" in capsys.readouterr().out
     assert jaxgpt.main([]) == 0
-    assert "jaxgpt train     train a GPT" in capsys.readouterr().out
+    assert "jaxgpt train     train a model" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         jaxgpt.main(["trian"])
     assert left.value.code == 2
@@ -447,13 +447,13 @@ def test_mistakes_and_help_are_answered_before_jax_is_imported(tmp_path):
 
 
 HEAVY = """
-import importlib, sys
+import sys
+import jaxgpt
 codes = []
 for name in {names}:
-    command = importlib.import_module("jaxgpt." + name)
     for argv in (["--help"], ["--no-such-flag"]):
         try:
-            command.main(argv)
+            jaxgpt.main([name, *argv])
         except SystemExit as stop:
             codes.append(stop.code)
 slow = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorboardX", "torch", "datasets", "pyarrow",

@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from helpers.trees import TINY
 
 import jaxgpt
 from jaxgpt.config.fields import Config
+from jaxgpt.config.presets import packaged_presets, presets_dir
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import GIB, find_gpu
 from jaxgpt.planning.memory import ESTIMATE_ERROR, Need, estimate
@@ -42,6 +44,20 @@ def test_what_was_measured_covers_what_is_claimed() -> None:
     found = [{**row, "peak_bytes": 0} for row in ROWS]
     assert [row for row in wanted if row not in found] == []
     assert [row for row in found if row not in wanted] == []
+
+
+def test_the_headers_of_the_presets_have_the_measured_figures() -> None:
+    peaks = {(r["preset"], r["gpu"]): r["peak_bytes"] for r in ROWS if r["list"] == "presets"}
+    sentence = r"A step needs (\S+) GiB \(compiled\); an? (.+) has (\S+) GiB for it"
+    headers = 0
+    for preset in packaged_presets():
+        text = (presets_dir() / f"{preset}.toml").read_text()
+        for need, card, room in re.findall(sentence, text):
+            gpu = find_gpu(card)
+            figures = (peaks[preset, gpu.key], memory.capacity_of(gpu))
+            assert (preset, need, room) == (preset, *(f"{x / GIB:.1f}" for x in figures))
+            headers += 1
+    assert headers == len(BEST_KNOWN)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -87,9 +87,12 @@ def test_orthogonalized_matrices_are_optaxs() -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-5)
 
 
-def test_products_in_bfloat16_give_nearly_the_same_matrix() -> None:
-    matrices = random_matrices(*SHAPES)
-    exact, rounded = (muon.orthogonalize(matrices, dtype) for dtype in ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e6])
+def test_products_in_half_precision_give_nearly_the_same_matrix(dtype, scale) -> None:
+    """Of gradients beyond float16's range, too."""
+    matrices = jax.tree.map(lambda x: scale * x, random_matrices(*SHAPES))
+    exact, rounded = (muon.orthogonalize(matrices, name) for name in ("float32", dtype))
     for name, matrix in rounded.items():
         assert matrix.dtype == jnp.float32
         distance = jnp.linalg.norm(matrix - exact[name]) / jnp.linalg.norm(exact[name])
