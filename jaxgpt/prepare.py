@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(PROG, lambda: run(flags))
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if argv is not None:  # a command ends here, and a second Ctrl-C must not change its answer
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _raise_stopped(number: int, _: object) -> None:

@@ -79,9 +79,10 @@ def _forward(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_CD, targets_C = chunk
         losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
-        # A target of -1 marks a padding row, which has no gradient. The mean's 1 / M is applied in
-        # the backward pass, because float16 would round these to zero with it.
-        weight_C = (targets_C >= 0).astype(jnp.float32)
+        # A target of -1 marks a padding row, which has no gradient. float16 would round gradients
+        # of the mean to zero: there the 1 / M follows in the backward pass, with the loss scale.
+        weight = 1.0 if h_CD.dtype == jnp.float16 else 1 / M
+        weight_C = jnp.where(targets_C >= 0, weight, 0.0)
         is_target_CV = jnp.arange(w_VD.shape[0]) == targets_C[:, None]
         p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])
         dlogits_CV = ((p_CV - is_target_CV) * weight_C[:, None]).astype(h_CD.dtype)
@@ -102,9 +103,11 @@ def _backward(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
     dh_BTD, dw_VD = gradients
-    cotangent = cotangent / math.prod(dh_BTD.shape[:-1])
-    dh32_BTD = dh_BTD.astype(jnp.float32) * cotangent
-    return (dh32_BTD.astype(dh_BTD.dtype), dw_VD * cotangent, None)
+    if dh_BTD.dtype == jnp.float16:
+        cotangent = cotangent / math.prod(dh_BTD.shape[:-1])
+        dh32_BTD = dh_BTD.astype(jnp.float32) * cotangent
+        return (dh32_BTD.astype(jnp.float16), dw_VD * cotangent, None)
+    return (dh_BTD * cotangent.astype(dh_BTD.dtype), dw_VD * cotangent, None)
 
 
 mean_cross_entropy.defvjp(_forward, _backward)

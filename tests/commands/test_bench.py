@@ -99,7 +99,7 @@ def test_mfu_is_on_the_dense_bf16_peak_of_a_known_card() -> None:
     assert figures["step_ms"] == pytest.approx(1100)
     flops = cfg.tokens_per_step / 1.1 * model_flops_per_token(cfg.model)
     assert figures["mfu"] == pytest.approx(flops / find_gpu("h200").half_flops)
-    assert "dense bf16 peak" in figures["mfu_formula"]
+    assert "dense half-precision peak" in figures["mfu_formula"]
     for device_kind, dtype in (("NVIDIA H201", "bfloat16"), ("NVIDIA H200", "float32")):
         device = types.SimpleNamespace(device_kind=device_kind)
         other = dataclasses.replace(cfg, dtype=dtype)
