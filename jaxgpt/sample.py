@@ -21,7 +21,6 @@ from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
 from jaxgpt.files import user_path
-from jaxgpt.weights.deploy import has_learned_positions
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
@@ -190,7 +189,7 @@ def context_for(model: ModelConfig, length: int) -> int:
 
     A model that others trained may have room for 40,960 tokens, whose cache takes gigabytes.
     """
-    if has_learned_positions(model):
+    if model.has_learned_positions:
         return model.block_size
     return min(model.block_size, -(-length // CACHE_STEP) * CACHE_STEP)
 

@@ -70,6 +70,11 @@ class ModelConfig:
         return option in ARCHITECTURES[self.arch].options
 
     @property
+    def has_learned_positions(self) -> bool:
+        """Whether the context is never longer than in training, as each position has a row."""
+        return any(axes[0] == "block_size" for axes in ARCHITECTURES[self.arch].axes(self).values())
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.n_kv_head or self.n_head

@@ -21,9 +21,8 @@ from jaxgpt.config.presets import describe_presets, load_preset, packaged_preset
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path
 
+HIGHEST_USUAL_RATE = 0.1  # learning rates above it are warned of
 # `--batch-size 16`, `--batch_size=16` and `--bias=True`, without sections and `--no-` twins.
-HIGHEST_USUAL_RATE = 0.1
-HYPHENS = "--prompt='-- ...'"
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -173,7 +172,8 @@ def _cut_off_prompts(argv: Sequence[str]) -> list[str]:
     """A sentence if a prompt begins with a hyphen and is one word, and so looks like a flag."""
     pairs = zip_longest(argv, argv[1:], fillvalue="--")
     cut_off = any(arg == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value) for arg, value in pairs)
-    return [f"--prompt needs a value; if that begins with a hyphen: {HYPHENS}"] if cut_off else []
+    answer = "--prompt needs a value; if that begins with a hyphen: --prompt='-- ...'"
+    return [answer] if cut_off else []
 
 
 def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -> Config:

@@ -31,6 +31,10 @@ from jaxgpt.files import FormatError, decode_json
 NOT_READ = {"gradient_accumulation_steps", "auto_batch_size"}
 
 
+# Compute capabilities from which tensor cores multiply in these dtypes.
+BFLOAT16_FROM, FLOAT16_FROM = (8, 0), (7, 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resolved:
     """Everything about a run; each module gets the section that it needs."""
@@ -151,7 +155,7 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
         ConfigError: if bfloat16 is asked for on a GPU without instructions for it; XLA would accept
             it and emulate them slowly.
     """
-    has_bfloat16 = platform == "gpu" and compute_capability >= (8, 0)
+    has_bfloat16 = platform == "gpu" and compute_capability >= BFLOAT16_FROM
     if asked == "bfloat16" and platform == "gpu" and not has_bfloat16:
         raise ConfigError(
             "dtype bfloat16 needs a GPU of compute capability 8.0 (Ampere or newer), and this one "
@@ -159,7 +163,7 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
         )
     if asked != "auto":
         return asked
-    has_float16 = platform == "gpu" and compute_capability >= (7, 0)  # tensor cores
+    has_float16 = platform == "gpu" and compute_capability >= FLOAT16_FROM
     return "bfloat16" if has_bfloat16 else "float16" if has_float16 else "float32"
 
 

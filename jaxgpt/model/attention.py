@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.config.resolved import BFLOAT16_FROM
 from jaxgpt.model.chunked_attention import CHUNK, chunked_attention
 
 # q_BTNH, k_BTKH, v_BTKH -> out_BTNH; N / K adjacent heads share keys and values
@@ -42,6 +43,20 @@ class LayerCache(NamedTuple):
 
 
 Cache = list[LayerCache]  # one per block
+
+
+def attention(
+    attend: Attend,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: LayerCache | None,
+    start: jax.Array | int,
+) -> tuple[jax.Array, LayerCache | None]:
+    """(out_BTNH, cache): by `attend`, or by `cached_attention` if there is a cache."""
+    if cache is None:
+        return attend(q_BTNH, k_BTKH, v_BTKH), None
+    return cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, start)
 
 
 def cached_attention(
@@ -101,7 +116,7 @@ def pick_attention(
     """
     obstacles = {
         f"not on {platform}": platform != "gpu",
-        "needs compute capability 8.0": compute_capability < (8, 0),
+        "needs compute capability 8.0": compute_capability < BFLOAT16_FROM,
         f"not in {dtype}": dtype != "bfloat16",
         f"head width {head_width} is not a multiple of 8 up to 128": head_width % 8 > 0
         or head_width > 128,

@@ -11,22 +11,18 @@ H head width, F MLP width, V vocabulary; T1 is T + 1; E is 3 * D; M is B * T, th
 a batch.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
-from jaxgpt.model.attention import Attend, LayerCache, cached_attention
+from jaxgpt.model.attention import Attend, LayerCache, attention
 from jaxgpt.model.blocks import Block
 from jaxgpt.model.gelu import GELUS
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import Norm, linear_of_norm, make_linear
-
-INIT_STD = 0.02  # GPT-2's, for every matrix and embedding
+from jaxgpt.model.layers import INIT_STD, Norm, linear_of_norm, make_linear
 
 
 class GPT(LanguageModel):
@@ -85,8 +81,8 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
         self.n_head = cfg.n_head
         self.attend = attend
-        self.c_attn = _linear(cfg, cfg.n_embd, 3 * cfg.n_embd, dtype, rngs)
-        self.c_proj = _linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
+        self.c_attn = make_linear(cfg, cfg.n_embd, 3 * cfg.n_embd, dtype, rngs)
+        self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(
         self,
@@ -100,10 +96,7 @@ class Attention(nnx.Module):
         B, T, E = qkv_BTE.shape
         qkv_BT3NH = qkv_BTE.reshape(B, T, 3, self.n_head, E // 3 // self.n_head)
         q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BT3NH, axis=2)
-        if cache is None:
-            out_BTNH = self.attend(q_BTNH, k_BTNH, v_BTNH)
-        else:
-            out_BTNH, cache = cached_attention(q_BTNH, k_BTNH, v_BTNH, cache, start)
+        out_BTNH, cache = attention(self.attend, q_BTNH, k_BTNH, v_BTNH, cache, start)
         return self.c_proj(out_BTNH.reshape(x_BTD.shape)), cache
 
 
@@ -112,21 +105,8 @@ class MLP(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.gelu = GELUS[cfg.gelu]
-        self.c_fc = _linear(cfg, cfg.n_embd, 4 * cfg.n_embd, dtype, rngs)
-        self.c_proj = _linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
+        self.c_fc = make_linear(cfg, cfg.n_embd, 4 * cfg.n_embd, dtype, rngs)
+        self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array, norm: LayerNorm) -> jax.Array:
         return self.c_proj(self.gelu(linear_of_norm(self.c_fc, norm, x_BTD)))
-
-
-def _linear(
-    cfg: ModelConfig,
-    d_in: int,
-    d_out: int,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-    residual: bool = False,
-) -> nnx.Linear:
-    # Layers that write to the residual stream start smaller, as GPT-2's do.
-    std = INIT_STD / math.sqrt(2 * cfg.n_layer) if residual else INIT_STD
-    return make_linear(d_in, d_out, use_bias=cfg.bias, init_std=std, dtype=dtype, rngs=rngs)

@@ -19,10 +19,6 @@ class LanguageModel(nnx.Module):
     read. A block maps (x_BTD, dropout key, its cache, start) to (x_BTD, its new cache).
     """
 
-    # Whether cached keys stay valid beyond block_size tokens, each token attending to the last
-    # block_size; otherwise the window is computed anew for each token.
-    cache_outlives_context = False
-
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
         self.cfg = cfg
         self.dtype = dtype
@@ -75,6 +71,16 @@ class LanguageModel(nnx.Module):
         return token_scores(h_BTD, self.head(), tokens_BT1[:, 1:], self.cfg.n_vocab)
 
     # ------------------------------------------------------------ generation
+
+    @property
+    def cache_outlives_context(self) -> bool:
+        """Whether cached keys stay valid beyond block_size tokens.
+
+        Each token then attends to the last block_size tokens, because keys are cached rotated by
+        their absolute position, and scores depend on differences only. With learned positions the
+        window is computed anew for each token.
+        """
+        return not self.cfg.has_learned_positions
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache with room for block_size tokens of `batch` sequences."""

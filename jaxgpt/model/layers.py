@@ -1,5 +1,6 @@
 """Building blocks that networks share: linear layers, a norm fused into one, dropout."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,26 +8,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.rms_norm import RMSNorm
 
 Norm = LayerNorm | RMSNorm
+# GPT-2's, for every matrix and embedding, so that what is known about its learning rates holds.
+INIT_STD = 0.02
 
 
 def make_linear(
-    d_in: int, d_out: int, *, use_bias: bool, init_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    cfg: ModelConfig,
+    d_in: int,
+    d_out: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    residual: bool = False,
 ) -> nnx.Linear:
     """A linear layer: float32 parameters, products in `dtype`, kernel of shape (d_in, d_out).
 
-    Its kernel is drawn from a normal distribution; `init_std` 0 makes it zero.
+    A `residual` one writes to the residual stream: it starts smaller, as GPT-2's, or at zero.
     """
+    std = INIT_STD / math.sqrt(2 * cfg.n_layer) if residual else INIT_STD
+    init = nnx.initializers.normal(std)
     return nnx.Linear(
         d_in,
         d_out,
-        use_bias=use_bias,
+        use_bias=cfg.bias,
         dtype=dtype,
         param_dtype=jnp.float32,
-        kernel_init=nnx.initializers.normal(init_std) if init_std else nnx.initializers.zeros,
+        kernel_init=nnx.initializers.zeros if residual and cfg.zero_init else init,
         dot_general=dot_general_by_rows,
         rngs=rngs,
     )

@@ -4,31 +4,23 @@ Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCa
 of the parameters nearly so. Axes are those of `gpt.py`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
-from jaxgpt.model.attention import Attend, LayerCache, cached_attention
+from jaxgpt.model.attention import Attend, LayerCache, attention
 from jaxgpt.model.blocks import Block
 from jaxgpt.model.language_model import LanguageModel
-from jaxgpt.model.layers import Norm, linears_of_norm, make_linear
+from jaxgpt.model.layers import INIT_STD, Norm, linears_of_norm, make_linear
 from jaxgpt.model.rms_norm import RMSNorm, rms_normalize
 from jaxgpt.model.rotary import rotate, rotation
 from jaxgpt.model.swiglu import swiglu
 
-# As in GPT-2, so that what is known about its learning rates holds here, too.
-INIT_STD = 0.02
-
 
 class Qwen3(LanguageModel):
     """Next-token logits from token ids."""
-
-    # Keys are cached rotated by their absolute position, and scores depend on differences only.
-    cache_outlives_context = True
 
     def __init__(
         self,
@@ -89,10 +81,10 @@ class Attention(nnx.Module):
         self.cfg = cfg
         self.attend = attend
         D, N, K, H = cfg.n_embd, cfg.n_head, cfg.kv_heads, cfg.head_width
-        self.q_proj = _linear(cfg, D, N * H, dtype, rngs)
-        self.k_proj = _linear(cfg, D, K * H, dtype, rngs)
-        self.v_proj = _linear(cfg, D, K * H, dtype, rngs)
-        self.o_proj = _linear(cfg, N * H, D, dtype, rngs, residual=True)
+        self.q_proj = make_linear(cfg, D, N * H, dtype, rngs)
+        self.k_proj = make_linear(cfg, D, K * H, dtype, rngs)
+        self.v_proj = make_linear(cfg, D, K * H, dtype, rngs)
+        self.o_proj = make_linear(cfg, N * H, D, dtype, rngs, residual=True)
         if cfg.arch == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(H, cfg.norm_eps), RMSNorm(H, cfg.norm_eps)
 
@@ -113,10 +105,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         angles = rotation(start + jnp.arange(T), H, self.cfg.rope_theta)
         q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-        if cache is None:
-            out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH)
-        else:
-            out_BTNH, cache = cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, start)
+        out_BTNH, cache = attention(self.attend, q_BTNH, k_BTKH, v_BTKH, cache, start)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
 
 
@@ -125,24 +114,10 @@ class MLP(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         D, F = cfg.n_embd, cfg.mlp_hidden
-        self.gate_proj = _linear(cfg, D, F, dtype, rngs)
-        self.up_proj = _linear(cfg, D, F, dtype, rngs)
-        self.down_proj = _linear(cfg, F, D, dtype, rngs, residual=True)
+        self.gate_proj = make_linear(cfg, D, F, dtype, rngs)
+        self.up_proj = make_linear(cfg, D, F, dtype, rngs)
+        self.down_proj = make_linear(cfg, F, D, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array, norm: Norm) -> jax.Array:
         gate_BTF, up_BTF = linears_of_norm([self.gate_proj, self.up_proj], norm, x_BTD)
         return self.down_proj(swiglu(gate_BTF, up_BTF))
-
-
-def _linear(
-    cfg: ModelConfig,
-    d_in: int,
-    d_out: int,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-    residual: bool = False,
-) -> nnx.Linear:
-    std = INIT_STD
-    if residual:  # writes to the residual stream: smaller, as GPT-2's, or zero
-        std = 0.0 if cfg.zero_init else INIT_STD / math.sqrt(2 * cfg.n_layer)
-    return make_linear(d_in, d_out, use_bias=False, init_std=std, dtype=dtype, rngs=rngs)

@@ -33,7 +33,6 @@ GIB = 2**30
 # Share of a card's memory that `train` gives to JAX's pool. JAX's own default is 75 %, which leaves
 # 6 of 24 GB unused. The rest is for the CUDA context, cuBLAS workspaces and the desktop.
 POOL_SHARE = 0.92
-BFLOAT16_FROM = (8, 0)  # compute capability
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

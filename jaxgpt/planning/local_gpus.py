@@ -9,7 +9,8 @@ import re
 import subprocess
 
 from jaxgpt.config.presets import preset_for_memory
-from jaxgpt.planning.gpus import BFLOAT16_FROM, GIB, MIB
+from jaxgpt.config.resolved import BFLOAT16_FROM
+from jaxgpt.planning.gpus import GIB, MIB
 
 QUERY = "name,memory.total,uuid,compute_cap,mig.mode.current"
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config.architecture import ModelConfig, parameter_sizes
 from jaxgpt.config.fields import Remat
-from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import cudnn_attention, pick_attention
 from jaxgpt.model.chunked_attention import CHUNK
@@ -108,7 +108,7 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     assert m.vocab_size is not None
     width = jnp.dtype(cfg.dtype).itemsize
     rows = cfg.batch.batch_size * m.block_size
-    attend, _ = pick_attention("gpu", (8, 0), cfg.dtype, m.head_width)
+    attend, _ = pick_attention("gpu", BFLOAT16_FROM, cfg.dtype, m.head_width)
     chunk = 0 if attend is cudnn_attention else min(CHUNK, m.block_size)
     scores = 4 * cfg.batch.batch_size * m.n_head * chunk * m.block_size
     BTD = rows * m.n_embd * width / 2

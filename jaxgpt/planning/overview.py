@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxgpt.config.presets import load_preset, preset_for_memory, preset_names
-from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.planning import fit, memory, speed
-from jaxgpt.planning.gpus import BFLOAT16_FROM, GIB, find_gpu
+from jaxgpt.planning.gpus import GIB, find_gpu
 from jaxgpt.planning.planner import Planner
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset
 

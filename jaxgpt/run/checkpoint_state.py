@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.training.groups import joined
 from jaxgpt.training.loss_scale import LossScale
 from jaxgpt.training.step import TrainState
 
@@ -77,7 +78,7 @@ def abstract(state: TrainState) -> TrainState:
 def array_specs(stored: Mapping[str, Any]) -> dict[str, str]:
     """Dtype and shape of every array by path, such as 'float32(257, 128)'."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{leaf.shape}"
+        joined(path): f"{leaf.dtype}{leaf.shape}"
         for path, leaf in jax.tree.leaves_with_path(dict(stored))
     }
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config.mesh_shape import MeshShape
+from jaxgpt.training.groups import joined
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.step import Factor, LocalGradients, StepGradients
 
@@ -159,7 +160,7 @@ def is_sharded(path: str) -> bool:
 
 
 def _is_sharded(path: Any) -> bool:
-    return is_sharded(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return is_sharded(joined(path))
 
 
 def specs_of(tree: Any) -> Any:

@@ -54,11 +54,6 @@ def zero_biases(cfg: ModelConfig) -> Shapes:
     return {p: with_biases[p] for p in with_biases.keys() - parameter_shapes(cfg).keys()}
 
 
-def has_learned_positions(cfg: ModelConfig) -> bool:
-    """Whether the context cannot be longer than in training, because each position has a row."""
-    return any(axes[0] == "block_size" for axes in ARCHITECTURES[cfg.arch].axes(cfg).values())
-
-
 def rows_needed(cfg: ModelConfig) -> dict[str, int]:
     """Rows that the model uses of each table that may have more, by path."""
     used = {"vocab_size": cfg.n_vocab or cfg.vocab_size or 0, "block_size": cfg.block_size}

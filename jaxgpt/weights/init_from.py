@@ -9,7 +9,7 @@ from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config, names_with
 from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.config.roles import Role
-from jaxgpt.weights.deploy import explicit_sizes, has_learned_positions
+from jaxgpt.weights.deploy import explicit_sizes
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights
 
 # Fields of ModelConfig that the weights determine. block_size may be shorter than theirs; where
@@ -43,7 +43,7 @@ def find_origin(
         model, tokenizer = weights.model, weights.tokenizer.name
     _check_architecture(asked, init_from, model, tokenizer, given)
     adopted = {name: getattr(model, name) for name in FROM_WEIGHTS}
-    longer = "block_size" in given and not has_learned_positions(model)
+    longer = "block_size" in given and not model.has_learned_positions
     block_size = asked.model.block_size
     block_size = block_size if longer else min(block_size, model.block_size)
     origin = Origin(
@@ -87,7 +87,7 @@ def _check_architecture(
         if name in given and wanted[name] not in (found[name], None)
     ]
     too_long = "block_size" in given and asked.model.block_size > model.block_size
-    if too_long and has_learned_positions(model):
+    if too_long and model.has_learned_positions:
         errors.append(
             f"--block-size {asked.model.block_size}: the weights of {init_from} have "
             f"{model.block_size} positions; it must be at most {model.block_size}"

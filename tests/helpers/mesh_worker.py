@@ -100,8 +100,7 @@ class Run:
 def shares(state) -> dict[str, float]:
     """The fraction of each array on the first device, by path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.size
-        / leaf.size
+        joined(path): leaf.addressable_shards[0].data.size / leaf.size
         for path, leaf in jax.tree.leaves_with_path(state)
         if leaf.size
     }

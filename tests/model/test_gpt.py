@@ -21,6 +21,7 @@ from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.model.layers import linear_of_norm, make_linear
 from jaxgpt.model.network import build_model, init_params, shorten_context
 from jaxgpt.model.rms_norm import RMSNorm
+from jaxgpt.training.groups import joined
 
 
 def make_model(cfg: ModelConfig) -> LanguageModel:
@@ -92,10 +93,7 @@ def test_presets_have_the_documented_size(preset: str, bias: bool, count: int) -
 def test_the_declared_shapes_are_those_of_the_parameters(cfg: ModelConfig, changes: dict) -> None:
     cfg = dataclasses.replace(cfg, **changes)
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
+    shapes = {joined(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
     assert parameter_shapes(cfg) == shapes
     assert sum(parameter_sizes(cfg).values()) == sum(map(math.prod, shapes.values()))
 
@@ -113,7 +111,7 @@ def test_initialization_is_nanogpts() -> None:
     cfg = ModelConfig(n_layer=8, n_head=4, n_embd=128, block_size=64, vocab_size=320, bias=True)
     params = init_params(cfg, jax.random.key(0))
     for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = joined(path)
         expected = {"scale": 0.0, "bias": 0.0}.get(name.rsplit("/", 1)[-1], 0.02)
         if "c_proj/kernel" in name:
             expected = 0.02 / np.sqrt(2 * cfg.n_layer)
@@ -152,11 +150,8 @@ def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
 )
 def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_bias) -> None:
     """In value and in the gradients of input, norm and linear layer."""
-    kwargs = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    modules = (
-        norm,
-        make_linear(16, 48, use_bias=use_bias, init_std=0.02, **kwargs),
-    )
+    cfg = ModelConfig(bias=use_bias)
+    modules = (norm, make_linear(cfg, 16, 48, jnp.dtype(jnp.float32), nnx.Rngs(0)))
     graphdefs = [nnx.graphdef(module) for module in modules]
     like = [nnx.to_pure_dict(nnx.state(module)) for module in modules]
     keys = iter(jax.random.split(jax.random.key(0), 6))

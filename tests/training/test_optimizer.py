@@ -94,13 +94,10 @@ def test_the_declared_moments_are_those_in_the_state(name: str) -> None:
     optimizer = make_optimizer(cfg, make_schedule(cfg, 10), accumulation=1)
     state = jax.eval_shape(optimizer.init, params).inner_opt_state
 
-    def path_of(path) -> str:
-        return jax.tree_util.keystr(path, simple=True, separator="/")
-
-    found = [path_of(path) for path, _ in jax.tree.leaves_with_path(state)]
+    found = [joined(path) for path, _ in jax.tree.leaves_with_path(state)]
     for path, _ in jax.tree.leaves_with_path(params):
-        count = sum(leaf.endswith("/" + path_of(path)) for leaf in found)
-        assert count == OPTIMIZERS[name].moments(path_of(path)), path_of(path)
+        count = sum(leaf.endswith("/" + joined(path)) for leaf in found)
+        assert count == OPTIMIZERS[name].moments(joined(path)), joined(path)
 
 
 # ---------------------------------------------------------------- decay and learning rates by group
