@@ -67,9 +67,9 @@ def wait_for(folder: Path, pattern: str) -> None:
 
 def worker_pids(parent: int) -> list[int]:
     """The worker processes of a command; beside them multiprocessing has a process of its own."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True
-    )
+    # -ww: however long the interpreter's path is, the line is not cut
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)]
+    found = subprocess.run(command, capture_output=True, text=True)
     lines = [line.split(None, 1) for line in found.stdout.splitlines()]
     return [int(pid) for pid, command in lines if "spawn_main" in command]
 
