@@ -199,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = args.data_dir.name if args.data_dir else "embedded"
     setting = {"flags": args.flags, "text": text, "windows": args.windows}
     runs = load_runs(args.json, setting)
-    seconds = json.loads(args.json.read_text())["step_seconds"] if runs else {}
+    measured = args.json is not None and args.json.exists()
+    seconds = json.loads(args.json.read_text())["step_seconds"] if measured else {}
     steps = steps_of(args, names, seconds)
 
     def run(name: str, rate: float, seed: int) -> None:
