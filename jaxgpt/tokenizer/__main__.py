@@ -37,10 +37,6 @@ HELD_OUT = 20  # every such piece
 HELD_OUT_BYTES = 5_000_000  # enough to measure
 SMALLEST = 512  # ids: 256 bytes, the end of text, and some merges
 
-# As GPT-2's, but marks belong to the letter before them, which many scripts of India need, and
-# numbers have at most three digits.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFlags:
@@ -165,11 +161,12 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from jaxgpt.data.tokenizer import EOT_TEXT
+    from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
 
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS_WITH_MARKS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

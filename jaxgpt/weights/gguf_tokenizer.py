@@ -23,11 +23,14 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}%s| ?[^\s%s\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The one that suits most scripts: marks belong to the letter before them, which those of India
+# need, and each digit is a word.
+WORDS_WITH_MARKS = _WORDS % (r"[\p{L}\p{M}]", "", r"\p{L}\p{M}")
 # The regular expression that splits a text, by llama.cpp's name.
 PATTERNS = {
     _WORDS % (r"\p{L}", "", r"\p{L}"): "qwen2",
     _WORDS % (r"\p{L}", "{1,3}", r"\p{L}"): "llama-bpe",
-    _WORDS % (r"[\p{L}\p{M}]", "", r"\p{L}\p{M}"): "qwen35",
+    WORDS_WITH_MARKS: "qwen35",
 }
 
 

@@ -15,6 +15,7 @@ from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import byte_characters, load_tokenizer
 from jaxgpt.preparation.inspect_folder import inspect_folder
 from jaxgpt.tokenizer.__main__ import main
+from jaxgpt.weights.gguf_tokenizer import gguf_vocabulary
 
 FLAGS = ("--dataset", "mine", "--sample-tokens", "0")
 
@@ -46,6 +47,7 @@ def test_a_tokenizer_travels_from_its_folder_to_the_exported_model(
     assert export.main(["--out-dir", "run", "--to", "exported"]) == 0
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (Path("exported") / name).read_bytes() == (Path("gone") / name).read_bytes()
+    assert gguf_vocabulary(load_tokenizer("exported")).pre == "qwen35"
     flags = ["--init-from", "./exported", "--prompt", "It is", "--max-new-tokens", "4"]
     assert sample.main(flags) == 0
 
