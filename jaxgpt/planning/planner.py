@@ -116,6 +116,7 @@ class Planner:
             "gpu": self.gpu.key,
             "gpu_name": self.gpu.name,
             "capacity_bytes": self.capacity,
+            "arch": m.arch,
             "parameters": parameters,
             "padding_parameters": m.padding_parameters,
             "n_layer": m.n_layer,
@@ -183,6 +184,7 @@ class Planner:
         m, tokens = cfg.model, cfg.total_tokens
         parameters = m.parameter_count()
         return {
+            "arch": m.arch,
             "parameters": parameters,
             "n_layer": m.n_layer,
             "n_head": m.n_head,

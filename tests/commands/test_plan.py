@@ -193,6 +193,7 @@ def test_hours_find_the_least_predicted_loss(answer, shown) -> None:
     cfg = parsed(got["command"])
     assert cfg.optimizer.warmup_iters <= cfg.max_iters / 20
     assert cfg.preset == got["preset"] == "48gb-280m"  # it has that shape
+    assert {choice["arch"] for choice in got["choices"]} == {got["arch"]} == {"gpt2"}
     assert cfg.optimizer.min_lr == pytest.approx(got["suggested_learning_rate"] / 10)
     more = answer("--gpu", "rtx4090", "--hours", "480")
     assert more["parameters"] > got["parameters"]
