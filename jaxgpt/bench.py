@@ -23,7 +23,8 @@ from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.config.resolved import Resolved
-from jaxgpt.data.loader import WindowLoader, prefetch
+from jaxgpt.data.loader import prefetch
+from jaxgpt.data.mixture import MixtureLoader
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ from jaxgpt.planning.local_gpus import tier_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
-from jaxgpt.run.opening import find_devices, find_tokenizer, load_step, origin_of_data
+from jaxgpt.run.opening import find_devices, find_tokenizer, load_step, make_loader, origin_of_data
 
 if TYPE_CHECKING:  # it imports JAX, which comes after the command line
     from jaxgpt.training.layout import Layout
@@ -156,27 +157,29 @@ def measure(
 
 def open_tokens(
     asked: Config, tokenizer: Tokenizer, flags: BenchFlags, given: Collection[str]
-) -> WindowLoader | None:
-    """The loader of a run; None for random tokens, if no data exists and none was named.
+) -> MixtureLoader | None:
+    """The loader of a run; None for random tokens, if data is missing and none was named.
 
     Raises:
         DataError: if the data that the flags name is missing or damaged.
     """
-    embedded = asked.dataset == "embedded"
+    folders = asked.mixture.folders
     named = bool({"data_dir", "dataset"} & set(given))
-    absent = not embedded and (asked.data_dir is None or not asked.data_dir.is_dir())
+    absent = any(folder is not None and not folder.is_dir() for folder in folders.values())
     if flags.synthetic or (absent and not named):
         return None
-    train = open_split(None if embedded else asked.data_dir, "train", tokenizer)
-    return WindowLoader(train, asked.model.block_size, tokenizer.n_vocab, asked.seed)
+    streams = {name: open_split(folder, "train", tokenizer) for name, folder in folders.items()}
+    return make_loader(asked, streams, asked.model.block_size, tokenizer.n_vocab)
 
 
 def make_batches(
-    cfg: Resolved, layout: "Layout", loader: WindowLoader | None
+    cfg: Resolved, layout: "Layout", loader: MixtureLoader | None
 ) -> tuple[Callable[[int], Any], str]:
     """(step -> tokens_ABT1 on the devices of `layout`, a description of them)."""
     if loader is not None:
-        return partial(load_step, cfg, layout, loader), loader.tokens.name
+        return partial(load_step, cfg, layout, loader), ", ".join(
+            source.tokens.name for source in loader.loaders
+        )
     shape = (cfg.batch.accumulation, cfg.batch.global_micro_batch, cfg.model.block_size + 1)
     rng = np.random.default_rng(cfg.asked.seed)
     # Not all zeros: looking up one row, and a softmax that has learned one answer, are cheaper.

@@ -20,10 +20,10 @@ from rich.progress import track
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
+from jaxgpt.config.mixture import Mixture, make_mixture
 from jaxgpt.config.task_sources import TaskSources
 from jaxgpt.data.loader import evaluation_windows, first_windows
 from jaxgpt.data.manifest import check_manifest
-from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Figure, Question
 from jaxgpt.data.tasks import TASKS, load_tasks
@@ -40,7 +40,8 @@ VAL_TOKENS = 10_485_760  # 10,240 windows of 1,024
 class EvaluateFlags(WeightsFlags):
     """What to measure, and on what."""
 
-    dataset: TextIfSet = None  # a folder under data/, or 'embedded'; if unset, the run's own
+    # a folder under data/ or a path, 'embedded', or a mixture; if unset, the run's own
+    dataset: TextIfSet = None
     data_dir: PathIfSet = None  # folder with the token shards; if unset, data/<dataset>
     # tokens of the validation split to use, from its start; 0: all; if unset, 10,485,760
     val_tokens: IntIfSet = None
@@ -80,6 +81,7 @@ class ValidationText(NamedTuple):
     name: str  # which windows of which file
     batches: Iterable[np.ndarray]  # (W, T+1) uint16 each
     windows: int  # in all batches
+    share: float  # of this text in the loss of a mixture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +100,7 @@ def run(argv: Sequence[str]) -> int:
     weights = open_weights(flags)
     if flags.block_size is not None:
         weights = weights.with_context(flags.block_size)
-    text = None if flags.skip_loss else open_text(flags, weights)
+    texts = {} if flags.skip_loss else open_texts(flags, weights)
     tasks = load_tasks(vars(flags.tasks), weights.tokenizer, weights.model.block_size)
     wanted_dtype = flags.dtype
     if flags.as_in_training and wanted_dtype == "auto" and weights.run is not None:
@@ -106,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
     device, dtype = prepare_device(flags.device, wanted_dtype)
     smaller = f"use smaller batches: --batch-size {max(1, flags.batch_size // 2)}"
     with explain_out_of_memory(lambda: smaller):
-        result, figures = measure(weights, text, tasks, flags.batch_size, device, dtype)
+        result, figures = measure(weights, texts, tasks, flags.batch_size, device, dtype)
     if flags.json:
         result |= {name: flat_figures(figures[name], len(tasks[name])) for name in tasks}
         print(json.dumps(without_nan(result), indent=2))
@@ -118,7 +120,7 @@ def run(argv: Sequence[str]) -> int:
 
 def measure(
     weights: Weights,
-    text: ValidationText | None,
+    texts: Mapping[str, ValidationText],
     tasks: Mapping[str, Sequence[Question]],
     batch_size: int,
     device: Any,
@@ -138,33 +140,53 @@ def measure(
     with jax.default_device(device):
         params = weights.load(device)
         score_step = jax.jit(make_score_step(build_network(weights, device, dtype)))
-        if text is not None:
+        losses = {}
+        for name, text in texts.items():
             batches = with_progress(text.batches, -(-text.windows // batch_size), "validation loss")
             loss = measure_text(score_step, params, batches, weights.tokenizer.byte_lengths())
-            result["validation"] = {"text": text.name, **loss._asdict()}
+            losses[name] = {"text": text.name, **loss._asdict()}
+        if len(losses) == 1:
+            result["validation"] = losses[name]
+        elif losses:
+            mean = sum(texts[name].share * loss["loss"] for name, loss in losses.items())
+            result["mixture"] = {"loss": mean, "sources": losses}
         with waiting(f"scoring {' and '.join(tasks)}") if tasks else nullcontext():
             return result, score_tasks(tasks, score_step, params, m.block_size, batch_size)
 
 
-def open_text(flags: EvaluateFlags, weights: Weights) -> ValidationText:
-    """The windows that the flags ask for.
+def open_texts(flags: EvaluateFlags, weights: Weights) -> dict[str, ValidationText]:
+    """The windows that the flags ask for, by source.
 
     Raises:
         UserError: if there is no text, or it was tokenized with another tokenizer.
     """
-    block_size, n_vocab = weights.model.block_size, weights.tokenizer.n_vocab
-    run = weights.run
-    if flags.as_in_training and run is None:
+    if flags.as_in_training and weights.run is None:
         raise ConfigError(f"--as-in-training needs a run, and {weights.name} is not one; drop it")
-    tokens = open_val_split(flags, weights)
+    mixture = find_mixture(flags, weights)
+    shares = mixture.stages[0].shares
+    return {
+        mixture.labels[name]: open_text(flags, weights, folder, float(shares.get(name, 0)))
+        for name, folder in mixture.folders.items()
+    }
+
+
+def open_text(
+    flags: EvaluateFlags, weights: Weights, folder: Path | None, share: float
+) -> ValidationText:
+    """The windows of one source."""
+    block_size, n_vocab = weights.model.block_size, weights.tokenizer.n_vocab
+    if folder is not None:
+        check_manifest(folder, weights.tokenizer)
+    tokens = open_split(folder, "val", weights.tokenizer)
     if flags.as_in_training:
-        assert run is not None
-        windows_WT1 = evaluation_windows(tokens, block_size, run.eval_windows, n_vocab)
+        assert weights.run is not None
+        windows_WT1 = evaluation_windows(tokens, block_size, weights.run.eval_windows, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
         return ValidationText(
             f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations",
             [windows_WT1[start : start + flags.batch_size] for start in starts],
             len(windows_WT1),
+            share,
         )
     available = (len(tokens) - 1) // block_size
     wanted = VAL_TOKENS if flags.val_tokens is None else flags.val_tokens
@@ -174,27 +196,23 @@ def open_text(flags: EvaluateFlags, weights: Weights) -> ValidationText:
         f"{tokens.name}: {which} {count:,} windows of {block_size:,}",
         first_windows(tokens, block_size, count, n_vocab, flags.batch_size),
         count,
+        share,
     )
 
 
-def open_val_split(flags: EvaluateFlags, weights: Weights) -> TokenStream:
-    """The validation split that the flags name, by default the run's own."""
+def find_mixture(flags: EvaluateFlags, weights: Weights) -> Mixture:
+    """The data sets that the flags name, by default the run's own."""
     run = weights.run
-    dataset = flags.dataset or (run.asked.dataset if run and flags.data_dir is None else None)
-    data_dir = flags.data_dir
-    if data_dir is None and dataset not in (None, "embedded"):
-        of_run = run is not None and flags.dataset in (None, run.asked.dataset)
-        data_dir = run.asked.data_dir if run and of_run else Path("data") / str(dataset)
-    if dataset == "embedded":
-        return open_split(None, "val", weights.tokenizer)
-    if data_dir is None:
+    if flags.data_dir is not None:
+        return make_mixture("data_dir", user_path(flags.data_dir, "--data-dir"))
+    if run is not None and flags.dataset in (None, run.asked.dataset):
+        return run.asked.mixture
+    if flags.dataset is None:
         raise ConfigError(
             f"{weights.name} is not a run and has no dataset; add --data-dir FOLDER or --dataset "
             "embedded, or score tasks only with --skip-loss"
         )
-    data_dir = user_path(data_dir, "--data-dir")
-    check_manifest(data_dir, weights.tokenizer)
-    return open_split(data_dir, "val", weights.tokenizer)
+    return make_mixture(flags.dataset, None)
 
 
 def with_progress(batches: Iterable[np.ndarray], total: int, what: str) -> Iterable[np.ndarray]:
@@ -215,6 +233,13 @@ def result_rows(result: Mapping[str, Any]) -> dict[str, str]:
         rows["perplexity"] = f"{v['perplexity']:.2f}"
         rows["bits per byte"] = f"{v['bits_per_byte']:.4f}"
         rows["tokens"] = f"{v['tokens']:,} ({v['bytes']:,} bytes)"
+    if "mixture" in result:
+        rows["loss"] = f"{result['mixture']['loss']:.4f} nats per token, the sources' weighted mean"
+        for name, v in result["mixture"]["sources"].items():
+            rows[f"loss of {name}"] = (
+                f"{v['loss']:.4f} +- {v['standard_error']:.4f}, {v['bits_per_byte']:.4f} bits per "
+                f"byte; {v['text']}, {v['tokens']:,} tokens"
+            )
     return rows
 
 

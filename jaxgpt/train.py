@@ -8,7 +8,7 @@ takes seconds, and a typo or `--help` should be answered at once.
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # they import JAX
     from jaxgpt.run.metrics import MetricsLog
     from jaxgpt.run.preflight import Compiled
     from jaxgpt.run.saver import Saver
-    from jaxgpt.training.step import Metrics, TrainState
+    from jaxgpt.training.step import TrainState
 
 PROG = "python -m jaxgpt.train"
 
@@ -140,6 +140,7 @@ def find_checkpoint(
     if step is not None:
         saved = checkpoints.manifest(step)
         folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
+        folder.check_stages(cfg, saved.config, step)
         folder.check_data(saved.data, data.identity, cfg.out_dir)
     return step
 
@@ -242,7 +243,9 @@ def train(
         result = report.Result(reporter.evaluated(step, run.evaluator.scores(state)))
         saver.finish(result.val_loss)
         saver.wait()  # a run that cannot save fails now, not after hours
-    unread: Metrics | None = None  # of the newest step: reading them would wait for the device
+    unread: Mapping[str, Any] | None = (
+        None  # of the newest step: reading them would wait for the device
+    )
     run.watch.begin("step")
     for tokens_ABT1 in run.batches:
         if unread is None:  # nothing has changed since the last save
@@ -251,10 +254,12 @@ def train(
                 saver.wait()
                 reporter.stopped(step, requests.stop)
                 return None
+        is_logged = (step + 1) % asked.log_interval == 0
+        by_source = run.evaluator.losses_of_step(state, step) if is_logged else {}
         state, metrics = run.train_step(state, tokens_ABT1)
         if unread is not None:  # of the step before; the device computes this step meanwhile
             reporter.log_if_due(step, reporter.read(step, unread))
-        step, unread = step + 1, metrics
+        step, unread = step + 1, {**metrics, **by_source}
 
         requests = sync.exchange(stop.name, saver.is_due() or stop.save_now)
         saver.poll()

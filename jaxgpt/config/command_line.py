@@ -16,6 +16,7 @@ import tyro
 from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config
+from jaxgpt.config.mixture import folder_of, is_one_source
 from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
 from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
 from jaxgpt.errors import fail, warn
@@ -189,6 +190,6 @@ def _to_config(draft: RunFlags, base: Config, flags: Mapping[str, str | None]) -
     fields["out_dir"] = user_path(draft.out_dir or default, "--out-dir")
     if draft.data_dir is not None:
         fields["data_dir"] = user_path(draft.data_dir, "--data-dir")
-    elif draft.dataset != "embedded":
-        fields["data_dir"] = Path("data") / draft.dataset
+    elif is_one_source(draft.dataset):
+        fields["data_dir"] = folder_of(draft.dataset)
     return Config(**fields)

@@ -12,13 +12,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
+from tyro.conf import Suppress, UseAppendAction, arg
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.batch import divide_batch, effective_of_accumulation
 from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.mixture import EMBEDDED, Mixture, make_mixture
 from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.roles import Role, with_role
 from jaxgpt.config.task_sources import TaskSources
@@ -50,8 +51,17 @@ class Config:
     # model.safetensors; they determine architecture and tokenizer, but block_size may be shorter
     init_from: Annotated[TextIfSet, Role.FIXED, Role.INHERITED] = None
 
-    # a folder under data/, or 'embedded' for the text in the package
+    # a folder under data/ or a path; 'embedded' for the text in the package; or a mixture:
+    # fineweb:0.7,mine:0.3
     dataset: Annotated[str, Role.FIXED] = "fineweb"
+    # another mixture from this step on; may be repeated, and a resumed run may change stages that
+    # it has not reached
+    mixture_at: Annotated[
+        tuple[tuple[int, str], ...],
+        Role.TUNABLE,
+        UseAppendAction,
+        arg(metavar="STEP MIXTURE", help_behavior_hint=""),
+    ] = ()
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
     # the one that the data was tokenized with; if not given, the one in the data's manifest: gpt2,
@@ -143,11 +153,15 @@ class Config:
             for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
             if "\0" in str(path)
         ]
-        if self.dataset == "embedded" and self.data_dir is not None:
+        if self.dataset == EMBEDDED and self.data_dir is not None:
             errors.append(
                 f"data_dir {self.data_dir} is not read with dataset 'embedded', the text in the "
                 "package; set another dataset as well"
             )
+        try:
+            _ = self.mixture
+        except ConfigError as error:
+            errors.append(str(error))
         if errors:
             raise ConfigError("\n".join(errors))
 
@@ -180,6 +194,11 @@ class Config:
     def windows_in(self, eval_iters: int) -> int:
         """Windows of one evaluation: `eval_iters` batches of this preset's batch_size."""
         return eval_iters * self.batch_size_or(DEFAULT_BATCH_SIZE)
+
+    @property
+    def mixture(self) -> Mixture:
+        """The data sets to train on, and their shares."""
+        return make_mixture(self.dataset, self.data_dir, self.mixture_at)
 
     @property
     def open_choices(self) -> frozenset[str]:
@@ -228,4 +247,5 @@ def flat_values(cfg: Config) -> dict[str, Any]:
     values = dataclasses.asdict(cfg)
     for section in SECTIONS:
         values |= values.pop(section)
+    values["mixture_at"] = [list(stage) for stage in values["mixture_at"]]
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

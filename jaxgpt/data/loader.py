@@ -82,23 +82,22 @@ class WindowLoader:
 
         Only `rows` of each of the A micro-batches are read.
         """
-        count = accumulation * batch_size
-        numbers = np.arange(step * count, (step + 1) * count, dtype=np.uint64)
-        chosen = numbers.reshape(accumulation, batch_size)[:, rows]
-        return self._read(chosen.reshape(-1)).reshape(*chosen.shape, self.block_size + 1)
+        numbers = window_numbers(step, accumulation, batch_size, rows)
+        return self.read(numbers.reshape(-1)).reshape(*numbers.shape, self.block_size + 1)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """(count, T+1): windows first to first+count-1 of the run.
 
         Raises DataError for an id outside the vocabulary.
         """
-        return self._read(np.arange(first, first + count, dtype=np.uint64))
+        return self.read(np.arange(first, first + count, dtype=np.uint64))
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """(count,) int64: the positions of these windows in the stream."""
         return self._starts(np.arange(first, first + count, dtype=np.uint64))
 
-    def _read(self, k: np.ndarray) -> np.ndarray:
+    def read(self, k: np.ndarray) -> np.ndarray:
+        """(W, T+1): windows `k` (W,) of the run."""
         return self.tokens.checked_windows(self._starts(k), self.block_size + 1, self.n_vocab)
 
     def _starts(self, k: np.ndarray) -> np.ndarray:
@@ -109,9 +108,14 @@ class WindowLoader:
         index = shuffled_index(place, self.windows_per_epoch, epoch_seed)
         return (offset + index * self.block_size).astype(np.int64)
 
-    def epoch(self, step: int, sequences_per_step: int) -> float:
-        """How many epochs have passed when `step` begins."""
-        return step * sequences_per_step / self.windows_per_epoch
+
+def window_numbers(
+    step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
+) -> np.ndarray:
+    """(A, rows) uint64: the windows of one optimizer step, of `rows` of each micro-batch."""
+    count = accumulation * batch_size
+    numbers = np.arange(step * count, (step + 1) * count, dtype=np.uint64)
+    return numbers.reshape(accumulation, batch_size)[:, rows]
 
 
 def evaluation_windows(

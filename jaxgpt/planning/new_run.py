@@ -11,11 +11,10 @@ from jaxgpt.data.tokenizer import load_tokenizer
 
 def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Resolved:
     """`asked` as a new run with random weights. Raises ConfigError as `resolve` does."""
-    n_vocab = _n_vocab(asked.tokenizer, asked.data_dir)
+    n_vocab = _n_vocab(asked.tokenizer, *filter(None, asked.mixture.folders.values()))
     return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)
 
 
 @functools.cache
-def _n_vocab(tokenizer: str, data_dir: Path | None) -> int:
-    folders = [data_dir] if data_dir else []  # which may have a copy of the tokenizer
+def _n_vocab(tokenizer: str, *folders: Path) -> int:  # which may have a copy of the tokenizer
     return load_tokenizer(tokenizer, *folders).n_vocab  # a tenth of a second, of many presets

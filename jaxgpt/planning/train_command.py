@@ -22,7 +22,8 @@ def train_command(cfg: Resolved) -> str:
     differing = _differences(cfg, load_preset(cfg.asked.preset))
     words = ["--preset", cfg.asked.preset]
     for name, value in differing.items():
-        words += [as_flag(name), str(value)]
+        for given in value if isinstance(value, list) else [[value]]:  # a flag that is repeated
+            words += [as_flag(name), *map(str, given)]
     if set(SHAPE) & differing.keys():  # no longer a run of the preset
         size = f"{cfg.model.parameter_count() / 1e6:.0f}m"
         words += ["--out-dir", f"runs/{Path(cfg.asked.preset).stem}-{size}"]

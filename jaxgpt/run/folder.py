@@ -41,6 +41,21 @@ def check_checkpoint(resolved: Resolved, restored: dict[str, Any], source: str) 
     _refuse_differences(resolved.asked.out_dir, resolved.flat(), saved, names_with(Role.FIXED))
 
 
+def check_stages(resolved: Resolved, restored: dict[str, Any], step: int) -> None:
+    """Raises ConfigError if the run has trained up to `step` on another mixture than asked for."""
+    saved = resolved_from(restored, "the checkpoint").asked
+    was, now = (
+        [stage for stage in asked.mixture.stages if stage.start < step]
+        for asked in (saved, resolved.asked)
+    )
+    if was != now:
+        given = " ".join(f"--mixture-at {at} {text}" for at, text in saved.mixture_at)
+        raise ConfigError(
+            f"--mixture-at: the run in {resolved.out_dir} is at step {step:,}, and stages before "
+            f"that cannot change; {f'it has {given}' if given else 'it has none'}"
+        )
+
+
 def changes(resolved: Resolved, saved: Resolved) -> list[str]:
     """'name old -> new' for each setting that has changed since the run was saved."""
     new, old = resolved.flat(), saved.flat()

@@ -6,6 +6,7 @@ Shared by `train` and `bench`. Everything but `find_devices` happens before JAX 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,12 @@ from jaxgpt.config.mesh_shape import choose_mesh
 from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, decay_end, resolve
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.manifest import check_manifest, load_manifest
+from jaxgpt.data.mixture import MixtureLoader
+from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Question
 from jaxgpt.data.tasks import load_tasks
+from jaxgpt.data.token_file import PREPARE, DataError
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.run import device as hardware
 from jaxgpt.run.folder import check_same_run, load_saved
@@ -30,8 +34,8 @@ class Data(NamedTuple):
     """What a run reads."""
 
     tokenizer: Tokenizer
-    loader: WindowLoader  # of the training split
-    windows_WT1: np.ndarray  # of the validation split
+    loader: MixtureLoader  # of the training splits
+    validation: Mapping[str, np.ndarray]  # windows_WT1 of each source's validation split
     tasks: Mapping[str, Sequence[Question]]  # scored at each evaluation
     identity: dict[str, int | str]  # distinguishes this data from other data
 
@@ -78,23 +82,35 @@ def origin_of_data(asked: Config, given: Collection[str]) -> Origin:
 
 
 def _tokenizer_of_data(asked: Config) -> str | None:
-    """The name of the tokenizer in the data's manifest, None without one."""
-    if asked.data_dir is None or asked.dataset == "embedded":
-        return None
-    manifest = load_manifest(asked.data_dir)
-    return manifest.tokenizer.name if manifest else None
+    """The name of the tokenizer in the manifests of the data, None without one.
+
+    Raises:
+        DataError: if they have several tokenizers.
+    """
+    folders = [folder for folder in asked.mixture.folders.values() if folder]
+    manifests = {folder: load_manifest(folder) for folder in folders}
+    found = {folder: manifest.tokenizer for folder, manifest in manifests.items() if manifest}
+    for folder, tokenizer in found.items():
+        first, expected = next(iter(found.items()))
+        if tokenizer.sha256 != expected.sha256:
+            raise DataError(
+                f"{folder}: was made with tokenizer {tokenizer.name!r}, but {first} with "
+                f"{expected.name!r}, and a mixture needs one for all; prepare one of them again "
+                f"with {PREPARE} --tokenizer"
+            )
+    return next((tokenizer.name for tokenizer in found.values()), None)
 
 
 def find_tokenizer(asked: Config, origin: Origin) -> Tokenizer:
     """The tokenizer of a run, from the run's folder or the data's if they have a copy of it."""
     folders = [asked.out_dir] if origin.saved and asked.out_dir else []
-    if asked.data_dir is not None and _tokenizer_of_data(asked) == origin.tokenizer:
-        folders.append(asked.data_dir)
+    if _tokenizer_of_data(asked) == origin.tokenizer:
+        folders += [folder for folder in asked.mixture.folders.values() if folder]
     return load_tokenizer(origin.tokenizer, *folders)
 
 
 def open_data(asked: Config, origin: Origin, tokenizer: Tokenizer | None = None) -> Data:
-    """The training and the validation split and the evaluation tasks, checked.
+    """The training and validation splits of every source and the evaluation tasks, checked.
 
     `tokenizer`: that of the weights to start from, if there are any.
 
@@ -105,27 +121,50 @@ def open_data(asked: Config, origin: Origin, tokenizer: Tokenizer | None = None)
     model = dataclasses.replace(origin.model, n_vocab=tokenizer.n_vocab)
     if errors := model.errors():  # a vocab_size too small for the tokenizer
         raise ConfigError("\n".join(errors))
-    identity: dict[str, int | str] = {}
-    data_dir = None if asked.dataset == "embedded" else asked.data_dir
-    if data_dir is not None and (fingerprint := check_manifest(data_dir, tokenizer)):
-        identity["manifest_fingerprint"] = fingerprint
+    identity: dict[str, int | str] = {"tokenizer_sha256": tokenizer.sha256}
     block_size = model.block_size
-    tokens_wanted = asked.effective_batch_size * block_size * asked.max_iters
-    train = open_split(data_dir, "train", tokenizer, tokens_wanted)
-    val = open_split(data_dir, "val", tokenizer, tokens_wanted)
-    identity["tokenizer_sha256"] = tokenizer.sha256
-    identity |= {"train_tokens": len(train), "val_tokens": len(val)}
-    identity |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
     saved = origin.saved
     windows = asked.eval_windows if saved is None else saved.eval_windows
     assert windows is not None, "set by the command line"
+    streams: dict[str, TokenStream] = {}
+    validation: dict[str, np.ndarray] = {}
+    for name, folder in asked.mixture.folders.items():
+        # The first source's entries have no prefix, so that a run can add sources later.
+        prefix = f"{name}: " if streams else ""
+        streams[name], val, facts = _open_source(asked, folder, tokenizer)
+        validation[name] = evaluation_windows(val, block_size, windows, tokenizer.n_vocab)
+        identity |= {prefix + fact: value for fact, value in facts.items()}
     return Data(
         tokenizer=tokenizer,
-        loader=WindowLoader(train, block_size, tokenizer.n_vocab, asked.seed),
-        windows_WT1=evaluation_windows(val, block_size, windows, tokenizer.n_vocab),
+        loader=make_loader(asked, streams, block_size, tokenizer.n_vocab),
+        validation=validation,
         tasks=load_tasks(vars(asked.tasks), tokenizer, block_size),
         identity=identity,
     )
+
+
+def _open_source(
+    asked: Config, folder: Path | None, tokenizer: Tokenizer
+) -> tuple[TokenStream, TokenStream, dict[str, int | str]]:
+    """The training and the validation split of a source, and what distinguishes them."""
+    facts: dict[str, int | str] = {}
+    if folder is not None and (fingerprint := check_manifest(folder, tokenizer)):
+        facts["manifest_fingerprint"] = fingerprint
+    tokens_wanted = asked.tokens_per_step * asked.max_iters
+    train = open_split(folder, "train", tokenizer, tokens_wanted)
+    val = open_split(folder, "val", tokenizer, tokens_wanted)
+    facts |= {"train_tokens": len(train), "val_tokens": len(val)}
+    facts |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    return train, val, facts
+
+
+def make_loader(
+    asked: Config, streams: Mapping[str, TokenStream], block_size: int, n_vocab: int
+) -> MixtureLoader:
+    """The training windows of a run, from the sources' streams."""
+    windows = asked.effective_batch_size
+    stages = [(step * windows, shares) for step, shares in asked.mixture.stages]
+    return MixtureLoader(streams, stages, block_size, n_vocab, asked.seed)
 
 
 def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved, Any]:
@@ -146,7 +185,7 @@ def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved,
     return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=dtype), layout
 
 
-def load_step(cfg: Resolved, layout: Any, loader: WindowLoader, step: int) -> Any:
+def load_step(cfg: Resolved, layout: Any, loader: WindowLoader | MixtureLoader, step: int) -> Any:
     """The tokens of one step on the devices of `layout`: tokens_ABT1."""
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape_ABT1 = (A, B, cfg.model.block_size + 1)

@@ -127,9 +127,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
     """Print the resolved configuration and what follows from it."""
     cfg, need, device = compiled.cfg, compiled.need, compiled.layout.device
     m, o, asked = cfg.model, cfg.optimizer, cfg.asked
-    tokens = cfg.tokens_per_step
-    epochs = data.loader.epoch(asked.max_iters, cfg.batch.effective)
-    source = "embedded text" if asked.dataset == "embedded" else str(asked.data_dir)
+    tokens, windows = cfg.tokens_per_step, sum(map(len, data.validation.values()))
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
     rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
     if asked.max_iters <= o.warmup_iters:
@@ -146,14 +144,14 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
         "weights": f"random, seed {asked.seed}" if cfg.init_from is None else cfg.init_from,
-        "data": f"{source}: {len(data.loader.tokens):,} {cfg.tokenizer} tokens, seed {asked.seed}",
+        **_data_rows(cfg, data),
         "step": f"{cfg.batch.effective} sequences = {cfg.batch}; {tokens:,} tokens",
-        "in total": f"{cfg.total_tokens:,} tokens, {epochs:.2f} epochs",
+        "in total": f"{cfg.total_tokens:,} tokens",
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
         "learning rate": rate,
-        "evaluation": f"every {asked.eval_interval:,} steps, {len(data.windows_WT1):,} windows of "
-        "the validation split",
+        "evaluation": f"every {asked.eval_interval:,} steps, {windows:,} windows of the validation "
+        f"split{'s' * (len(data.validation) > 1)}",
         "checkpoints": f"at every evaluation and every {asked.checkpoint_minutes:g} minutes; the "
         f"newest {asked.keep_checkpoints} and the best are kept",
         "device": f"{_mesh_prefix(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
@@ -165,6 +163,21 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         f"{EVENT_FILES} for TensorBoard",
     }
     print_table(f"jaxgpt {asked.preset}", rows)
+
+
+def _data_rows(cfg: Resolved, data: "Data") -> dict[str, str]:
+    """A row for each source, with its share at each stage if there are several, and its epochs."""
+    mixture, rows = cfg.asked.mixture, {}
+    epochs = data.loader.epochs(cfg.asked.max_iters * cfg.batch.effective)
+    for (name, folder), source in zip(mixture.folders.items(), data.loader.loaders, strict=True):
+        shares = [(start, float(shares.get(name, 0))) for start, shares in mixture.stages]
+        later = "".join(f", {share:.4g} from step {start:,}" for start, share in shares[1:])
+        share = f"share {shares[0][1]:.4g}{later}, " if len(epochs) > 1 else ""
+        rows[f"data {mixture.labels[name]}" if share else "data"] = (
+            f"{folder or 'embedded text'}: {share}{len(source.tokens):,} {cfg.tokenizer} tokens, "
+            f"{epochs[name]:.2f} epochs, seed {cfg.asked.seed}"
+        )
+    return rows
 
 
 def _mesh_prefix(cfg: Resolved) -> str:

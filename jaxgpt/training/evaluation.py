@@ -14,7 +14,14 @@ from jaxgpt.training.step import EvalStep, ScoreStep
 def evaluate(
     eval_step: EvalStep, params: Params, windows_WT1: np.ndarray, batch_size: int
 ) -> float:
-    """Mean loss in nats per token over `windows_WT1`, `batch_size` windows at a time.
+    """Mean loss in nats per token over `windows_WT1`, `batch_size` windows at a time."""
+    return float(window_losses(eval_step, params, windows_WT1, batch_size).mean())
+
+
+def window_losses(
+    eval_step: EvalStep, params: Params, windows_WT1: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """(W,): the loss of each window in nats per token, `batch_size` windows at a time.
 
     The last batch is padded with earlier windows, which are not counted again.
     """
@@ -22,7 +29,7 @@ def evaluate(
     batches = (np.arange(-(-W // batch_size) * batch_size) % W).reshape(-1, batch_size)
     # All batches are dispatched before a loss is read, so that the device never waits.
     losses = [eval_step(params, windows_WT1[rows]) for rows in batches]
-    return float(np.concatenate([np.asarray(x, np.float64) for x in losses])[:W].mean())
+    return np.concatenate([np.asarray(x, np.float64) for x in losses])[:W]
 
 
 class TextLoss(NamedTuple):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.fields import names_with
+from jaxgpt.config.mixture import EMBEDDED, Mixture
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
 from jaxgpt.data.tokenizer_files import SAME_AS_GPT2
@@ -46,19 +47,24 @@ def model_card(
     m, step = weights.model, weights.step or 0
     form = format_of(m)
     loss = "not evaluated at this step"
+
+    def counts(kind: str) -> list[int]:
+        return [count for name, count in data.items() if name.endswith(kind)]  # of each source
+
     if weights.val_loss is not None:
-        windows = min(run.eval_windows, (data["val_tokens"] - 1) // m.block_size)
+        windows = sum(min(run.eval_windows, (n - 1) // m.block_size) for n in counts("val_tokens"))
         loss = f"{weights.val_loss:.4f} nats per token on {windows:,} windows"
-    dataset, source = run.asked.dataset, "the four Jane Austen novels that come with jaxgpt"
-    if run.asked.data_dir is not None:  # `dataset` may still be the preset's
-        dataset = run.asked.data_dir.absolute().name
-        source = f"{dataset} (token files)"
+    stages = _stages(run.asked.mixture)
+    source = "; ".join(f"from step {at:,} {text}" if at else text for at, text in stages)
+    source += " (token files)"
+    if stages == [(0, EMBEDDED)]:
+        source = "the four Jane Austen novels that come with jaxgpt"
     rows = {
         "parameters": f"{m.parameter_count(padding=False):,}",
         "architecture": f"{form.title}: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, "
         f"context {m.block_size}, {form.describe(m)}",
         "started from": _without_folder(run.init_from) or "random weights",
-        "data": f"{source}, {data['train_tokens']:,} {run.tokenizer} tokens",
+        "data": f"{source}, {sum(counts('train_tokens')):,} {run.tokenizer} tokens",
         "trained on": f"{step * run.tokens_per_step:,} tokens in {step:,} steps",
         "validation loss": loss,
     }
@@ -66,7 +72,7 @@ def model_card(
         rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
     settings = {k: v for k, v in run.flat().items() if k not in names_with(Role.LOCAL)}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
-    settings["dataset"] = dataset
+    settings |= {"dataset": stages[0][1], "mixture_at": stages[1:]}
     return CARD.format(
         library=library,
         model_type=form.model_type,
@@ -74,6 +80,17 @@ def model_card(
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         settings=json.dumps(settings, indent=2),
     )
+
+
+def _stages(mixture: Mixture) -> list[tuple[int, str]]:
+    """The steps at which stages begin, and their mixtures without folders of this machine."""
+    labels = mixture.labels
+    return [
+        (start, ",".join(f"{labels[name]}:{float(x):.4g}" for name, x in shares.items()))
+        if len(shares) > 1
+        else (start, labels[next(iter(shares))])
+        for start, shares in mixture.stages
+    ]
 
 
 def _without_folder(name: str | None) -> str | None:

@@ -120,7 +120,8 @@ def test_what_is_printed_at_the_start_and_at_the_end(tmp_path: Path, capsys) -> 
     for part in (
         "of them padding: n_layer 1",
         "8 sequences = batch_size 4 x 2 accumulated; 128 tokens",
-        "256 tokens, 0.00 epochs",
+        "byte tokens, 0.00 epochs, seed 1337",
+        "256 tokens",
         "cpu (cpu), float32",
         str(tmp_path),
         "step 0  validation loss 5.",

@@ -155,13 +155,6 @@ def test_where_the_shards_are_cut_does_not_matter(tmp_path: Path) -> None:
     np.testing.assert_array_equal(from_disk.batch(0, 32, 32), make_loader().batch(0, 32, 32))
 
 
-def test_the_epoch_counts_how_often_the_data_was_seen() -> None:
-    loader = make_loader(n=17 * 16)
-    assert loader.windows_per_epoch == 16
-    assert loader.epoch(0, 8) == 0.0
-    assert loader.epoch(3, 8) == 1.5
-
-
 class EndlessStream(TokenStream):
     """Stands for 100B tokens in 1,030 files, none of which is there."""
 

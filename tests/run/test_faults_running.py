@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.runs import STEPS, assert_same_end, last_params, saved_steps, started, train, wait_for
 
-from jaxgpt.data.loader import WindowLoader
+from jaxgpt.data.mixture import MixtureLoader
 from jaxgpt.run import checkpoint
 from jaxgpt.run import watchdog as stalls
 from jaxgpt.run.integrity import verify
@@ -94,7 +94,7 @@ def save_at(monkeypatch, step: int) -> list[int]:
 
 def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
     """Get the signal while the save of `step` is under way, after a step more if one is taken."""
-    write, batch, sent = checkpoint.write_manifest, WindowLoader.batch, threading.Event()
+    write, batch, sent = checkpoint.write_manifest, MixtureLoader.batch, threading.Event()
     taken = save_at(monkeypatch, 1)
     note, noted = StopRequest._note, threading.Event()
 
@@ -117,7 +117,7 @@ def send_while_saving(monkeypatch, number: signal.Signals, step: int) -> None:
 
     monkeypatch.setattr(StopRequest, "_note", noting)
     monkeypatch.setattr(checkpoint, "write_manifest", sending)
-    monkeypatch.setattr(WindowLoader, "batch", held_back)
+    monkeypatch.setattr(MixtureLoader, "batch", held_back)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -179,14 +179,14 @@ def test_a_run_whose_data_stops_coming_shows_where_every_thread_stands(
     tmp_path, monkeypatch, capfd
 ) -> None:
     """Row 30."""
-    batch = WindowLoader.batch
+    batch = MixtureLoader.batch
 
     def read_from_a_lost_disk(self, step: int, *sizes: int):
         if step == 60:
             time.sleep(3)
         return batch(self, step, *sizes)
 
-    monkeypatch.setattr(WindowLoader, "batch", read_from_a_lost_disk)
+    monkeypatch.setattr(MixtureLoader, "batch", read_from_a_lost_disk)
     monkeypatch.setattr(stalls, "MIN_STALL_SECONDS", 1.0)
     monkeypatch.setattr(stalls, "STALL_FACTOR", 1)
     monkeypatch.setattr(stalls, "CHECK_SECONDS", 0.2)

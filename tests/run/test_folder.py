@@ -18,6 +18,7 @@ from jaxgpt.run.folder import (
     check_checkpoint,
     check_data,
     check_same_run,
+    check_stages,
     load_saved,
     save_config,
 )
@@ -52,7 +53,7 @@ SAME_RUN = (
     | dict(mesh="data=2", skip_spikes=6.0, resume="must", deterministic=True)
     | dict(checkpoint_minutes=1.0, keep_checkpoints=5, sample_tokens=0, out_dir=Path("moved"))
     | dict(data_dir=Path("there"), device="cpu", dtype="bfloat16", remat="full", vram_gb=24)
-    | dict(hellaswag="val.jsonl", lambada="datasets")
+    | dict(hellaswag="val.jsonl", lambada="datasets", mixture_at=[[40, "a:1,b:1"]])
 )
 
 
@@ -210,6 +211,17 @@ def test_a_checkpoint_of_another_run_than_the_file_beside_it_is_refused():
     check_checkpoint(SAVED, SAVED.flat(), "checkpoints")
     with pytest.raises(ConfigError, match=r"seed +8 +7"):
         check_checkpoint(SAVED, {**SAVED.flat(), "seed": 8}, "checkpoints")
+
+
+def test_only_stages_that_a_run_has_not_reached_may_change():
+    asked = with_fields(ASKED, mixture_at=((40, "a:1,b:1"), (60, "a")))
+    saved = dataclasses.replace(SAVED, asked=asked)
+    same = dataclasses.replace(SAVED, asked=with_fields(asked, mixture_at=((40, "a:5,b:5"),)))
+    check_stages(same, saved.flat(), 60)
+    assert changes(same, saved) == ["mixture_at [[40, 'a:1,b:1'], [60, 'a']] -> [[40, 'a:5,b:5']]"]
+    for step, cfg in ((61, same), (41, SAVED)):
+        with pytest.raises(ConfigError, match=f"at step {step}, and stages before that cannot"):
+            check_stages(cfg, saved.flat(), step)
 
 
 def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
