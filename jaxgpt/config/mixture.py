@@ -59,7 +59,7 @@ def make_mixture(
             stages.append(Stage(step, alone if data_dir and not step else parse_shares(text)))
         except ConfigError as error:
             errors.append(str(error))
-    if data_dir is not None and data_dir != folder_of(dataset) and ITEM.match(dataset):
+    if data_dir and data_dir != folder_of(dataset) and "," in dataset and ITEM.match(dataset):
         errors.append(
             f"data_dir {data_dir} is not read with the mixture {dataset!r}; name its folders there"
         )

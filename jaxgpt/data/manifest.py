@@ -50,11 +50,15 @@ class TokenizerEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the validation split was chosen: the first `tokens`, or a `fraction` of the documents."""
+    """How the validation split was chosen.
+
+    The first `tokens`, a `fraction` of the documents, or `files` of its own.
+    """
 
     rule: str = ""
     tokens: Count | None = None
     fraction: float | None = None
+    files: list[str] = []
 
 
 class SplitTotals(msgspec.Struct, frozen=True):

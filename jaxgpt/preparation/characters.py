@@ -12,9 +12,10 @@ from jaxgpt.data.tokenizer_json import MAIN_FILE, tokenizer_from_files
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
 from jaxgpt.preparation.flags import PrepareFlags
-from jaxgpt.preparation.inputs import Input, Slice, find_inputs
+from jaxgpt.preparation.inputs import Input, Slice
 from jaxgpt.preparation.journal import nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
+from jaxgpt.preparation.own_validation import find_text
 from jaxgpt.preparation.readers import read_slice
 
 UNKNOWN = "\ufffd"  # what a character becomes that the text did not have
@@ -31,7 +32,9 @@ def tokenizer_of_flags(flags: PrepareFlags, folder: OutputFolder) -> Tokenizer:
             "--tokenizer char reads the text twice, so it needs files; use --tokenizer byte for a "
             "data set of the Hub"
         )
-    return character_tokenizer(characters_of(find_inputs(flags.inputs), flags.read_options))
+    return character_tokenizer(
+        characters_of(find_text(flags.inputs, flags.val), flags.read_options)
+    )
 
 
 def characters_of(inputs: Sequence[Input], options: ReadOptions) -> set[str]:

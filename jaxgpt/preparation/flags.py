@@ -23,6 +23,8 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 COUNTS = ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes")
 
+VAL_RULES = ("val_tokens", "val_fraction")
+
 # The flags that --ready and --inspect can be combined with.
 OF_READY = frozenset({"inputs", "out", "name", "revision", "ready", "tokens", "workers"})
 OF_INSPECT = frozenset({"inputs", "inspect", "tokenizer"})
@@ -74,6 +76,9 @@ class PrepareFlags:
     two occurrences of a text, such as '<|endoftext|>'"""
     encoding_errors: Literal["skip", "replace"] = "skip"
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
+    val: TextIfSet = None
+    """validation text of your own: files or a folder, which are then not trained on; or a split of
+    the data set, such as validation"""
     val_tokens: Count = None
     """use the first N tokens for validation; default for FineWeb: 100M, as in llm.c"""
     val_fraction: FloatIfSet = None
@@ -94,10 +99,10 @@ class PrepareFlags:
     def errors(self) -> list[str]:
         """A sentence for each error in the flags."""
         errors = [error for name in COUNTS if (error := self._number_error(name))]
-        if self.val_tokens is not None and self.val_fraction is not None:
-            errors.append(
-                "--val-tokens and --val-fraction are two ways to choose validation; give one"
-            )
+        ways = [name for name in ("val", *VAL_RULES) if getattr(self, name) is not None]
+        if len(ways) > 1:
+            names = " and ".join(map(as_flag, ways))
+            errors.append(f"{names} are {len(ways)} ways to choose validation; give one")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             errors.append(f"--val-fraction {self.val_fraction:g} must be between 0 and 1")
         if self.sample_by.isalpha() and self.sample_by not in PARTS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxgpt.data.manifest import WORK_FOLDER, Count
+from jaxgpt.data.manifest import WORK_FOLDER, Count, Split
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import user_path
 
@@ -49,6 +49,7 @@ class Input:
     kind: Kind
     check: str  # a checksum, to notice that the file has changed
     rows: Count = 0  # of a save_to_disk folder
+    split: Split = "train"  # "val" only where --val names the validation text
 
     @property
     def name(self) -> str:
@@ -144,11 +145,21 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def has_splits(path: Path) -> bool:
+    """Whether a DatasetDict's save_to_disk wrote this folder."""
+    return (path / "dataset_dict.json").is_file()
+
+
+def splits_of(path: Path) -> list[str]:
+    """The names of a DatasetDict's splits."""
+    return sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+
+
 def saved_dataset(path: Path) -> Input:
     """A save_to_disk folder, or the split 'train' of one with several; raises UserError."""
-    if (path / "dataset_dict.json").is_file():
+    if has_splits(path):
         if not (path / "train" / "state.json").is_file():
-            splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+            splits = ", ".join(splits_of(path))
             raise UserError(f"{path}: has no split 'train'; name one of its folders ({splits})")
         path = path / "train"
     from datasets import load_from_disk

@@ -1,6 +1,7 @@
 """From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -10,9 +11,10 @@ from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
 from jaxgpt.preparation.hub import list_dataset
-from jaxgpt.preparation.inputs import UNIT_BYTES, Input, find_inputs
+from jaxgpt.preparation.inputs import UNIT_BYTES, Input
 from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
+from jaxgpt.preparation.own_validation import find_text, named_validation, unused_split
 from jaxgpt.preparation.readers import find_separators, has_documents
 from jaxgpt.preparation.text_manifest import total_splits
 from jaxgpt.preparation.work_plan import (
@@ -43,7 +45,10 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
     if is_hub_name(flags.inputs):
         return _plan_for_hub(flags, folder, tokenizer, old, path)
     _refuse_hub_flags(flags)
-    inputs = find_inputs(flags.inputs)
+    val = named_validation(flags, old)
+    inputs = find_text(flags.inputs, val)
+    if val is None and (unused := unused_split(flags.inputs)):
+        print(f"{unused}: is not used; --val {unused.name} makes it the validation split")
     if not any(item.size for item in inputs):
         raise UserError(f"{inputs[0].path}: is empty; name a file that has text")
     if flags.sample_by == "document" and (text := find_separators(inputs)):
@@ -77,7 +82,15 @@ def _plan_for_hub(
     )
     settings = _settings(flags, folder, tokenizer, old, listing.inputs)
     source = msgspec.structs.replace(source, commit=listing.commit)
-    return _save_if_new(Plan(source=source, settings=settings, rounds=[listing.inputs]), old, path)
+    own: list[Input] = []
+    if flags.val is not None:
+        if flags.val == source.split:
+            raise UserError(f"--val {flags.val}: is the split to train on; name another")
+        own = list_dataset(
+            source.repo, source.name or None, flags.val, listing.commit, print
+        ).inputs
+    inputs = [*(replace(item, split="val") for item in own), *listing.inputs]
+    return _save_if_new(Plan(source=source, settings=settings, rounds=[inputs]), old, path)
 
 
 def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
@@ -105,8 +118,8 @@ def _settings(
 ) -> Settings:
     """The settings from the flags, else from the folder's plan, else the defaults."""
     val_tokens, val_fraction = flags.number_of("val_tokens"), flags.val_fraction
-    val_at_end = False
-    if val_tokens is None and val_fraction is None:
+    val, val_at_end = named_validation(flags, old), False
+    if val is None and val_tokens is None and val_fraction is None:
         if old is not None:
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
             val_at_end = old.settings.val_at_end
@@ -128,6 +141,7 @@ def _settings(
         val_tokens=val_tokens,
         val_fraction=val_fraction,
         val_at_end=val_at_end,
+        val=val,
         unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
     )
 
@@ -190,6 +204,11 @@ def _empty_split_error(
         return (
             f"{out}: all tokens are validation, which is the first {settings.val_tokens:,}; "
             f"choose another --out and --val-tokens {max(tokens // 10, 1)}, or prepare more text"
+        )
+    if settings.val is not None:
+        return (
+            f"{out}: --val {settings.val} or the other text has no tokens; name files that have "
+            "text, and choose another --out"
         )
     if settings.val_at_end:
         return f"{out}: the text has only {tokens} tokens; prepare more into another --out"

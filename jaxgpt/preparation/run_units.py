@@ -134,7 +134,8 @@ class UnitLoop:
             return None
         located = (slice._replace(path=str(path)) for slice, path in zip(unit, paths, strict=True))
         parts = self._work / "parts"
-        return Job(number, tuple(located), s.options, s.val_fraction, parts, s.val_at_end)
+        own_val = s.val is not None
+        return Job(number, tuple(located), s.options, s.val_fraction, parts, s.val_at_end, own_val)
 
     def _inputs_of(self, number: int) -> dict[str, Input]:
         unit: Unit = self._units[number]

@@ -27,6 +27,7 @@ from jaxgpt.preparation.work_plan import HubSource, Plan
 from jaxgpt.run.console import counted, print_table
 
 AT_END = "end of the text"  # the rule for few documents
+OWN = "text of its own"  # the rule of --val
 LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
 
 
@@ -48,6 +49,9 @@ def text_manifest(
         on_hub = isinstance(plan.source, HubSource)
         source["files"] = [item.path if on_hub else item.name for item in inputs]
     validation = Validation(rule="first tokens", tokens=s.val_tokens)
+    if s.val is not None:
+        own = [item.name for item in inputs if item.split == "val"]
+        validation = Validation(rule=OWN, files=own[:LISTED_INPUTS])
     if s.val_fraction is not None:
         rule = AT_END if s.val_at_end else "hash of the document"
         validation = Validation(rule=rule, fraction=s.val_fraction)
@@ -125,6 +129,9 @@ def summarize(manifest: Manifest) -> dict[str, str]:
         rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"
     elif rule.fraction and rule.rule == AT_END:
         rows["validation"] = f"the last {rule.fraction:.0%} of the text, which is few documents"
+    elif rule.rule == OWN:
+        more = ", ..." * (len(rule.files) > 3)
+        rows["validation"] = f"{OWN}: {', '.join(rule.files[:3])}{more}"
     elif rule.fraction:
         rows["validation"] = f"{rule.fraction:.3g} of the documents, by their hash"
     if documents := manifest.documents:

@@ -21,7 +21,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
-from jaxgpt.preparation.inputs import Unit
+from jaxgpt.preparation.inputs import Slice, Unit
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
 
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     val_fraction: float | None  # None: the parent divides the stream 'all' into splits
     folder: Path
     val_at_end: bool = False  # validation is the end of the unit, not chosen by document
+    own_val: bool = False  # the inputs say which of them are validation
 
 
 class Part:
@@ -115,7 +116,8 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
 
     Raises UserError for an input that cannot be read.
     """
-    streams = ("all",) if job.val_fraction is None else ("train", "val")
+    is_divided = job.own_val or job.val_fraction is not None
+    streams = ("train", "val") if is_divided else ("all",)
     counts = Counter[str]()
     examples: dict[str, str] = {}
     token_counts: list[int | None] = []
@@ -132,7 +134,7 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
                         examples.setdefault(document.value, slice.input.path)
                         continue
                     counts["documents"] += 1
-                    parts[_stream_of(document, job)].add(document)
+                    parts[_stream_of(document, slice, job)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
@@ -158,7 +160,9 @@ def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
     return atomic_write(path, path.with_name(f"{path.name}.{writer}.tmp"))
 
 
-def _stream_of(document: str | LongText, job: Job) -> str:
+def _stream_of(document: str | LongText, slice: Slice, job: Job) -> str:
+    if job.own_val:
+        return slice.input.split
     if job.val_fraction is None:
         return "all"
     if job.val_at_end:

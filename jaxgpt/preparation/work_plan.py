@@ -50,6 +50,7 @@ class Settings:
     val_tokens: Positive | None  # validation is this many tokens at the start ...
     val_fraction: Fraction | None  # ... or this fraction of the documents, by their hash
     val_at_end: bool = False  # ... or that fraction of the tokens, at the end of each unit
+    val: str | None = None  # ... or inputs of its own, which this names
     unit_bytes: Positive
 
 

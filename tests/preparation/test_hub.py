@@ -251,6 +251,20 @@ def test_any_data_set_is_read_by_its_card(
         assert len(wrong.stderr.strip().splitlines()) == 1, wrong.stderr
 
 
+def test_another_split_of_the_data_set_is_the_validation(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "jokes"
+    flags = ("--name", "plain", "--text-column", "joke", "--val", "test", "--out", out)
+    done = run(environment, "someone/jokes", *flags)
+    assert done.returncode == 0, done.stderr
+    held_out = load_split(out, "val", 50257)
+    assert load_tokenizer("gpt2").decode(held_out.window(1, len(held_out) - 1)) == "one more"
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert manifest.splits.train.documents == 600
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
