@@ -107,12 +107,17 @@ def mesh_errors(row: dict[str, Any], case: Case) -> Iterator[str]:
 
 
 def interchange() -> Iterator[str]:
-    """Logits equal to transformers', texts equal to llama.cpp's."""
+    """Logits and ids equal to transformers', texts equal to llama.cpp's."""
     for m in load("parity")["models"]:
         if m["largest_difference"] > 1e-5 * m["largest_logit"]:
             yield f"{m['model']}, {m['n_layer']} layers, differs from transformers by over 1e-5"
         if not m["export_and_import_bit_exact"]:
             yield f"{m['model']}, {m['n_layer']} layers, changes when it is exported and imported"
+    for row in load("tokenizers")["texts"]:
+        for name in ("cut_from_the_text", "invented_by_hypothesis"):
+            found = row[name]
+            if not found["strings"] == found["same_ids"] == found["round_trips"]:
+                yield f"{row['text']}: ids differ from transformers', or decode to another text"
     for name, dtypes in load("llama-cpp")["models"].items():
         if dtypes["f32"]["equal_texts"] != dtypes["f32"]["of"]:
             yield f"llama.cpp continues {name} in float32 otherwise than sample"

@@ -88,6 +88,7 @@ def run(argv: Sequence[str]) -> int:
         from jaxgpt.run.checkpoint import Checkpoints
         from jaxgpt.run.metrics import MetricsLog, NoLog
         from jaxgpt.run.preflight import compile_to_fit
+        from jaxgpt.run.wandb_log import WandbLog
 
         cfg, layout = find_devices(asked, origin, data.tokenizer.n_vocab)
         stack.enter_context(jax.default_device(layout.device))
@@ -106,7 +107,8 @@ def run(argv: Sequence[str]) -> int:
         if origin.saved is not None:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
         state = start_or_restore(compiled, weights, checkpoints, resumed_step)
-        main_log = partial(MetricsLog, asked.out_dir, resumed_step, tell, lock.is_held)
+        kind = partial(WandbLog, asked.wandb_project) if asked.wandb_project else MetricsLog
+        main_log = partial(kind, asked.out_dir, resumed_step, tell, lock.is_held)
         log = stack.enter_context(main_log() if processes.is_main else NoLog())
         training = open_training(
             compiled, data, checkpoints, resumed_step, count_skips(state), log, stack

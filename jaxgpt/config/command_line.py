@@ -6,7 +6,7 @@ suggests and prints `--help`; this module adds answers to flags that other progr
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -17,7 +17,8 @@ from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mixture import folder_of, is_one_source
-from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
+from jaxgpt.config.nanogpt import nanogpt_answer
+from jaxgpt.config.nanogpt_file import flag_settings, is_config_file
 from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path
@@ -67,8 +68,11 @@ def parse_run(
     Raises:
         ConfigError: for values that do not go together, and for nanoGPT's flags.
     """
+    argv = _with_preset_flag(argv)
     flags = given_flags(argv)
-    _refuse_nanogpt_flags(argv, flags)
+    replaced = flag_settings(flags) if is_config_file(flags.get("preset") or "") else {}
+    argv = _without(replaced, argv)
+    _refuse_nanogpt_flags(argv, given_flags(argv))
     preset = flags.get("preset") or default_preset()
     if preset is None and {"-h", "--help"} & set(argv):
         preset = Config.preset
@@ -77,7 +81,7 @@ def parse_run(
             "no GPU was found to choose a preset for; name one with --preset NAME:\n"
             + describe_presets()
         )
-    base = load_preset(preset)
+    base = load_preset(preset, replaced, warn)
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     draft = tyro.cli(
         flags_type,
@@ -121,6 +125,40 @@ def parse_command(
     return parsed
 
 
+def _with_preset_flag(argv: Sequence[str]) -> Sequence[str]:
+    """argv with --preset before a config file that is named as in nanoGPT, without a flag."""
+    named = [place for place, word in _positional(argv) if is_config_file(word)]
+    if not named:
+        return argv
+    place, *others = named
+    if others or "preset" in given_flags(argv):
+        raise ConfigError(f"{argv[place]}: a run has one preset or config file; name only one")
+    return [*argv[:place], "--preset", *argv[place:]]
+
+
+def _positional(argv: Sequence[str]) -> list[tuple[int, str]]:
+    """The words that are neither flags nor the value of one, with their places."""
+    pairs = zip(("", *argv), argv, strict=False)
+    return [
+        (place, word)
+        for place, (before, word) in enumerate(pairs)
+        if not word.startswith("-") and (not before.startswith("--") or "=" in before)
+    ]
+
+
+def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:
+    """argv without these flags and their values."""
+    kept = []
+    is_value = False
+    for arg in argv:
+        name, equals, _ = arg.partition("=")
+        is_named = arg.startswith("--") and name[2:].replace("-", "_") in names
+        if not (is_named or is_value):
+            kept.append(arg)
+        is_value = is_named and not equals
+    return kept
+
+
 def _split_at_equals(argv: Sequence[str]) -> list[str]:
     """argv with `--flag=value` as two words, or tyro would suggest flags similar to the whole."""
     words: list[str] = []
@@ -149,13 +187,11 @@ def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) 
         for name, value in flags.items()
         if (answer := nanogpt_answer(name, value))
     ]
-    words = [arg for arg in argv if not arg.startswith("-")]
-    errors += [answer for word in words if (answer := config_file_answer(word))]
     if "preset" not in flags:
         errors += [
             f"{word}: a preset is named with a flag: --preset {word}"
-            for before, word in zip(("", *argv), argv, strict=False)
-            if word in packaged_presets() and (not before.startswith("--") or "=" in before)
+            for _, word in _positional(argv)
+            if word in packaged_presets()
         ]
     if errors := errors + _empty_values(flags):
         raise ConfigError("\n".join(errors))

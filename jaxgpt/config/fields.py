@@ -37,7 +37,8 @@ DEFAULT_BATCH_SIZE = 32
 class Config:
     """A run as the user asked for it."""
 
-    # a name from configs/, or a TOML file of your own; if unset, the tier of this machine's card
+    # a name from configs/, a TOML file of your own or a nanoGPT config file; if unset, the tier of
+    # this machine's card
     preset: Annotated[
         str, Role.TUNABLE, Role.DERIVED, Role.SILENT, Role.IMPLIED, arg(help_behavior_hint="")
     ] = "24gb"
@@ -103,6 +104,9 @@ class Config:
     keep_checkpoints: Annotated[int, Role.TUNABLE, Role.LOCAL] = 2
     # length of the text sampled for TensorBoard at each evaluation; 0: none
     sample_tokens: Annotated[int, Role.TUNABLE] = 200
+
+    # log to this project of Weights & Biases too; needs the extra '.[wandb]'
+    wandb_project: Annotated[TextIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT] = None
 
     # folder for everything the run writes; if unset, runs/<preset>
     out_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None

@@ -3,14 +3,16 @@
 # Settings of nanoGPT that mean nothing here, and what to use instead.
 NANOGPT_SETTINGS = {
     "compile": "drop it: every step is compiled by XLA",
-    "wandb_log": "drop it: curves go to TensorBoard files and metrics.jsonl in the run's folder",
-    "wandb_project": "drop it: curves go to TensorBoard files in the run's folder",
+    "wandb_log": "use --wandb-project NAME, which logs to Weights & Biases too",
     "wandb_run_name": "use --out-dir: a run is named by its folder",
     "always_save_checkpoint": (
         "drop it: every evaluation saves a checkpoint; --keep-checkpoints N says how many of the "
         "newest are kept besides the best"
     ),
-    "eval_only": "drop it: every run evaluates at step 0, at each --eval-interval and at its end",
+    "eval_only": (
+        "use python -m jaxgpt.evaluate; every run evaluates at step 0, at each --eval-interval "
+        "and at its end"
+    ),
     "backend": "drop it: XLA chooses its own collectives",
 }
 
@@ -60,10 +62,3 @@ def nanogpt_answer(setting: str, value: object) -> str | None:
             "auto"
         )
     return None
-
-
-def config_file_answer(argument: str) -> str | None:
-    """What to use instead of one of nanoGPT's config files; None for any other argument."""
-    if not argument.endswith(".py"):
-        return None
-    return f"{argument}: nanoGPT's config files are Python; here they are TOML: --preset my.toml"

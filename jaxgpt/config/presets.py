@@ -1,4 +1,4 @@
-"""Presets: flat TOML keys in, a checked `Config` out.
+"""Presets: flat keys of a TOML file, or of a nanoGPT config file, in; a checked `Config` out.
 
 Each value is decoded strictly as its field's type, and every error of a file is reported at once,
 with file, key, value and remedy.
@@ -7,7 +7,7 @@ with file, key, value and remedy.
 import json
 import tomllib
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ import msgspec
 from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, did_you_mean
 from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config, flat_fields, names_with, with_fields
-from jaxgpt.config.nanogpt import config_file_answer, nanogpt_answer
+from jaxgpt.config.nanogpt import nanogpt_answer
+from jaxgpt.config.nanogpt_file import (
+    as_fields,
+    is_config_file,
+    read_settings,
+    unused_settings,
+)
 from jaxgpt.config.roles import Role
 
 
@@ -33,29 +39,45 @@ def preset_names() -> list[str]:
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def load_preset(name: str) -> Config:
-    """The configuration of a preset by name, or of a TOML file by its path.
+def load_preset(
+    name: str,
+    nanogpt_flags: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] = lambda message: None,
+) -> Config:
+    """The configuration of a preset by name, or of a TOML or nanoGPT config file by its path.
+
+    `nanogpt_flags` replace what a nanoGPT config file assigns; `tell` is told of each setting in it
+    that means nothing here.
 
     Raises:
         ConfigError: if there is no such preset or file, or a key, type or value in it is wrong.
     """
-    if answer := config_file_answer(name):
-        raise ConfigError(answer)
+    known = flat_fields().keys() - names_with(Role.DERIVED)
+    if is_config_file(name):
+        settings = read_settings(name, known) | dict(nanogpt_flags or {})
+        source, values = name, as_fields(settings, name)
+        for message in unused_settings(settings):
+            tell(f"{name}: {message}")
+    else:
+        source, values = _read_toml(name)
+    cfg = config_from(values, source, known)
+    return with_fields(cfg, preset=name, eval_windows=cfg.windows_in(cfg.eval_iters))
+
+
+def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
+    """The source that messages name, and the values of a preset by name or of a file by path."""
     is_path = name.endswith(".toml")
     if not is_path and name not in packaged_presets():
         raise ConfigError(_no_such_preset(name))
     path = Path(name) if is_path else presets_dir() / f"{name}.toml"
     source = name if is_path else path.name
     try:
-        values = tomllib.loads(
-            path.read_text(encoding="utf-8-sig")
-        )  # without a BOM, which Windows writes
+        text = path.read_text(encoding="utf-8-sig")  # without a BOM, which Windows writes
+        return source, tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(_no_such_preset(name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
-    cfg = config_from(values, source, flat_fields().keys() - names_with(Role.DERIVED))
-    return with_fields(cfg, preset=name, eval_windows=cfg.windows_in(cfg.eval_iters))
 
 
 def preset_for_memory(gigabytes: float) -> str:
@@ -169,5 +191,5 @@ def _no_such_preset(name: str) -> str:
     near = did_you_mean(Path(name).stem if name.endswith(".toml") else name, packaged_presets())
     if name.endswith(".toml"):
         return f"--preset {name}: no such file{near}"
-    others = f"Name one of these, or a file ending in .toml:\n{describe_presets()}"
+    others = f"Name one of these, or a file ending in .toml or .py:\n{describe_presets()}"
     return f"--preset {name}: no such preset{near}\n{others}"

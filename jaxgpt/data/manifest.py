@@ -175,7 +175,7 @@ def unfinished_error(data_dir: Path) -> str | None:
             f"{data_dir}: has nanoGPT's tokens with a vocabulary of its own in meta.pkl, which is "
             "not opened because a pickle can run any code; make them again from their text: "
             f"{PREPARE} {text if text.exists() else 'input.txt'} --tokenizer char --out "
-            f"{data_dir}_tokens"
+            f"{data_dir}_tokens, and train with --data-dir {data_dir}_tokens"
         )
     if any(data_dir.glob("manifest-*-of-*.json")):
         return (

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.preparation.archives import open_input
 
 CHUNK = 1 << 20  # bytes read at a time
 ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
@@ -60,7 +61,7 @@ class LongText:
     def chunks(self) -> Iterator[str]:
         """Its text, 1 MB at a time; raises UnicodeDecodeError if it is not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")(self._options.decode_errors)
-        with open(self._path, "rb") as file:
+        with open_input(self._path) as file:
             for chunk in read_chunks(file, self._path):
                 yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
@@ -129,7 +130,7 @@ def fraction_of(document: str | LongText) -> float:
     return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 
-def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+def read_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
     """A file's bytes, decompressed, about 1 MB at a time.
 
     Without a byte order mark, and with Windows' line ends as newlines. Raises UserError if the file
@@ -183,7 +184,7 @@ def split_at(separator: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield bytes(pending).strip(b"\r\n")
 
 
-def lines_between(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+def lines_between(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
     """The lines that begin in [start, stop) of an uncompressed file."""
     if start:
         file.seek(start - 1)
@@ -226,7 +227,7 @@ def in_groups(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _decompress(file: BinaryIO, path: str) -> Iterator[bytes]:
+def _decompress(file: IO[bytes], path: str) -> Iterator[bytes]:
     name = path.lower()
     try:
         if name.endswith(".zst"):
@@ -245,7 +246,7 @@ def _decompress(file: BinaryIO, path: str) -> Iterator[bytes]:
         ) from None
 
 
-def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
+def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
     """Raises EOFError if the last frame is incomplete, which zstandard's reader ignores."""
     import zstandard
 

@@ -7,6 +7,7 @@ from rich.filesize import decimal
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation.archives import open_input
 from jaxgpt.preparation.documents import ReadOptions, read_chunks
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input, Slice
 from jaxgpt.preparation.readers import read_slice
@@ -114,7 +115,7 @@ def sample_tokens(plan: Plan, tokenizer: Tokenizer) -> float | None:
 def _beginning_of(item: Input, options: ReadOptions) -> tuple[list[str], int]:
     """The first documents of a file, and the bytes of the file that they take."""
     if item.kind == "text":  # a document may be all of a long file
-        with open(item.path, "rb") as file:
+        with open_input(item.path) as file:
             chunk = next(read_chunks(file, item.path), b"")
             return [chunk.decode(errors="replace")], file.tell()
     batch = next(iter(read_slice(Slice(item, item.path, 0, 1), options)), None)

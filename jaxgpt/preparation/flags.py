@@ -17,7 +17,14 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import PARTS, ReadOptions
 
 PROG = "python -m jaxgpt.prepare"
-DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+# Both have the same samples, in the same folders.
+FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+DATASETS = FINEWEB | {
+    "fineweb-2": "HuggingFaceFW/fineweb-2",
+    "dclm": "mlfoundations/dclm-baseline-1.0-parquet",
+    "climbmix": "OptimalScale/ClimbMix",  # as text; nvidia/ClimbMix has GPT-2's tokens as JSON
+}
+LICENCES = {"climbmix": "CC BY-NC 4.0: for research, not for commercial use"}  # of the restricted
 SHARD_TOKENS = 100_000_000  # as in llm.c
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -49,12 +56,14 @@ class PrepareFlags:
     """The command line; None means that the default depends on other values."""
 
     inputs: Inputs = ()
-    """fineweb, fineweb-edu, or owner/name of a Hub data set; or files, patterns, a folder of text,
-    a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed too)"""
+    """fineweb, fineweb-edu, fineweb-2, dclm, climbmix, or owner/name of a Hub data set; or files,
+    patterns, a folder of text, a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed
+    too)"""
     out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
     name: TextIfSet = None
-    """configuration of a Hub data set; for FineWeb a sample: sample-10BT, sample-100BT, ..."""
+    """configuration of a Hub data set; for FineWeb a sample (sample-10BT, sample-100BT, ...), for
+    fineweb-2 a language (arb_Arab, hin_Deva, ...)"""
     split: str = "train"
     """split of a Hub data set"""
     revision: TextIfSet = None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.flags import DATASETS
+from jaxgpt.preparation.flags import FINEWEB
 from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
@@ -40,7 +40,7 @@ def list_dataset(
 ) -> Listing:
     """The files of a data set's configuration `name`; raises UserError."""
     commit = find_commit(repo, revision, say)
-    if repo in DATASETS.values() and name is not None:
+    if repo in FINEWEB.values() and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)

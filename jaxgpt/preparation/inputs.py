@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from jaxgpt.data.manifest import WORK_FOLDER, Count, Split
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import user_path
+from jaxgpt.preparation.archives import archive_of, is_archive, members
 
 Kind = Literal["parquet", "jsonl", "csv", "text", "arrow"]
 
@@ -29,7 +30,10 @@ SUFFIXES: dict[str, Kind] = {
     ".md": "text",
 }
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")  # of all but parquet
-READABLE = ".parquet, .jsonl, .csv, .txt, .md, all but the first also as .gz, .zst, .xz or .bz2"
+READABLE = (
+    ".parquet, .jsonl, .csv, .txt, .md, all but the first also as .gz, .zst, .xz or .bz2; or .zip "
+    "files of these"
+)
 
 # Bytes of text per byte of file. FineWeb's sample-10BT: 10.37e9 tokens x 4.6 bytes in 30.6 GB of
 # parquet; gzip and zstd compress English to a third.
@@ -70,6 +74,8 @@ class Input:
     @property
     def divisible(self) -> bool:
         """Whether a reader can start in the middle."""
+        if archive_of(self.path):
+            return False
         return self.kind in ("parquet", "arrow") or (
             self.kind == "jsonl" and not self.is_compressed
         )
@@ -127,7 +133,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
         if is_saved_dataset(path):
             inputs = [saved_dataset(path)]
         else:
-            inputs = [_local_input(file) for file in _files_of(argument)]
+            inputs = [item for file in _files_of(argument) for item in _local_inputs(file)]
         found |= {item.path: item for item in inputs}
     return [found[path] for path in sorted(found)]
 
@@ -138,6 +144,11 @@ def kind_of(path: str) -> Kind | None:
     bare = os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name
     kind = SUFFIXES.get(os.path.splitext(bare)[1])
     return None if kind == "parquet" and bare != name else kind
+
+
+def is_readable(path: str) -> bool:
+    """Whether a file has a format that is read, or is an archive of such, by its name."""
+    return is_archive(path) or kind_of(path) is not None
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -199,7 +210,7 @@ def _files_of(argument: str) -> list[Path]:
             "data set of the Hub as fineweb, fineweb-edu or owner/name"
         )
     for file in files:
-        if kind_of(str(file)) is None or not file.is_file():  # a pipe can be read only once
+        if not is_readable(str(file)) or not file.is_file():  # a pipe can be read only once
             raise UserError(_unreadable_error(file))
     return [_absolute(file) for file in files]
 
@@ -210,7 +221,7 @@ def _absolute(path: Path) -> Path:
     Links in the Hub's cache are such: their targets are named by hash.
     """
     target = path.resolve()
-    return target if kind_of(target.name) else path.parent.resolve() / path.name
+    return target if is_readable(target.name) else path.parent.resolve() / path.name
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -240,7 +251,7 @@ def _texts_under(folder: Path) -> Iterator[Path]:
         here = [Path(parent, name) for name in folders if not name.startswith(".")]
         folders[:] = [path.name for path in here if not _contains_tokens(path)]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        texts = [path for path in paths if kind_of(path.name)]
+        texts = [path for path in paths if is_readable(path.name)]
         if missing := [path for path in texts if not path.exists()]:
             raise UserError(f"{missing[0]}: its target is missing; restore it, or delete this link")
         yield from (path for path in texts if path.is_file())
@@ -259,13 +270,27 @@ def _unreadable_error(path: Path) -> str:
     return f"{path}: is not a readable text file; convert it to one of {READABLE}"
 
 
-def _local_input(path: Path) -> Input:
-    kind = kind_of(path.name)
-    assert kind is not None
+def _local_inputs(path: Path) -> list[Input]:
+    """A file, or what can be read in an archive; raises UserError."""
     try:
-        return Input(path=str(path), size=path.stat().st_size, kind=kind, check=_edges(path))
+        if is_archive(path.name):
+            return _members_of(path)
+        kind = kind_of(path.name)
+        assert kind is not None
+        return [Input(path=str(path), size=path.stat().st_size, kind=kind, check=_edges(path))]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
+
+
+def _members_of(archive: Path) -> list[Input]:
+    inputs = [
+        Input(path=path, size=info.file_size, kind=kind, check=f"{info.CRC:08x}")
+        for path, info in members(str(archive)).items()
+        if (kind := kind_of(path)) and "/." not in path[len(str(archive)) :]  # as in a folder
+    ]
+    if not inputs:
+        raise UserError(f"{archive}: contains no text ({READABLE})")
+    return inputs
 
 
 def _edges(path: Path) -> str:

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.preparation.archives import open_input
 from jaxgpt.preparation.documents import (
     PARTS,
     Batch,
@@ -68,13 +69,13 @@ def first_few(names: Iterable[str]) -> str:
 
 
 def read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
-    with open(slice.path, "rb") as file:
-        if slice.input.is_compressed:
-            lines = split_lines(read_chunks(file, slice.path))
-        else:
+    with open_input(slice.path) as file:
+        if slice.input.divisible:
             lines = lines_between(file, *slice.share_of(slice.input.size))
+        else:
+            lines = split_lines(read_chunks(file, slice.path))
         first = slice.part == 0
-        position = 0 if slice.input.is_compressed else slice.share_of(slice.input.size)[0]
+        position = slice.share_of(slice.input.size)[0]
         for group in in_groups(lines):
             records = [_parse_line(line, options) for line in group]
             if first:
@@ -124,7 +125,7 @@ def _text_of(record: Any, options: ReadOptions) -> Document:
 def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     """The documents of a column; the first line has the names."""
     csv.field_size_limit(1 << 31)
-    with open(slice.path, "rb") as file:
+    with open_input(slice.path) as file:
         lines = split_lines(read_chunks(file, slice.path))
         # What is not UTF-8 is found where it is: in a text, or in another column.
         rows = csv.reader(line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
@@ -147,7 +148,7 @@ def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
 
 
 def read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
-    with open(slice.path, "rb") as file:
+    with open_input(slice.path) as file:
         chunks = read_chunks(file, slice.path)
         if options.sample_by == "document":
             yield Batch([_file_as_document(chunks, slice.path, options)], slice.size, None)

@@ -9,7 +9,13 @@ import msgspec
 from jaxgpt.data.manifest import ShardEntry
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.flags import DATASETS, SHARD_TOKENS, PrepareFlags
+from jaxgpt.preparation.flags import (
+    DATASETS,
+    FINEWEB,
+    LICENCES,
+    SHARD_TOKENS,
+    PrepareFlags,
+)
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input
 from jaxgpt.preparation.journal import Record, nothing_finished
@@ -101,9 +107,11 @@ def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
 
 def _hub_source(flags: PrepareFlags) -> HubSource:
     dataset = flags.inputs[0]
+    if dataset in LICENCES:
+        print(f"{dataset}: its licence is {LICENCES[dataset]}")
     return HubSource(
         repo=DATASETS.get(dataset, dataset),
-        name=flags.name or ("sample-10BT" if dataset in DATASETS else ""),
+        name=flags.name or ("sample-10BT" if dataset in FINEWEB else ""),
         split=flags.split,
         revision=flags.revision or "main",
     )
@@ -148,7 +156,7 @@ def _settings(
 
 def _is_fineweb(flags: PrepareFlags) -> bool:
     """Whether the input is FineWeb or FineWeb-Edu on the Hub, by its short or full name."""
-    return is_hub_name(flags.inputs) and flags.inputs[0] in {*DATASETS, *DATASETS.values()}
+    return is_hub_name(flags.inputs) and flags.inputs[0] in {*FINEWEB, *FINEWEB.values()}
 
 
 def _prefix(flags: PrepareFlags, out: Path) -> str:

@@ -14,7 +14,7 @@ from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.errors import UserError
 from jaxgpt.files import FolderLock, user_path
 from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
-from jaxgpt.preparation.inputs import kind_of
+from jaxgpt.preparation.inputs import is_readable
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def is_hub_name(inputs: Sequence[str]) -> bool:
     only = inputs[0]
     if only in DATASETS:
         return True
-    if only.startswith((".", "~", "/")) or glob.has_magic(only) or kind_of(only) is not None:
+    if only.startswith((".", "~", "/")) or glob.has_magic(only) or is_readable(only):
         return False
     return only.count("/") == 1 and not Path(only).exists()
 

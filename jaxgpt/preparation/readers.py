@@ -3,14 +3,17 @@
 A reader yields batches and never has a complete file in memory.
 """
 
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from jaxgpt.data.tokenizer import EOT_TEXT
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.preparation.archives import archive_of, open_input, size_of
 from jaxgpt.preparation.documents import (
     CHUNK,
     Batch,
@@ -73,7 +76,7 @@ def find_separators(inputs: Iterable[Input]) -> str | None:
     """The first text file, if <|endoftext|> occurs in its first megabyte more than once."""
     for item in inputs:
         if item.kind == "text":  # others are most likely alike
-            with open(item.path, "rb") as file:
+            with open_input(item.path) as file:
                 head = next(read_chunks(file, item.path), b"")
             return item.path if head.count(EOT_TEXT.encode()) > 1 else None
     return None
@@ -83,7 +86,7 @@ def _check_size(slice: Slice) -> None:
     """Raises UserError if the input has another size than when it was found."""
     path, expected = Path(slice.path), slice.input.size
     files = path.glob("*.arrow") if slice.input.kind == "arrow" else [path]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(size_of(str(file)) for file in files)
     if size != expected:
         raise UserError(
             f"{path}: has {size:,} bytes, and had {expected:,} when it was found; restore it and "
@@ -106,12 +109,21 @@ def _named_if_corrupt(slice: Slice) -> Iterator[None]:
 
 
 def _read_parquet(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
+    if archive_of(slice.path):  # going back in a compressed member means to start again
+        with TemporaryFile() as file, open_input(slice.path) as member:
+            shutil.copyfileobj(member, file)
+            yield from _read_row_groups(file, slice, options)
+    else:
+        yield from _read_row_groups(slice.path, slice, options)
+
+
+def _read_row_groups(source: Any, slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
     # Without a buffer, a file of one row group would be read into memory completely.
     with (
         _named_if_corrupt(slice),
-        pq.ParquetFile(slice.path, buffer_size=CHUNK, pre_buffer=False) as file,
+        pq.ParquetFile(source, buffer_size=CHUNK, pre_buffer=False) as file,
     ):
         groups = range(*slice.share_of(file.metadata.num_row_groups))
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)

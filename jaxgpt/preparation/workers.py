@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
+from jaxgpt.preparation.archives import archive_of
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
 
@@ -192,7 +193,7 @@ def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
             f"{plan}: is missing or another file on {host}, where a worker is; {remedy}"
         )
     for slice in job.unit:
-        if not os.path.exists(slice.path):
+        if not os.path.exists(archive_of(slice.path) or slice.path):
             raise UserError(f"{slice.path}: is missing on {host}, where a worker is; {remedy}")
     tokenizer = _load_once(origin, job.folder.parents[1])
     if tokenizer.sha256 != origin.tokenizer_sha256:

@@ -39,6 +39,13 @@ configs:
 """
 
 
+NAMED = {
+    "HuggingFaceFW/fineweb-2": "---\nconfigs:\n- config_name: arb_Arab\n  data_files: data/*\n---",
+    "mlfoundations/dclm-baseline-1.0-parquet": "",
+    "OptimalScale/ClimbMix": "",
+}
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the stand-in Hub."""
@@ -54,6 +61,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (plain / f"{number}.jsonl").write_text("\n".join(lines))
     (plain.parent / "other").mkdir()
     (plain.parent / "other" / "0.jsonl").write_text(json.dumps({"joke": "one more"}))
+    for repo, card in NAMED.items():
+        (folder / repo / "data").mkdir(parents=True)
+        (folder / repo / "README.md").write_text(card)
+        lines = [json.dumps({"text": f"{repo} {line} " * 9}) for line in range(300)]
+        (folder / repo / "data" / "0.jsonl").write_text("\n".join(lines))
     pictures = folder / "someone" / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(b"png")
@@ -263,6 +275,23 @@ def test_another_split_of_the_data_set_is_the_validation(
     manifest = load_manifest(out)
     assert manifest is not None
     assert manifest.splits.train.documents == 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repo"),
+    [*zip([["fineweb-2", "--name", "arb_Arab"], ["dclm"], ["climbmix"]], NAMED, strict=True)],
+)
+def test_a_data_set_by_its_short_name(
+    environment: dict[str, str], tmp_path: Path, arguments: list[str], repo: str
+) -> None:
+    out = tmp_path / "out"
+    done = run(environment, *arguments, "--tokenizer", "byte", "--workers", "1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert manifest.source["repo"] == repo
+    assert manifest.validation.rule != "first tokens"  # FineWeb's
+    assert ("CC BY-NC 4.0" in done.stdout) == (arguments == ["climbmix"])
 
 
 @pytest.mark.parametrize(
