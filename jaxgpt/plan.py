@@ -17,11 +17,10 @@ from jaxgpt.config.command_line import RunFlags, given_flags, parse_run
 from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
-from jaxgpt.config.presets import preset_for_memory
 from jaxgpt.config.roles import Role
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.planning import tables, target
-from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, unnamed_card
+from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, tier, unnamed_card
 from jaxgpt.planning.local_gpus import visible_card
 from jaxgpt.run.console import waiting
 from jaxgpt.run.opening import origin_of_data
@@ -150,7 +149,7 @@ def _tier(values: dict[str, str | None]) -> str:
         gpu = _card(values.get("gpu"), None if vram is None else float(vram))
     except (UserError, ValueError):
         return Config.preset
-    return preset_for_memory(gpu.memory_bytes / GIB)
+    return tier(gpu.memory_bytes, gpu.compute_capability)
 
 
 def _card(name: str | None, vram: float | None) -> Gpu:

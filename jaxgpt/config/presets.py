@@ -80,14 +80,6 @@ def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
 
 
-def preset_for_memory(gigabytes: float) -> str:
-    """The tier of a card with that much memory: the largest that it can hold."""
-    tiers = {"80gb": 80, "48gb": 48, "24gb": 24, "16gb": 16}
-    # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
-    fitting = [name for name, size in tiers.items() if gigabytes >= 0.93 * size]
-    return fitting[0] if fitting else "12gb"
-
-
 def describe_presets() -> str:
     """One line for each preset: name, true size, shape, and the card it is made for."""
     lines = []

@@ -26,6 +26,7 @@ import difflib
 import re
 from pathlib import Path
 
+from jaxgpt.config.resolved import BFLOAT16_FROM, FLOAT16_FROM
 from jaxgpt.errors import UserError
 
 MIB = 2**20
@@ -121,6 +122,19 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
         f"unknown GPU {name!r}; "
         + (f"did you mean: {keys}? Or describe it" if near else "describe it")
         + " by its memory in GB: --vram 24"
+    )
+
+
+def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
+    """The preset of a card for which none is named: of the largest size that it has.
+
+    Of 16 GB without bfloat16 it is `t4`, below 8 GB `12gb`, which needs the least.
+    """
+    sizes = (80, 48, 24, 16, 12, 10, 8)
+    # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
+    size = next((size for size in sizes if memory_bytes >= 0.93 * size * GIB), 12)
+    return (
+        "t4" if size == 16 and FLOAT16_FROM <= compute_capability < BFLOAT16_FROM else f"{size}gb"
     )
 
 

@@ -8,9 +8,8 @@ import os
 import re
 import subprocess
 
-from jaxgpt.config.presets import preset_for_memory
 from jaxgpt.config.resolved import BFLOAT16_FROM
-from jaxgpt.planning.gpus import GIB, MIB
+from jaxgpt.planning.gpus import GIB, MIB, tier
 
 QUERY = "name,memory.total,uuid,compute_cap,mig.mode.current"
 
@@ -118,9 +117,9 @@ def visible_card() -> LocalCard | None:
 
 
 def tier_of_this_machine() -> str | None:
-    """The preset for the memory of the card that a run would use; None without a card."""
+    """The preset for the card that a run would use; None without a card."""
     card = visible_card()
-    return None if card is None else preset_for_memory(card.memory_bytes / GIB)
+    return None if card is None else tier(card.memory_bytes, card.compute_capability)
 
 
 def count_visible_cards() -> int:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.config.presets import load_preset, preset_for_memory, preset_names
+from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.planning import fit, memory, speed
-from jaxgpt.planning.gpus import GIB, find_gpu
+from jaxgpt.planning.gpus import find_gpu, tier
 from jaxgpt.planning.planner import Planner
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset
 
@@ -69,9 +69,9 @@ def _recommended(planner: Planner, presets: Sequence[Resolved]) -> Resolved:
         if trained:
             cfg, choice = min(trained, key=lambda pair: pair[1].loss)
             return choice.fitting.cfg if gpu is planner.gpu else cfg
-    tier = preset_for_memory(planner.gpu.memory_bytes / GIB)
-    of_tier = [one.cfg for one in fitting if one.cfg.asked.preset == tier]
-    return next(iter(of_tier), planner.resolve(load_preset(tier)))
+    name = tier(planner.gpu.memory_bytes, planner.gpu.compute_capability)
+    of_tier = [one.cfg for one in fitting if one.cfg.asked.preset == name]
+    return next(iter(of_tier), planner.resolve(load_preset(name)))
 
 
 def _record_of_largest(planner: Planner, found: fit.Fitting) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:
     assert got["hours"] is None
     got = answer("--vram", "8")
     assert any("chosen by the speed of an RTX 3090" in reason for reason in got["reasons"])
-    assert got["command"] == "python -m jaxgpt.train --preset 12gb-modern"
+    assert got["command"] == "python -m jaxgpt.train --preset t4-modern"
 
 
 def test_the_card_in_this_machine_is_the_default(answer, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from jaxgpt.planning.gpus import GIB, GPUS, find_gpu, lookup_gpu
+from jaxgpt.config.presets import load_preset
+from jaxgpt.planning.gpus import GIB, GPUS, find_gpu, lookup_gpu, tier
 
 # Dense TFLOP/s with float32 accumulation that NVIDIA publishes: bfloat16, float16 before 8.0.
 PUBLISHED = {
@@ -115,6 +116,34 @@ def test_a_drivers_name_is_the_right_card_or_none(named, key) -> None:
     name, mib = named
     found = lookup_gpu(name, mib and mib * 2**20)
     assert (found and found.key) == key
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *(("b200", "80gb"), ("a100-80gb", "80gb"), ("h100", "80gb"), ("a6000", "48gb")),
+        *(("l40s", "48gb"), ("a100-40gb", "24gb"), ("rtx4090", "24gb"), ("a10g", "24gb")),
+        *(("a4500", "16gb"), ("rtx4080", "16gb"), ("rtx4070ti", "12gb"), ("rtx3060", "12gb")),
+        *(("rtx3080", "10gb"), ("rtx2080ti", "10gb"), ("rtx3070", "8gb"), ("rtx5060", "8gb")),
+        # float16 alone: the same sizes, but for a T4's
+        *(("t4", "t4"), ("v100-16gb", "t4"), ("quadrortx5000", "t4"), ("titanrtx", "24gb")),
+        *(("rtx2070", "8gb"), ("rtx2060", "12gb"), ("gtx1650", "12gb")),
+    ],
+)
+def test_a_card_gets_the_tier_of_its_size_although_drivers_report_less(key, name) -> None:
+    card = find_gpu(key)
+    assert tier(card.memory_bytes, card.compute_capability) == name
+    assert load_preset(name).vram_gb is not None
+
+
+def test_a_tier_begins_a_little_below_its_size() -> None:
+    sizes = [80, 79.6, 45, 40, 22.5, 20, 15.99, 11.2, 11, 9.4, 9, 7.96, 7, 0.1]
+    found = [tier(int(gigabytes * GIB), (8, 6)) for gigabytes in sizes]
+    assert found == [
+        *("80gb", "80gb", "48gb", "24gb", "24gb", "16gb", "16gb", "12gb", "10gb", "10gb"),
+        *("8gb", "8gb", "12gb", "12gb"),
+    ]
+    assert tier(16 * GIB, (6, 0)) == "16gb"  # a P100, in float32
 
 
 NAMES = {

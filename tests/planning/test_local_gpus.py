@@ -112,7 +112,7 @@ def test_of_a_card_in_mig_mode_a_program_sees_one_slice(machine, visible, name, 
     assert (card.name, card.memory_bytes) == (name, gigabytes * GIB)
 
 
-@pytest.mark.parametrize(("visible", "tier"), [("0", "24gb"), ("GPU-c", "16gb"), ("", None)])
-def test_the_tier_is_by_memory(machine, visible, tier) -> None:
+@pytest.mark.parametrize(("visible", "tier"), [("0", "24gb"), ("GPU-c", "t4"), ("", None)])
+def test_the_tier_is_the_visible_cards(machine, visible, tier) -> None:
     machine(visible=visible)
     assert local_gpus.tier_of_this_machine() == tier
