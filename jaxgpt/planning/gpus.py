@@ -165,6 +165,9 @@ def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:
 def _matches(name: str, memory_bytes: int | None) -> list[Gpu]:
     spelling, size_gb = _normalize(name)
     found = [gpu for gpu in GPUS if spelling in gpu.spellings]
+    # A GH200's name has the size of its CPU's memory.
+    if size_gb and all(_normalize(gpu.name)[1] == size_gb for gpu in found):
+        size_gb = None
     for wanted in (memory_bytes, size_gb and size_gb * GIB):
         # ECC takes 1/16 and a driver some more, so a nominal size is met within 8 %.
         found = [g for g in found if not wanted or abs(g.memory_bytes / wanted - 1) < 0.08]
