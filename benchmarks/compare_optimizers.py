@@ -26,7 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from jaxgpt.config.command_line import RunFlags, parse_run
-from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ def config_of(variant: str, common: Sequence[str], seed: int) -> Resolved:
         description=__doc__ or "",
         default_preset=lambda: "demo",
     )
-    return resolve_new(asked, "float32")
+    return resolve_new(asked, choose_dtype(asked.dtype, "cpu", (0, 0)))
 
 
 def build(cfg: Resolved) -> Training:
@@ -57,7 +57,7 @@ def build(cfg: Resolved) -> Training:
         cfg.optimizer,
         max_iters=cfg.asked.max_iters,
         accumulation=cfg.batch.accumulation,
-        dtype="float32",
+        dtype=cfg.dtype,
         seed=cfg.asked.seed,
         device=jax.devices("cpu")[0],
     )

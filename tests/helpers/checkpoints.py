@@ -1,5 +1,6 @@
 """A tiny training and its saves, and checkpoints without arrays."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,9 +12,9 @@ from jaxgpt.run.integrity import Manifest, checksum_files, write_manifest
 from jaxgpt.training.build import Training, build_training
 
 
-def build(dtype: str = "float32") -> Training:
+def build(dtype: str = "float32", dropout: float = 0.0) -> Training:
     return build_training(
-        TINY,
+        dataclasses.replace(TINY, dropout=dropout),
         OptimizerConfig(warmup_iters=2),
         max_iters=20,
         accumulation=2,

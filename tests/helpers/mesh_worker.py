@@ -54,7 +54,13 @@ WINDOWS = TOKENS[0, :21]  # not a multiple of the micro-batch
 class Run:
     """A tiny training on a mesh; None is a single device."""
 
-    def __init__(self, mesh: str | None, scan_layers: bool = False, model: ModelConfig = MODEL):
+    def __init__(
+        self,
+        mesh: str | None,
+        scan_layers: bool = False,
+        model: ModelConfig = MODEL,
+        dtype: str = "float32",
+    ):
         devices, shape = jax.devices(), parse_mesh(mesh)
         self.layout = MeshLayout(devices, shape) if mesh else Layout(devices[0])
         self.global_micro_batch = BATCH * shape.devices
@@ -64,7 +70,7 @@ class Run:
             OPTIMIZER,
             max_iters=STEPS,
             accumulation=self.accumulation,
-            dtype="float32",
+            dtype=dtype,
             seed=0,
             device=devices[0],
             layout=self.layout,
@@ -104,6 +110,12 @@ def shares(state) -> dict[str, float]:
         for path, leaf in jax.tree.leaves_with_path(state)
         if leaf.size
     }
+
+
+def overflowing(state):
+    """A state in float16 whose loss scale is too large for some steps."""
+    scale = state.loss_scale.scale
+    return state._replace(loss_scale=state.loss_scale._replace(scale=scale * 2**10))
 
 
 def largest_gather(program: str) -> int:
@@ -148,6 +160,12 @@ def main(folder: Path) -> None:
     for name in ("one", "data=2,fsdp=4"):
         run = Run(None if name == "one" else name, model=QWEN3)
         answer["qwen3 losses"][name] = run.train(run.training.init(), range(SAVED_AT))[1]
+        run = Run(None if name == "one" else name, dtype="float16")
+        state, losses = run.train(overflowing(run.training.init()), range(SAVED_AT))
+        answer["float16"][name] = {
+            "losses": losses,
+            **{part: float(leaf) for part, leaf in state.loss_scale._asdict().items()},
+        }
     answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
     answer["embedding"] = state.params["wte"]["embedding"].size
     runs["fsdp=8"] = Run("fsdp=8", scan_layers=True)

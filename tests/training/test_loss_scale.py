@@ -91,7 +91,10 @@ def test_float16_follows_float32(training) -> None:
     assert losses["float32"][-1] < losses["float32"][0] - 0.05  # it learns, so the check can fail
 
 
-def test_a_resumed_run_continues_bit_for_bit_with_its_scale(training, tmp_path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_resumed_run_continues_bit_for_bit_with_its_scale(training, dropout, tmp_path) -> None:
+    if dropout:
+        training = build(dtype="float16", dropout=dropout)
     state = scaled(training.init(), 2.0**40)  # overflows, then halves for some steps
     for step in range(3):
         state, _ = training.train_step(state, tokens(step))

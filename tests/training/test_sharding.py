@@ -49,6 +49,14 @@ def test_a_mesh_has_the_losses_of_one_device_with_another_network(seen) -> None:
     np.testing.assert_allclose(many, one, rtol=3e-6)
 
 
+def test_a_mesh_skips_the_overflows_of_one_device_in_float16(seen) -> None:
+    one, many = seen["float16"].values()
+    assert 0 < one["overflows"] < SAVED_AT
+    for part in ("scale", "good_steps", "overflows"):
+        assert many[part] == one[part], part
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-3)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_muon_on_a_mesh_has_the_update_of_one_device(seen, mesh) -> None:
     one, many = seen["muon"]["one"], seen["muon"][mesh]
