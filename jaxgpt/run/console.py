@@ -66,9 +66,11 @@ def make_console(stderr: bool = False) -> Console:
     """A console that prints text as it is; `is_terminal` is whether a bar can be drawn on it."""
     stream = sys.stderr if stderr else sys.stdout
     is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    can_draw = stream is not None and stream.isatty() and not is_dumb  # even with FORCE_COLOR
+    # A notebook gives its commands a terminal, and keeps every state of a bar.
+    in_notebook = "JPY_PARENT_PID" in os.environ
+    is_terminal = stream is not None and stream.isatty() and not (is_dumb or in_notebook)
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    return Console(stderr=stderr, force_terminal=None if can_draw else False, **plain)
+    return Console(stderr=stderr, force_terminal=None if is_terminal else False, **plain)
 
 
 def make_bar(console: Console, left: str) -> Progress:
