@@ -14,7 +14,7 @@ from jaxgpt.run.console import Pace, RunConsole, duration, print_table
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch):
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JPY_PARENT_PID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -106,14 +106,18 @@ def pretend_terminal(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("where", ["file", "file with FORCE_COLOR", "terminal of TERM=dumb"])
+@pytest.mark.parametrize(
+    "where", ["file", "file with FORCE_COLOR", "terminal of TERM=dumb", "terminal of a notebook"]
+)
 def test_where_no_bar_can_be_drawn_a_run_prints_plain_lines(clock, capsys, monkeypatch, where):
     monkeypatch.setenv("COLUMNS", "40")  # which must not break a line of a log
     if "FORCE_COLOR" in where:
         monkeypatch.setenv("FORCE_COLOR", "1")
     if "dumb" in where:
         monkeypatch.setenv("TERM", "dumb")
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    if "notebook" in where:
+        monkeypatch.setenv("JPY_PARENT_PID", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: "terminal" in where)
     pace = pace_of(clock, 2.0)
     with RunConsole(0, 2000, 500) as lines:
         lines.log_line(1, 5.0, Pace(100))
