@@ -21,6 +21,21 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * x32 * (1 + _tanh(x32))).astype(x.dtype)
 
 
+@jax.custom_vjp
+def gelu_of_product(x: jax.Array) -> jax.Array:
+    """`gelu` of a matrix product's result x, in bfloat16; on a GPU the product computes it.
+
+    cuBLAS takes its float32 sums and writes both x and the GELU.
+    """
+    return jax.lax.platform_dependent(x, cuda=_gelu_term_by_term, default=gelu)
+
+
+def _gelu_term_by_term(x: jax.Array) -> jax.Array:
+    # The form that XLA recognizes. Not fused, each term would be rounded to the dtype of x.
+    half, one, scale, cubic = (jnp.asarray(c, x.dtype) for c in (0.5, 1.0, SCALE, CUBIC))
+    return x * (half * (one + jnp.tanh(scale * (x + cubic * (x * (x * x))))))
+
+
 def _tanh(x32: jax.Array) -> jax.Array:
     return jnp.tanh(SCALE * (x32 + CUBIC * x32**3))
 
@@ -59,5 +74,6 @@ def _define_gradient(gelu: jax.custom_vjp, slope: Callable[[jax.Array], jax.Arra
 
 
 _define_gradient(gelu, _tanh_slope)
+_define_gradient(gelu_of_product, _tanh_slope)
 _define_gradient(exact_gelu, _exact_slope)
 GELUS = {"tanh": gelu, "erf": exact_gelu}
