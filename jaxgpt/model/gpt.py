@@ -17,12 +17,12 @@ from flax import nnx
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
-from jaxgpt.model.attention import Attend, LayerCache, attention
+from jaxgpt.model.attention import Attend, LayerCache, attention, cudnn_attention
 from jaxgpt.model.blocks import Block
 from jaxgpt.model.gelu import GELUS, gelu_of_product
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import INIT_STD, Norm, linear_of_norm, make_linear
+from jaxgpt.model.layers import INIT_STD, Norm, linear_of_norm, linears_of_norm, make_linear
 
 
 class GPT(LanguageModel):
@@ -89,6 +89,8 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
         self.n_head = cfg.n_head
         self.attend = attend
+        # cuDNN reads q, k and v from arrays of their own: from one, XLA would copy them.
+        self.parts = 3 if attend is cudnn_attention else 1
         self.c_attn = make_linear(cfg, cfg.n_embd, 3 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
@@ -100,10 +102,12 @@ class Attention(nnx.Module):
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         """(attention(norm(x_BTD)), cache), as `Block` calls it."""
-        qkv_BTE = linear_of_norm(self.c_attn, norm, x_BTD)
-        B, T, E = qkv_BTE.shape
-        qkv_BT3NH = qkv_BTE.reshape(B, T, 3, self.n_head, E // 3 // self.n_head)
-        q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BT3NH, axis=2)
+        B, T, D = x_BTD.shape
+        shape = (B, T, 3 // self.parts, self.n_head, D // self.n_head)
+        parts = linears_of_norm([self.c_attn], norm, x_BTD, self.parts)
+        q_BTNH, k_BTNH, v_BTNH = (
+            y_BTNH for part in parts for y_BTNH in jnp.unstack(part.reshape(shape), axis=2)
+        )
         out_BTNH, cache = attention(self.attend, q_BTNH, k_BTNH, v_BTNH, cache, start)
         return self.c_proj(out_BTNH.reshape(x_BTD.shape)), cache
 

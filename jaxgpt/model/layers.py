@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,8 +59,12 @@ def linear_of_norm(linear: nnx.Linear, norm: Norm, x_BTD: jax.Array) -> jax.Arra
     return linears_of_norm([linear], norm, x_BTD)[0]
 
 
-def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array) -> list[jax.Array]:
+def linears_of_norm(
+    linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array, parts: int = 1
+) -> list[jax.Array]:
     """Each linear layer of norm(x_BTD), with the norm's scale and bias folded into the layer's.
+
+    The last axis of each layer's output is cut into `parts` arrays of equal size.
 
     The gradient of a scale is then a sum over a matrix instead of over all tokens, for which XLA
     would write a float32 product as large as x and read it back. With one token per sequence, as
@@ -67,14 +72,43 @@ def linears_of_norm(linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array)
     """
     if x_BTD.shape[1] == 1:
         normed = norm(x_BTD)
-        return [linear(normed) for linear in linears]
+        return [y for linear in linears for y in jnp.split(linear(normed), parts, axis=-1)]
     kernels = [norm.scale[...][:, None] * linear.kernel[...] for linear in linears]
     normed = norm.without_gain(x_BTD).astype(linears[0].dtype)
-    ys = [dot_general_by_rows(normed, kernel.astype(normed.dtype)) for kernel in kernels]
+    multiply = products_by_rows if parts > 1 else _products
+    ys = [y for kernel in kernels for y in multiply(normed, kernel.astype(normed.dtype), parts)]
     if norm.bias is None:
         return ys
     biases = [linear.bias[...] + norm.bias[...] @ linear.kernel[...] for linear in linears]
-    return [y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
+    cut = [part for bias in biases for part in jnp.split(bias, parts)]
+    return [y + bias.astype(y.dtype) for y, bias in zip(ys, cut, strict=True)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def products_by_rows(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
+    """x (..., d_in) times each of `parts` equal parts of the kernel's columns.
+
+    The gradients are computed by one product each, of all parts together.
+    """
+    return _products(x, kernel, parts)
+
+
+def _products(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
+    return [dot_general_by_rows(x, part) for part in jnp.split(kernel, parts, axis=1)]
+
+
+def _products_forward(x: jax.Array, kernel: jax.Array, parts: int) -> tuple[list[jax.Array], Any]:
+    return _products(x, kernel, parts), (x, kernel)
+
+
+def _products_backward(
+    parts: int, residuals: tuple[jax.Array, jax.Array], dys: list[jax.Array]
+) -> tuple[jax.Array, ...]:
+    _, pull_back = jax.vjp(dot_general_by_rows, *residuals)
+    return pull_back(jnp.concatenate(dys, axis=-1))
+
+
+products_by_rows.defvjp(_products_forward, _products_backward)
 
 
 def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:

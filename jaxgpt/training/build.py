@@ -36,6 +36,8 @@ GPU_OPTIONS = {
     # It lets XLA leave out roundings to bfloat16, which keeps the residual stream's gradient in
     # float32: on cards before Hopper two such arrays are written in each layer.
     "xla_allow_excess_precision": False,
+    # Merged, products of one input (q, k and v; gate and up) are cut apart again by copies.
+    "xla_gpu_dot_merger_threshold_mb": 0,
     # Percent of 80 % of the card: above that XLA recomputes what it likes, such as the head's
     # products. JAX's pool has 92 %, of which `plan` keeps a reserve.
     "xla_gpu_memory_limit_slop_factor": 112,

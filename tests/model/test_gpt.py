@@ -10,6 +10,7 @@ from helpers.trees import MODELS, TINY, TINY_QWEN3, assert_trees_equal
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes, parameter_sizes
 from jaxgpt.config.presets import load_preset
+from jaxgpt.model import gpt
 from jaxgpt.model.attention import (
     cudnn_attention,
     pick_attention,
@@ -171,6 +172,27 @@ def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(jax.tree.leaves(vjp(dy)), jax.tree.leaves(expected_vjp(dy)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_keys_and_values_of_three_products_equal_those_of_one(
+    dtype, bias, tokens_BT1, monkeypatch
+) -> None:
+    """As cuDNN's attention gets them: the same loss and gradients."""
+    cfg = dataclasses.replace(TINY, bias=bias)
+    params = init_params(cfg, jax.random.key(0))
+
+    def loss_and_gradients():
+        graphdef = build_model(cfg, dtype, plain_attention)
+        return jax.value_and_grad(lambda p: nnx.merge(graphdef, p).loss(tokens_BT1))(params)
+
+    expected = loss_and_gradients()
+    monkeypatch.setattr(gpt, "cudnn_attention", plain_attention)
+    model = nnx.merge(build_model(cfg, dtype, plain_attention), params)
+    assert model.blocks[0].attn.parts == 3
+    for a, b in zip(*map(jax.tree.leaves, (loss_and_gradients(), expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:

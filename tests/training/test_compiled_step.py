@@ -61,3 +61,12 @@ def test_the_gradient_of_a_blocks_norm_is_no_array_as_large_as_its_input(program
 def test_flash_attention_runs_once_forward_and_once_back_in_each_layer(program) -> None:
     for kernel in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
         assert program.count(f'custom_call_target="__cudnn${kernel}"') == GPT2.n_layer
+
+
+def test_gpt2s_gelu_and_its_queries_keys_and_values_need_no_pass_of_their_own() -> None:
+    cfg = resolved(Config(model=GPT2), "bfloat16", batch_size=B, effective_batch_size=B)
+    program = memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+    assert program.count('"epilogue":"GELU_AUX"') == GPT2.n_layer
+    sizes = re.findall(r" = \(bf16\[(\d+),(\d+)\]\S* s8\[\d+\]\S*\) custom-call", program)
+    assert sizes.count((str(B * T), str(D))) >= 3 * GPT2.n_layer
+    assert (str(B * T), str(3 * D)) not in sizes
