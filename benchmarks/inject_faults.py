@@ -4,14 +4,17 @@
     python benchmarks/inject_faults.py prepare --faults ENOSPC SIGKILL
 
 For each kind of operation and each fault, one process after another meets the fault at a later
-operation (every n-th with `--every n`), until one ends before its turn comes. Each must either do
-all of its work, or end with one sentence and exit code 2, without a traceback. Started again, it
-must do the rest, and the result must be an undisturbed run's. Otherwise the exit code is 1.
+operation, until one ends before its turn comes. With `--every n` each fault meets every n-th
+operation, the next fault those after them, so that n faults meet all of them. Each process must
+either do all of its work, or end with one sentence and exit code 2, without a traceback. Started
+again, it must do the rest, and the result must be an undisturbed run's. Otherwise the exit code is
+1. Runs are forked from this process, which has imported everything but computes nothing.
 """
 
 import argparse
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,14 +22,23 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import kill_prepare
-import torture
+from jaxgpt.run.compile_cache import prepare_compile_cache
+
+prepare_compile_cache(print)  # before JAX is imported
+
+import kill_prepare  # noqa: E402
+import torture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 INJECTED = ROOT / "tests" / "helpers" / "injected"
+sys.path.insert(0, str(INJECTED.parents[1]))
+from helpers.injected.sitecustomize import Injection, install  # noqa: E402
+
+FORK = multiprocessing.get_context("fork")
 OPERATIONS = ("open", "write", "fsync", "rename", "remove")
 # The error once; with a plus, from then on. Signals only once.
 FAULTS = ("ENOSPC", "ENOSPC+", "EIO", "EDQUOT", "EACCES", "EROFS+", "EMFILE")
@@ -53,8 +65,43 @@ class Command:
         return done.returncode, done.stderr
 
 
+class ForkedRun(Command):
+    """A training run."""
+
+    def start(self, out: Path, injection: str = "", log: Path | None = None) -> tuple[int, str]:
+        """(exit code, standard error) of one process."""
+        with tempfile.TemporaryFile() as err:
+            arguments = (err.fileno(), out, injection, log)
+            process = FORK.Process(None, self._run, args=arguments)
+            process.start()
+            process.join()
+            err.seek(0)
+            assert process.exitcode is not None
+            return process.exitcode, err.read().decode(errors="replace")
+
+    def _run(self, err: int, out: Path, injection: str, log: Path | None) -> None:
+        from jaxgpt.train import main
+
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        os.dup2(err, 2)
+        if injection:
+            os.environ["INJECT_LOG"] = str(log)
+            install(Injection(f"{injection} {out}"))
+        sys.exit(main([*self.words, str(out)]))
+
+
 def train_command() -> Command:
-    return Command(["jaxgpt.train", *torture.FLAGS, *STEPS, "--out-dir"], torture.contents)
+    from jaxgpt import train  # noqa: F401 (imported before the forks, as what follows)
+    from jaxgpt.run import evaluator, metrics, preflight, saver  # noqa: F401
+
+    return ForkedRun([*torture.FLAGS, *STEPS, "--out-dir"], run_contents)
+
+
+def run_contents(out: Path) -> Any:
+    """What a run has made; read in another process, as JAX does not survive a fork."""
+    with ProcessPoolExecutor(1, FORK) as pool:
+        return pool.submit(torture.contents, out).result()
 
 
 def prepare_command(work: Path) -> Command:
@@ -104,8 +151,8 @@ def sweep(
     expected = command.contents(work / "undisturbed" / "out")
     ends, broken = Counter[str](), []
     for operation in operations:
-        for fault in faults:
-            number = 1
+        for turn, fault in enumerate(faults):
+            number = 1 + turn % every
             while (found := meet(command, work, operation, number, fault, expected)) is not None:
                 end, reason = found
                 ends[end] += 1
