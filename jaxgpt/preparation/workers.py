@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import DECODE_ERRORS, UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.archives import archive_of
 from jaxgpt.preparation.journal import Record
@@ -180,6 +180,11 @@ def run_job(job: Job, origin: Origin) -> Record:
         raise UserError(
             f"{error.filename or job.folder}: {error.strerror or error}; fix that and run the same "
             "command again"
+        ) from None
+    except (MemoryError, *DECODE_ERRORS) as error:
+        raise UserError(
+            f"{job.unit[0].path}: cannot be tokenized ({first_line(error)}), or a file after it in "
+            "the same unit; leave it out, or give each worker more memory with fewer --workers"
         ) from None
 
 
