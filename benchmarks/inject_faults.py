@@ -14,12 +14,14 @@ again, it must do the rest, and the result must be an undisturbed run's. Otherwi
 import argparse
 import errno
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -130,6 +132,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="try each n-th operation")
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--faults", nargs="+", default=FAULTS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no faults after these")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,7 +140,8 @@ def main() -> int:
         command = train_command() if args.command == "train" else prepare_command(work)
         code, err = command.start(work / "undisturbed" / "out")  # shards are named after the folder
         assert code == 0, err
-        result = sweep(command, work, args.operations, args.faults, args.every)
+        stop = time.monotonic() + 60 * args.minutes
+        result = sweep(command, work, args.operations, args.faults, args.every, stop)
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps({**result, "command": " ".join(sys.argv)}, indent=1) + "\n")
@@ -145,15 +149,26 @@ def main() -> int:
 
 
 def sweep(
-    command: Command, work: Path, operations: Sequence[str], faults: Sequence[str], every: int
+    command: Command,
+    work: Path,
+    operations: Sequence[str],
+    faults: Sequence[str],
+    every: int,
+    stop: float = math.inf,
 ) -> dict[str, Any]:
-    """Meet every fault at every n-th operation; returns counts, and what broke a promise."""
+    """Meet every fault at every n-th operation; returns counts, and what broke a promise.
+
+    No fault is begun after `stop`, of `time.monotonic`.
+    """
     expected = command.contents(work / "undisturbed" / "out")
     ends, broken = Counter[str](), []
     for operation in operations:
         for turn, fault in enumerate(faults):
             number = 1 + turn % every
-            while (found := meet(command, work, operation, number, fault, expected)) is not None:
+            while time.monotonic() < stop:
+                found = meet(command, work, operation, number, fault, expected)
+                if found is None:
+                    break
                 end, reason = found
                 ends[end] += 1
                 if reason:

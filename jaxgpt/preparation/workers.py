@@ -134,12 +134,12 @@ def _without_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _handlers_afterwards() -> Iterator[None]:
-    """Run Python's handlers of SIGINT and SIGTERM after the block."""
+    """Run Python's signal handlers after the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # where Python runs no handlers
         return
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     called = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in called:
         signal.signal(number, lambda number, frame: received.append(number))
