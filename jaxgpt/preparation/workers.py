@@ -15,6 +15,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -63,6 +64,8 @@ class Pool(Executor):
         self._others = set(multiprocessing.active_children())
         self._pools: dict[ProcessPoolExecutor, Future[Any] | None] = {}  # with its last call
         _allow_open_files(FILES_PER_WORKER * workers)
+        # Now, as starting it unblocks SIGINT, which the start of a worker needs blocked.
+        resource_tracker.ensure_running()
 
     def workers(self) -> int:
         """The number of processes."""
