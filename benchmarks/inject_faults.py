@@ -4,29 +4,43 @@
     python benchmarks/inject_faults.py prepare --faults ENOSPC SIGKILL
 
 For each kind of operation and each fault, one process after another meets the fault at a later
-operation (every n-th with `--every n`), until one ends before its turn comes. Each must either do
-all of its work, or end with one sentence and exit code 2, without a traceback. Started again, it
-must do the rest, and the result must be an undisturbed run's. Otherwise the exit code is 1.
+operation, until one ends before its turn comes. With `--every n` each fault meets every n-th
+operation, the next fault those after them, so that n faults meet all of them. Each process must
+either do all of its work, or end with one sentence and exit code 2, without a traceback. Started
+again, it must do the rest, and the result must be an undisturbed run's. Otherwise the exit code is
+1. Runs are forked from this process, which has imported everything but computes nothing.
 """
 
 import argparse
 import errno
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import kill_prepare
-import torture
+from jaxgpt.run.compile_cache import prepare_compile_cache
+
+prepare_compile_cache(print)  # before JAX is imported
+
+import kill_prepare  # noqa: E402
+import torture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 INJECTED = ROOT / "tests" / "helpers" / "injected"
+sys.path.insert(0, str(INJECTED.parents[1]))
+from helpers.injected.sitecustomize import Injection, install  # noqa: E402
+
+FORK = multiprocessing.get_context("fork")
 OPERATIONS = ("open", "write", "fsync", "rename", "remove")
 # The error once; with a plus, from then on. Signals only once.
 FAULTS = ("ENOSPC", "ENOSPC+", "EIO", "EDQUOT", "EACCES", "EROFS+", "EMFILE")
@@ -53,8 +67,43 @@ class Command:
         return done.returncode, done.stderr
 
 
+class ForkedRun(Command):
+    """A training run."""
+
+    def start(self, out: Path, injection: str = "", log: Path | None = None) -> tuple[int, str]:
+        """(exit code, standard error) of one process."""
+        with tempfile.TemporaryFile() as err:
+            arguments = (err.fileno(), out, injection, log)
+            process = FORK.Process(None, self._run, args=arguments)
+            process.start()
+            process.join()
+            err.seek(0)
+            assert process.exitcode is not None
+            return process.exitcode, err.read().decode(errors="replace")
+
+    def _run(self, err: int, out: Path, injection: str, log: Path | None) -> None:
+        from jaxgpt.train import main
+
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        os.dup2(err, 2)
+        if injection:
+            os.environ["INJECT_LOG"] = str(log)
+            install(Injection(f"{injection} {out}"))
+        sys.exit(main([*self.words, str(out)]))
+
+
 def train_command() -> Command:
-    return Command(["jaxgpt.train", *torture.FLAGS, *STEPS, "--out-dir"], torture.contents)
+    from jaxgpt import train  # noqa: F401 (imported before the forks, as what follows)
+    from jaxgpt.run import evaluator, metrics, preflight, saver  # noqa: F401
+
+    return ForkedRun([*torture.FLAGS, *STEPS, "--out-dir"], run_contents)
+
+
+def run_contents(out: Path) -> Any:
+    """What a run has made; read in another process, as JAX does not survive a fork."""
+    with ProcessPoolExecutor(1, FORK) as pool:
+        return pool.submit(torture.contents, out).result()
 
 
 def prepare_command(work: Path) -> Command:
@@ -83,6 +132,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="try each n-th operation")
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--faults", nargs="+", default=FAULTS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no faults after these")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,7 +140,8 @@ def main() -> int:
         command = train_command() if args.command == "train" else prepare_command(work)
         code, err = command.start(work / "undisturbed" / "out")  # shards are named after the folder
         assert code == 0, err
-        result = sweep(command, work, args.operations, args.faults, args.every)
+        stop = time.monotonic() + 60 * args.minutes
+        result = sweep(command, work, args.operations, args.faults, args.every, stop)
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps({**result, "command": " ".join(sys.argv)}, indent=1) + "\n")
@@ -98,15 +149,26 @@ def main() -> int:
 
 
 def sweep(
-    command: Command, work: Path, operations: Sequence[str], faults: Sequence[str], every: int
+    command: Command,
+    work: Path,
+    operations: Sequence[str],
+    faults: Sequence[str],
+    every: int,
+    stop: float = math.inf,
 ) -> dict[str, Any]:
-    """Meet every fault at every n-th operation; returns counts, and what broke a promise."""
+    """Meet every fault at every n-th operation; returns counts, and what broke a promise.
+
+    No fault is begun after `stop`, of `time.monotonic`.
+    """
     expected = command.contents(work / "undisturbed" / "out")
     ends, broken = Counter[str](), []
     for operation in operations:
-        for fault in faults:
-            number = 1
-            while (found := meet(command, work, operation, number, fault, expected)) is not None:
+        for turn, fault in enumerate(faults):
+            number = 1 + turn % every
+            while time.monotonic() < stop:
+                found = meet(command, work, operation, number, fault, expected)
+                if found is None:
+                    break
                 end, reason = found
                 ends[end] += 1
                 if reason:

@@ -11,6 +11,7 @@ finish; new folders follow until there have been enough kills.
 import argparse
 import hashlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no new runs after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the result")
     flags = parser.parse_args()
@@ -79,7 +81,7 @@ def main() -> None:
         assert start(flags.text, Path(work) / "0" / "out", 2).wait() == 0
         seconds = time.monotonic() - began
         expected = contents(Path(work) / "0" / "out")
-        while len(kills) < flags.kills:
+        while len(kills) < flags.kills and time.monotonic() - began < 60 * flags.minutes:
             runs += 1
             out = Path(work) / str(runs) / "out"
             kills += kill_until_done(flags.text, out, draw, seconds)

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import random
@@ -72,6 +73,7 @@ def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no kills after these")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--work", type=Path, help="folder that keeps the runs")
@@ -81,7 +83,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         try:
-            result = torture(work, args.kills, random.Random(args.seed))
+            result = torture(work, args.kills, args.minutes, random.Random(args.seed))
         except TortureError as error:
             print(f"torture: {error}", file=sys.stderr)
             return 1
@@ -91,18 +93,22 @@ def main() -> int:
     return 0
 
 
-def torture(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+def torture(work: Path, kills: int, minutes: float, rng: random.Random) -> dict[str, Any]:
     """Kill `kills` times, over as many runs as needed; each run then finishes."""
+
+    def enough() -> bool:
+        return len(done) >= kills or time.monotonic() - started > 60 * minutes
+
     started = time.monotonic()
     undisturbed = work / "undisturbed"
     seconds_to_first_step, seconds_of_training = run_to_end(undisturbed)
     expected = contents(undisturbed)
     done: list[Kill] = []
     runs = 0
-    while len(done) < kills:
+    while not enough():
         out_dir = work / f"run-{runs}"
         runs += 1
-        while len(done) < kills:
+        while not enough():
             moment, flags = rng.random(), rng.choice([[], OFTEN])
             match len(done) % 4:
                 case 0:

@@ -53,7 +53,9 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # otherwise Python does at exit, where nothing catches an error
         return code
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # the panics of libraries in Rust are no Exception
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             return 0
         code = report_error(prog, error)

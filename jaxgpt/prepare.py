@@ -13,8 +13,7 @@ from jaxgpt.errors import Stopped, run_command
 from jaxgpt.files import user_path
 from jaxgpt.preparation.flags import PROG, PrepareFlags, parse_flags
 from jaxgpt.run.console import unfailing_output
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from jaxgpt.run.signals import StopRequest
 
 
 @unfailing_output()
@@ -22,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     # An ignored signal stays ignored: a script's background jobs must not react to Ctrl-C.
-    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [
+        number for number in StopRequest.STOPPING if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     previous = {number: signal.signal(number, _raise_stopped) for number in handled}
     try:
         return run_command(PROG, lambda: run(flags))
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raise_stopped(number: int, _: object) -> None:
-    for each in SIGNALS:  # a second signal must not interrupt the cleanup
+    for each in StopRequest.STOPPING:  # a second signal must not interrupt the cleanup
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number, "stopped; run the same command again to resume")
 

@@ -53,6 +53,11 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         raise UserError(
             f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"
         ) from None
+    except MemoryError:
+        raise UserError(
+            f"{slice.path}: has a text that is too long for the memory; divide it, or leave the "
+            "file out"
+        ) from None
 
 
 def has_documents(inputs: Iterable[Input], options: ReadOptions, least: int) -> bool:

@@ -15,11 +15,12 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import UserError
+from jaxgpt.errors import DECODE_ERRORS, UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.archives import archive_of
 from jaxgpt.preparation.journal import Record
@@ -63,6 +64,8 @@ class Pool(Executor):
         self._others = set(multiprocessing.active_children())
         self._pools: dict[ProcessPoolExecutor, Future[Any] | None] = {}  # with its last call
         _allow_open_files(FILES_PER_WORKER * workers)
+        # Now, as starting it unblocks SIGINT, which the start of a worker needs blocked.
+        resource_tracker.ensure_running()
 
     def workers(self) -> int:
         """The number of processes."""
@@ -134,12 +137,12 @@ def _without_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _handlers_afterwards() -> Iterator[None]:
-    """Run Python's handlers of SIGINT and SIGTERM after the block."""
+    """Run Python's signal handlers after the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # where Python runs no handlers
         return
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     called = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in called:
         signal.signal(number, lambda number, frame: received.append(number))
@@ -180,6 +183,11 @@ def run_job(job: Job, origin: Origin) -> Record:
         raise UserError(
             f"{error.filename or job.folder}: {error.strerror or error}; fix that and run the same "
             "command again"
+        ) from None
+    except (MemoryError, *DECODE_ERRORS) as error:
+        raise UserError(
+            f"{job.unit[0].path}: cannot be tokenized ({first_line(error)}), or a file after it in "
+            "the same unit; leave it out, or give each worker more memory with fewer --workers"
         ) from None
 
 

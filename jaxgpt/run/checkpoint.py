@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -75,6 +76,7 @@ class Checkpoints:
         self._keep, self._on_error, self.processes = keep, on_error, processes
         self._renew_lock = renew_lock
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._run = uuid4().hex  # of a new run; `recover` takes an older one's
         self._saving: _Save | None = None
         self._failure: str | None = None  # of the newest save, if it failed
         self._verified: dict[Path, Manifest] = {}
@@ -117,7 +119,10 @@ class Checkpoints:
         try:
             if self.processes.is_main:
                 retention.remove_unfinished(self.folder)
+                retention.refuse_other_runs(self.folder)
                 step = retention.newest_intact(self.folder, self._verify, warn, strict)
+            if step is not None:
+                self._run = self.manifest(step).run or self._run
             return self.processes.broadcast_from_main(step)
         except OSError as error:
             raise CheckpointError(
@@ -257,7 +262,8 @@ class Checkpoints:
             files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
             loss = _finite(val_loss.result())
-            write_manifest(folder, Manifest(**notes, step=step, val_loss=loss, files=files))
+            manifest = Manifest(**notes, step=step, run=self._run, val_loss=loss, files=files)
+            write_manifest(folder, manifest)
         except BaseException:
             self._remove_failed(step)
             raise

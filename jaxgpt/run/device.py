@@ -87,10 +87,17 @@ def import_jax() -> Any:
     """The `jax` module.
 
     Raises:
-        UserError: if the installed versions do not work together; the message lists them.
+        UserError: if the installed versions do not work together, which are listed; or for a
+            setting that JAX refuses, or a file of XLA's flags that it could not read.
     """
+    _xla_flags()  # or XLA ends the process
     try:
         import jax
+    except ValueError as error:
+        raise UserError(
+            f"JAX cannot be imported ({first_line(error)}); unset that setting, a variable that "
+            "begins with JAX_"
+        ) from None
     except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: jaxlib is too old
         names = ("jax", "jaxlib", "numpy", *(name.replace("_", "-") for name in PLUGINS))
         found = ", ".join(f"{name} {has}" for name in names if (has := _installed(name)))

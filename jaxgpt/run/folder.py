@@ -14,8 +14,7 @@ from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names
 from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import write_json
-from jaxgpt.run.integrity import DamagedError, read_manifest
-from jaxgpt.run.retention import FOLDER, finished_steps
+from jaxgpt.run.retention import FOLDER, finished_steps, readable_manifests
 
 CONFIG_FILE = "config.json"
 
@@ -84,7 +83,7 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
     if not steps:
         return None
     if not has_config:
-        return _config_of_newest(out_dir / FOLDER, steps)
+        return _config_of_newest(out_dir / FOLDER)
     try:
         return load_config(path)
     except ConfigError as error:
@@ -107,13 +106,9 @@ def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
         )
 
 
-def _config_of_newest(folder: Path, steps: list[int]) -> Resolved | None:
-    for step in reversed(steps):
-        try:
-            values = read_manifest(folder / str(step)).config
-        except DamagedError:
-            continue  # reported when the run is resumed from it
-        return resolved_from(values, str(folder / str(step)))
+def _config_of_newest(folder: Path) -> Resolved | None:
+    for step, manifest in reversed(readable_manifests(folder).items()):
+        return resolved_from(manifest.config, str(folder / str(step)))
     return None
 
 

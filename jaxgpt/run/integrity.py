@@ -33,7 +33,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     made_with: dict[str, str]  # version by package
     val_loss: float | None  # None without an evaluation, or if it was not finite
     files: Files
-    step: int | None = None  # None in checkpoints of older versions
+    step: int | None = None  # None in checkpoints of older versions, as is the next
+    run: str | None = None  # drawn when the run began, to tell its checkpoints from others
 
 
 class _SignedManifest(msgspec.Struct):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxgpt.errors import UserError
 from jaxgpt.files import delete
-from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
+from jaxgpt.run.integrity import MANIFEST, DamagedError, Manifest, read_manifest
 
 FOLDER = "checkpoints"
 # A checkpoint is renamed before it is deleted, so that a kill leaves no partial one.
@@ -26,16 +26,19 @@ def finished_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in _committed(folder) if (path / MANIFEST).exists())
 
 
+def readable_manifests(folder: Path) -> dict[int, Manifest]:
+    """The manifests of the finished checkpoints by step, ascending, without damaged ones."""
+    found = {}
+    for step in finished_steps(folder):
+        with suppress(DamagedError):  # reported when a run resumes from it
+            found[step] = read_manifest(folder / str(step))
+    return found
+
+
 def best_step(folder: Path) -> tuple[int, float] | None:
     """(step, validation loss) of the best finished checkpoint, or None if none has a loss."""
-    scored = []
-    for step in finished_steps(folder):
-        try:
-            loss = read_manifest(folder / str(step)).val_loss
-        except DamagedError:
-            continue  # reported when a run resumes from it
-        if loss is not None and math.isfinite(loss):
-            scored.append((loss, step))
+    losses = {step: manifest.val_loss for step, manifest in readable_manifests(folder).items()}
+    scored = [(x, step) for step, x in losses.items() if x is not None and math.isfinite(x)]
     if not scored:
         return None
     loss, step = min(scored)
@@ -122,6 +125,19 @@ def remove_unfinished(folder: Path) -> list[str]:
         _set_aside(path)
     remove_leftovers(folder)
     return names
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raises UserError if the checkpoints are of several runs, which somebody has mixed."""
+    steps: dict[str, list[int]] = {}
+    for step, manifest in readable_manifests(folder).items():
+        if manifest.run is not None:
+            steps.setdefault(manifest.run, []).append(step)
+    if len(steps) > 1:
+        each = " and ".join(f"({', '.join(map(str, group))})" for group in steps.values())
+        raise UserError(
+            f"{folder} has checkpoints of {len(steps)} runs {each}; move those of the others away"
+        )
 
 
 def newest_intact(

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -271,6 +272,22 @@ def test_an_input_cut_after_it_was_found_is_no_complete_one(tmp_path: Path, name
     os.truncate(path, 1_200_000)
     with pytest.raises(UserError, match=f"^{path}: has 1,200,000 bytes, and had 1,600,000"):
         list(batches)
+
+
+def test_a_text_too_long_for_the_memory_is_named(tmp_path: Path) -> None:
+    """20 KB of .zst that are one line of 600 MB."""
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        for _ in range(600):
+            writer.write(bytes(10**6))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"^{path}: has a text that is too long for the memory"):
+            read_documents(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_two_columns_of_one_name_are_refused_and_two_counts_ignored(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_ctrl_c_while_workers_start_prints_one_line(
     assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_stopped_run_says_how_to_resume_and_does(
     fineweb_like: Path,
     prepared: Path,

@@ -14,6 +14,7 @@ from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
+from jaxgpt.preparation import workers
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import ReadOptions
@@ -143,6 +144,21 @@ def test_a_worker_that_sees_other_files_is_refused(plan: Plan, tmp_path: Path) -
             run_job(some, origin)
     assert not any(parts.iterdir())
     assert run_job(job, good).documents > 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")])
+def test_what_a_worker_cannot_tokenize_is_named(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def tokenize(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(workers, "_checked_tokenizer", lambda job, origin: BYTE)
+    monkeypatch.setattr(workers, "tokenize_unit", tokenize)
+    path = plan.units()[0][0].path
+    job = Job(0, plan.units()[0], ReadOptions(), 0.1, tmp_path)
+    with pytest.raises(UserError, match=f"^{path}: cannot be tokenized"):
+        run_job(job, Origin("", "byte", ""))
 
 
 def test_a_worker_of_a_cluster_sees_that_the_folders_tokenizer_is_another(

@@ -15,9 +15,11 @@ from helpers.checkpoints import build, save
 from helpers.trees import assert_trees_equal
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoint
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.restore import CheckpointError
+from jaxgpt.run.retention import FOLDER
 from jaxgpt.training.build import Training
 
 
@@ -94,6 +96,23 @@ def test_a_step_that_is_saved_already_is_not_saved_again(training, tmp_path) -> 
         for _ in range(2):
             save(checkpoints, training.init())
     assert steps_on_disk(tmp_path) == [0]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_from(training, tmp_path) -> None:
+    """Also not with the same configuration; a run that was resumed is still the same."""
+    state = training.init()
+    for run, steps in (("a", 1), ("a", 1), ("b", 3)):
+        with Checkpoints(tmp_path / run, keep=9) as checkpoints:
+            checkpoints.recover(print)
+            state = take_steps(training, state, steps)
+            save(checkpoints, state)
+    copied = tmp_path / "a" / FOLDER / "5"
+    shutil.copytree(tmp_path / "b" / FOLDER / "5", copied)
+    with Checkpoints(tmp_path / "a", keep=9) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoints of 2 runs \(1, 2\) and \(5\); move"):
+            checkpoints.recover(print)
+        shutil.rmtree(copied)
+        assert checkpoints.recover(print) == 2
 
 
 def damage(path: Path) -> None:

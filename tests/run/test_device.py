@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -120,6 +122,20 @@ def test_settings_of_jax_that_change_a_runs_arithmetic_are_refused(monkeypatch, 
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value}: .*; unset it: unset {name}"):
         prepare_environment(on("cpu", DEMO))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("XLA_FLAGS", "/no/flags", "XLA_FLAGS=/no/flags: is a file that cannot be read"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "x", 'JAX cannot be imported (Invalid value "x" for'),
+    ],
+)
+def test_settings_that_jax_cannot_read_are_named(name, value, said):
+    code = "from jaxgpt.run.device import import_jax\nimport_jax()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), name: value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"UserError: {said}" in done.stderr or f"ConfigError: {said}" in done.stderr
 
 
 def test_the_cpu_needs_no_flag_for_the_same_bits():
