@@ -53,7 +53,7 @@ class TokenStream:
         return self._borders[-1]
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """(length,) tokens from position `start`, read-only."""
+        """(length,) tokens from position `start`; read-only, possibly a view of the mapped file."""
         assert 0 <= start <= len(self) - length, (start, length, len(self))
         pieces = [self._tokens(*span) for span in self._spans(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

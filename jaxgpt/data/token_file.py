@@ -6,8 +6,8 @@ have no header; only files with exactly those two names may have none.
 """
 
 import hashlib
+import mmap
 import os
-import weakref
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -134,42 +134,43 @@ def as_tokens(tokens: np.ndarray, name: str) -> np.ndarray:
 
 
 class Reader:
-    """An open token file; its methods may be called from several threads.
-
-    Not a memory map: if the file is cut short or its disk fails, reading one ends the process.
-    """
+    """A memory-mapped token file; its methods may be called from several threads."""
 
     def __init__(self, file: TokenFile):
-        """Raises DataError if the file cannot be opened."""
+        """Raises DataError if the file cannot be mapped."""
         self._file = file
         try:
-            self._descriptor = os.open(file.path, os.O_RDONLY)
+            with file.path.open("rb") as opened:
+                self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tokens = np.frombuffer(self._memory, file.dtype, file.length, file.offset)
         except OSError as error:
             raise DataError(_unreadable(file.path, error)) from None
-        weakref.finalize(self, os.close, self._descriptor)
+        except ValueError:  # nothing to map, or less than file.length
+            raise self._cut_short() from None
 
     def read(self, first: int, end: int) -> np.ndarray:
-        """Tokens [first, end), read-only; DataError if they are missing or cannot be read."""
-        start, stop = self._position(first), self._position(end)
-        try:
-            data = os.pread(self._descriptor, stop - start, start)
-        except OSError as error:
-            raise DataError(_unreadable(self._file.path, error)) from None
-        if len(data) < stop - start:
-            raise DataError(
-                f"{self._file.path}: has become shorter since it was opened; copy or download it "
-                "again, and run the same command again"
-            )
-        return np.frombuffer(data, self._file.dtype)
+        """Tokens [first, end), a read-only view of the file; DataError if they are missing.
+
+        Its present size is checked, because reading a page beyond the end ends the process.
+        """
+        if self._memory.size() < self._position(end):
+            raise self._cut_short()
+        return self._tokens[first:end]
 
     def read_ahead(self, first: int, end: int) -> None:
         """Ask the kernel to read tokens [first, end) ahead of their use."""
-        if hasattr(os, "posix_fadvise"):
-            start, stop = self._position(first), self._position(end)
-            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            begin = self._position(first) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._memory.madvise(mmap.MADV_WILLNEED, begin, self._position(end) - begin)
 
     def _position(self, token: int) -> int:
         return self._file.offset + self._file.dtype.itemsize * token
+
+    def _cut_short(self) -> DataError:
+        return DataError(
+            f"{self._file.path}: has become shorter since it was opened; copy or download it "
+            "again, and run the same command again"
+        )
 
 
 def _unreadable(path: Path, error: OSError) -> str:
