@@ -30,12 +30,7 @@ def archive_of(path: str) -> str | None:
 
 def members(archive: str) -> dict[str, ZipInfo]:
     """The files in an archive, by path; raises UserError if it is damaged."""
-    try:
-        stat = os.stat(archive)
-        _, found = _read_directory(archive, stat.st_mtime_ns, stat.st_size)
-    except DAMAGE as error:
-        raise _damaged(archive, error) from None
-    return {f"{archive}/{name}": info for name, info in found.items()}
+    return _open_archive(archive)[1]
 
 
 def size_of(path: str) -> int:
@@ -55,18 +50,25 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
         with open(path, "rb") as file:
             yield file
         return
-    info = members(archive)[path]
+    zip_file, found = _open_archive(archive)
+    info = found[path]
     if info.flag_bits & ENCRYPTED:
         raise UserError(
             f"{path}: is protected by a password; unpack the archive and name its files"
         )
-    stat = os.stat(archive)
-    zip_file, _ = _read_directory(archive, stat.st_mtime_ns, stat.st_size)
     try:
         with zip_file.open(info) as member:
             yield member
     except DAMAGE as error:
         raise _damaged(path, error) from None
+
+
+def _open_archive(archive: str) -> tuple[ZipFile, dict[str, ZipInfo]]:
+    stat = os.stat(archive)
+    try:
+        return _read_directory(archive, stat.st_mtime_ns, stat.st_size)
+    except DAMAGE as error:
+        raise _damaged(archive, error) from None
 
 
 def _damaged(path: str, error: Exception) -> UserError:
@@ -81,5 +83,5 @@ def _read_directory(archive: str, mtime: int, size: int) -> tuple[ZipFile, dict[
     zip_file = ZipFile(Path(archive))
     names = {PurePosixPath("/", info.filename): info for info in zip_file.infolist()}
     return zip_file, {
-        str(name)[1:]: info for name, info in names.items() if not info.is_dir() and name.name
+        f"{archive}{name}": info for name, info in names.items() if not info.is_dir() and name.name
     }

@@ -85,6 +85,7 @@ def test_the_names_in_an_archive_are_read_once(archive, monkeypatch):
     archives._read_directory.cache_clear()
     read_documents(archive)
     assert len(opened) == 1
+    assert archives.members(str(archive)) is archives.members(str(archive))
 
 
 def test_an_archive_that_cannot_be_read_is_answered_with_a_sentence(archive, tmp_path, capsys):
