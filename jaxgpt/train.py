@@ -245,9 +245,8 @@ def train(
         result = report.Result(reporter.evaluated(step, run.evaluator.scores(state)))
         saver.finish(result.val_loss)
         saver.wait()  # a run that cannot save fails now, not after hours
-    unread: Mapping[str, Any] | None = (
-        None  # of the newest step: reading them would wait for the device
-    )
+    # Of the newest step: reading them would wait for the device.
+    unread: Mapping[str, Any] | None = None
     run.watch.begin("step")
     for tokens_ABT1 in run.batches:
         if unread is None:  # nothing has changed since the last save

@@ -6,7 +6,7 @@ suggests and prints `--help`; this module adds answers to flags that other progr
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -71,7 +71,7 @@ def parse_run(
     argv = _with_preset_flag(argv)
     flags = given_flags(argv)
     replaced = flag_settings(flags) if is_config_file(flags.get("preset") or "") else {}
-    argv = _without(replaced, argv)
+    argv = without_flags(argv, *replaced)
     _refuse_nanogpt_flags(argv, given_flags(argv))
     preset = flags.get("preset") or default_preset()
     if preset is None and {"-h", "--help"} & set(argv):
@@ -146,16 +146,18 @@ def _positional(argv: Sequence[str]) -> list[tuple[int, str]]:
     ]
 
 
-def _without(names: Collection[str], argv: Sequence[str]) -> list[str]:
-    """argv without these flags and their values."""
-    kept = []
-    is_value = False
+def without_flags(argv: Sequence[str], *names: str) -> list[str]:
+    """argv without some flags and their values."""
+    kept: list[str] = []
+    skip_value = False
     for arg in argv:
-        name, equals, _ = arg.partition("=")
-        is_named = arg.startswith("--") and name[2:].replace("-", "_") in names
-        if not (is_named or is_value):
+        flag, equals, _ = arg.partition("=")
+        if skip_value:
+            skip_value = False
+        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
+            skip_value = not equals
+        else:
             kept.append(arg)
-        is_value = is_named and not equals
     return kept
 
 

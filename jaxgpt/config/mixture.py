@@ -16,7 +16,7 @@ from jaxgpt.files import user_path
 EMBEDDED = "embedded"  # the text in the package
 CYCLE = 100_000  # windows after which the shares are met exactly; no share may be below 1/CYCLE
 # Lazy, so that a name may contain ':' and ',' itself.
-ITEM = re.compile(r"\s*(.+?)\s*:\s*([\d.]+(?:[eE]-?\d+)?)\s*(?:,|$)")
+ITEM = re.compile(r"\s*(.+?)\s*:\s*([\d.]+(?:[eE]-?\d{1,2})?)\s*(?:,|$)")
 
 Shares = Mapping[str, Fraction]  # of each source, by its name; their sum is 1
 
@@ -36,9 +36,11 @@ class Mixture(NamedTuple):
 
     @property
     def labels(self) -> dict[str, str]:
-        """What a reader is shown for each name: the last part of a path, if no two are equal."""
-        folders = {n: path.absolute().name if path else n for n, path in self.folders.items()}
-        return folders if len({*folders.values()}) == len(folders) else {n: n for n in folders}
+        """What a reader is shown for each name: the last part of its path, numbered if two agree."""
+        labels = {n: path.absolute().name if path else n for n, path in self.folders.items()}
+        if len({*labels.values()}) == len(labels):
+            return labels
+        return {n: f"{place} {label}" for place, (n, label) in enumerate(labels.items(), 1)}
 
 
 def make_mixture(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxgpt.config.command_line import without_flags
 from jaxgpt.config.fields import Config
 from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.resolved import Resolved
@@ -229,10 +230,10 @@ def _best(best: tuple[int, float] | None) -> str:
 
 
 def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:
-    again = _without(argv, "max_iters", "out_dir", "lr_decay_iters")
-    here = [] if _without(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
+    again = without_flags(argv, "max_iters", "out_dir", "lr_decay_iters")
+    here = [] if without_flags(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
-    anew = shlex.join([*_without(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
+    anew = shlex.join([*without_flags(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
     o = cfg.optimizer
     commands = {
         f"{prog} {longer}": f"train longer; the learning rate stays at min_lr, {o.min_lr:g}",
@@ -254,18 +255,3 @@ def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> st
     if cfg.vram_gb is None:
         commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"
     return "\n".join(f"  {command}\n      {what}" for command, what in commands.items())
-
-
-def _without(argv: Sequence[str], *names: str) -> list[str]:
-    """argv without some flags and their values."""
-    kept: list[str] = []
-    skip_value = False
-    for arg in argv:
-        flag, equals, _ = arg.partition("=")
-        if skip_value:
-            skip_value = False
-        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
-            skip_value = not equals
-        else:
-            kept.append(arg)
-    return kept

@@ -25,6 +25,7 @@ def test_weights_become_shares_of_the_named_folders(tmp_path: Path, monkeypatch)
         "./elsewhere/code": Path("elsewhere/code"),
         "embedded": None,
     }
+    assert [*mixture.labels.values()] == ["fineweb", "a:b,c", "code", "embedded"]
     first, second = mixture.stages
     assert list(first.shares.values()) == [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)]
     assert second == (40, {"embedded": Fraction(1, 4), "fineweb": Fraction(3, 4)})
@@ -39,11 +40,17 @@ def test_an_existing_folder_of_exactly_that_name_wins(tmp_path: Path, monkeypatc
     assert asked.mixture.folders == {"a:1,b:1": asked.data_dir}
 
 
+def test_folders_of_one_name_are_numbered_and_keep_their_paths_to_themselves() -> None:
+    mixture = make_mixture("/home/me/books:1,/mnt/books:1", None)
+    assert [*mixture.labels.values()] == ["1 books", "2 books"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--dataset", "a:0.7,b"], "mixture 'a:0.7,b': expected NAME:WEIGHT"),
         (["--dataset", "a:1,a:2"], "expected NAME:WEIGHT,NAME:WEIGHT,... with each name once"),
+        (["--dataset", "a:1,b:1e9999"], "expected NAME:WEIGHT"),
         (["--dataset", "a:1.2.3,b:1"], "expected NAME:WEIGHT"),
         (["--dataset", "a:1,b:0"], "b has less than 1/100,000 of the windows"),
         (["--dataset", "a:1,b:1", "--data-dir", "x"], "data_dir x is not read with the mixture"),
