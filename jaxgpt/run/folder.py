@@ -44,7 +44,8 @@ def check_stages(resolved: Resolved, restored: dict[str, Any], step: int) -> Non
     """Raises ConfigError if the run has trained up to `step` on another mixture than asked for."""
     saved = resolved_from(restored, "the checkpoint").asked
     was, now = (
-        [stage for stage in asked.mixture.stages if stage.start < step]
+        # In the order of the names, too: each source's windows are shuffled by its place.
+        [(at, [*shares.items()]) for at, shares in asked.mixture.stages if at < step]
         for asked in (saved, resolved.asked)
     )
     if was != now:

@@ -220,7 +220,8 @@ def test_only_stages_that_a_run_has_not_reached_may_change():
     same = dataclasses.replace(SAVED, asked=with_fields(asked, mixture_at=((40, "a:5,b:5"),)))
     check_stages(same, saved.flat(), 60)
     assert changes(same, saved) == ["mixture_at [[40, 'a:1,b:1'], [60, 'a']] -> [[40, 'a:5,b:5']]"]
-    for step, cfg in ((61, same), (41, SAVED)):
+    reordered = dataclasses.replace(SAVED, asked=with_fields(asked, mixture_at=((40, "b:1,a:1"),)))
+    for step, cfg in ((61, same), (41, SAVED), (41, reordered)):
         with pytest.raises(ConfigError, match=f"at step {step}, and stages before that cannot"):
             check_stages(cfg, saved.flat(), step)
 
