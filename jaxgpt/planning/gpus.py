@@ -133,9 +133,8 @@ def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
     sizes = (80, 48, 24, 16, 12, 10, 8)
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
     size = next((size for size in sizes if memory_bytes >= 0.93 * size * GIB), 12)
-    return (
-        "t4" if size == 16 and FLOAT16_FROM <= compute_capability < BFLOAT16_FROM else f"{size}gb"
-    )
+    float16_only = FLOAT16_FROM <= compute_capability < BFLOAT16_FROM
+    return "t4" if size == 16 and float16_only else f"{size}gb"
 
 
 def unnamed_card(gigabytes: float) -> Gpu:

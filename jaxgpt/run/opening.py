@@ -15,7 +15,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
 from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, decay_end, resolve
-from jaxgpt.data.loader import WindowLoader, evaluation_windows
+from jaxgpt.data.loader import evaluation_windows
 from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.mixture import MixtureLoader
 from jaxgpt.data.shards import TokenStream
@@ -185,7 +185,7 @@ def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved,
     return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=dtype), layout
 
 
-def load_step(cfg: Resolved, layout: Any, loader: WindowLoader | MixtureLoader, step: int) -> Any:
+def load_step(cfg: Resolved, layout: Any, loader: MixtureLoader, step: int) -> Any:
     """The tokens of one step on the devices of `layout`: tokens_ABT1."""
     A, B = cfg.batch.accumulation, cfg.batch.global_micro_batch
     shape_ABT1 = (A, B, cfg.model.block_size + 1)
