@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.fields import names_with
-from jaxgpt.config.mixture import EMBEDDED, Mixture
+from jaxgpt.config.mixture import Mixture
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
 from jaxgpt.data.tokenizer_files import SAME_AS_GPT2
@@ -57,7 +57,7 @@ def model_card(
     stages = _stages(run.asked.mixture)
     source = "; ".join(f"from step {at:,} {text}" if at else text for at, text in stages)
     source += " (token files)"
-    if stages == [(0, EMBEDDED)]:
+    if not any(run.asked.mixture.folders.values()):
         source = "the four Jane Austen novels that come with jaxgpt"
     rows = {
         "parameters": f"{m.parameter_count(padding=False):,}",

@@ -149,6 +149,21 @@ def test_the_card_names_the_data_that_was_read(tiny_run: Path, tmp_path: Path) -
     card = model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
     assert "| data | my-tokens (token files), 9 byte tokens |" in card
     assert "fineweb" not in card
+    run = dataclasses.replace(run, asked=with_fields(asked, data_dir=tmp_path / "embedded"))
+    assert "Jane Austen" not in model_card(weights, run, {"train_tokens": 9, "val_tokens": 99})
+
+
+def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run: Path) -> None:
+    weights = open_weights(WeightsFlags(out_dir=tiny_run))
+    assert weights.run is not None
+    stages = ((5, "/home/me/law:1"),)
+    asked = with_fields(weights.run.asked, dataset="/home/me/books:3,web:1", mixture_at=stages)
+    data = {"train_tokens": 9, "val_tokens": 16 * 7 + 1}
+    data |= {f"{name}: {key}": value for name in ("web", "law") for key, value in data.items()}
+    card = model_card(weights, dataclasses.replace(weights.run, asked=asked), data)
+    assert "| books:0.75,web:0.25; from step 5 law (token files), 27 byte tokens |" in card
+    assert "on 21 windows |" in card
+    assert "/home" not in card
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,8 @@ def flags(tmp_path: Path) -> list[str]:
             write_shard(tmp_path / name / f"x_{split}_000000.bin", tokens)
     a, b = tmp_path / "a", tmp_path / "b"
     return [
-        *(
-            "--dataset",
-            f"{a}:0.75,{b}:0.25",
-            "--mixture-at",
-            "5",
-            f"{a}:0.25,{b}:0.5,embedded:0.25",
-        ),
+        *("--dataset", f"{a}:0.75,{b}:0.25"),
+        *("--mixture-at", "5", f"{a}:0.25,{b}:0.5,embedded:0.25"),
         *("--lr-decay-iters", "8", "--learning-rate", "1e-2", "--warmup-iters", "1"),
     ]
 
