@@ -31,7 +31,7 @@ def test_each_mistake_gives_one_sentence(
         ([texts, "--tokenizer", "tok/"], "'tok/': no such folder or file"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
-        ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "two ways to choose validation"),
+        ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "are 2 ways to choose validation"),
         (
             [texts, "--limit-tokens", "many"],
             "--limit-tokens many: is not a positive integer; write 27B",
