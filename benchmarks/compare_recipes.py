@@ -8,7 +8,7 @@ Every recipe runs with one seed at each of `--rates` times its own learning rate
 of them with all seeds. `--equal` keeps the steps, or gives each recipe as many as cost what
 `--steps` of the first cost. A step's time is the median of several rounds in which the recipes take
 turns, measured once for a `--json` file: start it on an idle machine. Runs in that file are not
-repeated. Another text: `--data-dir`, as in compare_optimizers.py.
+repeated. `--table` prints what is recorded. Another text: `--data-dir` (see compare_optimizers.py).
 """
 
 import argparse
@@ -123,31 +123,30 @@ def step_seconds(names: Sequence[str], flags: Sequence[str]) -> dict[str, float]
 
 
 def steps_of(
-    args: argparse.Namespace, names: Sequence[str], seconds: dict[str, float]
+    equal: str, args: argparse.Namespace, names: Sequence[str], seconds: dict[str, float]
 ) -> dict[str, int]:
     """Steps of each recipe, to the nearest ten; adds what it has to time to `seconds`."""
     flags = shlex.split(args.flags)
     costs = dict.fromkeys(names, 1.0)
-    if args.equal == "flops":
+    if equal == "flops":
         models = {name: recipe_config(name, flags, 0, 10, 1.0).model for name in names}
         costs = {name: float(model_flops_per_token(model)) for name, model in models.items()}
-    elif args.equal == "time":
+    elif equal == "time":
         if set(names) - seconds.keys():
             seconds |= step_seconds(names, flags)
         costs = {name: seconds[name] for name in names}
-        print(", ".join(f"{name}: {1000 * cost:.1f} ms" for name, cost in costs.items()))
     first = costs[names[0]]
     return {
         name: max(10, round(args.steps * first / cost / 10) * 10) for name, cost in costs.items()
     }
 
 
-def summary(runs: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
-    """A table: each recipe's loss at its best rate, and its distance from the first."""
-    lines = [
-        "| recipe | steps | rates x | nats per token | seeds | against the first |",
-        "|---" * 6 + "|",
-    ]
+HEADER = "| equal | recipe | steps | rates x | nats per token | seeds | against the first |"
+
+
+def summary(equal: str, runs: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
+    """Rows of a table: each recipe's loss at its best rate, and its distance from the first."""
+    lines = []
     first: list[float] = []
     for name, count in steps.items():
         rate = best_rate(runs, name, count)
@@ -158,8 +157,8 @@ def summary(runs: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
         change = mean(losses) - mean(first)
         against = f"{change:+.4f}" + (f", {change / both:+.1f} standard errors" if both else "")
         lines.append(
-            f"| {name} | {count:,} | {rate:g} | {mean(losses):.4f} ± {error:.4f} | {len(losses)} "
-            f"| {against if losses is not first else ''} |"
+            f"| {equal} | {name} | {count:,} | {rate:g} | {mean(losses):.4f} ± {error:.4f} "
+            f"| {len(losses)} | {against if losses is not first else ''} |"
         )
     return "\n".join(lines)
 
@@ -192,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="token shards; default: the novels")
     parser.add_argument("--windows", type=int, default=1200, help="windows of the validation split")
     parser.add_argument("--json", type=Path, help="file for the curves")
+    parser.add_argument("--table", action="store_true", help="print the file's runs and stop")
     args = parser.parse_args(argv)
     names = args.recipes or list(RECIPES)
     if unknown := set(names) - RECIPES.keys():
@@ -201,7 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = load_runs(args.json, setting)
     measured = args.json is not None and args.json.exists()
     seconds = json.loads(args.json.read_text())["step_seconds"] if measured else {}
-    steps = steps_of(args, names, seconds)
+    if args.table:
+        print(HEADER, "|---" * 7 + "|", sep="\n")
+        for equal in ("steps", "flops", "time"):
+            print(summary(equal, runs, steps_of(equal, args, names, seconds)))
+        return 0
+    steps = steps_of(args.equal, args, names, seconds)
 
     def run(name: str, rate: float, seed: int) -> None:
         key = {"recipe": name, "max_iters": steps[name], "rate": rate, "seed": seed}
@@ -218,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(name, rate, 0)
         for seed in range(1, args.seeds):
             run(name, best_rate(runs, name, steps[name]), seed)
-    print(summary(runs, steps))
+    print(HEADER, summary(args.equal, runs, steps), sep="\n")
     return 0
 
 
