@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"--init-from (gpt2|owner/name)", "needs the network"),
     (r"hellaswag_val|lambada_test", "needs the network"),
     (r"jaxgpt\.(train|bench) .*--preset (\d+gb|gpt2|124m|t4)", "needs a GPU"),
-    (r"jaxgpt\.train (?!.*(--preset|--help))|jaxgpt\.plan$", "needs a GPU"),
+    (r"jaxgpt\.train (?!.*(--preset|--help|my_config))|jaxgpt\.plan$", "needs a GPU"),
     (r"--out-dir runs/(24gb|first|tuned)", "needs a run on a GPU"),
     (r"--coordinator-address HOST", "needs two hosts"),
     (r"--interactive|^tensorboard", "runs until somebody ends it"),
