@@ -40,7 +40,8 @@ WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 # A cut that the tokenizer confirms: characters searched, cuts tried, characters on each side.
 SEARCHED, CUTS_TRIED, CUT_CONTEXT = 10_000, 100, 100
-WORD_ENDS = re.compile(r"(?<=\S)(?=\s)|(?<=\w)(?=\W)")  # the latter for scripts without spaces
+# The second for scripts without spaces, the third where newlines belong to the word before them.
+WORD_ENDS = re.compile(r"(?<=\S)(?=\s)|(?<=\w)(?=\W)|(?<=\n)(?=[^\n])")
 
 BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  # by id
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data.text_stream import TextStream
@@ -75,6 +75,7 @@ def test_ids_are_the_librarys_and_the_text_comes_back(
 
 @settings(max_examples=100, deadline=None)
 @given(text=SENTENCES)
+@example("'__main__':\n '__main__':\n")  # can be cut after a newline alone
 def test_cutting_a_long_document_changes_no_token(trained: Tokenizer, text: str) -> None:
     text *= 4
     with pytest.MonkeyPatch.context() as patch:
