@@ -255,7 +255,7 @@ def train(
                 saver.wait()
                 reporter.stopped(step, requests.stop)
                 return None
-        is_logged = (step + 1) % asked.log_interval == 0
+        is_logged = reporter.is_logged(step + 1)
         by_source = run.evaluator.losses_of_step(state, step) if is_logged else {}
         state, metrics = run.train_step(state, tokens_ABT1)
         if unread is not None:  # of the step before; the device computes this step meanwhile

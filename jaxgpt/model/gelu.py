@@ -10,8 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.config.fields import Remat
+
 SCALE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715  # Hendrycks and Gimpel 2016, as in GPT-2
+Gelu = Callable[[jax.Array], jax.Array]
 
 
 @jax.custom_vjp
@@ -77,3 +80,11 @@ _define_gradient(gelu, _tanh_slope)
 _define_gradient(gelu_of_product, _tanh_slope)
 _define_gradient(exact_gelu, _exact_slope)
 GELUS = {"tanh": gelu, "erf": exact_gelu}
+
+
+def pick_gelu(name: str, dtype: jnp.dtype, remat: Remat) -> Gelu:
+    """The GELU of a matrix product's result in `dtype`."""
+    # `light` keeps the product and recomputes the GELU by itself.
+    if name == "tanh" and dtype == jnp.bfloat16 and remat != "light":
+        return gelu_of_product
+    return GELUS[name]

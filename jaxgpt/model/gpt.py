@@ -19,7 +19,7 @@ from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend, LayerCache, attention, cudnn_attention
 from jaxgpt.model.blocks import Block
-from jaxgpt.model.gelu import GELUS, gelu_of_product
+from jaxgpt.model.gelu import Gelu, pick_gelu
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.layers import INIT_STD, Norm, linear_of_norm, linears_of_norm, make_linear
@@ -42,7 +42,8 @@ class GPT(LanguageModel):
         init = nnx.initializers.normal(INIT_STD)
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
-        blocks = [GPTBlock(cfg, dtype, attend, rngs, remat) for _ in range(cfg.n_layer)]
+        gelu = pick_gelu(cfg.gelu, dtype, remat)
+        blocks = [GPTBlock(cfg, dtype, attend, gelu, rngs) for _ in range(cfg.n_layer)]
         self.blocks = nnx.List(blocks)
         self.ln_f = LayerNorm(cfg.n_embd, cfg.bias)
 
@@ -65,17 +66,12 @@ class GPTBlock(Block):
     """A block with GPT-2's names."""
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        dtype: jnp.dtype,
-        attend: Attend,
-        rngs: nnx.Rngs,
-        remat: Remat,
+        self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, gelu: Gelu, rngs: nnx.Rngs
     ):
         self.ln_1 = LayerNorm(cfg.n_embd, cfg.bias)
         self.attn = Attention(cfg, dtype, attend, rngs)
         self.ln_2 = LayerNorm(cfg.n_embd, cfg.bias)
-        self.mlp = MLP(cfg, dtype, rngs, remat)
+        self.mlp = MLP(cfg, dtype, gelu, rngs)
         self.drop = nnx.Dropout(cfg.dropout)
 
     def norms(self) -> tuple[Norm, Norm]:
@@ -115,11 +111,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with a GELU in between, where it is four times as wide."""
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs, remat: Remat):
-        self.gelu = GELUS[cfg.gelu]
-        # `light` keeps the product and recomputes the GELU by itself.
-        if cfg.gelu == "tanh" and dtype == jnp.bfloat16 and remat != "light":
-            self.gelu = gelu_of_product
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, gelu: Gelu, rngs: nnx.Rngs):
+        self.gelu = gelu
         self.c_fc = make_linear(cfg, cfg.n_embd, 4 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 

@@ -126,9 +126,9 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
 
 
 def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
-    """The preset of a card for which none is named: of the largest size that it has.
+    """The default preset of a card: the tier of the largest size that fits its memory.
 
-    Of 16 GB without bfloat16 it is `t4`, below 8 GB `12gb`, which needs the least.
+    `t4` for 16 GB without bfloat16; below 8 GB `12gb`, the tier that needs the least.
     """
     sizes = (80, 48, 24, 16, 12, 10, 8)
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).

@@ -74,11 +74,9 @@ class Input:
     @property
     def divisible(self) -> bool:
         """Whether a reader can start in the middle."""
-        if archive_of(self.path):
-            return False
-        return self.kind in ("parquet", "arrow") or (
-            self.kind == "jsonl" and not self.is_compressed
-        )
+        has_parts = self.kind in ("parquet", "arrow")
+        has_parts |= self.kind == "jsonl" and not self.is_compressed
+        return has_parts and not archive_of(self.path)
 
 
 class Slice(NamedTuple):
@@ -170,8 +168,8 @@ def saved_dataset(path: Path) -> Input:
     """A save_to_disk folder, or the split 'train' of one with several; raises UserError."""
     if has_splits(path):
         if not (path / "train" / "state.json").is_file():
-            splits = ", ".join(splits_of(path))
-            raise UserError(f"{path}: has no split 'train'; name one of its folders ({splits})")
+            names = ", ".join(splits_of(path))
+            raise UserError(f"{path}: has no split 'train'; name one of its folders ({names})")
         path = path / "train"
     from datasets import load_from_disk
 

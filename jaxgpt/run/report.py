@@ -61,9 +61,13 @@ class Reporter:
             raise
         return scalars
 
+    def is_logged(self, step: int) -> bool:
+        """Whether the step is one of every log_interval."""
+        return step % self._log_interval == 0
+
     def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
         """Log at every log_interval."""
-        if step % self._log_interval == 0:
+        if self.is_logged(step):
             self._log.scalars(step, scalars)
             self._console.log_line(step, scalars["train/loss"], self._pace)
 
