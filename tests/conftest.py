@@ -38,6 +38,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees what commands have left in the checkout: `runs/`, `data/`, a folder `tok/`."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("working-directory"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def tokens_BT1() -> np.ndarray:
     """Six windows of random tokens, (6, 9) uint16."""

@@ -88,7 +88,10 @@ def sample_from_hub(name: str, endpoint: str, cache: Path) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
-def test_weights_come_from_the_hub_by_name_and_then_from_the_cache(hub, tmp_path: Path) -> None:
+def test_weights_come_from_the_hub_by_name_and_then_from_the_cache(
+    hub, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported.parent)  # a model beside it must not hide the Hub's
     done = sample_from_hub("gpt2", hub, tmp_path)
     assert (done.returncode, "gpt2: 11,600 parameters" in done.stderr) == (0, True), done.stderr
     again = sample_from_hub("gpt2", "http://127.0.0.1:9", tmp_path)  # no server there
