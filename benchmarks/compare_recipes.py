@@ -34,7 +34,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.model import qwen3
 from jaxgpt.model.gelu import gelu
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import linear_of_norm
+from jaxgpt.model.layers import linear_of_norm, make_linear
 from jaxgpt.planning.speed import model_flops_per_token
 
 
@@ -44,8 +44,8 @@ def plain_mlp(activation: Callable[[jax.Array], jax.Array]) -> type[nnx.Module]:
     class PlainMLP(nnx.Module):
         def __init__(self, cfg: ModelConfig, dtype: Any, rngs: nnx.Rngs):
             D, F = cfg.n_embd, 4 * cfg.n_embd
-            self.up_proj = qwen3._linear(cfg, D, F, dtype, rngs)
-            self.down_proj = qwen3._linear(cfg, F, D, dtype, rngs, residual=True)
+            self.up_proj = make_linear(cfg, D, F, dtype, rngs)
+            self.down_proj = make_linear(cfg, F, D, dtype, rngs, residual=True)
 
         def __call__(self, x_BTD: jax.Array, norm: Any) -> jax.Array:
             return self.down_proj(activation(linear_of_norm(self.up_proj, norm, x_BTD)))
