@@ -1,14 +1,15 @@
 """Compare recipes on a CPU at equal steps, FLOPs or time: GPT-2, the modern network, one change.
 
-    python benchmarks/compare_recipes.py --json benchmarks/results/recipes-demo.json --seeds 3
-    python benchmarks/compare_recipes.py --json benchmarks/results/recipes-demo.json --seeds 3 \\
-        --equal time gpt2-adamw gpt2-muon modern
+    python benchmarks/compare_recipes.py --json benchmarks/results/recipes-demo.json
+    python benchmarks/compare_recipes.py gpt2-adamw gpt2-muon modern --equal steps flops time \\
+        --json benchmarks/results/recipes-demo.json
 
 Every recipe runs with one seed at each of `--rates` times its own learning rates, and at the best
 of them with all seeds. `--equal` keeps the steps, or gives each recipe as many as cost what
 `--steps` of the first cost. A step's time is the median of several rounds in which the recipes take
 turns, measured once for a `--json` file: start it on an idle machine. Runs in that file are not
-repeated. `--table` prints what is recorded. Another text: `--data-dir` (see compare_optimizers.py).
+repeated. `--table` prints what is recorded without training. Another text: `--data-dir` (see
+compare_optimizers.py).
 """
 
 import argparse
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=", ".join(RECIPES))
-    parser.add_argument("--equal", choices=("steps", "flops", "time"), default="steps")
+    parser.add_argument("--equal", nargs="+", choices=("steps", "flops", "time"), default=["steps"])
     parser.add_argument("--steps", type=int, default=1000, help="of the first recipe")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -201,12 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = load_runs(args.json, setting)
     measured = args.json is not None and args.json.exists()
     seconds = json.loads(args.json.read_text())["step_seconds"] if measured else {}
-    if args.table:
-        print(HEADER, "|---" * 7 + "|", sep="\n")
-        for equal in ("steps", "flops", "time"):
-            print(summary(equal, runs, steps_of(equal, args, names, seconds)))
-        return 0
-    steps = steps_of(args.equal, args, names, seconds)
+    steps: dict[str, int] = {}
 
     def run(name: str, rate: float, seed: int) -> None:
         key = {"recipe": name, "max_iters": steps[name], "rate": rate, "seed": seed}
@@ -218,12 +214,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_runs(args.json, setting, runs, step_seconds=seconds)
         print(f"{name}, rates x {rate:g}, seed {seed}: {runs[-1]['val_loss'][-1]:.4f}", flush=True)
 
-    for name in names:
-        for rate in args.rates:
-            run(name, rate, 0)
-        for seed in range(1, args.seeds):
-            run(name, best_rate(runs, name, steps[name]), seed)
-    print(HEADER, summary(args.equal, runs, steps), sep="\n")
+    lines = [HEADER, "|---" * 7 + "|"]
+    for equal in args.equal:
+        steps = steps_of(equal, args, names, seconds)
+        for name in () if args.table else names:
+            for rate in args.rates:
+                run(name, rate, 0)
+            for seed in range(1, args.seeds):
+                run(name, best_rate(runs, name, steps[name]), seed)
+        lines.append(summary(equal, runs, steps))
+    print(*lines, sep="\n")
     return 0
 
 
