@@ -57,13 +57,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield clone.parent
 
 
-def execute(work: Path, steps: int, until: str) -> dict[str, str]:
+def execute(work: Path, parameters: str, until: str) -> dict[str, str]:
     """What each code cell prints, by the command in it, up to the first that has `until`."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     last = next(i for i, cell in enumerate(notebook.cells) if until in cell.source)
     notebook.cells = [c for c in notebook.cells[: last + 1] if c.cell_type == "code"]
-    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    parameters.source = PARAMETERS.format(work=work, steps=steps)
+    (replaced,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
+    replaced.source = parameters
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(work))
     return {
         cell.source: "".join(output.get("text", "") for output in cell.outputs)
@@ -82,13 +82,24 @@ def test_it_is_kept_without_outputs() -> None:
     assert [(cell.outputs, cell.execution_count) for cell in code] == [([], None)] * len(code)
 
 
+@pytest.mark.parametrize(
+    ("repository", "answer"),
+    [("", "REPOSITORY is empty: "), ("/nowhere", "/nowhere could not be cloned or installed: ")],
+)
+def test_without_a_clone_it_ends_with_a_sentence(repository, answer, tmp_path) -> None:
+    parameters = f"REPOSITORY, WORK = {repository!r}, {str(tmp_path)!r}"
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=rf"SystemExit\S* {answer}"):
+        execute(tmp_path, parameters, until="git clone")
+
+
 @pytest.mark.slow
 def test_it_trains_resumes_samples_and_exports(work: Path) -> None:
-    first = printed_by("jaxgpt.train {TRAIN}", execute(work, 110, until="jaxgpt.train {TRAIN}"))
+    cells = execute(work, PARAMETERS.format(work=work, steps=110), until="jaxgpt.train {TRAIN}")
+    first = printed_by("jaxgpt.train {TRAIN}", cells)
     assert "Done: 110 steps" in first
     assert "\x1b" not in first, "a bar, which a notebook would keep every state of"
     assert len(first.splitlines()) < 60
-    cells = execute(work, 113, until="tuned.gguf")
+    cells = execute(work, PARAMETERS.format(work=work, steps=113), until="tuned.gguf")
     resumed = printed_by("jaxgpt.train {TRAIN}", cells)
     assert "from step 110 to step 113" in resumed
     assert "Done: 113 steps" in resumed

@@ -14,8 +14,8 @@ with those published:
 with 2,048 FLOPs on an A100 (8.0), 4,096 on Hopper (9.0), 8,192 on a B200 (10.0), 1,024 on others.
 GeForce cards, the A10G, L20 and L40 accumulate in float32 at half of their chip's rate: 512. (An
 RTX 4090's often-quoted 330 TFLOP/s are float16 accumulation, its 661 are sparse.) The clock is the
-boost, or the lower one that a data sheet's peak implies; a laptop's is that of the highest power
-limit.
+boost, or the lower one that a data sheet's peak implies; a GeForce laptop's is that of the highest
+power limit, and what NVIDIA does not print of workstation laptops is from TechPowerUp's database.
 
 Imports no JAX: the planner and the presets ask about cards that this machine does not have.
 """
@@ -26,6 +26,7 @@ import difflib
 import re
 from pathlib import Path
 
+from jaxgpt.config.presets import preset_names
 from jaxgpt.config.resolved import BFLOAT16_FROM, FLOAT16_FROM
 from jaxgpt.errors import UserError
 
@@ -125,6 +126,18 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
     )
 
 
+FLOAT16_TIER = "t4"  # of 16 GB without bfloat16
+
+
+def presets_for(dtype: str) -> list[str]:
+    """The presets to choose among on a card that computes in `dtype`: a T4's in float16 only."""
+    return [
+        name
+        for name in preset_names()
+        if dtype == "float16" or name.partition("-")[0] != FLOAT16_TIER
+    ]
+
+
 def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
     """The default preset of a card: the tier of the largest size that fits its memory.
 
@@ -134,7 +147,7 @@ def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
     size = next((size for size in sizes if memory_bytes >= 0.93 * size * GIB), 12)
     float16_only = FLOAT16_FROM <= compute_capability < BFLOAT16_FROM
-    return "t4" if size == 16 and float16_only else f"{size}gb"
+    return FLOAT16_TIER if size == 16 and float16_only else f"{size}gb"
 
 
 def unnamed_card(gigabytes: float) -> Gpu:
@@ -153,8 +166,8 @@ def unnamed_card(gigabytes: float) -> Gpu:
 def lookup_gpu(device_kind: str, memory_bytes: int | None = None) -> Gpu | None:
     """The card with a driver's name for it (`jax.Device.device_kind`); None if not in the table.
 
-    Never a similar card: a workstation laptop's RTX A4000 and an H100 96GB have other chips or
-    clocks than the cards they are named after, and a wrong peak would give a wrong MFU. Cards of
+    Never a similar card: an RTX PRO 2000 of a laptop and an H100 96GB have other chips or clocks
+    than the cards they are named after, and a wrong peak would give a wrong MFU. Cards of
     one name (an RTX 4060 Ti has 8 or 16 GB) need `memory_bytes`, unless their peaks are equal.
     """
     found = _matches(device_kind, memory_bytes)
@@ -171,5 +184,5 @@ def _matches(name: str, memory_bytes: int | None) -> list[Gpu]:
         # ECC takes 1/16 and a driver some more, so a nominal size is met within 8 %.
         found = [g for g in found if not wanted or abs(g.memory_bytes / wanted - 1) < 0.08]
     # Of an RTX 3080 and an RTX 3080 12GB, the name alone means the first.
-    plain = [gpu for gpu in found if _normalize(gpu.key) == (spelling, None)]
+    plain = [gpu for gpu in found if _normalize(gpu.name)[1] is None]
     return plain if len(plain) == 1 and not (memory_bytes or size_gb) else found

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.planning import fit, memory, speed
-from jaxgpt.planning.gpus import find_gpu, tier
+from jaxgpt.planning.gpus import find_gpu, presets_for, tier
 from jaxgpt.planning.planner import Planner
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset
 
@@ -20,7 +20,7 @@ def overview(planner: Planner, cfg: Resolved) -> dict[str, Any]:
 
     `cfg` gives the context, effective batch and steps of the largest model.
     """
-    presets = [planner.resolve(load_preset(name)) for name in preset_names()]
+    presets = [planner.resolve(load_preset(name)) for name in presets_for(cfg.dtype)]
     starters = [_starter(planner, preset) for preset in presets if preset.asked.vram_gb]
     starters.sort(key=_rank)
     recommended = planner.one(_recommended(planner, presets), ())
@@ -103,7 +103,7 @@ def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]
             f"chosen by {by}."
         )
     elif "Laptop" in planner.gpu.name:
-        reasons.append("Times are for the highest power limit of this laptop card.")
+        reasons.append("Times are for a high power limit of this laptop card; many have a lower.")
     if planner.why_estimated:
         reasons.append(f"Memory is estimated, within a tenth: {planner.why_estimated}.")
     return reasons

@@ -9,16 +9,19 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from jaxgpt.config.fields import Config
+from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.mesh_shape import MeshShape
+from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
-from jaxgpt.planning.gpus import Gpu
+from jaxgpt.planning.gpus import Gpu, tier
 from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset, train_command
 from jaxgpt.training.sharding import make_layout
+
+MODERN = "124m-modern"  # the preset whose recipe --hours sets beside GPT-2's
 
 
 class Planner:
@@ -79,13 +82,11 @@ class Planner:
                 "can be planned by --hours; leave it out, and measure tokens/s with "
                 "python -m jaxgpt.bench"
             )
-        shapes = (self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
-        fitting = [self.trained_for(hours, found) for found in shapes if found]
-        choices = [choice for choice in fitting if choice]
+        choices = self._choices(cfg, hours)
         if not choices:
             raise UserError(
                 f"{hours:g} hours are too short for one step on this card: {self.gpu.name}"
-                if fitting
+                if any(self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
                 else fit.does_not_fit(cfg, self.gpu.name, self.capacity)
             )
         for choice in sorted(choices, key=lambda choice: choice.loss):
@@ -101,7 +102,23 @@ class Planner:
             "hours_given": hours,
             "predicted_loss": best.loss,
             "choices": [self._choice_record(choice) for choice in reversed(choices)],
+            "other_recipe": self._other_recipe(cfg, hours),
         }
+
+    def _choices(self, cfg: Resolved, hours: float) -> "list[Choice]":
+        """Every shape that fits, trained for `hours`."""
+        shapes = (self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
+        trained = [self.trained_for(hours, found) for found in shapes if found]
+        return [choice for choice in trained if choice]
+
+    def _other_recipe(self, cfg: Resolved, hours: float) -> dict[str, Any] | None:
+        """The best choice with Qwen3's network and Muon or, if `cfg` has them, GPT-2 and AdamW."""
+        modern = (cfg.model.arch, cfg.optimizer.optimizer) == ("qwen3", "muon")
+        gpt2 = tier(self.gpu.memory_bytes, self.gpu.compute_capability)
+        preset = load_preset(gpt2 if modern else MODERN)
+        other = with_fields(preset, block_size=cfg.model.block_size, dtype=cfg.asked.dtype)
+        best = min(self._choices(self.resolve(other), hours), key=lambda c: c.loss, default=None)
+        return best and {"preset": preset.preset, **self._choice_record(best)}
 
     def record(self, cfg: Resolved, need: memory.Need) -> dict[str, Any]:
         """Everything known about one run on this card, as JSON values."""

@@ -81,13 +81,28 @@ def print_hours(answer: dict[str, Any]) -> None:
         )
         table.add_row(*cells, style="bold green" if best else None)
     console.print(table)
+    if answer["other_recipe"]:
+        console.print(_other_recipe(answer), markup=False)
     console.print(
         "[dim]The loss is a prediction: the scaling law of Hoffmann et al. 2022 as refitted by "
-        "Besiroglu et al. 2024, on their data; for the modern network and Muon with the tokens "
-        "that they save by modded-nanogpt's records. It ranks, it does not promise.[/dim]"
+        "Besiroglu et al. 2024, on their data; 1.9B tokens of the modern network with Muon count "
+        "as 10.3B of GPT-2 with AdamW, by modded-nanogpt's records. It ranks, it does not "
+        "promise.[/dim]"
     )
     console.print(_facts(answer))
     _print_command(console, answer)
+
+
+def _other_recipe(answer: dict[str, Any]) -> str:
+    other = answer["other_recipe"]
+    recipe = {"gpt2": "GPT-2 with AdamW"}.get(other["arch"], "The modern network with Muon")
+    change = other["predicted_loss"] - answer["predicted_loss"]
+    return (
+        f"{recipe} would reach {other['predicted_loss']:.3f}, {abs(change):.3f} "
+        f"{'lower' if change < 0 else 'higher'}, with {other['parameters'] / 1e6:.1f}M parameters: "
+        f"python -m jaxgpt.plan --preset {other['preset']} --gpu {answer['gpu']} "
+        f"--hours {answer['hours_given']:g}"
+    )
 
 
 def _title(record: dict[str, Any]) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 from jaxgpt.config.checks import as_flag
 from jaxgpt.config.fields import Config, flat_fields, names_with, with_fields
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.config.roles import Role
 from jaxgpt.planning import speed
+from jaxgpt.planning.gpus import presets_for
 from jaxgpt.planning.new_run import resolve_new
 
 TRAIN = "python -m jaxgpt.train"
@@ -49,7 +50,7 @@ def of_its_preset(cfg: Resolved) -> Resolved:
     asked = load_preset(cfg.asked.preset)
     if has_its_shape(asked):
         return cfg
-    same = [preset for preset in map(load_preset, preset_names()) if has_its_shape(preset)]
+    same = [preset for preset in map(load_preset, presets_for(cfg.dtype)) if has_its_shape(preset)]
     nearest = min([*same, asked], key=lambda preset: len(_differences(cfg, preset)))
     return dataclasses.replace(cfg, asked=with_fields(cfg.asked, preset=nearest.preset))
 

@@ -137,7 +137,8 @@ def test_nothing_fits_is_said_with_the_least_it_needs(refused) -> None:
 def test_the_overview_lists_every_preset_for_a_card_and_what_to_run(answer, shown) -> None:
     got = answer("--gpu", "rtx4090")
     presets = got["presets"]
-    assert {p["preset"] for p in presets} == {n for n in preset_names() if load_preset(n).vram_gb}
+    card = {n for n in preset_names() if load_preset(n).vram_gb}
+    assert {p["preset"] for p in presets} == card - {"t4", "t4-modern"}  # it has bfloat16
     fits = [p["fits"] for p in presets]
     assert fits == sorted(fits, reverse=True)  # what fits is first, and of that the best
     losses = [p["predicted_loss"] for p in presets if p["fits"]]
@@ -200,6 +201,21 @@ def test_hours_find_the_least_predicted_loss(answer, shown) -> None:
     assert "prediction" in shown("--gpu", "rtx4090", "--hours", "48")
 
 
+def test_hours_say_whether_gpt2_with_adamw_or_the_modern_recipe_is_better(answer, shown) -> None:
+    flags = ("--gpu", "rtx4090", "--hours", "48")
+    gpt2, modern = answer(*flags), answer(*flags, "--preset", "24gb-modern")
+    assert gpt2["other_recipe"]["predicted_loss"] == pytest.approx(
+        modern["predicted_loss"], abs=0.01
+    )
+    assert modern["other_recipe"]["predicted_loss"] == pytest.approx(
+        gpt2["predicted_loss"], abs=0.01
+    )
+    text = shown(*flags)
+    assert f"with Muon would reach {gpt2['other_recipe']['predicted_loss']:.3f}" in text
+    assert " lower, with " in text
+    assert " higher, with " in shown(*flags, "--preset", "24gb-modern")
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--dtype", "float32"], ["--lr-decay-iters", "1000"], ["--vocab-size", "60032"]],
@@ -252,7 +268,7 @@ def test_a_card_without_a_name_is_planned_by_its_memory(answer) -> None:
     assert got["hours"] is None
     got = answer("--vram", "8")
     assert any("chosen by the speed of an RTX 3090" in reason for reason in got["reasons"])
-    assert got["command"] == "python -m jaxgpt.train --preset t4-modern"
+    assert got["command"] == "python -m jaxgpt.train --preset 8gb-modern"
 
 
 def test_the_card_in_this_machine_is_the_default(answer, monkeypatch) -> None:

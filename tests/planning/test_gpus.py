@@ -60,7 +60,7 @@ def test_peaks_are_those_that_are_published() -> None:
 
 
 def test_memory_and_bandwidth_are_plausible() -> None:
-    nominal = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 180, 185, 268, 278)
+    nominal = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 72, 80, 96, 141, 180, 185, 268, 278)
     off = {g.key: min(abs(g.memory_bytes / (size * GIB) - 1) for size in nominal) for g in GPUS}
     assert {key: share for key, share in off.items() if share >= 0.065} == {}
     # FLOPs per byte read: 37 on an H20, 453 on an RTX 5000 Ada.
@@ -86,6 +86,14 @@ DRIVER_NAMES = {
     ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376): "rtx4090-laptop",
     ("NVIDIA GeForce RTX 5060 Ti", 8151): "rtx5060ti-8gb",
     ("NVIDIA GeForce RTX 5090 Laptop GPU", 24463): "rtx5090-laptop",
+    ("NVIDIA GeForce RTX 5090 D v2", 24455): "rtx5090dv2",
+    ("NVIDIA RTX A3000 Laptop GPU", 6144): "a3000-laptop",
+    ("NVIDIA RTX A2000 8GB Laptop GPU", 8192): "a2000-8gb-laptop",
+    ("NVIDIA RTX 4000 Ada Generation Laptop GPU", 12282): "rtx4000ada-laptop",
+    ("NVIDIA RTX PRO 5000 Blackwell Generation Laptop GPU", 24463): "rtxpro5000-laptop",
+    ("NVIDIA RTX PRO 5000 Blackwell", 48935): "rtxpro5000",
+    ("NVIDIA RTX PRO 5000 72GB Blackwell", 73415): "rtxpro5000-72gb",
+    ("Quadro RTX 5000 with Max-Q Design", 16384): "quadrortx5000-maxq",
     ("Quadro RTX 6000", 22698): "quadrortx6000",
     ("NVIDIA RTX A2000 12GB", 12282): "a2000-12gb",
     ("NVIDIA RTX 4000 SFF Ada Generation", 20475): "rtx4000sffada",
@@ -105,13 +113,9 @@ DRIVER_NAMES = {
     ("NVIDIA GB200", 189471): "gb200",
     ("NVIDIA B300 SXM6 AC", 275040): "b300",
     # relatives of known cards, parts of them, and older ones
-    ("NVIDIA RTX A4000 Laptop GPU", 8192): None,
-    ("NVIDIA RTX A2000 8GB Laptop GPU", 8192): None,
+    ("NVIDIA RTX A4000 Embedded GPU", 8192): None,
     ("NVIDIA RTX PRO 2000 Blackwell Generation Laptop GPU", 8151): None,
-    ("Quadro RTX 5000 with Max-Q Design", 16384): None,
     ("Quadro T1000", 4096): None,
-    ("NVIDIA GeForce RTX 5090 D v2", None): None,
-    ("NVIDIA RTX PRO 5000 72GB Blackwell", None): None,
     ("NVIDIA A800 40GB Active", 40960): None,
     ("NVIDIA H20-3e", None): None,
     ("NVIDIA GH200 144G HBM3e", None): None,
@@ -178,6 +182,8 @@ NAMES = {
     "NVIDIA A100-PCIE-40GB": "a100-40gb",
     "NVIDIA H100 PCIe": "h100-pcie",
     "rtx pro 6000": "rtxpro6000",
+    "RTX PRO 5000 Blackwell": "rtxpro5000",
+    "rtx 3500 ada laptop": "rtx3500ada-laptop",
 }
 
 
