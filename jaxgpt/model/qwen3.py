@@ -1,7 +1,7 @@
 """Qwen3 in Flax NNX: RMSNorm, rotary positions, grouped heads with QK-norm, SwiGLU, no biases.
 
-Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCausalLM`, the names
-of the parameters nearly so. Axes are those of `gpt.py`.
+Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCausalLM`, and so are
+most names of parameters. Axes are those of `gpt.py`.
 """
 
 import jax
@@ -55,8 +55,7 @@ class Qwen3(LanguageModel):
 
     def head(self) -> jax.Array:
         """The matrix of the head, or the token embedding if the two are tied."""
-        tied = self.cfg.tied_head
-        return (self.embed_tokens if tied else self.lm_head).embedding[...]
+        return (self.embed_tokens if self.cfg.tied_head else self.lm_head).embedding[...]
 
 
 class Qwen3Block(Block):

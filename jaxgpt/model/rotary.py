@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys rotated by their position, so that scores see differences."""
+"""Rotary positions: queries and keys rotated by theirs, so that scores depend on differences."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """Train a tokenizer: `python -m jaxgpt.tokenizer texts/ --vocab-size 32768 --out tok/`.
 
-A byte-level BPE, as GPT-2's, on a sample of the text. It takes about a minute per 100 MB of sample,
-so there is nothing to resume.
+A byte-level BPE like GPT-2's, trained on a sample of the text. That takes about a minute per 100 MB
+of sample, so there is nothing to resume.
 """
 
 import os
@@ -31,10 +31,10 @@ from jaxgpt.run.console import print_table, waiting
 PROG = "python -m jaxgpt.tokenizer"
 DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
 
-SLICE_BYTES = 1 << 24  # the sample is the beginning of each such part of the text
+SLICE_BYTES = 1 << 24  # the sample takes the beginning of each slice of this size
 PIECE = 10_000  # characters that are used for training or held out together
-HELD_OUT = 20  # every such piece
-HELD_OUT_BYTES = 5_000_000  # enough to measure
+HELD_OUT = 20  # every 20th piece is held out
+HELD_OUT_BYTES = 5_000_000  # at most; enough to measure
 SMALLEST = 512  # ids: 256 bytes, the end of text, and some merges
 
 
@@ -45,9 +45,9 @@ class TokenizerFlags:
     inputs: Inputs = ()
     """text files, patterns, or a folder, as for jaxgpt.prepare"""
     out: PathIfSet = None
-    """folder for tokenizer.json; must not have one"""
+    """folder for tokenizer.json, which must not exist there yet"""
     vocab_size: int = 32768
-    """ids, with 256 for bytes and one for the end of text"""
+    """number of ids, 256 for bytes and one for the end of text included"""
     sample: Annotated[str, tyro.conf.arg(metavar="BYTES")] = "100M"
     """bytes of text to train on, from all parts of the input"""
     text_column: str = "text"
@@ -85,8 +85,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"{out}: is a file; choose a folder with --out")
     if is_hub_name(flags.inputs):
         raise UserError(
-            f"{flags.inputs[0]}: no such file or folder, and of the Hub nothing is read here; "
-            "name text files, such as a few that you have downloaded"
+            f"{flags.inputs[0]}: no such file or folder, and this command reads nothing from the "
+            "Hub; name text files, such as a few that you have downloaded"
         )
     started = time.perf_counter()
     with waiting("reading the sample"):
@@ -101,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
     tokenizer = save(library, out)
     rows = {
         "vocabulary": f"{tokenizer.n_vocab:,} ids"
-        + ("" if tokenizer.n_vocab == flags.vocab_size else ", all that this sample has"),
+        + ("" if tokenizer.n_vocab == flags.vocab_size else ", all that this sample yields"),
         "trained on": f"{decimal(size)} of text, in {time.perf_counter() - started:.0f} s",
         **compare(tokenizer, held_out),
     }
