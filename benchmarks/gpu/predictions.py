@@ -132,7 +132,7 @@ def evaluated_difference(results: Results) -> float:
 
 # ---------------------------------------------------------------- predictions
 
-SPEED, STEP = "tokens_per_second", "step_ms"
+SPEED = "tokens_per_second"
 OURS, NANOGPT = last("bench-b32", SPEED), last("nanogpt-b32", SPEED)
 FIRST = (
     Prediction("attention, largest relative error", attention_error, 0, None, 1e-2),

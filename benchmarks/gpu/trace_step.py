@@ -3,8 +3,8 @@
     python benchmarks/gpu/trace_step.py FOLDER --preset gpt2-124m      # flags of `bench`
     python benchmarks/gpu/trace_step.py --read trace.json.gz           # a trace that exists
 
-`bench --profile` runs in a process of its own, because the end of a trace can crash the process; the
-trace is then read here. FOLDER/program.txt.gz is the compiled program, which has the kernels'
+`bench --profile` runs in a process of its own, because the end of a trace can crash it; the trace
+is then read here. FOLDER/program.txt.gz is the compiled program, which has the kernels'
 names. Prints one JSON object.
 """
 
