@@ -52,8 +52,8 @@ class Config:
     # architecture and tokenizer come from them, but block_size may be shorter
     init_from: Annotated[TextIfSet, Role.FIXED, Role.INHERITED] = None
 
-    # a folder under data/ or a path; 'embedded' for the text in the package; or a mixture:
-    # fineweb:0.7,mine:0.3
+    # tokens to train on: a folder under data/, a path, 'embedded' for the text in the package, or a
+    # mixture: fineweb:0.7,mine:0.3
     dataset: Annotated[str, Role.FIXED] = "fineweb"
     # another mixture from this step on; may be repeated, and a resumed run may change stages that
     # it has not reached

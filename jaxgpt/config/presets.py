@@ -89,7 +89,7 @@ def describe_presets() -> str:
         card = f"{cfg.vram_gb} GB card" if cfg.vram_gb else "CPU or any GPU"
         size = f"{m.parameter_count() / 1e6:.1f}M" if m.vocab_size else "small"
         shape = f"{m.n_layer}L/{m.n_head}H/{m.n_embd}"
-        lines.append(f"  {name:<11} {size:>7}  {shape:<11}  {card}")
+        lines.append(f"  {name:<11} {size:>7}  {shape:<12}  {card}")
     return "\n".join(lines)
 
 

@@ -38,7 +38,6 @@ class GPT(LanguageModel):
         scan_layers: bool = False,
     ):
         super().__init__(cfg, dtype, remat, scan_layers)
-        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)

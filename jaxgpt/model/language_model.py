@@ -20,6 +20,7 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
+        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         self.cfg = cfg
         self.dtype = dtype
         # In large networks the residual stream exceeds float16's largest number, 65,504.

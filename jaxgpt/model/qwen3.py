@@ -32,7 +32,6 @@ class Qwen3(LanguageModel):
         scan_layers: bool = False,
     ):
         super().__init__(cfg, dtype, remat, scan_layers)
-        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.embed_tokens = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Qwen3Block(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])

@@ -4,6 +4,7 @@ A byte-level BPE like GPT-2's, trained on a sample of the text. That takes about
 of sample, so there is nothing to resume.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -19,6 +20,8 @@ from rich.filesize import decimal
 
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
+from jaxgpt.data.tokenizer_json import tokenizer_from_files
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.files import user_path
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
@@ -27,6 +30,7 @@ from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
 from jaxgpt.preparation.output_folder import is_hub_name
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.run.console import print_table, waiting
+from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
 
 PROG = "python -m jaxgpt.tokenizer"
 DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
@@ -160,9 +164,6 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from jaxgpt.data.tokenizer import EOT_TEXT
-    from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
-
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -184,11 +185,6 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
 
 def save(library: Any, out: Path) -> Any:
     """Write the files of a trained tokenizer and open them as any other."""
-    import json
-
-    from jaxgpt.data.tokenizer import EOT_TEXT
-    from jaxgpt.data.tokenizer_json import tokenizer_from_files
-
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT_TEXT}
     files = {
         "tokenizer.json": library.to_str(pretty=True).encode(),
@@ -202,9 +198,7 @@ def save(library: Any, out: Path) -> Any:
 
 
 def compare(tokenizer: Any, held_out: Sequence[str]) -> dict[str, str]:
-    """Bytes per token on text that the tokenizer was not trained on, and GPT-2's."""
-    from jaxgpt.data.tokenizer import load_tokenizer
-
+    """A row with the bytes per token on text that was held out, and GPT-2's."""
     n_bytes = sum(len(text.encode(errors="replace")) for text in held_out)
 
     def per_token(encode: Any) -> float:
