@@ -1,4 +1,4 @@
-"""What to say about settings of nanoGPT and others that have another name here, or none."""
+"""Error messages for settings of nanoGPT and others that have another name here, or none."""
 
 # Settings of nanoGPT that have no effect here, and what to use instead.
 NANOGPT_SETTINGS = {

@@ -1,4 +1,4 @@
-"""The network of a `ModelConfig` as `(graphdef, params)`; the only module that names classes."""
+"""The network of a `ModelConfig` as `(graphdef, params)`; maps `arch` to its class."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys rotated by theirs, so that scores depend on differences."""
+"""Rotary positions: rotates queries and keys, so that scores depend on position differences."""
 
 from typing import NamedTuple
 
