@@ -35,7 +35,7 @@ from jaxgpt.config.resolved import Resolved
 from jaxgpt.model import qwen3
 from jaxgpt.model.gelu import gelu
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import linear_of_norm, make_linear
+from jaxgpt.model.layers import linears_of_norm, make_linear
 from jaxgpt.planning.speed import model_flops_per_token
 
 
@@ -49,7 +49,7 @@ def plain_mlp(activation: Callable[[jax.Array], jax.Array]) -> type[nnx.Module]:
             self.down_proj = make_linear(cfg, F, D, dtype, rngs, residual=True)
 
         def __call__(self, x_BTD: jax.Array, norm: Any) -> jax.Array:
-            return self.down_proj(activation(linear_of_norm(self.up_proj, norm, x_BTD)))
+            return self.down_proj(activation(linears_of_norm([self.up_proj], norm, x_BTD)[0]))
 
     return PlainMLP
 

@@ -1,4 +1,4 @@
-"""How fast a step is here: `python -m jaxgpt.bench --preset 24gb`.
+"""Measure the training step on this machine: `python -m jaxgpt.bench --preset 24gb`.
 
 The step that `train` compiles is timed, on batches loaded as `train` loads them. Devices run
 asynchronously, so a window of steps ends when its last result is ready; compiling and the first
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # it imports JAX, which comes after the command line
 PROG = "python -m jaxgpt.bench"
 WARM_UP_STEPS = 3
 TRACED_STEPS = 3
-LONGEST = 2**31 - 1  # steps; a time limit ends a run, not this
+LONGEST = 2**31 - 1  # steps that batches are offered for; a time limit ends the measurement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class BenchFlags(RunFlags):
 
     synthetic: bool = False  # random tokens, even if the preset's data exists
     windows: int = 5  # number of timed windows, each of several steps
-    window_seconds: float = 2.0  # least duration of a window
+    window_seconds: float = 2.0  # shortest duration of a window
     json: bool = False  # print one JSON object
     profile: PathIfSet = None  # folder for a trace of a few steps, for TensorBoard or Perfetto
 
@@ -182,7 +182,7 @@ def make_batches(
         )
     shape = (cfg.batch.accumulation, cfg.batch.global_micro_batch, cfg.model.block_size + 1)
     rng = np.random.default_rng(cfg.asked.seed)
-    # Not all zeros: looking up one row, and a softmax that has learned one answer, are cheaper.
+    # Not all zeros: looking up a single row, and a softmax that has learned one token, are cheaper.
     n_vocab = cfg.model.n_vocab or 1
     drawn = [rng.integers(0, n_vocab, shape, token_dtype(n_vocab)) for _ in range(4)]
     return (
@@ -197,7 +197,7 @@ def make_batches(
 def time_steps(
     train_step: Any, state: Any, batches: Iterator[Any], windows: int, window_seconds: float
 ) -> tuple[Any, list[float], int]:
-    """(state, seconds a step in each window, steps in a window), warmed up before."""
+    """(state, seconds per step in each window, steps in a window), after a warm-up."""
     import jax
 
     def window(state: Any, steps: int) -> tuple[Any, float]:

@@ -143,7 +143,7 @@ def _mesh(asked: Config, devices: int | None) -> MeshShape:
 
 
 def _tier(values: dict[str, str | None]) -> str:
-    # A wrong flag is reported later, when flags are parsed; any tier serves until then.
+    # A wrong flag is reported later, when flags are parsed; any preset will do until then.
     try:
         vram = values.get("vram")
         gpu = _card(values.get("gpu"), None if vram is None else float(vram))
@@ -169,7 +169,7 @@ def _card(name: str | None, vram: float | None) -> Gpu:
     card = visible_card()
     if card is None:
         raise ConfigError(
-            "a program sees no card in this machine; name the one to plan for with --gpu NAME "
+            "no card is visible in this machine; name the one to plan for with --gpu NAME "
             "(rtx4090, 'RTX 3080 Laptop', a100-80gb, ...) or --vram GB"
         )
     unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)

@@ -1,8 +1,8 @@
 """Train a language model: `python -m jaxgpt.train --preset 24gb`. The same command resumes it.
 
 One pass of the loop is one optimizer step; `step` counts the completed steps, and is the name of
-checkpoints and the x of every curve. JAX is imported after the command line is parsed: that
-takes seconds, and a typo or `--help` should be answered at once.
+checkpoints and the x-axis of every curve. JAX is imported after the command line is parsed: the
+import takes seconds, and a typo or `--help` should be answered at once.
 """
 
 import dataclasses
@@ -107,12 +107,12 @@ def run(argv: Sequence[str]) -> int:
         if origin.saved is not None:
             report.print_changes(folder.changes(compiled.cfg, origin.saved))
         state = start_or_restore(compiled, weights, checkpoints, resumed_step)
-        kind = partial(WandbLog, asked.wandb_project) if asked.wandb_project else MetricsLog
-        main_log = partial(kind, asked.out_dir, resumed_step, tell, lock.is_held)
+        log_type = partial(WandbLog, asked.wandb_project) if asked.wandb_project else MetricsLog
+        main_log = partial(log_type, asked.out_dir, resumed_step, tell, lock.is_held)
         log = stack.enter_context(main_log() if processes.is_main else NoLog())
-        training = open_training(
-            compiled, data, checkpoints, resumed_step, count_skips(state), log, stack
-        )
+        overflows = int(state.loss_scale.overflows) if state.loss_scale else 0
+        skips = SkipCounter(int(state.skipped), overflows)
+        training = open_training(compiled, data, checkpoints, resumed_step, skips, log, stack)
         result = train(training, state, resumed_step, StepSync(processes, layout), stop)
         if result is None:
             return 0
@@ -125,7 +125,7 @@ def run(argv: Sequence[str]) -> int:
 def start_process(
     processes: Processes, lock: FolderLock, stack: ExitStack
 ) -> Callable[[str], object]:
-    """The main process locks the run's folder, the others print nothing; returns how to warn."""
+    """Lock the run's folder in the main process, silence the others; returns how to warn."""
     processes.in_main(lock.take)  # before JAX takes a card's memory from the run that has the lock
     if processes.is_main:
         return warn
@@ -162,20 +162,13 @@ def start_or_restore(
     state = training.init()
     if weights is None:
         return state
-    jax.tree.map(lambda x: x.delete(), state.params)  # room for the others
+    jax.tree.map(lambda x: x.delete(), state.params)  # makes room for the loaded ones
     params = load_initial_params(weights, compiled.layout.device, training.state_like.params)
     return state._replace(params=params)
 
 
-def count_skips(state: "TrainState") -> SkipCounter:
-    """The counter of skipped steps, continued from `state`."""
-    return SkipCounter(
-        int(state.skipped), int(state.loss_scale.overflows) if state.loss_scale else 0
-    )
-
-
 class Training(NamedTuple):
-    """Everything that is open while a run trains."""
+    """Everything that the loop uses."""
 
     cfg: Resolved
     train_step: Callable[..., Any]
@@ -195,7 +188,7 @@ def open_training(
     log: "MetricsLog",
     stack: ExitStack,
 ) -> Training:
-    """The batches and what else is open while a run trains, closed by `stack`."""
+    """Open everything that the loop uses; `stack` closes it."""
     from jaxgpt.run.evaluator import Evaluator
     from jaxgpt.run.saver import Saver
 
@@ -245,7 +238,7 @@ def train(
         result = report.Result(reporter.evaluated(step, run.evaluator.scores(state)))
         saver.finish(result.val_loss)
         saver.wait()  # a run that cannot save fails now, not after hours
-    # Of the newest step: reading them would wait for the device.
+    # The newest step's metrics, not read yet: that would wait for the device.
     unread: Mapping[str, Any] | None = None
     run.watch.begin("step")
     for tokens_ABT1 in run.batches:
@@ -258,7 +251,7 @@ def train(
         is_logged = reporter.is_logged(step + 1)
         by_source = run.evaluator.losses_of_step(state, step) if is_logged else {}
         state, metrics = run.train_step(state, tokens_ABT1)
-        if unread is not None:  # of the step before; the device computes this step meanwhile
+        if unread is not None:  # from the step before, while the device computes this one
             reporter.log_if_due(step, reporter.read(step, unread))
         step, unread = step + 1, {**metrics, **by_source}
 

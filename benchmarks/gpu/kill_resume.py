@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True)
     steps = TRIAL_STEPS if args.trial else STEPS
     result: dict = {"steps": steps, "seconds": {}, "exit_codes": {}}
-    for deterministic in (True, False):  # if the first fails, the rest can still be seen without
+    for deterministic in (True, False):  # if --deterministic fails, the rest is tested without it
         result["deterministic"] = deterministic
         flags = [*run_flags(args.trial, steps), f"--deterministic={deterministic}"]
         run_a = args.work / f"A-{deterministic}"
@@ -54,7 +54,7 @@ def run_flags(trial: bool, steps: int) -> list[str]:
 
 
 def run(result: dict, name: str, work: Path, command: str, flags: Sequence[str]) -> int:
-    """Run a jaxgpt command to its end; its exit code."""
+    """Run a jaxgpt command to its end; returns its exit code."""
     began = time.monotonic()
     with (work / f"{name}.log").open("w") as log:
         words = [sys.executable, "-m", f"jaxgpt.{command}", *flags]
@@ -67,7 +67,7 @@ def run(result: dict, name: str, work: Path, command: str, flags: Sequence[str])
 
 
 def kill_in_the_middle(folder: Path, flags: Sequence[str], steps: int) -> int | None:
-    """Start a run and kill it some steps after its middle; the last step that it logged."""
+    """Start a run and kill it shortly after its middle; returns the last step that it logged."""
     log = folder.with_suffix(".killed.log").open("w")
     words = [sys.executable, "-m", "jaxgpt.train", *flags]
     process = subprocess.Popen(words, stdout=log, stderr=log)
@@ -79,7 +79,7 @@ def kill_in_the_middle(folder: Path, flags: Sequence[str], steps: int) -> int | 
 
 
 def compare(a: dict[int, float], b: dict[int, float]) -> dict:
-    """How many steps have the same loss in both runs, bit for bit, and the first that has not."""
+    """How many steps have bit-identical losses in both runs, and the first that differs."""
     both = sorted(a.keys() & b.keys())
     differ = [(step, a[step], b[step]) for step in both if a[step] != b[step]]
     return {"steps_equal": len(both) - len(differ), "first_different": differ[:1]}

@@ -1,12 +1,12 @@
-"""What a quarter of an hour on one GPU can tell, on a machine without network.
+"""Check and measure jaxgpt in a quarter of an hour on one GPU, on a machine without network.
 
     python benchmarks/gpu/quarter_hour.py first 450    # right? how fast beside nanoGPT? on what?
     python benchmarks/gpu/quarter_hour.py second 240   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
 The number is the seconds it may take. Each part is a process with its own limit; one that fails or
-hangs is a line of the list and the next begins. A part that cannot finish is not begun. After each
-part $OUT/NAME.json holds everything so far; $OUT gets at most four files in each call.
+hangs is recorded, and the next starts. A part for which too little time is left is not started.
+After each part $OUT/NAME.json holds everything so far; a call writes at most four files to $OUT.
 
 Settings in the environment, with their defaults:
     OUT (runs/quarter-hour)          folder for the results
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lines import LINES, as_text
+from predictions import PREDICTIONS, as_text
 from session import FINE, Session
 from shapes import (
     ABLATIONS,
@@ -49,7 +49,7 @@ ROOT = HERE.parents[1]
 LARGEST = 15_000_000  # bytes of a file in $OUT
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy"),
-    *("torch", "triton", "nvidia-cudnn-cu13", "nvidia-cublas"),
+    *("torch", "triton", "nvidia-cudnn-cu13"),
 )
 SMI = ("name", "memory.total", "driver_version", "clocks.sm", "power.draw", "temperature.gpu")
 
@@ -82,7 +82,7 @@ def first(s: Session) -> None:
 
 
 def run_flags(s: Session, steps: int) -> list[str]:
-    """A run on the embedded text that float32 without flash attention fits beside."""
+    """A run on the embedded text, small enough to fit in float32 without flash attention, too."""
     flags = [*model_flags(s.trial), "--batch-size", "4" if s.trial else "8"]
     flags += ["--gradient-accumulation-steps", "1", "--dataset", "embedded"]
     flags += ["--max-iters", str(steps), "--lr-decay-iters", str(steps), "--warmup-iters", "20"]
@@ -144,7 +144,7 @@ def second(s: Session) -> None:
     trial = ["--trial"] if s.trial else []
     s.run("resume", 60, 135, [sys.executable, HERE / "kill_resume.py", s.work / "resume", *trial])
     s.run("ablations", 40, 150, steps_command(s, ABLATIONS, 4))
-    # An item that ended the process is begun already; the others get a process without it.
+    # If an item ended the process, the items after it get a new one.
     while remaining := [name for name in ABLATIONS if not begun(s, name)]:
         if s.run("ablations", 40, 60, steps_command(s, remaining, 1)) is None:
             break
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=LINES)
+    parser.add_argument("what", choices=PREDICTIONS)
     parser.add_argument("seconds", type=float)
     args = parser.parse_args(argv)
     out = Path(os.environ.get("OUT", ROOT / "runs" / "quarter-hour")).absolute()
@@ -208,13 +208,10 @@ def install_wheels(s: Session, site: Path) -> None:
 
 
 def describe(s: Session) -> dict[str, Any]:
-    names = (
-        "jax jaxlib flax optax orbax-checkpoint tensorstore numpy torch triton nvidia-cudnn-cu13"
-    )
     script = (
         "import json, importlib.metadata as m\n"
         "found = {d.metadata['Name']: d.version for d in m.distributions()}\n"
-        f"print(json.dumps({{n: found.get(n) for n in {names.split()!r}}}))"
+        f"print(json.dumps({{n: found.get(n) for n in {PACKAGES!r}}}))"
     )
     s.run("versions", 0, 30, [sys.executable, "-c", script])
     return {

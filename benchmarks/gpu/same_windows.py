@@ -1,4 +1,4 @@
-"""Train nanoGPT on the very windows that a run of jaxgpt gets, in the same order.
+"""Train nanoGPT on the windows that a run of jaxgpt gets, in the same order.
 
     python benchmarks/gpu/same_windows.py write windows.npz FLAGS    # train's flags; no device
     python benchmarks/gpu/same_windows.py train windows.npz NANOGPT_DIR cuda    # PyTorch alone

@@ -1,4 +1,4 @@
-"""One call of the quarter of an hour: its time, its folders, and running its parts one by one."""
+"""One call of quarter_hour.py: its time, its folders, and running its parts one by one."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lines import LINES, table
+from predictions import PREDICTIONS, table
 
-FINE = ("exit code 0", "skipped")  # how a part's outcome begins if nothing is wrong
+FINE = ("exit code 0", "skipped")  # beginnings of the outcomes of parts that did not fail
 RESERVE = 8.0  # seconds for the table and the bundle
 
 
@@ -37,7 +37,7 @@ class Session:
 
     @property
     def patience(self) -> float:
-        """By what limits are multiplied: a trial may share its machine."""
+        """The factor of all time limits: a trial may share its machine."""
         return 4.0 if self.trial else 1.0
 
     def left(self) -> float:
@@ -48,8 +48,8 @@ class Session:
     ) -> int | None:
         """Run a part for at most `limit` seconds, if at least `least` are left.
 
-        Its JSON on standard output is added to the results, also if it is killed. Returns its exit
-        code, None if it was not begun.
+        The JSON that it prints is added to the results, even if it is killed. Returns its exit
+        code, None if it was not started.
         """
         if self.left() < least:
             self.record(name, f"not begun, {self.left():.0f} s left", 0)
@@ -89,7 +89,7 @@ class Session:
 
     def lines(self) -> list[dict[str, Any]]:
         """The table so far."""
-        return table(LINES[self.name], self.results, self.about.get("device", ""))
+        return table(PREDICTIONS[self.name], self.results, self.about.get("device", ""))
 
     def save(self) -> None:
         """Write everything so far."""
@@ -102,14 +102,14 @@ class Session:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Kill a part and what it started, which would keep the card's memory."""
+    """Kill a part and its child processes, which would keep the card's memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def json_objects(text: str) -> list[dict]:
-    """The JSON objects that begin a line of `text`; what is cut off is left out."""
+    """The complete JSON objects that start at the beginning of a line of `text`."""
     found, decoder, position = [], json.JSONDecoder(), 0
     while (position := text.find("{", position)) >= 0:
         if position and text[position - 1] != "\n":

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/steps.py b32 b64 --workers 4
 
-Prints a line of JSON when an item begins and one when it is measured, so that a process that ends
-early shows what ended it. With --workers above 1 all items are compiled first, side by side.
+Prints a line of JSON when an item starts and one when it is measured, so that a crash shows which
+item caused it. With --workers above 1 all items are compiled first, side by side.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     failed = []
     for name in args.items if args.workers > 1 else ():
-        with told(name, failed):
+        with reported(name, failed):
             begin(name)
     for name in args.items:
         if time.monotonic() - began > args.seconds:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         print(json.dumps({"item": name, "begun": True}), flush=True)
         if name not in failed:
-            with told(name, failed):
+            with reported(name, failed):
                 if name not in compiled:
                     begin(name)
                 lowered, future = compiled.pop(name)
@@ -87,8 +87,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def told(name: str, failed: list[str]) -> Iterator[None]:
-    """Print an exception of one item as its result: it is a finding, and the next item may run."""
+def reported(name: str, failed: list[str]) -> Iterator[None]:
+    """Print an item's exception as its result, so that the next item still runs."""
     try:
         yield
     except Exception as error:
@@ -112,7 +112,7 @@ def lower(item: Item, asked: Config) -> Lowered:
 
     n_vocab = load_tokenizer(asked.tokenizer).n_vocab
     cfg, layout = find_devices(asked, Origin.of(asked), n_vocab)
-    # For this step alone, where --deterministic would be for the process.
+    # An option of this step alone; --deterministic would apply to the whole process.
     options = {"xla_gpu_deterministic_ops": True} if item.deterministic else {}
     if layout.device.platform != "gpu":
         options = {}

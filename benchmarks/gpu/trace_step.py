@@ -3,9 +3,9 @@
     python benchmarks/gpu/trace_step.py FOLDER --preset gpt2-124m      # flags of `bench`
     python benchmarks/gpu/trace_step.py --read trace.json.gz           # a trace that exists
 
-`bench --profile` runs in a process of its own, because the end of a trace can end its process; the
-trace is then read here. FOLDER/program.txt.gz is the compiled program, by whose names the kernels
-are called. Prints one JSON object.
+`bench --profile` runs in a process of its own, because the end of a trace can crash it; the trace
+is then read here. FOLDER/program.txt.gz is the compiled program, which has the kernels'
+names. Prints one JSON object.
 """
 
 import gzip
@@ -102,7 +102,7 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 
 def kernels_of(events: Iterable[dict]) -> Iterable[dict]:
-    """The events on streams of a GPU; other lines repeat them under other names."""
+    """The events on a GPU's streams; the trace's other threads repeat them under other names."""
     processes, threads = {}, {}
     for e in events:
         if e.get("ph") == "M" and e["name"] == "process_name":

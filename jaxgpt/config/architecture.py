@@ -66,12 +66,12 @@ class ModelConfig:
     ] = None
 
     def has(self, option: str) -> bool:
-        """Whether the network has an option that others do not have."""
+        """Whether the network has an option that not every network has."""
         return option in ARCHITECTURES[self.arch].options
 
     @property
     def has_learned_positions(self) -> bool:
-        """Whether the context is never longer than in training, as each position has a row."""
+        """Whether each position has an embedding row, so that block_size cannot grow later."""
         return any(axes[0] == "block_size" for axes in ARCHITECTURES[self.arch].axes(self).values())
 
     @property
@@ -99,7 +99,7 @@ class ModelConfig:
             if not 0 < getattr(self, name) < math.inf:
                 errors.append(f"{name} {getattr(self, name):g} must be finite and above 0")
         if self.embedding_norm and self.tied_head:
-            errors.append("embedding_norm needs a head of its own: set tied_head to False")
+            errors.append("embedding_norm needs an untied head: set tied_head to False")
         if not 0 <= self.dropout < 1:
             errors.append(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
@@ -115,7 +115,7 @@ class ModelConfig:
         """A sentence for each option that the network does not have."""
         errors = []
         for field in dataclasses.fields(self):
-            owners = [arch for arch, kind in ARCHITECTURES.items() if field.name in kind.options]
+            owners = [name for name, arch in ARCHITECTURES.items() if field.name in arch.options]
             value = getattr(self, field.name)
             if owners and self.arch not in owners and value != field.default:
                 drop = "drop it" if field.default is None else f"set it to {field.default}"
@@ -146,9 +146,9 @@ class ModelConfig:
         return errors
 
     def parameter_count(self, padding: bool = True) -> int:
-        """Trainable parameters, a tied head counted once, as nanoGPT counts them.
+        """Trainable parameters, a tied head counted once, position embeddings included.
 
-        Without `padding`, only the embedding rows of ids that the tokenizer can produce.
+        Without `padding`, embedding rows of ids that the tokenizer cannot produce are left out.
         """
         rows = self.vocab_size if padding else self.n_vocab or self.vocab_size
         return sum(parameter_sizes(dataclasses.replace(self, vocab_size=rows)).values())
@@ -161,8 +161,8 @@ class ModelConfig:
     def describe_parameters(self) -> str:
         """'124,373,760 parameters, 36,096 of them padding'."""
         padding = self.padding_parameters
-        in_all = f"{self.parameter_count():,} parameters"
-        return in_all + (f", {padding:,} of them padding" if padding else "")
+        of_them = f", {padding:,} of them padding" if padding else ""
+        return f"{self.parameter_count():,} parameters{of_them}"
 
 
 # ---------------------------------------------------------------- networks
@@ -187,7 +187,7 @@ def _gpt2(cfg: ModelConfig) -> Axes:
 
 
 def _llama(cfg: ModelConfig) -> Axes:
-    # A head of its own has an embedding's layout, so that one rule by path serves both.
+    # An untied head has an embedding's path and layout, so that the same rules by path apply.
     head: Axes = {} if cfg.tied_head else {"lm_head/embedding": ("vocab_size", "n_embd")}
     return {
         "embed_tokens/embedding": ("vocab_size", "n_embd"),
@@ -262,7 +262,7 @@ def parameter_shapes(cfg: ModelConfig) -> Shapes:
 
 
 def first_axes(cfg: ModelConfig) -> dict[str, int]:
-    """Length of the first axis of every matrix and embedding, by name; no multiples of n_embd."""
+    """Length of the first axis of every matrix and embedding, by name, without '4 x n_embd'."""
     firsts = {axes[0] for axes in ARCHITECTURES[cfg.arch].axes(cfg).values() if len(axes) > 1}
     return {axis: axis_sizes(cfg)[axis] for axis in firsts if not axis.endswith(" x n_embd")}
 

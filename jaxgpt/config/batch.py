@@ -63,29 +63,13 @@ def batch_sizes(effective: int, devices: int = 1) -> list[int]:
     return divisors(divide_batch(effective, 1, devices).accumulation)
 
 
-def effective_of_accumulation(
-    accumulation: int, batch_size: int, effective: int | None = None
-) -> int:
-    """The effective batch of nanoGPT's gradient_accumulation_steps, which counts all devices.
-
-    Raises:
-        BatchError: if `effective` is given and differs.
-    """
-    product = accumulation * batch_size
-    if effective not in (None, product):
-        raise BatchError(
-            f"gradient_accumulation_steps {accumulation} x batch_size {batch_size} = {product} is "
-            f"not effective_batch_size {effective}; give one of the two"
-        )
-    return product
-
-
 def fields_of_accumulation(
     accumulation: int | None, batch_size: int | Literal["auto"], effective: int | None
 ) -> dict[str, int | None]:
-    """Fields with gradient_accumulation_steps converted to effective_batch_size.
+    """Fields with nanoGPT's gradient_accumulation_steps converted to effective_batch_size.
 
-    {} if it is unset or does not go with the other two, an error that `Config` reports.
+    It counts the micro-batches of all devices. {} if it is unset or contradicts the other two, an
+    error that `Config` reports.
     """
     if accumulation is None or accumulation < 1 or batch_size == "auto":
         return {}

@@ -1,4 +1,4 @@
-"""Checks that several sections share, and the words and the error for what fails them."""
+"""Checks that several sections of the configuration share, and their error messages."""
 
 import difflib
 import math

@@ -30,7 +30,7 @@ STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags(Config):
-    """The flags that configure a run; a command with flags of its own has a subclass."""
+    """The flags that configure a run; commands add their own in a subclass."""
 
     def __post_init__(self) -> None:
         pass  # checked once it is a Config
@@ -61,9 +61,9 @@ def parse_run(
 ) -> tuple[Config, Own, frozenset[str]]:
     """Parse the command line of a command that needs a run's configuration.
 
-    `default_preset` names the preset if `argv` does not; if it returns None, that is an error.
-    Returns (the run's configuration, all flags, the names of those in `argv`).
-    tyro ends the process with exit code 2 for a flag that it cannot read.
+    `default_preset` names the preset if `argv` does not; None is an error. Returns (the run's
+    configuration, all flags, the names of those in `argv`). tyro ends the process with exit code 2
+    for a flag that it cannot read.
 
     Raises:
         ConfigError: for values that do not go together, and for nanoGPT's flags.
@@ -126,7 +126,7 @@ def parse_command(
 
 
 def _with_preset_flag(argv: Sequence[str]) -> Sequence[str]:
-    """argv with --preset before a config file that is named as in nanoGPT, without a flag."""
+    """argv with --preset inserted before a config file that is named without a flag."""
     named = [place for place, word in _positional(argv) if is_config_file(word)]
     if not named:
         return argv
@@ -183,7 +183,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
 
 
 def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
-    """Raises ConfigError for all that other programs call differently and all empty values."""
+    """Raises ConfigError for other programs' flags and for empty values, all at once."""
     errors = [
         f"--{name}{'=' + value if value else ''} {answer}"
         for name, value in flags.items()
@@ -203,7 +203,7 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
     # As a path '' would be the current folder. A prompt may be empty.
     empty = [name for name, value in flags.items() if value == "" and name != "prompt"]
     if flags.get("preset", "given") is None:
-        empty.append("preset")  # else the tier of this machine's card would be used
+        empty.append("preset")  # otherwise the preset for this machine's card would be used
     return [f"{as_flag(name)} needs a value" for name in empty]
 
 

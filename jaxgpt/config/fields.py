@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress, UseAppendAction, arg
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.batch import divide_batch, effective_of_accumulation
+from jaxgpt.config.batch import divide_batch
 from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
@@ -37,8 +37,8 @@ DEFAULT_BATCH_SIZE = 32
 class Config:
     """A run as the user asked for it."""
 
-    # a name from configs/, a TOML file of your own or a nanoGPT config file; if unset, the tier of
-    # this machine's card
+    # a name from configs/, a TOML file of your own or a nanoGPT config file; if unset, the preset
+    # for this machine's card
     preset: Annotated[
         str, Role.TUNABLE, Role.DERIVED, Role.SILENT, Role.IMPLIED, arg(help_behavior_hint="")
     ] = "24gb"
@@ -48,12 +48,12 @@ class Config:
     tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the Hugging Face
-    # Hub, or a folder: a run's (its newest checkpoint) or one with config.json and
-    # model.safetensors; they determine architecture and tokenizer, but block_size may be shorter
+    # Hub, a run's folder (its newest checkpoint) or one with config.json and model.safetensors;
+    # architecture and tokenizer come from them, but block_size may be shorter
     init_from: Annotated[TextIfSet, Role.FIXED, Role.INHERITED] = None
 
-    # a folder under data/ or a path; 'embedded' for the text in the package; or a mixture:
-    # fineweb:0.7,mine:0.3
+    # tokens to train on: a folder under data/, a path, 'embedded' for the text in the package, or a
+    # mixture: fineweb:0.7,mine:0.3
     dataset: Annotated[str, Role.FIXED] = "fineweb"
     # another mixture from this step on; may be repeated, and a resumed run may change stages that
     # it has not reached
@@ -65,8 +65,8 @@ class Config:
     ] = ()
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
-    # the one that the data was tokenized with; if not given, the one in the data's manifest: gpt2,
-    # byte, a folder with tokenizer.json, owner/name on the Hub, or a tiktoken encoding
+    # tokenizer of the data: gpt2, byte, a folder with tokenizer.json, owner/name on the Hub, or a
+    # tiktoken encoding; if not given, the one in the data's manifest
     tokenizer: Annotated[str, Role.FIXED] = "gpt2"
 
     batch_size: Annotated[
@@ -115,10 +115,10 @@ class Config:
     resume: Annotated[Resume, Role.TUNABLE, Role.LOCAL, Role.SILENT] = "auto"
     # bit-identical runs on a GPU: no autotuning, no atomics, so slower (docs/faults.md)
     deterministic: Annotated[TrueOrFalse, Role.TUNABLE] = False
-    # use of several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four
-    # devices; if unset, data-parallel on all of them (docs/scaling.md)
+    # several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four devices; if
+    # unset, data-parallel on all of them (docs/scaling.md)
     mesh: Annotated[TextIfSet, Role.TUNABLE] = None
-    # auto: a GPU if there is one, required by presets made for a card; cpu: train on the CPU
+    # auto: a GPU if there is one, which presets made for a card require; cpu: train on the CPU
     device: Annotated[Device, Role.TUNABLE, Role.LOCAL, Role.IMPLIED] = "auto"
     # dtype of the matrix products; auto: bfloat16 on a GPU that has it (compute capability 8.0),
     # float16 with loss scaling on 7.0 and 7.5, else float32
@@ -185,7 +185,13 @@ class Config:
                         f"gradient_accumulation_steps {accumulation} needs a batch_size that is a "
                         "number; with auto, give effective_batch_size"
                     ]
-                effective_of_accumulation(accumulation, self.batch_size, self.effective_batch_size)
+                product = accumulation * self.batch_size
+                if product != self.effective_batch_size:
+                    return [
+                        f"gradient_accumulation_steps {accumulation} x batch_size "
+                        f"{self.batch_size} = {product} is not effective_batch_size "
+                        f"{self.effective_batch_size}; give one of the two"
+                    ]
             divide_batch(self.effective_batch_size, self.batch_size_or(1), devices)
         except ValueError as error:
             return [str(error)]

@@ -7,7 +7,7 @@ from tyro.conf import FlagConversionOff, arg
 
 
 def unless_none(default: str) -> str:
-    # A field's comment says what happens if it is unset; `--help` need not add "default: None".
+    # The field's comment says what happens if it is unset, so no "default: None" is shown.
     return "" if default == "None" else f"(default: {default})"
 
 

@@ -14,12 +14,12 @@ class Launcher(NamedTuple):
 
     name: str
     mark: str  # a variable that identifies the launcher
-    size: str | None  # how many there are; None where only JAX finds out
-    remedy: str = ""  # what else JAX needs to find them
+    size: str | None  # the variable with the number of processes; None if it sets none
+    remedy: str = ""  # what else JAX needs to connect them
 
 
-# In JAX's order. Slurm's are a step's (srun), which may belong to a task of an array; a batch
-# script and a shell of salloc have the job's, and are not one of several processes.
+# In the order in which JAX tries them. Slurm's are those of a job step, which srun starts, in an
+# array's tasks too; a batch script and a shell of salloc have only the job's: they are one process.
 LAUNCHERS = (
     Launcher(
         name="Open MPI",
@@ -57,7 +57,7 @@ class HostRank(NamedTuple):
 
     number: int
     processes: int
-    cards: int  # given to all of them together, 0 if the launcher does not say
+    cards: int  # of the host, for all of them together; 0 if the launcher does not say
 
 
 def find_host_rank(launcher: Launcher | None) -> HostRank | None:
@@ -77,7 +77,7 @@ def find_host_rank(launcher: Launcher | None) -> HostRank | None:
 
 
 def share_of_cards(here: HostRank, visible: int) -> tuple[int, ...]:
-    """The indices of the cards that a process uses, of those it sees; () for all of them.
+    """The indices of the cards that a process uses, among those it sees; () for all of them.
 
     Args:
         here: the process among those on its host.

@@ -1,6 +1,6 @@
-"""Answers to settings of nanoGPT and other programs that have another name here, or none."""
+"""Error messages for settings of nanoGPT and others that have another name here, or none."""
 
-# Settings of nanoGPT that mean nothing here, and what to use instead.
+# Settings of nanoGPT that have no effect here, and what to use instead.
 NANOGPT_SETTINGS = {
     "compile": "drop it: every step is compiled by XLA",
     "wandb_log": "use --wandb-project NAME, which logs to Weights & Biases too",

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = (
 )
 NOT_TAKEN_OVER = {"out_dir": "out", "device": "cuda", "dtype": "bfloat16"}
 NANOGPT_NAMES = DEFAULTS | NOT_TAKEN_OVER
-# Values that nothing depends on, such as 'run' + str(time.time()), need not be understood.
+# Settings without effect, whose values, such as 'run' + str(time.time()), need not be understood.
 ANY_VALUE = NANOGPT_SETTINGS.keys() - {"eval_only", "wandb_log"}
 WHAT_IS_READ = (
     "config files are read, never executed; assign a literal or arithmetic: min_lr = 6e-4 / 10"
@@ -52,9 +52,10 @@ def is_config_file(word: str) -> bool:
 
 
 def flag_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
-    """The flags that nanoGPT takes too: of its names, with values of its types."""
+    """The flags that nanoGPT has too, with values of the types that it expects."""
     found = {}
-    for name in flags.keys() & NANOGPT_NAMES.keys() - {"wandb_project"}:  # which needs no wandb_log
+    # wandb_project is a flag of ours, which needs no wandb_log.
+    for name in flags.keys() & NANOGPT_NAMES.keys() - {"wandb_project"}:
         value: Any = flags[name]
         with suppress(SyntaxError, ValueError, MemoryError, RecursionError):
             value = ast.literal_eval(flags[name] or "")
@@ -66,8 +67,8 @@ def flag_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
 def read_settings(path: str, known: Collection[str]) -> dict[str, Any]:
     """What a config file assigns, by the names in it.
 
-    Imports, and texts that are not assigned, are passed over. A name that is neither nanoGPT's nor
-    `known` may be assigned if the file uses it.
+    Imports and docstrings are ignored. A name that is neither nanoGPT's nor `known` may be assigned
+    if the file uses it.
 
     Raises:
         ConfigError: for a file that cannot be read, and with file and line for anything else in it.
@@ -104,7 +105,7 @@ def as_fields(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name, value in values.items():
         whole = isinstance(value, float) and value.is_integer()
         if whole and type(DEFAULTS.get(name)) is int:
-            values[name] = int(value)  # of 6e5, or 480 / 12
+            values[name] = int(value)  # such as 6e5 or 480 / 12
     if not values["decay_lr"]:
         values["warmup_iters"] = 0  # then nanoGPT has no warm-up either
     if values["init_from"] == "resume":

@@ -21,28 +21,29 @@ class OptimizerConfig:
 
     # muon: orthogonalized momentum for the blocks' matrices, AdamW for the rest
     optimizer: Annotated[Optimizer, Role.FIXED] = "adamw"
-    learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4  # peak, after the warm-up
-    # peak for token and position embeddings; if unset, learning_rate
+    # peak learning rate, after the warm-up
+    learning_rate: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-4
+    # peak learning rate of token and position embeddings; if unset, learning_rate
     embedding_lr: Annotated[FloatIfSet, Role.TUNABLE, Role.PLANNED] = None
-    # peak for the head, unless it is tied to the embedding; if unset, learning_rate
+    # peak learning rate of an untied head; if unset, learning_rate
     head_lr: Annotated[FloatIfSet, Role.TUNABLE, Role.PLANNED] = None
-    # peak for norms and biases; if unset, learning_rate
+    # peak learning rate of norms and biases; if unset, learning_rate
     vector_lr: Annotated[FloatIfSet, Role.TUNABLE, Role.PLANNED] = None
-    # at the end of the decay; the rates of embeddings, head and vectors fall in proportion
+    # learning rate at the end of the decay; the other groups' rates fall in proportion
     min_lr: Annotated[float, Role.TUNABLE, Role.PLANNED] = 6e-5
-    # decay by `schedule`; False keeps the peak learning rate
+    # decay the learning rate by `schedule`; False keeps the peak
     decay_lr: Annotated[TrueOrFalse, Role.TUNABLE] = True
     # cosine: decay from the end of the warm-up; wsd (warm-up, stable, decay): constant, then linear
     schedule: Annotated[Schedule, Role.TUNABLE] = "cosine"
-    # share of lr_decay_iters in which wsd decays
+    # share of lr_decay_iters in which wsd decays the learning rate
     cooldown_fraction: Annotated[float, Role.TUNABLE] = 0.7
     # steps of linear warm-up; may exceed max_iters
     warmup_iters: Annotated[int, Role.TUNABLE] = 2000
     # step at which min_lr is reached; if unset, max_iters
     lr_decay_iters: Annotated[IntIfSet, Role.TUNABLE, Role.INHERITED, Role.PLANNED] = None
-    # of matrices and embeddings, never of biases and norms
+    # weight decay of matrices and embeddings; biases and norms have none
     weight_decay: Annotated[float, Role.TUNABLE] = 0.1
-    # lr: weight_decay falls in proportion to the learning rate, by which AdamW multiplies it anyway
+    # lr: weight_decay falls with the learning rate, by which AdamW multiplies it in any case
     weight_decay_schedule: Annotated[WeightDecaySchedule, Role.TUNABLE] = "constant"
     # decay only weights that the update moves towards zero
     cautious_weight_decay: Annotated[TrueOrFalse, Role.TUNABLE] = False
@@ -61,11 +62,11 @@ class OptimizerConfig:
         return {name: getattr(self, name) for name in ("learning_rate", "min_lr", *GROUP_RATES)}
 
     def scaled(self, factor: float) -> "OptimizerConfig":
-        """A copy with every learning rate multiplied, to two digits.
+        """A copy with every learning rate multiplied by `factor` and rounded to two digits.
 
-        For a model of another width the factor is sqrt(old width / new width). An orthogonal
-        update of a matrix keeps its best rate at every width; Muon's update here is one times
-        0.2 sqrt(longer side), which the factor cancels. nanochat scales AdamW's rates so, too.
+        For a model of another width the factor is sqrt(old width / new width): Muon's update is
+        an orthogonal matrix, whose best rate does not depend on the width, times 0.2 sqrt(longer
+        side), which the factor cancels. nanochat scales AdamW's rates this way, too.
         """
         rates = self.rates()
         for name, rate in rates.items():

@@ -1,4 +1,4 @@
-"""Presets: flat keys of a TOML file, or of a nanoGPT config file, in; a checked `Config` out.
+"""Presets: from the flat keys of a TOML file or a nanoGPT config file to a checked `Config`.
 
 Each value is decoded strictly as its field's type, and every error of a file is reported at once,
 with file, key, value and remedy.
@@ -46,8 +46,8 @@ def load_preset(
 ) -> Config:
     """The configuration of a preset by name, or of a TOML or nanoGPT config file by its path.
 
-    `nanogpt_flags` replace what a nanoGPT config file assigns; `tell` is told of each setting in it
-    that means nothing here.
+    `nanogpt_flags` replace what a nanoGPT config file assigns; `tell` is called with a sentence for
+    each setting in it that has no effect here.
 
     Raises:
         ConfigError: if there is no such preset or file, or a key, type or value in it is wrong.
@@ -89,7 +89,7 @@ def describe_presets() -> str:
         card = f"{cfg.vram_gb} GB card" if cfg.vram_gb else "CPU or any GPU"
         size = f"{m.parameter_count() / 1e6:.1f}M" if m.vocab_size else "small"
         shape = f"{m.n_layer}L/{m.n_head}H/{m.n_embd}"
-        lines.append(f"  {name:<11} {size:>7}  {shape:<11}  {card}")
+        lines.append(f"  {name:<11} {size:>7}  {shape:<12}  {card}")
     return "\n".join(lines)
 
 
@@ -153,7 +153,7 @@ def _plain(error: str, annotation: Any) -> str:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types and the words of Literals that an annotation is made of."""
+    """The types in an annotation, and the values of its Literals."""
     parts = typing.get_args(annotation)
     return [member for part in parts for member in _members(part)] if parts else [annotation]
 

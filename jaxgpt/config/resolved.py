@@ -1,10 +1,10 @@
 """The resolved configuration of a run, with every value decided. Made once, by `resolve`.
 
-    asked (`Config`)  ->  resolved (`Resolved`)  ->  running
+    asked for (`Config`)  ->  resolved (`Resolved`)  ->  running
 
 The tokenizer decides the vocabulary, the devices the mesh and the dtype, and a resumed run keeps
-some of its own values. Where `batch_size` or `remat` is auto, it is first set to what needs the
-least memory; `planning/fit.py` then makes a copy with the best that fits.
+some of its own values. If `batch_size` or `remat` is auto, it first gets the value that needs the
+least memory; `planning/fit.py` then makes a copy with the fastest that fits.
 """
 
 import dataclasses
@@ -29,8 +29,6 @@ from jaxgpt.files import FormatError, decode_json
 
 # Keys of config.json that are not read: the first is derived, older versions wrote the second.
 NOT_READ = {"gradient_accumulation_steps", "auto_batch_size"}
-
-
 # Compute capabilities from which tensor cores multiply in these dtypes.
 BFLOAT16_FROM, FLOAT16_FROM = (8, 0), (7, 0)
 
@@ -143,7 +141,7 @@ def resolve(
 
 
 def decay_end(asked: Config, saved: Resolved | None) -> int:
-    """The step at which the learning rate reaches min_lr; a longer run keeps the `saved` one's."""
+    """The step at which the learning rate reaches min_lr: a resumed run keeps its own if unset."""
     inherited = saved.optimizer.lr_decay_iters if saved else None
     return asked.optimizer.lr_decay_iters or inherited or asked.max_iters
 

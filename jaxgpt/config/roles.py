@@ -28,9 +28,6 @@ class Role(enum.Enum):
     PLANNED = "chosen by `plan --hours`, so it cannot be given with it"
 
 
-ON_RESUME = (Role.FIXED, Role.PINNED, Role.TUNABLE)
-
-
 def roles_of(annotation: Any) -> frozenset[Role]:
     """The roles in a field's annotation."""
     if typing.get_origin(annotation) is not typing.Annotated:

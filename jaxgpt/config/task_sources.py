@@ -9,7 +9,7 @@ from jaxgpt.config.flag_types import unless_none
 from jaxgpt.config.roles import Role
 from jaxgpt.data.tasks import FROM_DATASETS, TASKS, Task
 
-if TYPE_CHECKING:  # its fields come from TASKS; `vars()` reads them
+if TYPE_CHECKING:  # the fields come from TASKS at run time; `vars()` reads them
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class TaskSources:

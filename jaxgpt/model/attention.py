@@ -24,7 +24,7 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 
 
 
 def portable_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """On any device: in chunks of queries, or plain where there would be only one."""
+    """Attention on any device, in chunks of queries if the sequence is longer than one chunk."""
     attend = plain_attention if q_BTNH.shape[1] <= CHUNK else chunked_attention
     return attend(q_BTNH, k_BTKH, v_BTKH)
 
@@ -69,13 +69,13 @@ def cached_attention(
     """(out_BTNH, cache with these keys and values) for T tokens that follow `start` cached ones.
 
     Either start + T <= S, or T is 1 and the token replaces the oldest: each token attends to the
-    last S, itself included. That is right only for keys that do not depend on where the window
-    begins: not for learned positions, which all change when the first token is dropped.
+    last S, itself included. Learned positions do not allow that: all of them change when the first
+    token is dropped.
     """
     T, S = q_BTNH.shape[1], cache.k_BSKH.shape[1]
     k_BSKH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKH, k_BTKH, start % S, axis=1)
     v_BSKH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKH, v_BTKH, start % S, axis=1)
-    # Slots not yet written are masked; beyond S tokens there are none.
+    # Masks the slots that are not yet written; beyond S tokens all are.
     visible_TS = jnp.arange(S) <= (start + jnp.arange(T))[:, None]
     return masked_attention(q_BTNH, k_BSKH, v_BSKH, visible_TS), LayerCache(k_BSKH, v_BSKH)
 
@@ -109,7 +109,7 @@ def _attention(
 def pick_attention(
     platform: str, compute_capability: tuple[int, int], dtype: str, head_width: int
 ) -> tuple[Attend, str]:
-    """(kernel for a device, its name and why it was chosen).
+    """(kernel for a device, a text that names it and says why it was chosen).
 
     cuDNN's flash attention needs compute capability 8.0, bfloat16, and a head width that is a
     multiple of 8 and at most 128.

@@ -1,8 +1,8 @@
 """Causal attention over chunks of queries: memory linear in T on devices without a flash kernel.
 
-A chunk's scores are computed with the keys up to the end of its part (`Part`), and once more in the
-backward pass, for which only the output and the log-sum-exp of each row are kept. So a step never
-holds T x T scores.
+A chunk's scores are computed with the keys up to the end of its part (`Part`), and again in the
+backward pass, for which only the output and the log-sum-exp of each row are kept. So T x T scores
+never exist.
 
 Axes besides those of gpt.py: K key heads, G query heads per key head (N = K * G), C queries in a
 chunk, S keys that they can see, L chunks with the same S.
@@ -19,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt.model.remat import ATTENTION_RESIDUAL
 
 CHUNK = 128  # on a CPU the fastest of 64 to 512 at T = 1024
-PARTS = 8  # at most; each is a loop over its chunks, so that T does not make the program longer
+PARTS = 8  # at most; each is a loop over its chunks, so that the program does not grow with T
 
 
 class Part(NamedTuple):
-    """L consecutive chunks, which all read the keys that the last of them can see."""
+    """L consecutive chunks, each multiplied with all keys that the last of them can see."""
 
     first: int  # index of the first query
     chunks: int  # L
@@ -32,7 +32,8 @@ class Part(NamedTuple):
 
 def parts_of(T: int) -> Iterator[Part]:
     """The parts of T queries; the last may reach beyond T, where queries are padding."""
-    # At least two: XLA would merge the two passes of a chunk outside a loop, and keep its scores.
+    # At least two: without a loop XLA would merge a chunk's forward and backward pass, keeping its
+    # scores.
     chunks = max(2, math.ceil(T / (CHUNK * PARTS)))
     for first in range(0, T, chunks * CHUNK):
         yield Part(first, chunks, min(first + chunks * CHUNK, T))
@@ -132,7 +133,7 @@ def _scan_chunks(
 
 
 def _joined(parts: Sequence[jax.Array], T: int) -> jax.Array:
-    """The results of all parts without those of padding queries."""
+    """The results of all parts, without padding queries."""
     return jnp.concatenate(parts, axis=3)[:, :, :, :T]
 
 

@@ -26,15 +26,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu_of_product(x: jax.Array) -> jax.Array:
-    """`gelu` of a matrix product's result x, in bfloat16; on a GPU the product computes it.
+    """`gelu` of a matrix product's result x, in bfloat16; on a GPU fused into the product.
 
-    cuBLAS takes its float32 sums and writes both x and the GELU.
+    cuBLAS applies it to its float32 sums and writes both x and the GELU.
     """
     return jax.lax.platform_dependent(x, cuda=_gelu_term_by_term, default=gelu)
 
 
 def _gelu_term_by_term(x: jax.Array) -> jax.Array:
-    # The form that XLA recognizes. Not fused, each term would be rounded to the dtype of x.
+    # The form that XLA fuses. If it were not fused, each term would be rounded to the dtype of x.
     half, one, scale, cubic = (jnp.asarray(c, x.dtype) for c in (0.5, 1.0, SCALE, CUBIC))
     return x * (half * (one + jnp.tanh(scale * (x + cubic * (x * (x * x))))))
 

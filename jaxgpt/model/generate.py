@@ -1,9 +1,9 @@
 """Text generation: one forward pass over the prompt, then a compiled loop, one token at a time.
 
 While the text fits the context, a step computes one token and reads the others from the key-value
-cache. With rotary positions it goes on so for ever: each token attends to the last block_size
-tokens, and its keys replace those of the oldest. With learned positions the window slides, as
-nanoGPT's does; every position changes, so each step computes the full window.
+cache. With rotary positions this holds beyond the context, too: each token attends to the last
+block_size tokens, and its keys replace those of the oldest. With learned positions the window then
+slides, as nanoGPT's does; every position changes, so each step computes the full window.
 
 Axes besides those of gpt.py: P prompt, W prompt padded, C tokens per call; K is candidates here.
 """
@@ -36,7 +36,7 @@ class Sampling:
 class _Decoding(NamedTuple):
     """The state of the generation loop."""
 
-    window_BT: jax.Array  # int32, the last block_size tokens; anything beyond `length`
+    window_BT: jax.Array  # int32, the last block_size tokens; undefined beyond `length`
     length: jax.Array  # (), int32: tokens so far, including those that have left the window
     done_B: jax.Array  # bool: has drawn `stop_at`
     cache: Cache
@@ -59,7 +59,7 @@ class Generator:
         """One call of the compiled loop generates up to `chunk` tokens.
 
         `cached` False computes the full window for each token, the reference that the cache is
-        tested and timed against (beyond the context only for a cache that ends there).
+        tested and timed against; with rotary positions the two differ beyond the context.
         `jit_options` are arguments of `jax.jit` (`layout.jit_options`).
         """
         self._chunk = chunk
@@ -80,9 +80,8 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Yield tokens_BC as they are generated: int32, B = samples, C <= chunk.
 
-        `prompt_P` has at least one token; the model sees only the last block_size of
-        them. Sample b depends on `key` and b, not on the number of samples. Ends early once every
-        sample has drawn `stop_at`.
+        `prompt_P` has at least one token; the model sees its last block_size. Sample b depends on
+        `key` and b, not on the number of samples. Ends early once all samples have drawn `stop_at`.
         """
         state = self._prefill(params, *_padded(prompt_P, self._block_size), key, samples=samples)
         left = max_new_tokens

@@ -2,8 +2,8 @@
 
 `GPT` is an ordinary module. Outside this package it is a pair `(graphdef, params)`, which
 `nnx.merge(graphdef, params)` joins again (`network.py`), so that optimizer, checkpoints and step
-see a plain nested dict with paths such as `blocks/0/attn/c_attn/kernel`. Its parameters are
-declared a second time, without JAX, in `config/architecture.py`.
+see a plain nested dict with paths such as `blocks/0/attn/c_attn/kernel`. The shapes of its
+parameters are declared a second time, without JAX, in `config/architecture.py`.
 
 Names of arrays end in their axes, with the letters of `jax.nn.dot_product_attention`:
 A micro-batches, B batch, T time, S key time, D width, N heads, K heads of keys and values,
@@ -22,7 +22,7 @@ from jaxgpt.model.blocks import Block
 from jaxgpt.model.gelu import Gelu, pick_gelu
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
-from jaxgpt.model.layers import INIT_STD, Norm, linear_of_norm, linears_of_norm, make_linear
+from jaxgpt.model.layers import INIT_STD, Norm, linears_of_norm, make_linear
 
 
 class GPT(LanguageModel):
@@ -38,7 +38,6 @@ class GPT(LanguageModel):
         scan_layers: bool = False,
     ):
         super().__init__(cfg, dtype, remat, scan_layers)
-        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
@@ -85,7 +84,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, attend: Attend, rngs: nnx.Rngs):
         self.n_head = cfg.n_head
         self.attend = attend
-        # cuDNN reads q, k and v from arrays of their own: from one, XLA would copy them.
+        # cuDNN reads q, k and v from separate arrays: XLA would copy them out of a joint one.
         self.parts = 3 if attend is cudnn_attention else 1
         self.c_attn = make_linear(cfg, cfg.n_embd, 3 * cfg.n_embd, dtype, rngs)
         self.c_proj = make_linear(cfg, cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
@@ -109,7 +108,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with a GELU in between, where it is four times as wide."""
+    """Two linear layers with a GELU between them, four times as wide as the model."""
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, gelu: Gelu, rngs: nnx.Rngs):
         self.gelu = gelu
@@ -117,4 +116,5 @@ class MLP(nnx.Module):
         self.c_proj = make_linear(cfg, 4 * cfg.n_embd, cfg.n_embd, dtype, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array, norm: LayerNorm) -> jax.Array:
-        return self.c_proj(self.gelu(linear_of_norm(self.c_fc, norm, x_BTD)))
+        (h_BTF,) = linears_of_norm([self.c_fc], norm, x_BTD)
+        return self.c_proj(self.gelu(h_BTF))

@@ -1,4 +1,4 @@
-"""What every network does with its embeddings, blocks and head: features, logits and losses."""
+"""What all networks have in common: features, logits, losses and cached generation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, remat: Remat, scan_layers: bool):
+        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         self.cfg = cfg
         self.dtype = dtype
-        # Sums over layers pass float16's largest number, 65,504, in large networks.
+        # In large networks the residual stream exceeds float16's largest number, 65,504.
         self.stream_dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
         self.remat = remat
         self.scan_layers = scan_layers
@@ -76,9 +77,8 @@ class LanguageModel(nnx.Module):
     def cache_outlives_context(self) -> bool:
         """Whether cached keys stay valid beyond block_size tokens.
 
-        Each token then attends to the last block_size tokens, because keys are cached rotated by
-        their absolute position, and scores depend on differences only. With learned positions the
-        window is computed anew for each token.
+        Rotary ones do: they are cached rotated by their absolute position, and scores depend on
+        differences only. With learned positions the window is recomputed for each token.
         """
         return not self.cfg.has_learned_positions
 

@@ -14,7 +14,7 @@ from jaxgpt.model.layer_norm import LayerNorm
 from jaxgpt.model.rms_norm import RMSNorm
 
 Norm = LayerNorm | RMSNorm
-# GPT-2's, for every matrix and embedding, so that what is known about its learning rates holds.
+# GPT-2's, for every matrix and embedding, so that the learning rates known for it apply.
 INIT_STD = 0.02
 
 
@@ -28,7 +28,7 @@ def make_linear(
 ) -> nnx.Linear:
     """A linear layer: float32 parameters, products in `dtype`, kernel of shape (d_in, d_out).
 
-    A `residual` one writes to the residual stream: it starts smaller, as GPT-2's, or at zero.
+    A `residual` layer writes to the residual stream: it starts smaller, as in GPT-2, or at zero.
     """
     std = INIT_STD / math.sqrt(2 * cfg.n_layer) if residual else INIT_STD
     init = nnx.initializers.normal(std)
@@ -54,21 +54,16 @@ def dot_general_by_rows(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: A
     return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear_of_norm(linear: nnx.Linear, norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """`linear(norm(x_BTD))`, with the norm's scale and bias folded into the linear layer's."""
-    return linears_of_norm([linear], norm, x_BTD)[0]
-
-
 def linears_of_norm(
     linears: Sequence[nnx.Linear], norm: Norm, x_BTD: jax.Array, parts: int = 1
 ) -> list[jax.Array]:
-    """Each linear layer of norm(x_BTD), with the norm's scale and bias folded into the layer's.
+    """Each linear(norm(x_BTD)), with the norm's scale and bias folded into the linear layer's.
 
     The last axis of each layer's output is cut into `parts` arrays of equal size.
 
-    The gradient of a scale is then a sum over a matrix instead of over all tokens, for which XLA
-    would write a float32 product as large as x and read it back. With one token per sequence, as
-    in cached generation, folding would cost more than the layer itself.
+    A scale's gradient is then a sum over a matrix. Without folding it is a sum over all tokens, for
+    which XLA writes a float32 product as large as x and reads it back. With one token per sequence,
+    as in cached generation, folding would cost more than the layer itself.
     """
     if x_BTD.shape[1] == 1:
         normed = norm(x_BTD)
@@ -88,7 +83,7 @@ def linears_of_norm(
 def products_by_rows(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
     """x (..., d_in) times each of `parts` equal parts of the kernel's columns.
 
-    The gradients are computed by one product each, of all parts together.
+    The backward pass has one product for each gradient, of all parts together.
     """
     return _products(x, kernel, parts)
 

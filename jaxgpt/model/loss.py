@@ -80,7 +80,7 @@ def _forward(
         h_CD, targets_C = chunk
         losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
         # A target of -1 marks a padding row, which has no gradient. float16 would round gradients
-        # of the mean to zero: there the 1 / M follows in the backward pass, with the loss scale.
+        # of the mean to zero, so there the backward pass divides by M, with the loss scale.
         weight = 1.0 if h_CD.dtype == jnp.float16 else 1 / M
         weight_C = jnp.where(targets_C >= 0, weight, 0.0)
         is_target_CV = jnp.arange(w_VD.shape[0]) == targets_C[:, None]

@@ -1,4 +1,4 @@
-"""The network of a `ModelConfig` as `(graphdef, params)`; the one place that names its class."""
+"""The network of a `ModelConfig` as `(graphdef, params)`; maps `arch` to its class."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,9 +46,9 @@ def _no_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> ja
 def merge_model(
     graphdef: nnx.GraphDef, params: Params, all_gather: AllGather | None
 ) -> LanguageModel:
-    """`nnx.merge(graphdef, params)`; with `all_gather`, of sharded parameters.
+    """`nnx.merge(graphdef, params)`; `all_gather` is for sharded parameters.
 
-    Each block is then all-gathered when it runs, all other parameters here.
+    It is applied to each block when the block runs, and here to all other parameters.
     """
     if all_gather is None:
         return nnx.merge(graphdef, params)

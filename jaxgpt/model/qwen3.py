@@ -1,7 +1,7 @@
 """Qwen3 in Flax NNX: RMSNorm, rotary positions, grouped heads with QK-norm, SwiGLU, no biases.
 
-Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCausalLM`, the names
-of the parameters nearly so. Axes are those of `gpt.py`.
+Without QK-norm it is Llama. The numerics are those of transformers' `Qwen3ForCausalLM`, and so are
+most names of parameters. Axes are those of `gpt.py`.
 """
 
 import jax
@@ -32,7 +32,6 @@ class Qwen3(LanguageModel):
         scan_layers: bool = False,
     ):
         super().__init__(cfg, dtype, remat, scan_layers)
-        assert cfg.vocab_size is not None, "resolve the vocabulary before building"
         init = nnx.initializers.normal(INIT_STD)
         self.embed_tokens = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Qwen3Block(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])
@@ -55,8 +54,7 @@ class Qwen3(LanguageModel):
 
     def head(self) -> jax.Array:
         """The matrix of the head, or the token embedding if the two are tied."""
-        tied = self.cfg.tied_head
-        return (self.embed_tokens if tied else self.lm_head).embedding[...]
+        return (self.embed_tokens if self.cfg.tied_head else self.lm_head).embedding[...]
 
 
 class Qwen3Block(Block):

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from jaxgpt.config.fields import Remat
 
-# The name that `chunked_attention` gives what its backward pass needs of the forward pass.
+# The `checkpoint_name` of what `chunked_attention` saves for its backward pass.
 ATTENTION_RESIDUAL = "attention_residual"
 
 
 class Kept(NamedTuple):
-    """Memory at a step's peak, fitted to benchmarks/results/memory.json.
+    """Activation memory at a step's peak, fitted to benchmarks/results/memory.json.
 
-    Bytes per token and unit of width, in bfloat16.
+    In bytes per token and unit of width, in bfloat16.
     """
 
     per_layer: float  # until the layer's backward pass
@@ -29,7 +29,7 @@ class RematSetting(NamedTuple):
     """One value of `--remat`."""
 
     policy: Callable[..., bool] | None  # of `jax.checkpoint`; None: no checkpoint, all is kept
-    work: float  # time of a step relative to one that recomputes nothing
+    work: float  # of a step, relative to one that recomputes nothing
     kept: Kept
 
 

@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
-        self.bias = None  # for `linears_of_norm`, which folds a LayerNorm's
+        self.bias = None  # `linears_of_norm` folds the bias of a LayerNorm
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_normalize(x, self.scale[...], self.epsilon)

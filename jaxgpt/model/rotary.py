@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys rotated by their position, so that scores see differences."""
+"""Rotary positions: rotates queries and keys, so that scores depend on position differences."""
 
 from typing import NamedTuple
 

@@ -1,9 +1,10 @@
 """Train a tokenizer: `python -m jaxgpt.tokenizer texts/ --vocab-size 32768 --out tok/`.
 
-A byte-level BPE, as GPT-2's, on a sample of the text. It takes about a minute per 100 MB of sample,
-so there is nothing to resume.
+A byte-level BPE like GPT-2's, trained on a sample of the text. That takes about a minute per 100 MB
+of sample, so there is nothing to resume.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -19,6 +20,8 @@ from rich.filesize import decimal
 
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
+from jaxgpt.data.tokenizer_json import tokenizer_from_files
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.files import user_path
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
@@ -27,14 +30,15 @@ from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
 from jaxgpt.preparation.output_folder import is_hub_name
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.run.console import print_table, waiting
+from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
 
 PROG = "python -m jaxgpt.tokenizer"
 DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
 
-SLICE_BYTES = 1 << 24  # the sample is the beginning of each such part of the text
+SLICE_BYTES = 1 << 24  # the sample takes the beginning of each slice of this size
 PIECE = 10_000  # characters that are used for training or held out together
-HELD_OUT = 20  # every such piece
-HELD_OUT_BYTES = 5_000_000  # enough to measure
+HELD_OUT = 20  # every 20th piece is held out
+HELD_OUT_BYTES = 5_000_000  # at most; enough to measure
 SMALLEST = 512  # ids: 256 bytes, the end of text, and some merges
 
 
@@ -45,9 +49,9 @@ class TokenizerFlags:
     inputs: Inputs = ()
     """text files, patterns, or a folder, as for jaxgpt.prepare"""
     out: PathIfSet = None
-    """folder for tokenizer.json; must not have one"""
+    """folder for tokenizer.json, which must not exist there yet"""
     vocab_size: int = 32768
-    """ids, with 256 for bytes and one for the end of text"""
+    """number of ids, 256 for bytes and one for the end of text included"""
     sample: Annotated[str, tyro.conf.arg(metavar="BYTES")] = "100M"
     """bytes of text to train on, from all parts of the input"""
     text_column: str = "text"
@@ -85,8 +89,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"{out}: is a file; choose a folder with --out")
     if is_hub_name(flags.inputs):
         raise UserError(
-            f"{flags.inputs[0]}: no such file or folder, and of the Hub nothing is read here; "
-            "name text files, such as a few that you have downloaded"
+            f"{flags.inputs[0]}: no such file or folder, and this command reads nothing from the "
+            "Hub; name text files, such as a few that you have downloaded"
         )
     started = time.perf_counter()
     with waiting("reading the sample"):
@@ -101,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
     tokenizer = save(library, out)
     rows = {
         "vocabulary": f"{tokenizer.n_vocab:,} ids"
-        + ("" if tokenizer.n_vocab == flags.vocab_size else ", all that this sample has"),
+        + ("" if tokenizer.n_vocab == flags.vocab_size else ", all that this sample yields"),
         "trained on": f"{decimal(size)} of text, in {time.perf_counter() - started:.0f} s",
         **compare(tokenizer, held_out),
     }
@@ -160,9 +164,6 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from jaxgpt.data.tokenizer import EOT_TEXT
-    from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
-
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -184,11 +185,6 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
 
 def save(library: Any, out: Path) -> Any:
     """Write the files of a trained tokenizer and open them as any other."""
-    import json
-
-    from jaxgpt.data.tokenizer import EOT_TEXT
-    from jaxgpt.data.tokenizer_json import tokenizer_from_files
-
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT_TEXT}
     files = {
         "tokenizer.json": library.to_str(pretty=True).encode(),
@@ -202,9 +198,7 @@ def save(library: Any, out: Path) -> Any:
 
 
 def compare(tokenizer: Any, held_out: Sequence[str]) -> dict[str, str]:
-    """Bytes per token on text that the tokenizer was not trained on, and GPT-2's."""
-    from jaxgpt.data.tokenizer import load_tokenizer
-
+    """A row with the bytes per token on text that was held out, and GPT-2's."""
     n_bytes = sum(len(text.encode(errors="replace")) for text in held_out)
 
     def per_token(encode: Any) -> float:

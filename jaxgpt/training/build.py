@@ -27,19 +27,19 @@ from jaxgpt.training.step import (
 )
 
 GPU_OPTIONS = {
-    # It overlaps collectives, which one GPU does not have, by scheduling recomputation earlier,
-    # which undoes what rematerialization saves.
+    # The scheduler hides the latency of collectives, which one GPU does not have, and moves
+    # recomputation forward, which undoes what rematerialization saves.
     "xla_gpu_enable_latency_hiding_scheduler": False,
-    # With cuBLAS a step takes the memory that the planner reads from a compilation without the
-    # card. With Triton the 24gb preset with full remat took 5.0 GiB instead of 3.7.
+    # With cuBLAS a step takes the memory that the planner finds by compiling without the card. With
+    # Triton the 24gb preset with full remat took 5.0 GiB instead of 3.7.
     "xla_gpu_enable_triton_gemm": False,
-    # It lets XLA leave out roundings to bfloat16, which keeps the residual stream's gradient in
+    # XLA may otherwise skip roundings to bfloat16, which keeps the residual stream's gradient in
     # float32: on cards before Hopper two such arrays are written in each layer.
     "xla_allow_excess_precision": False,
-    # Merged, products of one input (q, k and v; gate and up) are cut apart again by copies.
+    # Merging products of one input (q, k and v; gate and up) costs copies that split the result.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # Percent of 80 % of the card: above that XLA recomputes what it likes, such as the head's
-    # products. JAX's pool has 92 %, of which `plan` keeps a reserve.
+    # Percent of 80 % of the card: above that XLA rematerializes on its own, the head's products for
+    # instance. JAX's pool has 92 %, of which `plan` keeps a reserve.
     "xla_gpu_memory_limit_slop_factor": 112,
 }
 
@@ -76,8 +76,7 @@ def build_training(
 ) -> Training:
     """Build the functions of a run; nothing is compiled, computed or allocated yet.
 
-    Without `layout` everything is on `device`. `compiler_options` are added to the
-    options of every GPU.
+    Without `layout` everything is on `device`. `compiler_options` are added to GPU_OPTIONS.
     """
     layout = layout or Layout(device)
     attend, attention = attention_on(device, dtype, model.head_width)

@@ -1,7 +1,7 @@
 """The placement of state and batches: here on one device, in `sharding.py` on several.
 
-Everything that depends on the number of devices goes through this interface, so that the step of
-one device needs no sharding annotations.
+Everything that depends on the number of devices goes through this interface, so that a step on one
+device has no sharding annotations.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ class Layout:
         return function
 
     def map_stack(self, function: Callable[[Any], Any], stack_KMN: Any) -> Any:
-        """`function` of a stack of matrices, which treats each of them alone."""
+        """`function(stack_KMN)`, which treats each matrix of the stack separately."""
         return function(stack_KMN)
 
     def load_batch(self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]) -> Any:

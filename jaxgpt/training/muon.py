@@ -1,8 +1,9 @@
 """Muon: momentum of matrices, orthogonalized by Newton-Schulz iterations.
 
-Keller Jordan's, of 2024. `optax.contrib.scale_by_muon` does the same for one matrix at a time, in
-float32. Here matrices of one shape are one batched product, which fills a GPU where one matrix of a
-small model does not; products are in the run's dtype, as in Jordan's code. The state is optax's.
+Keller Jordan, 2024. `optax.contrib.scale_by_muon` does the same for one matrix at a time, in
+float32. Here matrices of one shape are multiplied in one batch, which fills a GPU where one matrix
+of a small model does not; products are in the run's dtype, as in Jordan's code. The state is
+optax's.
 """
 
 import math
@@ -22,7 +23,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, (x xT) x and (x xT)^2 x in an 
 ITERATIONS = 5
 # Elements orthogonalized at once: enough to fill any GPU, and no more than 128 MiB in bfloat16.
 BATCH_ELEMENTS = 2**26
-# (function that treats each matrix of a stack alone, stack_KMN) -> its result: `Layout.map_stack`
+# (function of a stack that treats each matrix separately, stack_KMN) -> result: `Layout.map_stack`
 MapStack = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 
 
@@ -34,7 +35,7 @@ def on_one_device(function: Callable[[jax.Array], jax.Array], stack_KMN: jax.Arr
 def scale_by_muon(
     cfg: OptimizerConfig, dtype: str, map_stack: MapStack = on_one_device
 ) -> optax.GradientTransformation:
-    """Orthogonalized momentum of a tree of matrices, as large as Adam's direction.
+    """Orthogonalized momentum of a tree of matrices, scaled to the size of Adam's direction.
 
     `dtype` is that of the products.
     """
@@ -96,6 +97,6 @@ def newton_schulz(x_KMN: jax.Array, dtype: str) -> jax.Array:
 
 def _scaled_as_adam(update_DF: jax.Array) -> jax.Array:
     # Liu et al., "Muon is Scalable for LLM Training" (2025): an orthogonal matrix has a root mean
-    # square of 1 / sqrt(its longer side), an Adam step one of about 0.2. Scaled so, one learning
-    # rate and one weight decay serve both.
+    # square of 1 / sqrt(its longer side), an Adam step one of about 0.2. With this scale the same
+    # learning rate and weight decay serve both.
     return 0.2 * math.sqrt(max(update_DF.shape)) * update_DF

@@ -4,9 +4,9 @@ MultiSteps is outermost, so that the clip sees the averaged gradient (the other 
 micro-batch) and the schedule counts optimizer steps, never micro-batches.
 
 With `state_dtype` bfloat16 a parameter takes 10 bytes instead of 16. Rounded to nearest, AdamW's
-second moment would stop moving: at beta2 0.99 a step changes it by less than half of bfloat16's
-spacing unless the squared gradient differs from it by a third. It is rounded stochastically
-instead, which is unbiased.
+second moment would stop changing: at beta2 0.99 a step changes it by less than half of bfloat16's
+spacing, unless the squared gradient differs from it by a third. So it is rounded stochastically,
+which is unbiased.
 """
 
 import math
@@ -49,8 +49,8 @@ def make_optimizer(
 def decay_and_scale(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """From a direction to an update: weight decay, then the negative learning rate of each group.
 
-    Its state is that of `optax.scale_by_learning_rate`, whatever is set, so that a resumed run may
-    change any of it.
+    Its state is always that of `optax.scale_by_learning_rate`, so that a resumed run may change any
+    setting.
     """
     scale, peaks = optax.scale_by_learning_rate(schedule), peak_rates(cfg)
 
@@ -111,8 +111,8 @@ OPTIMIZERS: dict[Optimizer, OptimizerKind] = {
 def make_accumulator(cfg: OptimizerConfig, accumulation: int) -> optax.MultiSteps:
     """Only the accumulating part of `make_optimizer`'s MultiSteps.
 
-    It would step after `accumulation` + 1 gradients, one more than it gets, so the mean is still in
-    the accumulator after the last one. Its inner optimizer has no state.
+    It would step after `accumulation` + 1 gradients, one more than it gets, so after the last one
+    the mean is still in the accumulator. Its inner optimizer has no state.
     """
     return optax.MultiSteps(optax.identity(), accumulation + 1, accumulator_dtype=cfg.state_dtype)
 
@@ -156,8 +156,8 @@ def random_bits(shape: tuple[int, ...], count: jax.Array, salt: int) -> jax.Arra
     """Random uint32 of a shape, different for each count and salt.
 
     A hash of each element's index (Wellons' lowbias32), which is good enough for rounding. JAX's
-    own generator has twenty times as many operations, which for hundreds of leaves take minutes to
-    compile.
+    generator has twenty times as many operations, which take minutes to compile for hundreds of
+    leaves.
     """
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     x = index ^ _mix(count.astype(jnp.uint32) ^ _mix(jnp.uint32(salt)))

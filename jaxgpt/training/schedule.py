@@ -9,8 +9,7 @@ def make_schedule(cfg: OptimizerConfig, max_iters: int) -> optax.Schedule:
     """Learning rate of optimizer step 0, 1, ...: nanoGPT's warm-up, then `cfg.schedule`.
 
     Step i of the warm-up has (i + 1) / (warmup_iters + 1) of the peak. min_lr is reached at
-    lr_decay_iters; if that is not after the warm-up, min_lr follows it directly. `decay_lr` False
-    keeps the peak.
+    lr_decay_iters, or directly after the warm-up if that is later. `decay_lr` False keeps the peak.
     """
     peak, warmup_iters = cfg.learning_rate, cfg.warmup_iters
     first = peak / (warmup_iters + 1)

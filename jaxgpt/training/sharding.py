@@ -24,7 +24,7 @@ AXES = ("data", "fsdp")
 # Last parts of the paths of sharded leaves: matrices and embeddings, along their first axis, in
 # parameters, moments and accumulator. Norms and biases are too small to be worth a collective.
 SHARDED = ("kernel", "embedding")
-# Gradients in one reduce-scatter: enough to keep a link busy, no more than a few layers.
+# Gradients in one reduce-scatter: enough to keep a link busy, but no more than a few layers'.
 COMBINED_BYTES = 64 * 2**20
 
 
@@ -39,7 +39,7 @@ class MeshLayout(Layout):
     """Replicated along `data`, sharded along `fsdp`."""
 
     def __init__(self, devices: Sequence[Any], shape: MeshShape):
-        """`devices` are in the order of their processes, so that each process has adjacent rows."""
+        """`devices` are ordered by process, so that each process has adjacent rows."""
         assert len(devices) == shape.devices
         self.mesh = Mesh(np.asarray(devices).reshape(shape), AXES)
         self.shape, self.count = shape, shape.devices
@@ -48,8 +48,8 @@ class MeshLayout(Layout):
         self.device = self.local_devices[0]
         if shape.fsdp > 1:
             self.all_gather = all_gather
-            # XLA combines reduce-scatters up to a threshold that counts one shard's bytes: by its
-            # default all layers' gradients would wait for each other, unsharded and in float32.
+            # XLA combines reduce-scatters up to a threshold in bytes of one shard. By its default
+            # all layers' gradients would wait for each other, unsharded and in float32.
             threshold = "xla_gpu_reduce_scatter_combine_threshold_bytes"
             self.gpu_options = {threshold: COMBINED_BYTES // shape.fsdp}
 
@@ -73,7 +73,7 @@ class MeshLayout(Layout):
     def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
         """`gradients` on each device's rows, averaged over the devices.
 
-        Micro-batch a of device d has index a * count + d, as the same rows would on a single
+        Micro-batch a of device d has index a * count + d, as its rows would have on a single
         device, and therefore the same dropout.
         """
 
@@ -109,7 +109,7 @@ class MeshLayout(Layout):
 
     def _all_reduce(self, path: Any, gradient: jax.Array) -> jax.Array:
         # Along fsdp a sharded gradient has been averaged already, by `all_gather`'s backward pass.
-        scattered = self.shape.fsdp > 1 and _is_sharded(path)
+        scattered = self.shape.fsdp > 1 and is_sharded(joined(path))
         return jax.lax.pmean(gradient, "data" if scattered else AXES)
 
     def data_parallel_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,16 +129,16 @@ class MeshLayout(Layout):
     def map_stack(
         self, function: Callable[[jax.Array], jax.Array], stack_KMN: jax.Array
     ) -> jax.Array:
-        """`function` of a stack of matrices, each device having its share of them.
+        """`function(stack_KMN)` with the stack's matrices divided among the devices.
 
-        The stack travels once there and once back, whatever `function` computes.
+        The stack is sent once each way, whatever `function` computes.
         """
 
         def placed(stack_KMN: jax.Array, *axes: Any) -> jax.Array:
             sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
             return jax.lax.with_sharding_constraint(stack_KMN, sharding)
 
-        # In two steps each way: XLA would replicate the stack to go from one to the other.
+        # Resharded in two steps each way: for one step XLA would replicate the stack.
         shares_KMN = placed(placed(stack_KMN, "fsdp"), ("fsdp", "data"))
         return placed(placed(function(shares_KMN), "fsdp"), None, "fsdp")
 
@@ -159,14 +159,10 @@ def is_sharded(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in SHARDED
 
 
-def _is_sharded(path: Any) -> bool:
-    return is_sharded(joined(path))
-
-
 def specs_of(tree: Any) -> Any:
     """A PartitionSpec for each leaf, by its path: of parameters, or of moments shaped like them."""
     return jax.tree.map_with_path(
-        lambda path, _: PartitionSpec("fsdp") if _is_sharded(path) else PartitionSpec(), tree
+        lambda path, _: PartitionSpec("fsdp") if is_sharded(joined(path)) else PartitionSpec(), tree
     )
 
 
@@ -177,7 +173,7 @@ def all_gather(shards: Any, dtype: Any) -> Any:
     is, so that the sum over devices equals a single device's accumulation.
     """
     return jax.tree.map_with_path(
-        lambda path, leaf: _all_gather(leaf, dtype) if _is_sharded(path) else leaf, shards
+        lambda path, leaf: _all_gather(leaf, dtype) if is_sharded(joined(path)) else leaf, shards
     )
 
 

@@ -19,7 +19,7 @@ def add_to_history(recent: jax.Array, loss: jax.Array, norm: jax.Array) -> jax.A
 def is_spike(recent: jax.Array, loss: jax.Array, norm: jax.Array, deviations: float) -> jax.Array:
     """(), bool: whether loss or norm is more than `deviations` standard deviations above the mean.
 
-    Always False in the first WINDOW / 2 steps. As OLMo-core's SkipStepOptimizer, which uses 6.
+    Always False in the first WINDOW / 2 steps. After OLMo-core's SkipStepOptimizer, which uses 6.
     """
     known = recent > 0
     count = jnp.maximum(known.sum(axis=1), 1)

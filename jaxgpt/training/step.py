@@ -1,9 +1,9 @@
 """One optimizer step in one jit: gradients of A micro-batches, averaged, applied or skipped.
 
-`optax.MultiSteps` runs its inner optimizer on every micro-batch and discards the result of all but
-the last. Here a scan over the micro-batches runs only the accumulating half (`make_accumulator`),
-and its mean gradient passes once through the real one. The last micro-batch is inside the loop
-too: otherwise XLA would compute it first and keep its gradients and a bfloat16 copy of every weight
+`optax.MultiSteps` runs its inner optimizer on every micro-batch and discards all results but the
+last. Here a scan over the micro-batches only accumulates (`make_accumulator`), and the mean
+gradient then passes once through the optimizer. The last micro-batch is inside the loop, too:
+otherwise XLA would compute it first and keep its gradients and a bfloat16 copy of every weight
 while the loop runs.
 """
 
@@ -171,7 +171,7 @@ def make_train_step(
 def _update(
     optimizer: optax.MultiSteps, state: TrainState, mean_grads: Params, accumulation: int
 ) -> tuple[Params, optax.MultiStepsState]:
-    # Fed to MultiSteps as the last of A micro-batches, the mean of all A stays what it is.
+    # As the last of A micro-batches, the mean leaves MultiSteps' running mean unchanged.
     opt_state = state.opt_state._replace(mini_step=accumulation - 1, acc_grads=mean_grads)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), mean_grads)
     updates, opt_state = optimizer.update(grads, opt_state, state.params)
@@ -181,8 +181,8 @@ def _update(
 def skip_if_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """`new` if `good`, else `new` with the floating-point leaves of `old`: integers always advance.
 
-    So a skipped step changes no parameter, moment or accumulator, while every count stays equal to
-    the loop's and the next step reads the next batch.
+    So a skipped step changes no parameter, moment or accumulator; all counters still equal the
+    loop's, and the next step reads the next batch.
     """
 
     def choose(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:

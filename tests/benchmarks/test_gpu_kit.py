@@ -50,17 +50,17 @@ def test_a_part_that_hangs_keeps_what_it_printed_and_the_next_one_runs(kit, tmp_
 
 
 def test_a_prediction_is_compared_with_what_was_measured(kit) -> None:
-    lines = kit("lines")
+    predictions = kit("predictions")
     results = {"bench-b32": [{"tokens_per_second": 510e3}]}
 
     def row(device: str) -> dict:
-        rows = lines.table(lines.FIRST, results, device)
+        rows = predictions.table(predictions.FIRST, results, device)
         return next(row for row in rows if row["line"] == "b32, tokens/s")
 
-    assert lines.verdict(row("NVIDIA H100 80GB HBM3")) == "NOT as predicted"
-    assert lines.verdict(row("NVIDIA H200")) == ""  # nothing was predicted for it
+    assert predictions.verdict(row("NVIDIA H100 80GB HBM3")) == "NOT as predicted"
+    assert predictions.verdict(row("NVIDIA H200")) == ""  # nothing was predicted for it
     results["bench-b32"][0]["tokens_per_second"] = 430e3
-    assert lines.verdict(row("NVIDIA H100 80GB HBM3")) == "as predicted"
+    assert predictions.verdict(row("NVIDIA H100 80GB HBM3")) == "as predicted"
 
 
 def test_a_trace_is_read_by_kind_and_by_name(kit, tmp_path) -> None:

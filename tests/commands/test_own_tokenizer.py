@@ -99,7 +99,7 @@ def test_mistakes_are_known_before_a_tokenizer_is_trained(
     for arguments, message in (
         ([str(book), "--out", str(book)], "book.txt: is a file"),
         ([str(book), "--out", "~nobody-here/tok"], "there is no such home folder"),
-        (["fineweb", "--out", "tok"], "of the Hub nothing is read here"),
+        (["fineweb", "--out", "tok"], "this command reads nothing from the Hub"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

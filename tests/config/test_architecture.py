@@ -22,7 +22,7 @@ QWEN3 = ModelConfig(arch="qwen3", n_layer=2, n_head=4, n_embd=48, vocab_size=64)
         ({"mlp_width": 0}, "mlp_width 0 must be at least 1"),
         ({"rope_theta": 0.0}, "rope_theta 0 must be finite and above 0"),
         ({"norm_eps": float("nan")}, "norm_eps nan must be finite"),
-        ({"embedding_norm": True}, "embedding_norm needs a head of its own: set tied_head to"),
+        ({"embedding_norm": True}, "embedding_norm needs an untied head: set tied_head to"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_sentence(changes: dict, error: str) -> None:

@@ -6,8 +6,10 @@ from jaxgpt.config.batch import (
     batch_sizes,
     divide_batch,
     divisors,
-    effective_of_accumulation,
+    fields_of_accumulation,
 )
+from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Config
 
 
 @pytest.mark.parametrize(
@@ -50,10 +52,12 @@ def test_the_batch_sizes_are_the_divisors_of_each_devices_share():
 
 
 def test_nanogpts_accumulation_counts_all_devices():
-    assert effective_of_accumulation(40, 12) == 480
-    assert effective_of_accumulation(40, 12, 480) == 480
-    with pytest.raises(BatchError, match=r"40 x batch_size 12 = 480 is not effective_batch_size 4"):
-        effective_of_accumulation(40, 12, 400)
+    fields = {"effective_batch_size": 480, "gradient_accumulation_steps": None}
+    assert fields_of_accumulation(40, 12, None) == fields
+    assert fields_of_accumulation(40, 12, 480) == fields
+    sizes = {"gradient_accumulation_steps": 40, "batch_size": 12, "effective_batch_size": 400}
+    with pytest.raises(ConfigError, match="40 x batch_size 12 = 480 is not effective_batch_size"):
+        Config(**sizes)
 
 
 def test_a_batch_says_how_it_comes_about():

@@ -1,13 +1,13 @@
 import pytest
 
 from jaxgpt.config.fields import flat_fields, names_with
-from jaxgpt.config.roles import ON_RESUME, Role, roles_of
+from jaxgpt.config.roles import Role, roles_of
 
 
 @pytest.mark.parametrize("name", flat_fields())
 def test_every_field_says_what_a_resumed_run_does_with_it(name):
     roles = roles_of(flat_fields()[name].type)
-    assert len(roles & set(ON_RESUME)) == 1
+    assert len(roles & {Role.FIXED, Role.PINNED, Role.TUNABLE}) == 1
 
 
 def test_no_role_contradicts_another():

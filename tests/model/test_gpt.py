@@ -19,7 +19,7 @@ from jaxgpt.model.attention import (
 )
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm, normalize
-from jaxgpt.model.layers import linear_of_norm, make_linear
+from jaxgpt.model.layers import linears_of_norm, make_linear
 from jaxgpt.model.network import build_model, init_params, shorten_context
 from jaxgpt.model.rms_norm import RMSNorm
 from jaxgpt.training.groups import joined
@@ -161,7 +161,7 @@ def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_
 
     def together(params, x):
         norm, linear = map(nnx.merge, graphdefs, params)
-        return linear_of_norm(linear, norm, x)
+        return linears_of_norm([linear], norm, x)[0]
 
     def one_after_the_other(params, x):
         norm, linear = map(nnx.merge, graphdefs, params)

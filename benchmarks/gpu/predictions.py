@@ -1,6 +1,6 @@
 """What was predicted before a card was measured, and how each figure is read from the results.
 
-A prediction that fails is a finding: the table then shows both numbers.
+The table shows prediction and measurement; where they differ, something is to be learned.
 """
 
 import statistics
@@ -13,8 +13,8 @@ H100 = "H100"  # in the name of the card that speeds are predicted for
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # of each part, the JSON objects it printed
 
 
-class Line(NamedTuple):
-    """One figure: read from the results, and where it should lie; None is no limit."""
+class Prediction(NamedTuple):
+    """One figure: how it is read from the results, and its expected range; None is no limit."""
 
     name: str
     read: Callable[[Results], float]
@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 def last(part: str, *keys: str) -> Callable[[Results], float]:
-    """A figure of the newest object that a part printed."""
+    """A figure in the last JSON object that a part printed."""
 
     def read(results: Results) -> float:
         value: Any = results[part][-1]
@@ -40,7 +40,7 @@ def last(part: str, *keys: str) -> Callable[[Results], float]:
 
 
 def item(name: str, key: str) -> Callable[[Results], float]:
-    """A figure of one of steps.py's items, the newest in any part."""
+    """A figure of an item of steps.py, the last that any part printed."""
     return lambda results: _item(results, name)[key]
 
 
@@ -54,7 +54,7 @@ def ratio(top: Callable[[Results], float], bottom: Callable[[Results], float]) -
 
 
 def peak_over_compiled(name: str) -> Callable[[Results], float]:
-    """What the process used over what the step was compiled to; a CPU does not count it."""
+    """The process's peak memory relative to the compiled step's; a CPU does not count it."""
 
     def read(results: Results) -> float:
         found = _item(results, name)
@@ -66,7 +66,7 @@ def peak_over_compiled(name: str) -> Callable[[Results], float]:
 
 
 def scaled(key: str, unit: float) -> Callable[[Results], float]:
-    """One of the ceilings."""
+    """One of measure_ceilings.py's figures, in `unit`."""
     return lambda results: last("ceilings", key)(results) / unit
 
 
@@ -80,7 +80,7 @@ def losses(results: Results, part: str) -> list[float]:
 
 
 def differences_to_float32(results: Results) -> list[float]:
-    """At the steps that both runs have."""
+    """Of the loss, at each step that both runs have."""
     pairs = zip(losses(results, "train"), losses(results, "float32"), strict=False)
     return [abs(a - b) for a, b in pairs]
 
@@ -121,7 +121,7 @@ def equal_share(results: Results) -> float:
 
 
 def commands_failed(results: Results) -> float:
-    """How many did not end with exit code 0, or were not begun."""
+    """How many commands failed or were not started."""
     codes = last("resume", "exit_codes")(results)
     return sum(codes.get(name) != 0 for name in ("resumed", "sample", "evaluate", "export"))
 
@@ -130,63 +130,65 @@ def evaluated_difference(results: Results) -> float:
     return abs(last("resume", "evaluated")(results) - last("resume", "logged")(results))
 
 
-# ---------------------------------------------------------------- lines
+# ---------------------------------------------------------------- predictions
 
 SPEED = "tokens_per_second"
 OURS, NANOGPT = last("bench-b32", SPEED), last("nanogpt-b32", SPEED)
 FIRST = (
-    Line("attention, largest relative error", attention_error, 0, None, 1e-2),
-    Line("bfloat16 and float32, loss of step 1", first_difference, 0, None, 0.01),
-    Line("bfloat16 and float32, any step", largest_difference, 0, None, 0.15),
-    Line("train, fall of the loss", fall, 2),
-    Line("train and nanoGPT, last tenths", final_difference, 0, None, 0.15),
-    Line("b32, tokens/s", OURS, 370e3, 435e3, 500e3, H100),
-    Line("b32, MFU", last("bench-b32", "mfu")),
-    Line("b64, tokens/s", item("b64", SPEED), 380e3, 445e3, 515e3, H100),
-    Line("24gb, tokens/s", item("24gb", SPEED), 480e3, 570e3, 690e3, H100),
-    Line("nanoGPT b32, tokens/s", NANOGPT, 380e3, 450e3, 520e3, H100),
-    Line("nanoGPT b64, tokens/s", last("nanogpt-b64", SPEED), 390e3, 460e3, 530e3, H100),
-    Line("b32 / nanoGPT, speed", ratio(OURS, NANOGPT), 0.8, 0.96, 1.1),
-    Line("b64 / nanoGPT, speed", b64_over_nanogpt, 0.8, 0.96, 1.1),
-    Line("b32 / nanoGPT, memory", memory_over_nanogpt, 0, None, 0.6),
+    Prediction("attention, largest relative error", attention_error, 0, None, 1e-2),
+    Prediction("bfloat16 and float32, loss of step 1", first_difference, 0, None, 0.01),
+    Prediction("bfloat16 and float32, any step", largest_difference, 0, None, 0.15),
+    Prediction("train, fall of the loss", fall, 2),
+    Prediction("train and nanoGPT, last tenths", final_difference, 0, None, 0.15),
+    Prediction("b32, tokens/s", OURS, 370e3, 435e3, 500e3, H100),
+    Prediction("b32, MFU", last("bench-b32", "mfu")),
+    Prediction("b64, tokens/s", item("b64", SPEED), 380e3, 445e3, 515e3, H100),
+    Prediction("24gb, tokens/s", item("24gb", SPEED), 480e3, 570e3, 690e3, H100),
+    Prediction("nanoGPT b32, tokens/s", NANOGPT, 380e3, 450e3, 520e3, H100),
+    Prediction("nanoGPT b64, tokens/s", last("nanogpt-b64", SPEED), 390e3, 460e3, 530e3, H100),
+    Prediction("b32 / nanoGPT, speed", ratio(OURS, NANOGPT), 0.8, 0.96, 1.1),
+    Prediction("b64 / nanoGPT, speed", b64_over_nanogpt, 0.8, 0.96, 1.1),
+    Prediction("b32 / nanoGPT, memory", memory_over_nanogpt, 0, None, 0.6),
     *(
-        Line(f"{name}, real / compiled peak", peak_over_compiled(name), 1.0, None, 1.03)
+        Prediction(f"{name}, real / compiled peak", peak_over_compiled(name), 1.0, None, 1.03)
         for name in SPEED_ITEMS
     ),
-    Line("large product, TFLOP/s", scaled("product_flops", 1e12), 742, None, 801, H100),
-    Line("copy, TB/s", scaled("copy_bytes_per_second", 1e12), 2.7, None, 3.0, H100),
-    Line("trace, share of time without a kernel", last("trace", "gaps_share")),
+    Prediction("large product, TFLOP/s", scaled("product_flops", 1e12), 742, None, 801, H100),
+    Prediction("copy, TB/s", scaled("copy_bytes_per_second", 1e12), 2.7, None, 3.0, H100),
+    Prediction("trace, share of time without a kernel", last("trace", "gaps_share")),
 )
 SECOND = (
-    Line("kill -9 and resume, share of losses equal", equal_share, 1, 1, 1),
-    Line("train, sample, evaluate, export: failed", commands_failed, 0, 0, 0),
-    Line("evaluated and logged loss", evaluated_difference, 0, None, 1e-3),
+    Prediction("kill -9 and resume, share of losses equal", equal_share, 1, 1, 1),
+    Prediction("train, sample, evaluate, export: failed", commands_failed, 0, 0, 0),
+    Prediction("evaluated and logged loss", evaluated_difference, 0, None, 1e-3),
     *(
-        Line(f"{name} / as it is, time", ratio(item(name, "step_ms"), item("as-it-is", "step_ms")))
+        Prediction(
+            f"{name} / as it is, time", ratio(item(name, "step_ms"), item("as-it-is", "step_ms"))
+        )
         for name in ABLATIONS[1:]
     ),
-    Line("deterministic, same bits twice", item("deterministic", "same_bits"), 1, 1, 1),
-    Line("24gb-774m, tokens/s", item("24gb-774m", SPEED), 52e3, 68e3, 82e3, H100),
-    Line("80gb-350m, tokens/s", item("80gb-350m", SPEED), 140e3, 168e3, 200e3, H100),
+    Prediction("deterministic, same bits twice", item("deterministic", "same_bits"), 1, 1, 1),
+    Prediction("24gb-774m, tokens/s", item("24gb-774m", SPEED), 52e3, 68e3, 82e3, H100),
+    Prediction("80gb-350m, tokens/s", item("80gb-350m", SPEED), 140e3, 168e3, 200e3, H100),
     *(
-        Line(f"{name}, real / compiled peak", peak_over_compiled(name), 1.0, None, 1.03)
+        Prediction(f"{name}, real / compiled peak", peak_over_compiled(name), 1.0, None, 1.03)
         for name in MEMORY_ITEMS
     ),
 )
-LINES = {"first": FIRST, "second": SECOND, "trial": FIRST + SECOND}
+PREDICTIONS = {"first": FIRST, "second": SECOND, "trial": FIRST + SECOND}
 
 
 # ---------------------------------------------------------------- the table
 
 
-def table(lines: Sequence[Line], results: Results, device: str) -> list[dict[str, Any]]:
+def table(lines: Sequence[Prediction], results: Results, device: str) -> list[dict[str, Any]]:
     """Each line with what was measured, if anything was, and what was predicted for `device`."""
     rows = []
     for line in lines:
         try:
             measured: float | None = float(line.read(results))
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
-            measured = None  # its part failed, was killed or was not begun
+            measured = None  # its part failed, was killed or was not started
         limits = {"low": line.low, "likely": line.likely, "high": line.high}
         if line.card not in device:
             limits = dict.fromkeys(limits)
