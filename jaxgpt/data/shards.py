@@ -3,7 +3,7 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -29,7 +29,6 @@ OPEN_AT_ONCE = 100
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-SUFFIXES = (".bin", ".npy")  # the latter are build-nanogpt's
 SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample (exactly: 10.27B)
 
 
@@ -87,7 +86,8 @@ class TokenStream:
         raise DataError(
             f"{part.path if isinstance(part, TokenFile) else self.name}: token {place:,} is id "
             f"{windows[row, column]}, outside the tokenizer's {n_vocab:,}; the file is corrupt or "
-            f"was made with another tokenizer: prepare the text again with {PREPARE}"
+            "was made with another tokenizer: name that with --tokenizer, or prepare the text "
+            f"again with {PREPARE}"
         )
 
     def checked_windows(self, starts: np.ndarray, length: int, n_vocab: int) -> np.ndarray:
@@ -199,13 +199,21 @@ def find_files(data_dir: Path, split: str, wanted: Wanted = SAMPLE) -> list[Path
         raise DataError(
             f"{data_dir}: {what}; {expected}; {parent} {_folder_contents(parent)}; {remedy}"
         )
-    shown = [path for path in names if not path.name.startswith(".")]  # not macOS's ._x of a copy
-    paths = [path for path in shown if path.suffix in SUFFIXES and split_of(path) == split]
+    paths = [path for path in token_files(names) if split_of(path) == split]
     if not paths:
         raise DataError(
             f"{data_dir}: {expected}; the folder {_folder_contents(data_dir)}; {remedy}"
         )
     return paths
+
+
+def token_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that contain tokens: .bin files, and .npy files named as a split's.
+
+    None that is hidden, such as macOS's ._x of a copy.
+    """
+    shown = [path for path in paths if not path.name.startswith(".")]
+    return [p for p in shown if p.suffix == ".bin" or (p.suffix == ".npy" and split_of(p))]
 
 
 def prepare_command(data_dir: Path, tokens: int) -> str:

@@ -12,7 +12,7 @@ from jaxgpt.data.task import Figure
 from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
-from jaxgpt.run.console import Pace, RunConsole, print_table
+from jaxgpt.run.console import Pace, RunConsole, counted, print_table
 from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
 from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
 
@@ -153,8 +153,8 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
         "learning rate": rate,
-        "evaluation": f"every {asked.eval_interval:,} steps, {windows:,} windows of the validation "
-        f"split{'s' * (len(data.validation) > 1)}",
+        "evaluation": f"every {asked.eval_interval:,} steps, {counted(windows, 'window')} of the "
+        f"validation split{'s' * (len(data.validation) > 1)}",
         "checkpoints": f"at every evaluation and every {asked.checkpoint_minutes:g} minutes; the "
         f"newest {asked.keep_checkpoints} and the best are kept",
         "device": f"{_mesh_prefix(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
