@@ -132,7 +132,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
     m, o, asked = cfg.model, cfg.optimizer, cfg.asked
     tokens, windows = cfg.tokens_per_step, sum(map(len, data.validation.values()))
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
-    rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
+    rate = f"{o.learning_rate:g} after {counted(o.warmup_iters, 'step')} of warm-up"
     if cfg.max_iters <= o.warmup_iters:
         rate += ", which is longer than the run"
     elif o.decay_lr:
