@@ -69,6 +69,11 @@ def test_a_mixture_stops_where_a_source_ends_and_resumes_bit_for_bit_across_a_st
         capsys, straight, *flags[:2], *flags[5:], "--max-iters", "9"
     )
 
+    write_shard(tmp_path / "b" / "x_train_000001.bin", np.arange(99))
+    message = refusal(capsys, straight, *flags, "--max-iters", "9")
+    assert "b: train_tokens 165 -> 264" in message
+    assert "; restore it, or start a new run" in message
+
 
 def test_sources_of_different_tokenizers_are_refused_in_a_sentence(tmp_path: Path, capsys) -> None:
     from jaxgpt.prepare import main
