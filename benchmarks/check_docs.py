@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"quarter_hour\.py (first|second)", "needs a GPU"),
     (r"convert_nanogpt|measure_parity|check_hellaswag", "needs PyTorch"),
     (r"--device cpu", None),  # runs, whatever the preset
-    (r"jaxgpt\.prepare (fineweb|fineweb-edu|owner/name)\b", "needs the network"),
+    (r"jaxgpt\.prepare (fineweb|fineweb-edu|climbmix|owner/name)\b", "needs the network"),
     (r"--init-from (gpt2|owner/name)", "needs the network"),
     (r"hellaswag_val|lambada_test", "needs the network"),
     (r"jaxgpt\.(train|bench) .*--preset (\d+gb|gpt2|124m|t4)", "needs a GPU"),

@@ -51,7 +51,8 @@ def run(flags: PrepareFlags) -> int:
     if flags.inspect:
         return inspect_folder(user_path(flags.inputs[0], "--inspect"), flags.tokenizer)
     with open_output_folder(flags) as folder:
-        manifest = download_ready(flags, folder) if flags.ready else prepare_text(flags, folder)
+        has_shards = flags.ready and not flags.reads_ids
+        manifest = (download_ready if has_shards else prepare_text)(flags, folder)
         print_result(folder.out, manifest, visible_card() is not None)
     return 0
 

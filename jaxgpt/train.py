@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxgpt.config.command_line import RunFlags, parse_run
-from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import IntIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
@@ -90,16 +89,16 @@ def run(argv: Sequence[str]) -> int:
         from jaxgpt.run.preflight import compile_to_fit
         from jaxgpt.run.wandb_log import WandbLog
 
-        cfg, layout = find_devices(asked, origin, data.tokenizer.n_vocab)
+        cfg, layout = find_devices(asked, origin, data.tokenizer.n_vocab, data.end)
         stack.enter_context(jax.default_device(layout.device))
         checkpoints = stack.enter_context(
             Checkpoints(asked.out_dir, asked.keep_checkpoints, tell, processes, lock.renew)
         )
         resumed_step = find_checkpoint(cfg, data, checkpoints, tell)
-        if resumed_step is not None and resumed_step >= asked.max_iters:
+        if resumed_step is not None and resumed_step >= cfg.max_iters:
             changes = folder.changes(cfg, origin.saved) if origin.saved else []
             changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
-            report.print_finished_before(asked, PROG, argv, resumed_step, checkpoints.best, changes)
+            report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best, changes)
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         note_new_entries()
@@ -118,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
             return 0
         checkpoints.close()  # before reporting success
         training.reporter.close()
-        report.print_finished(asked, PROG, argv, checkpoints.best, result)
+        report.print_finished(cfg, PROG, argv, checkpoints.best, result)
     return 0
 
 
@@ -198,8 +197,8 @@ def open_training(
     if checkpoints.processes.is_main:
         data.tokenizer.save(cfg.out_dir)
     log.hparams(cfg.flat(), metrics=("val/loss",))
-    batches = prefetch(partial(load_step, cfg, layout, data.loader), step, asked.max_iters)
-    console = stack.enter_context(RunConsole(step, asked.max_iters, asked.eval_interval))
+    batches = prefetch(partial(load_step, cfg, layout, data.loader), step, cfg.max_iters)
+    console = stack.enter_context(RunConsole(step, cfg.max_iters, asked.eval_interval))
     return Training(
         cfg=cfg,
         train_step=compiled.training.train_step,
@@ -219,9 +218,9 @@ class Due(NamedTuple):
     stop: bool
 
 
-def due_after(step: int, asked: Config, requests: StepRequests) -> Due:
+def due_after(step: int, cfg: Resolved, requests: StepRequests) -> Due:
     """What is due after `step` completed steps."""
-    evaluate = step % asked.eval_interval == 0 or step == asked.max_iters
+    evaluate = step % cfg.asked.eval_interval == 0 or step == cfg.max_iters
     stop = requests.stop is not None
     return Due(evaluate, evaluate or requests.save or stop, stop)
 
@@ -230,7 +229,7 @@ def train(
     run: Training, state: "TrainState", resumed_step: int | None, sync: StepSync, stop: StopRequest
 ) -> report.Result | None:
     """Train to the end: the loop. None if a signal stopped it, with everything saved."""
-    asked, reporter, saver = run.cfg.asked, run.reporter, run.saver
+    cfg, reporter, saver = run.cfg, run.reporter, run.saver
     result = report.Result()
     step = resumed_step or 0
     if resumed_step is None:
@@ -257,7 +256,7 @@ def train(
 
         requests = sync.exchange(stop.name, saver.is_due() or stop.save_now)
         saver.poll()
-        due = due_after(step, asked, requests)
+        due = due_after(step, cfg, requests)
         if not due.save:
             run.watch.begin("step")
             continue
@@ -274,7 +273,7 @@ def train(
         saver.finish(result.val_loss if due.evaluate else None)
         if due.evaluate:  # after `finish`, so that a failure here cannot lose the save
             result = result._replace(sample=reporter.sampled(step, run.evaluator.sample(state)))
-        if due.evaluate and step < asked.max_iters and not due.stop:
+        if due.evaluate and step < cfg.max_iters and not due.stop:
             run.watch.begin("save")
             saver.settle()  # before the next interval, or a kill could lose two
         reporter.leave_out_pause(due.evaluate)

@@ -63,6 +63,8 @@ class Config:
         UseAppendAction,
         arg(metavar="STEP MIXTURE", help_behavior_hint=""),
     ] = ()
+    # when a source has been read to its end: read it again in another order, or stop the run
+    at_end: Annotated[Literal["repeat", "stop"], Role.TUNABLE] = "repeat"
     # folder with the token shards; if unset, data/<dataset>
     data_dir: Annotated[PathIfSet, Role.TUNABLE, Role.LOCAL, Role.SILENT, Role.IMPLIED] = None
     # tokenizer of the data: gpt2, byte, a folder with tokenizer.json, owner/name on the Hub, or a

@@ -28,6 +28,13 @@ class Stage(NamedTuple):
     shares: Shares
 
 
+class End(NamedTuple):
+    """Where a run ends because a source does."""
+
+    step: int
+    source: str  # its name in the mixture
+
+
 class Mixture(NamedTuple):
     """The sources of a run and their shares."""
 

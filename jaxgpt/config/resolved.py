@@ -23,6 +23,7 @@ from jaxgpt.config.fields import (
     with_fields,
 )
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
+from jaxgpt.config.mixture import End
 from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import config_from
 from jaxgpt.files import FormatError, decode_json
@@ -47,6 +48,12 @@ class Resolved:
     dtype: Dtype  # never auto
     remat: Remat  # none, light or full
     eval_windows: int
+    end: End | None = None  # where a source ends, with --at-end stop
+
+    @property
+    def max_iters(self) -> int:
+        """Steps of the whole run."""
+        return last_step(self.asked, self.end)
 
     @property
     def out_dir(self) -> Path:
@@ -61,7 +68,7 @@ class Resolved:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.tokens_per_step * self.asked.max_iters
+        return self.tokens_per_step * self.max_iters
 
     def with_choice(self, batch_size: int, remat: Remat) -> "Resolved":
         """A copy with another micro-batch and remat; the training is the same."""
@@ -102,7 +109,13 @@ class Origin:
 
 
 def resolve(
-    asked: Config, origin: Origin, *, n_vocab: int, mesh: MeshShape, dtype: Dtype
+    asked: Config,
+    origin: Origin,
+    *,
+    n_vocab: int,
+    mesh: MeshShape,
+    dtype: Dtype,
+    end: End | None = None,
 ) -> Resolved:
     """`asked`, resolved for a tokenizer and devices.
 
@@ -112,6 +125,7 @@ def resolve(
         n_vocab: ids of the tokenizer.
         mesh: the devices of the run.
         dtype: of the matrix products, on these devices.
+        end: where a source ends, if the run stops there.
 
     Raises:
         ConfigError: if the vocabulary is too small for the tokenizer, the devices do not divide
@@ -129,7 +143,7 @@ def resolve(
     return Resolved(
         asked=asked,
         model=model,
-        optimizer=dataclasses.replace(asked.optimizer, lr_decay_iters=decay_end(asked, saved)),
+        optimizer=dataclasses.replace(asked.optimizer, lr_decay_iters=decay_end(asked, saved, end)),
         init_from=origin.init_from,
         tokenizer=origin.tokenizer,
         batch=batch,
@@ -137,13 +151,19 @@ def resolve(
         dtype=dtype,
         remat="full" if asked.remat == "auto" else asked.remat,
         eval_windows=windows if saved is None else saved.eval_windows,
+        end=end,
     )
 
 
-def decay_end(asked: Config, saved: Resolved | None) -> int:
+def last_step(asked: Config, end: End | None) -> int:
+    """Steps of the whole run: as many as asked for, or fewer where a source ends."""
+    return asked.max_iters if end is None else end.step
+
+
+def decay_end(asked: Config, saved: Resolved | None, end: End | None = None) -> int:
     """The step at which the learning rate reaches min_lr: a resumed run keeps its own if unset."""
     inherited = saved.optimizer.lr_decay_iters if saved else None
-    return asked.optimizer.lr_decay_iters or inherited or asked.max_iters
+    return asked.optimizer.lr_decay_iters or inherited or last_step(asked, end)
 
 
 def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int]) -> Dtype:

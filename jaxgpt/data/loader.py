@@ -6,6 +6,7 @@ run gets the same batch for its next step as an uninterrupted one.
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -60,7 +61,27 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> 31)
 
 
-class WindowLoader:
+class Loader(ABC):
+    """The windows of a run, each a function of its number."""
+
+    block_size: int
+
+    @abstractmethod
+    def read(self, k: np.ndarray) -> np.ndarray:
+        """(W, T+1): windows `k` (W,) of the run; DataError for an id outside the vocabulary."""
+
+    def batch(
+        self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
+    ) -> np.ndarray:
+        """(A, B, T+1): the windows of one optimizer step; their order depends on A*B only.
+
+        Only `rows` of each of the A micro-batches are read.
+        """
+        numbers = window_numbers(step, accumulation, batch_size, rows)
+        return self.read(numbers.reshape(-1)).reshape(*numbers.shape, self.block_size + 1)
+
+
+class WindowLoader(Loader):
     """The windows of a run, in an order that depends only on (seed, k).
 
     An epoch cuts the stream into a grid of windows and visits each once. A window has T+1 tokens,
@@ -75,33 +96,12 @@ class WindowLoader:
         # One block less than would fit, so that the grid can be shifted.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
 
-    def batch(
-        self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
-    ) -> np.ndarray:
-        """(A, B, T+1): the windows of one optimizer step; their order depends on A*B only.
-
-        Only `rows` of each of the A micro-batches are read.
-        """
-        numbers = window_numbers(step, accumulation, batch_size, rows)
-        return self.read(numbers.reshape(-1)).reshape(*numbers.shape, self.block_size + 1)
-
-    def windows(self, first: int, count: int) -> np.ndarray:
-        """(count, T+1): windows first to first+count-1 of the run.
-
-        Raises DataError for an id outside the vocabulary.
-        """
-        return self.read(np.arange(first, first + count, dtype=np.uint64))
-
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """(count,) int64: the positions of these windows in the stream."""
-        return self._starts(np.arange(first, first + count, dtype=np.uint64))
-
     def read(self, k: np.ndarray) -> np.ndarray:
-        """(W, T+1): windows `k` (W,) of the run."""
-        return self.tokens.checked_windows(self._starts(k), self.block_size + 1, self.n_vocab)
+        return self.tokens.checked_windows(self.starts(k), self.block_size + 1, self.n_vocab)
 
-    def _starts(self, k: np.ndarray) -> np.ndarray:
-        epoch, place = np.divmod(k, np.uint64(self.windows_per_epoch))
+    def starts(self, k: np.ndarray) -> np.ndarray:
+        """(W,) int64: the positions of windows `k` (W,) in the stream."""
+        epoch, place = np.divmod(k.astype(np.uint64), np.uint64(self.windows_per_epoch))
         epoch_seed = _mix(_mix(np.array([self.seed & MASK_64], np.uint64)) + epoch)
         n_offsets = len(self.tokens) - self.block_size * self.windows_per_epoch
         offset = _mix(epoch_seed) % n_offsets

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.shards import TokenStream, token_files
 from jaxgpt.data.token_file import HEADER_BYTES, PREPARE, DataError, TokenFile, refuse
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.files import FormatError, decode_json, sha256_of, write_json
@@ -201,7 +201,7 @@ def listing_errors(data_dir: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for each shard that is missing, has another size, or is not in the manifest."""
     yield from size_errors(data_dir, manifest.shards, np.dtype(manifest.dtype))
     listed = {shard.file for shard in manifest.shards}
-    for path in sorted(data_dir.glob("*.bin")):
+    for path in token_files(sorted(data_dir.iterdir())):
         if path.name not in listed:
             yield f"{path}: is not in {MANIFEST}; move it to another folder"
 

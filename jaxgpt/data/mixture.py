@@ -4,13 +4,14 @@ As in `loader.py`, there is no state: the source of window k, and which of that 
 is, are a function of k and the shares. Each source is shuffled as if it were trained on alone.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config.mixture import CYCLE, Shares
-from jaxgpt.data.loader import GOLDEN, WindowLoader, window_numbers
+from jaxgpt.config.mixture import CYCLE, End, Shares
+from jaxgpt.data.loader import GOLDEN, Loader, WindowLoader
 from jaxgpt.data.shards import TokenStream
 
 
@@ -45,8 +46,8 @@ class Cycle(NamedTuple):
         )
 
 
-class MixtureLoader:
-    """The windows of a run from one source or several, a function of (seed, k) as `WindowLoader`'s.
+class MixtureLoader(Loader):
+    """The windows of a run from one source or several, each read as `WindowLoader` reads it.
 
     A source that ends begins its next epoch.
     """
@@ -74,15 +75,7 @@ class MixtureLoader:
         self._cycles = [Cycle.of(shares, self.names) for _, shares in stages]
         self._before = [self.count(start) for start, _ in stages]
 
-    def batch(
-        self, step: int, accumulation: int, batch_size: int, rows: slice = slice(None)
-    ) -> np.ndarray:
-        """(A, B, T+1): as `WindowLoader.batch`."""
-        numbers = window_numbers(step, accumulation, batch_size, rows)
-        return self.read(numbers.reshape(-1)).reshape(*numbers.shape, self.block_size + 1)
-
     def read(self, k: np.ndarray) -> np.ndarray:
-        """(W, T+1): windows `k` (W,) of the run."""
         source_W, index_W = self.locate(k)
         some = {s: self.loaders[s].read(index_W[source_W == s]) for s in np.unique(source_W)}
         windows = np.empty((len(k), self.block_size + 1), next(iter(some.values())).dtype)
@@ -110,6 +103,18 @@ class MixtureLoader:
         for start, end, cycle in zip(self._starts.tolist(), ends, self._cycles, strict=True):
             total += cycle.among(max(0, min(end, windows) - start))
         return total
+
+    def end(self, batch: int, max_iters: int) -> End | None:
+        """The last step of `batch` windows before a source repeats; None if none does so soon."""
+        limits_S = np.array([loader.windows_per_epoch for loader in self.loaders])
+
+        def repeated_S(steps: int) -> np.ndarray:
+            return self.count(steps * batch) > limits_S
+
+        steps = bisect_left(range(max_iters + 1), True, key=lambda n: bool(repeated_S(n).any()))
+        if steps > max_iters:
+            return None
+        return End(steps - 1, self.names[repeated_S(steps).argmax()])
 
     def epochs(self, windows: int) -> dict[str, float]:
         """How often the run's first `windows` pass through each source, by name."""

@@ -3,10 +3,10 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -29,7 +29,6 @@ OPEN_AT_ONCE = 100
 SCANNED_TOKENS = 200_000_000
 SAMPLES, SAMPLE_TOKENS = 4096, 2048
 
-SUFFIXES = (".bin", ".npy")  # the latter are build-nanogpt's
 SAMPLE_10BT = 10_000_000_000  # training tokens in FineWeb's smallest sample (exactly: 10.27B)
 
 
@@ -87,7 +86,8 @@ class TokenStream:
         raise DataError(
             f"{part.path if isinstance(part, TokenFile) else self.name}: token {place:,} is id "
             f"{windows[row, column]}, outside the tokenizer's {n_vocab:,}; the file is corrupt or "
-            f"was made with another tokenizer: prepare the text again with {PREPARE}"
+            "was made with another tokenizer: name that with --tokenizer, or prepare the text "
+            f"again with {PREPARE}"
         )
 
     def checked_windows(self, starts: np.ndarray, length: int, n_vocab: int) -> np.ndarray:
@@ -134,17 +134,27 @@ class TokenStream:
                 self._reader(part).read_ahead(first, end)
 
 
+class Wanted(NamedTuple):
+    """What the message on missing tokens says of them."""
+
+    tokens: int = SAMPLE_10BT  # of the training split
+    in_mixture: bool = False
+
+
+SAMPLE = Wanted()
+
+
 def load_split(
-    data_dir: Path, split: Literal["train", "val"], n_vocab: int, tokens_wanted: int | None = None
+    data_dir: Path, split: Literal["train", "val"], n_vocab: int, wanted: Wanted = SAMPLE
 ) -> TokenStream:
     """All files of a split in the order of their names, checked, as one stream.
 
     Headers and sizes of all files are checked. Ids are all checked in small data and sampled in
     large data, where reading 200 GB would take too long: check every batch too
     (`TokenStream.check_ids`). Raises DataError; if there are no files, its message has the command
-    that makes `tokens_wanted`.
+    that makes what is `wanted`.
     """
-    files, errors = inspect_split(data_dir, split, tokens_wanted)
+    files, errors = inspect_split(data_dir, split, wanted)
     refuse(errors)
     tokens = TokenStream(files, name=f"{data_dir} ({split})")
     _check_or_sample_ids(tokens, files, n_vocab)
@@ -152,11 +162,11 @@ def load_split(
 
 
 def inspect_split(
-    data_dir: Path, split: str, tokens_wanted: int | None = None
+    data_dir: Path, split: str, wanted: Wanted = SAMPLE
 ) -> tuple[list[TokenFile], list[str]]:
     """The files of a split, and a sentence for each that is faulty; raises DataError for none."""
     files, errors = [], []
-    for path in find_files(data_dir, split, tokens_wanted):
+    for path in find_files(data_dir, split, wanted):
         try:
             files.append(inspect_file(path))
         except DataError as error:
@@ -164,16 +174,20 @@ def inspect_split(
     return files, errors
 
 
-def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> list[Path]:
+def find_files(data_dir: Path, split: str, wanted: Wanted = SAMPLE) -> list[Path]:
     """The .bin or .npy files with the word `split` in their name, as edu_fineweb_val_000000.bin.
 
     Raises DataError if there are none.
     """
-    remedy = (
-        f"make them with {prepare_command(data_dir, tokens_wanted)}, choose another folder "
-        "with --data-dir, or train on the text that comes with jaxgpt: --dataset embedded"
-    )
-    wanted = f"expected {split} tokens ({split}.bin or *_{split}_*.bin)"
+    remedy = f"make them with {prepare_command(data_dir, wanted.tokens)}, "
+    if wanted.in_mixture:
+        remedy += "or take this source out of the mixture (--dataset, --mixture-at)"
+    else:
+        remedy += (
+            "choose another folder with --data-dir, or train on the text that comes with jaxgpt: "
+            "--dataset embedded"
+        )
+    expected = f"expected {split} tokens ({split}.bin or *_{split}_*.bin)"
     try:
         is_dir = data_dir.is_dir()
         names = sorted(data_dir.iterdir()) if is_dir else []
@@ -183,21 +197,31 @@ def find_files(data_dir: Path, split: str, tokens_wanted: int | None = None) -> 
         what = "is a file, not a folder" if data_dir.exists() else "no such folder"
         parent = data_dir.resolve().parent
         raise DataError(
-            f"{data_dir}: {what}; {wanted}; {parent} {_folder_contents(parent)}; {remedy}"
+            f"{data_dir}: {what}; {expected}; {parent} {_folder_contents(parent)}; {remedy}"
         )
-    shown = [path for path in names if not path.name.startswith(".")]  # not macOS's ._x of a copy
-    paths = [path for path in shown if path.suffix in SUFFIXES and split_of(path) == split]
+    paths = [path for path in token_files(names) if split_of(path) == split]
     if not paths:
-        raise DataError(f"{data_dir}: {wanted}; the folder {_folder_contents(data_dir)}; {remedy}")
+        raise DataError(
+            f"{data_dir}: {expected}; the folder {_folder_contents(data_dir)}; {remedy}"
+        )
     return paths
 
 
-def prepare_command(data_dir: Path, tokens: int | None) -> str:
+def token_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that contain tokens: .bin files, and .npy files named as a split's.
+
+    None that is hidden, such as macOS's ._x of a copy.
+    """
+    shown = [path for path in paths if not path.name.startswith(".")]
+    return [p for p in shown if p.suffix == ".bin" or (p.suffix == ".npy" and split_of(p))]
+
+
+def prepare_command(data_dir: Path, tokens: int) -> str:
     """The command that makes `tokens` training tokens in `data_dir`, FineWeb if named so."""
     out = "" if data_dir == Path("data/fineweb") else f" --out {data_dir}"
     if "fineweb" not in data_dir.name.lower():
         return f"{PREPARE} YOUR_TEXT{out}"
-    billions = -(-(tokens or SAMPLE_10BT) // 10**9)
+    billions = -(-tokens // 10**9)
     if billions * 10**9 > SAMPLE_10BT:
         return f"{PREPARE} fineweb --name sample-100BT --limit-tokens {billions}B{out}"
     return f"{PREPARE} fineweb --name sample-10BT{out}"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgpt.data.embedded import load_embedded
-from jaxgpt.data.shards import TokenStream, load_split
+from jaxgpt.data.shards import SAMPLE, TokenStream, Wanted, load_split
 from jaxgpt.data.tokenizer import Tokenizer
 
 # Between two documents of the embedded text. The novels contain no form feed.
@@ -54,7 +54,7 @@ def open_split(
     data_dir: Path | None,
     split: Literal["train", "val"],
     tokenizer: Tokenizer,
-    tokens_wanted: int | None = None,
+    wanted: Wanted = SAMPLE,
 ) -> TokenStream:
     """A split of the shards in a folder, checked, or of the embedded text if there is no folder.
 
@@ -62,7 +62,7 @@ def open_split(
         DataError: as `shards.load_split` does.
     """
     if data_dir is not None:
-        return load_split(data_dir, split, tokenizer.n_vocab, tokens_wanted)
+        return load_split(data_dir, split, tokenizer.n_vocab, wanted)
     documents = split_documents(load_embedded_documents())[split]
     tokens = tokenizer.encode_documents(documents)
     return TokenStream.from_arrays([tokens], f"the embedded text ({split})")

@@ -109,14 +109,18 @@ class Tokenizer(ABC):
 
         Raises UserError for an id that this tokenizer does not have.
         """
+        return self.decode_bytes(self.checked(ids)).decode(errors="replace")
+
+    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(tokens,) int64 of ids; raises UserError for one that this tokenizer does not have."""
         ids = np.asarray(ids, np.int64)
         foreign = ids[(ids < 0) | (ids >= self.n_vocab)]
         if foreign.size:
             raise UserError(
                 f"id {foreign[0]} is not one of the {self.n_vocab:,} ids of tokenizer "
-                f"{self.name!r}; decode with the tokenizer that made the ids"
+                f"{self.name!r}; use the tokenizer that made the ids"
             )
-        return self.decode_bytes(ids).decode(errors="replace")
+        return ids
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:

@@ -1,7 +1,8 @@
 """From bytes to documents: decompression, lines and paragraphs, and the texts in them.
 
-A document is a string; or a `LongText`, read as a stream, if it is too long for memory; or a `Skip`
-with the reason why it cannot be used, so that it is counted.
+A document is a string; or a `LongText`, read as a stream, if it is too long for memory; or the ids
+(tokens,) int64 of a source that is already tokenized; or a `Skip` with the reason why it cannot be
+used, so that it is counted.
 """
 
 import bz2
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.preparation.archives import open_input
@@ -43,6 +46,7 @@ class ReadOptions:
     """How files become documents."""
 
     text_column: str = "text"
+    ids: bool = False  # the column has token ids, not text
     sample_by: str = "document"  # one of PARTS, or the text between two documents
     encoding_errors: Literal["skip", "replace"] = "skip"
 
@@ -75,7 +79,8 @@ class LongText:
         return None
 
 
-Document = str | LongText | Skip
+Text = str | LongText | np.ndarray
+Document = Text | Skip
 
 
 class Batch(NamedTuple):
@@ -96,6 +101,20 @@ def to_document(text: str | bytes | None, options: ReadOptions) -> Document:
     if text is None:
         return Skip.NULL
     return text or Skip.EMPTY
+
+
+def to_ids(ids: Any) -> Document:
+    """Token ids as an array, or the reason why they are skipped."""
+    if ids is None:
+        return Skip.NULL
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        return Skip.NO_TEXT
+    if not array.size:
+        return Skip.EMPTY
+    is_list_of_ids = array.ndim == 1 and np.issubdtype(array.dtype, np.integer)
+    return array.astype(np.int64) if is_list_of_ids else Skip.NO_TEXT
 
 
 def pieces(document: str | LongText, cut: Callable[[str, int, int], int]) -> Iterator[str]:
@@ -119,9 +138,11 @@ def pieces(document: str | LongText, cut: Callable[[str, int, int], int]) -> Ite
     yield pending
 
 
-def fraction_of(document: str | LongText) -> float:
+def fraction_of(document: Text) -> float:
     """A number in [0, 1) from the hash of the document's text, uniformly distributed."""
-    if isinstance(document, str):
+    if isinstance(document, np.ndarray):
+        digest = hashlib.sha256(document.tobytes())
+    elif isinstance(document, str):
         digest = hashlib.sha256(document.encode(errors="surrogatepass"))
     else:
         digest = hashlib.sha256()

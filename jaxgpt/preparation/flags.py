@@ -22,8 +22,9 @@ FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fin
 DATASETS = FINEWEB | {
     "fineweb-2": "HuggingFaceFW/fineweb-2",
     "dclm": "mlfoundations/dclm-baseline-1.0-parquet",
-    "climbmix": "OptimalScale/ClimbMix",  # as text; nvidia/ClimbMix has GPT-2's tokens as JSON
+    "climbmix": "OptimalScale/ClimbMix",  # as text
 }
+CLIMBMIX_TOKENS = "nvidia/Nemotron-ClimbMix"  # GPT-2's, a list in the column `tokens` of each row
 LICENCES = {"climbmix": "CC BY-NC 4.0: for research, not for commercial use"}  # of the restricted
 SHARD_TOKENS = 100_000_000  # as in llm.c
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -157,7 +158,7 @@ class PrepareFlags:
         if others := self._given_beside(OF_READY):
             return [f"--ready downloads finished tokens; leave out {others}"]
         if len(self.inputs) > 1:
-            return ["--ready takes one name: fineweb, fineweb-edu or owner/name"]
+            return ["--ready takes one name: fineweb, fineweb-edu, climbmix or owner/name"]
         return []
 
     def _given_beside(self, names: frozenset[str]) -> str:
@@ -166,10 +167,21 @@ class PrepareFlags:
         return ", ".join(as_flag(name) for name in sorted(given - names))
 
     @property
+    def reads_ids(self) -> bool:
+        """Whether the source's rows have token ids instead of text."""
+        return self.ready and self.inputs[0] == "climbmix"
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The number of training tokens after which to stop."""
+        return self.number_of("tokens" if self.ready else "limit_tokens")
+
+    @property
     def read_options(self) -> ReadOptions:
         """How files become documents."""
         return ReadOptions(
-            text_column=self.text_column,
+            text_column="tokens" if self.reads_ids else self.text_column,
+            ids=self.reads_ids,
             sample_by=self.sample_by,
             encoding_errors=self.encoding_errors,
         )

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.flags import FINEWEB
+from jaxgpt.preparation.flags import CLIMBMIX_TOKENS, FINEWEB
 from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 
-# The folders of FineWeb's configurations; a dump, as CC-MAIN-2024-10, is in data/ under its name.
+# The folders of configurations of FineWeb, whose dumps (CC-MAIN-2024-10) are in data/ under their
+# names, and of ClimbMix.
 FOLDERS = {
     "default": "data",
     "sample-10BT": "sample/10BT",
     "sample-100BT": "sample/100BT",
     "sample-350BT": "sample/350BT",
+    "climbmix_small": "climbmix_small",
 }
 
 PARQUET_COPY = "the Hub has a parquet copy of most data sets: --revision refs/convert/parquet"
@@ -40,7 +42,7 @@ def list_dataset(
 ) -> Listing:
     """The files of a data set's configuration `name`; raises UserError."""
     commit = find_commit(repo, revision, say)
-    if repo in FINEWEB.values() and name is not None:
+    if repo in (*FINEWEB.values(), CLIMBMIX_TOKENS) and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)

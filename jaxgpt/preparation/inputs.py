@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxgpt.data.manifest import WORK_FOLDER, Count, Split
+from jaxgpt.data.shards import token_files
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import user_path
 from jaxgpt.preparation.archives import archive_of, is_archive, members
@@ -223,7 +224,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    if any(folder.glob("*.bin")):
+    if token_files(folder.glob("*")):
         raise UserError(
             f"{folder}: already contains tokens; train on them with python -m jaxgpt.train "
             f"--data-dir {folder}, or inspect them with python -m jaxgpt.prepare --inspect {folder}"
@@ -256,11 +257,11 @@ def _texts_under(folder: Path) -> Iterator[Path]:
 
 
 def _contains_tokens(folder: Path) -> bool:
-    return (folder / WORK_FOLDER).is_dir() or any(folder.glob("*.bin"))
+    return (folder / WORK_FOLDER).is_dir() or bool(token_files(folder.glob("*")))
 
 
 def _unreadable_error(path: Path) -> str:
-    if path.suffix == ".bin":
+    if token_files([path]):
         return (
             f"{path}: already contains tokens; train on its folder with python -m jaxgpt.train "
             f"--data-dir {path.parent}"

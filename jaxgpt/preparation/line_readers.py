@@ -22,6 +22,7 @@ from jaxgpt.preparation.documents import (
     split_at,
     split_lines,
     to_document,
+    to_ids,
 )
 from jaxgpt.preparation.inputs import Input, Slice
 
@@ -119,6 +120,8 @@ def _text_of(record: Any, options: ReadOptions) -> Document:
         if not isinstance(text, dict):
             return Skip.MALFORMED if text is record else Skip.NO_TEXT
         text = text.get(name)
+    if options.ids:
+        return to_ids(text)
     return to_document(text, options) if isinstance(text, str | None) else Skip.NO_TEXT
 
 

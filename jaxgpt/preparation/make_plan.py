@@ -10,6 +10,7 @@ from jaxgpt.data.manifest import ShardEntry
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.flags import (
+    CLIMBMIX_TOKENS,
     DATASETS,
     FINEWEB,
     LICENCES,
@@ -110,7 +111,7 @@ def _hub_source(flags: PrepareFlags) -> HubSource:
     if dataset in LICENCES:
         print(f"{dataset}: its licence is {LICENCES[dataset]}")
     return HubSource(
-        repo=DATASETS.get(dataset, dataset),
+        repo=CLIMBMIX_TOKENS if flags.reads_ids else DATASETS.get(dataset, dataset),
         name=flags.name or ("sample-10BT" if dataset in FINEWEB else ""),
         split=flags.split,
         revision=flags.revision or "main",

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from jaxgpt.data.manifest import WORK_FOLDER
+from jaxgpt.data.shards import token_files
 from jaxgpt.errors import UserError
 from jaxgpt.files import FolderLock, user_path
 from jaxgpt.preparation.flags import DATASETS, PROG, PrepareFlags
@@ -52,7 +53,7 @@ def _refuse_foreign_tokens(out: Path) -> None:
             "another folder with --out, or delete this one"
         )
     plans = [out / WORK_FOLDER / name for name in ("plan.json", "ready.json")]
-    if any(out.glob("*.bin")) and not any(plan.exists() for plan in plans):
+    if token_files(out.glob("*")) and not any(plan.exists() for plan in plans):
         raise UserError(
             f"{out}: already contains tokens that {PROG} did not write; choose another folder with "
             "--out"

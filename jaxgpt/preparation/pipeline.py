@@ -32,7 +32,7 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     tokenizer = tokenizer_of_flags(flags, folder)
     plan = make_plan(flags, folder, tokenizer)
     tokenizer.save(out)  # the workers read it, and so does training
-    limit = flags.number_of("limit_tokens")
+    limit = flags.most_tokens
     assembler = Assembler(out, folder.work, plan, limit, tokenizer.eot, tokenizer.dtype)
     refuse(list(size_errors(out, assembler.shards, tokenizer.dtype)))
     manifest = load_manifest(out)

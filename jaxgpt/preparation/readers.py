@@ -17,10 +17,12 @@ from jaxgpt.preparation.archives import archive_of, open_input, size_of
 from jaxgpt.preparation.documents import (
     CHUNK,
     Batch,
+    Document,
     ReadOptions,
     Skip,
     read_chunks,
     to_document,
+    to_ids,
 )
 from jaxgpt.preparation.inputs import Input, Slice
 from jaxgpt.preparation.line_readers import (
@@ -186,16 +188,20 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
     import pyarrow as pa
 
     column = _column(table, slice.input, options.text_column)
-    if not _is_text_type(column.type):
+    documents: list[Document]
+    if options.ids:
+        documents = [to_ids(getattr(row, "values", None)) for row in column]
+    elif not _is_text_type(column.type):
         raise UserError(
             f"{slice.path}: column {options.text_column!r} has type {column.type}, not text; "
             f"choose another with --text-column ({first_few(table.schema.names)})"
         )
-    try:
-        texts = column.to_pylist()
-    except UnicodeDecodeError:
-        texts = column.cast(pa.large_binary()).to_pylist()
-    documents = [to_document(text, options) for text in texts]
+    else:
+        try:
+            texts = column.to_pylist()
+        except UnicodeDecodeError:
+            texts = column.cast(pa.large_binary()).to_pylist()
+        documents = [to_document(text, options) for text in texts]
     counts = None
     if "token_count" in table.schema.names and options.text_column != "token_count":
         counts = sum_of_used(documents, table["token_count"].to_pylist())

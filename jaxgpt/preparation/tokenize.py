@@ -20,7 +20,7 @@ import numpy as np
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write
-from jaxgpt.preparation.documents import LongText, ReadOptions, Skip, fraction_of, pieces
+from jaxgpt.preparation.documents import ReadOptions, Skip, Text, fraction_of, pieces
 from jaxgpt.preparation.inputs import Slice, Unit
 from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
@@ -52,7 +52,7 @@ class Part:
         self._n_encoded = 0
         self.tokens = 0
 
-    def add(self, document: str | LongText) -> None:
+    def add(self, document: Text) -> None:
         """Add one document of any length."""
         if isinstance(document, str) and len(document) <= GROUPED:
             self._texts.append(document)
@@ -62,6 +62,9 @@ class Part:
             return
         self.encode()
         self._append(np.array([self._tokenizer.eot], self._tokenizer.dtype))
+        if isinstance(document, np.ndarray):
+            self._append(document.astype(self._tokenizer.dtype))
+            return
         for piece in pieces(document, self._tokenizer.cut):
             self._append(self._tokenizer.encode(piece))
 
@@ -133,6 +136,8 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
                         counts[document.value] += 1
                         examples.setdefault(document.value, slice.input.path)
                         continue
+                    if isinstance(document, np.ndarray):
+                        document = _content(document, slice, tokenizer)
                     counts["documents"] += 1
                     parts[_stream_of(document, slice, job)].add(document)
                 for part in parts.values():
@@ -160,7 +165,20 @@ def _part_file(job: Job, stream: str) -> AbstractContextManager[BinaryIO]:
     return atomic_write(path, path.with_name(f"{path.name}.{writer}.tmp"))
 
 
-def _stream_of(document: str | LongText, slice: Slice, job: Job) -> str:
+def _content(ids: np.ndarray, slice: Slice, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of a document without the end of text before or after them.
+
+    Raises UserError for an id that the tokenizer does not have.
+    """
+    try:
+        ids = tokenizer.checked(ids)
+    except UserError as error:
+        raise UserError(f"{slice.path}: {error}") from None
+    start, is_ended = int(ids[0] == tokenizer.eot), int(ids[-1] == tokenizer.eot)
+    return ids[start : len(ids) - is_ended]
+
+
+def _stream_of(document: Text, slice: Slice, job: Job) -> str:
     if job.own_val:
         return slice.input.split
     if job.val_fraction is None:

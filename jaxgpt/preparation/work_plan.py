@@ -152,7 +152,7 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
     flat = {**msgspec.to_builtins(source), **msgspec.to_builtins(settings)}
     # A preparation keeps its first commit, unit sizes change no token, and options are listed one
     # by one.
-    hidden = {"commit", "options", "unit_bytes", "prefix", "val_at_end"}
+    hidden = {"commit", "options", "unit_bytes", "prefix", "val_at_end", "ids"}
     return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
 
 

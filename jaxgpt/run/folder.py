@@ -141,9 +141,11 @@ def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> N
     changed = [name for name in found if name in saved and saved[name] != found[name]]
     if changed:
         was = ", ".join(f"{name} {saved.get(name)} -> {found[name]}" for name in changed)
+        in_mixture = any(": " in name for name in found)
+        remedy = "restore it" if in_mixture else "name its data with --data-dir"
         raise ConfigError(
-            f"the data is not what the run in {out_dir} was trained on ({was}); name its "
-            "data with --data-dir, or start a new run with another --out-dir"
+            f"the data is not what the run in {out_dir} was trained on ({was}); {remedy}, or start "
+            "a new run with another --out-dir"
         )
 
 

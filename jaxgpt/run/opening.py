@@ -14,11 +14,19 @@ import numpy as np
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mesh_shape import choose_mesh
-from jaxgpt.config.resolved import Origin, Resolved, choose_dtype, decay_end, resolve
+from jaxgpt.config.mixture import End
+from jaxgpt.config.resolved import (
+    Origin,
+    Resolved,
+    choose_dtype,
+    decay_end,
+    last_step,
+    resolve,
+)
 from jaxgpt.data.loader import evaluation_windows
 from jaxgpt.data.manifest import check_manifest, load_manifest
 from jaxgpt.data.mixture import MixtureLoader
-from jaxgpt.data.shards import TokenStream
+from jaxgpt.data.shards import TokenStream, Wanted
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Question
 from jaxgpt.data.tasks import load_tasks
@@ -35,6 +43,7 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     loader: MixtureLoader  # of the training splits
+    end: End | None  # where a source ends, with --at-end stop
     validation: Mapping[str, np.ndarray]  # windows_WT1 of each source's validation split
     tasks: Mapping[str, Sequence[Question]]  # scored at each evaluation
     identity: dict[str, int | str]  # distinguishes this data from other data
@@ -48,8 +57,7 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
         given: names of the flags in argv.
 
     Raises:
-        UserError: if out_dir holds another run or cannot be used, there are no such weights, or the
-            last steps would have a learning rate of zero.
+        UserError: if out_dir holds another run or cannot be used, or there are no such weights.
     """
     assert asked.out_dir is not None
     saved = load_saved(asked.out_dir, asked.resume)
@@ -59,19 +67,7 @@ def open_run(asked: Config, given: Collection[str]) -> tuple[Origin, Weights | N
         origin = dataclasses.replace(origin, tokenizer=name)
     if saved is not None:
         check_same_run(asked, origin)
-    _check_decay_end(asked, saved)
     return origin, weights
-
-
-def _check_decay_end(asked: Config, saved: Resolved | None) -> None:
-    """Raises ConfigError if the learning rate falls to zero before the run ends."""
-    end = decay_end(asked, saved)
-    if asked.optimizer.decay_lr and not asked.optimizer.min_lr and end < asked.max_iters:
-        raise ConfigError(
-            f"the learning rate is 0 from step {end:,} on (lr_decay_iters, with min_lr 0), so the "
-            f"steps up to max_iters {asked.max_iters:,} would train nothing; give "
-            f"--lr-decay-iters {asked.max_iters}, or a --min-lr above 0"
-        )
 
 
 def origin_of_data(asked: Config, given: Collection[str]) -> Origin:
@@ -115,7 +111,8 @@ def open_data(asked: Config, origin: Origin, tokenizer: Tokenizer | None = None)
     `tokenizer`: that of the weights to start from, if there are any.
 
     Raises:
-        UserError: if any of it is missing, damaged, or made with another tokenizer.
+        UserError: if any of it is missing, damaged, or made with another tokenizer; if it ends
+            before the first step; or if the last steps would have a learning rate of zero.
     """
     tokenizer = tokenizer or find_tokenizer(asked, origin)
     model = dataclasses.replace(origin.model, n_vocab=tokenizer.n_vocab)
@@ -134,13 +131,41 @@ def open_data(asked: Config, origin: Origin, tokenizer: Tokenizer | None = None)
         streams[name], val, facts = _open_source(asked, folder, tokenizer)
         validation[name] = evaluation_windows(val, block_size, windows, tokenizer.n_vocab)
         identity |= {prefix + fact: value for fact, value in facts.items()}
+    loader = make_loader(asked, streams, block_size, tokenizer.n_vocab)
+    end = _find_end(asked, loader)
+    _check_decay_end(asked, saved, end)
     return Data(
         tokenizer=tokenizer,
-        loader=make_loader(asked, streams, block_size, tokenizer.n_vocab),
+        loader=loader,
+        end=end,
         validation=validation,
         tasks=load_tasks(vars(asked.tasks), tokenizer, block_size),
         identity=identity,
     )
+
+
+def _find_end(asked: Config, loader: MixtureLoader) -> End | None:
+    """Where the run ends because a source does; raises ConfigError if that is before one step."""
+    if asked.at_end == "repeat":
+        return None
+    end = loader.end(asked.effective_batch_size, asked.max_iters)
+    if end is not None and not end.step:
+        raise ConfigError(
+            f"at_end stop: {asked.mixture.labels[end.source]} ends within the first step; use "
+            "--at-end repeat, prepare more text, or lower --effective-batch-size"
+        )
+    return end
+
+
+def _check_decay_end(asked: Config, saved: Resolved | None, end: End | None) -> None:
+    """Raises ConfigError if the learning rate falls to zero before the run ends."""
+    decayed, last = decay_end(asked, saved, end), last_step(asked, end)
+    if asked.optimizer.decay_lr and not asked.optimizer.min_lr and decayed < last:
+        raise ConfigError(
+            f"the learning rate is 0 from step {decayed:,} on (lr_decay_iters, with min_lr 0), so "
+            f"the steps up to {last:,} would train nothing; give --lr-decay-iters {last}, or a "
+            "--min-lr above 0"
+        )
 
 
 def _open_source(
@@ -150,9 +175,9 @@ def _open_source(
     facts: dict[str, int | str] = {}
     if folder is not None and (fingerprint := check_manifest(folder, tokenizer)):
         facts["manifest_fingerprint"] = fingerprint
-    tokens_wanted = asked.tokens_per_step * asked.max_iters
-    train = open_split(folder, "train", tokenizer, tokens_wanted)
-    val = open_split(folder, "val", tokenizer, tokens_wanted)
+    wanted = Wanted(asked.tokens_per_step * asked.max_iters, len(asked.mixture.folders) > 1)
+    train = open_split(folder, "train", tokenizer, wanted)
+    val = open_split(folder, "val", tokenizer, wanted)
     facts |= {"train_tokens": len(train), "val_tokens": len(val)}
     facts |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
     return train, val, facts
@@ -167,7 +192,9 @@ def make_loader(
     return MixtureLoader(streams, stages, block_size, n_vocab, asked.seed)
 
 
-def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved, Any]:
+def find_devices(
+    asked: Config, origin: Origin, n_vocab: int, end: End | None = None
+) -> tuple[Resolved, Any]:
     """The run resolved for the devices there are, and their layout; imports JAX.
 
     Raises:
@@ -182,7 +209,7 @@ def find_devices(asked: Config, origin: Origin, n_vocab: int) -> tuple[Resolved,
     layout = make_layout(devices, mesh)
     device = layout.device
     dtype = choose_dtype(asked.dtype, device.platform, compute_capability(device))
-    return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=dtype), layout
+    return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=dtype, end=end), layout
 
 
 def load_step(cfg: Resolved, layout: Any, loader: MixtureLoader, step: int) -> Any:

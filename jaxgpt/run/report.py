@@ -3,18 +3,16 @@
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxgpt.config.command_line import without_flags
-from jaxgpt.config.fields import Config
 from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.task import Figure
 from jaxgpt.planning.gpus import GIB, lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
-from jaxgpt.run.console import Pace, RunConsole, print_table
+from jaxgpt.run.console import Pace, RunConsole, counted, print_table
 from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
 from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
 
@@ -134,8 +132,8 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
     m, o, asked = cfg.model, cfg.optimizer, cfg.asked
     tokens, windows = cfg.tokens_per_step, sum(map(len, data.validation.values()))
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
-    rate = f"{o.learning_rate:g} after {o.warmup_iters:,} steps of warm-up"
-    if asked.max_iters <= o.warmup_iters:
+    rate = f"{o.learning_rate:g} after {counted(o.warmup_iters, 'step')} of warm-up"
+    if cfg.max_iters <= o.warmup_iters:
         rate += ", which is longer than the run"
     elif o.decay_lr:
         rate += f", {o.schedule} to {o.min_lr:g} at step {o.lr_decay_iters:,}"
@@ -144,7 +142,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
     own_rates = {name: getattr(o, name) for name in GROUP_RATES if getattr(o, name)}
     rate += "".join(f", {name} {value:g}" for name, value in own_rates.items())
     rows = {
-        "run": f"{asked.out_dir}, {where} to step {asked.max_iters:,}",
+        "run": f"{asked.out_dir}, {where} to step {cfg.max_iters:,}{_source_end(cfg)}",
         "model": f"{m.arch}, {m.describe_parameters()}: n_layer {m.n_layer}, n_head {m.n_head}, "
         f"n_embd {m.n_embd}, block_size {m.block_size}, vocab_size {m.vocab_size}, "
         f"bias {m.bias}, dropout {m.dropout:g}",
@@ -155,8 +153,8 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         "optimizer": f"{o.optimizer}, beta1 {o.beta1:g}, beta2 {o.beta2:g}, weight_decay "
         f"{o.weight_decay:g}, grad_clip {o.grad_clip:g}",
         "learning rate": rate,
-        "evaluation": f"every {asked.eval_interval:,} steps, {windows:,} windows of the validation "
-        f"split{'s' * (len(data.validation) > 1)}",
+        "evaluation": f"every {asked.eval_interval:,} steps, {counted(windows, 'window')} of the "
+        f"validation split{'s' * (len(data.validation) > 1)}",
         "checkpoints": f"at every evaluation and every {asked.checkpoint_minutes:g} minutes; the "
         f"newest {asked.keep_checkpoints} and the best are kept",
         "device": f"{_mesh_prefix(cfg)}{device.device_kind} ({device.platform}), {cfg.dtype}, "
@@ -173,7 +171,7 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
 def _data_rows(cfg: Resolved, data: "Data") -> dict[str, str]:
     """A row for each source, with its share at each stage if there are several, and its epochs."""
     mixture, rows = cfg.asked.mixture, {}
-    epochs = data.loader.epochs(cfg.asked.max_iters * cfg.batch.effective)
+    epochs = data.loader.epochs(cfg.max_iters * cfg.batch.effective)
     for (name, folder), source in zip(mixture.folders.items(), data.loader.loaders, strict=True):
         shares = [(start, float(shares.get(name, 0))) for start, shares in mixture.stages]
         later = "".join(f", {share:.4g} from step {start:,}" for start, share in shares[1:])
@@ -183,6 +181,14 @@ def _data_rows(cfg: Resolved, data: "Data") -> dict[str, str]:
             f"{epochs[name]:.2f} epochs, seed {cfg.asked.seed}"
         )
     return rows
+
+
+def _source_end(cfg: Resolved) -> str:
+    """Why a run is shorter than it was asked to be, if it is."""
+    if cfg.end is None:
+        return ""
+    source = cfg.asked.mixture.labels[cfg.end.source]
+    return f" (--at-end stop: {source} ends at step {cfg.end.step:,})"
 
 
 def _mesh_prefix(cfg: Resolved) -> str:
@@ -196,18 +202,18 @@ def print_changes(changes: Sequence[str]) -> None:
 
 
 def print_finished(
-    asked: Config, prog: str, argv: Sequence[str], best: tuple[int, float] | None, result: Result
+    cfg: Resolved, prog: str, argv: Sequence[str], best: tuple[int, float] | None, result: Result
 ) -> None:
     """Print the result, a sample, and what to do next."""
     loss = f"validation loss {result.val_loss:.4f}{_best(best)}"
-    print(f"\nDone: {asked.max_iters:,} steps, {loss}")
+    print(f"\nDone: {cfg.max_iters:,} steps{_source_end(cfg)}, {loss}")
     if result.sample:
         print(f"\nA sample of what it writes:\n\n{result.sample.strip()}")
-    print(f"\nNext:\n{_next_commands(asked, prog, argv, asked.max_iters)}")
+    print(f"\nNext:\n{_next_commands(cfg, prog, argv, cfg.max_iters)}")
 
 
 def print_finished_before(
-    cfg: Config,
+    cfg: Resolved,
     prog: str,
     argv: Sequence[str],
     step: int,
@@ -218,12 +224,11 @@ def print_finished_before(
 
     `changes` are the settings that were given and differ from the run's.
     """
-    assert cfg.out_dir is not None
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
     if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
-    print(f"{cfg.out_dir} is finished: {step:,} steps{result}{_best(best)}")
+    print(f"{cfg.out_dir} is finished: {step:,} steps{_source_end(cfg)}{result}{_best(best)}")
     if changes:
         print(f"No step is left to train, so these had no effect: {', '.join(changes)}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
@@ -233,8 +238,10 @@ def _best(best: tuple[int, float] | None) -> str:
     return "" if best is None else f" (best: {best[1]:.4f} at step {best[0]:,})"
 
 
-def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> str:
+def _next_commands(cfg: Resolved, prog: str, argv: Sequence[str], step: int) -> str:
     again = without_flags(argv, "max_iters", "out_dir", "lr_decay_iters")
+    if cfg.end is not None:
+        again = [*without_flags(again, "at_end"), "--at-end", "repeat"]
     here = [] if without_flags(argv, "out_dir") == list(argv) else ["--out-dir", str(cfg.out_dir)]
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*without_flags(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
@@ -250,12 +257,11 @@ def _next_commands(cfg: Config, prog: str, argv: Sequence[str], step: int) -> st
         del commands[f"{prog} {longer}"]
     commands |= {
         f"{prog} {anew}": "start anew",
-        f"tensorboard --logdir {Path(cfg.out_dir or '').parent}": "see the curves "
-        "(pip install tensorboard)",
+        f"tensorboard --logdir {cfg.out_dir.parent}": "see the curves (pip install tensorboard)",
         f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": (
             "sample from it; jaxgpt.evaluate measures it, jaxgpt.export writes it for transformers"
         ),
     }
-    if cfg.vram_gb is None:
+    if cfg.asked.vram_gb is None:
         commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"
     return "\n".join(f"  {command}\n      {what}" for command, what in commands.items())

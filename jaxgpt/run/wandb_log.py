@@ -3,6 +3,7 @@
 A failure of wandb costs its curves alone: it is reported once, and the run goes on.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
 WANDB_FILE = "wandb.json"
+INIT_SECONDS = "30"  # to answer at the start, unless WANDB_INIT_TIMEOUT is set; wandb's own is 90
 FINISH_SECONDS = 60.0  # to upload what is left at the end; `wandb sync` can do it later
 MISSING = (
     "wandb is not installed, so metrics go to TensorBoard and metrics.jsonl alone; install it with "
@@ -50,6 +52,7 @@ class WandbLog(MetricsLog):
         try:
             from wandb import Settings, init  # a folder wandb/ can be imported, but has no names
 
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_SECONDS)
             out_dir.mkdir(parents=True, exist_ok=True)
             write_json(out_dir / WANDB_FILE, msgspec.to_builtins(self._sent))
             self._run = init(

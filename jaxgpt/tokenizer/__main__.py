@@ -24,7 +24,7 @@ from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
 from jaxgpt.data.tokenizer_json import tokenizer_from_files
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.files import user_path
-from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
+from jaxgpt.preparation.documents import LongText, ReadOptions
 from jaxgpt.preparation.flags import Inputs, parse_number
 from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
 from jaxgpt.preparation.output_folder import is_hub_name
@@ -147,7 +147,7 @@ def _beginning_of(slice: Slice, share: float, options: ReadOptions) -> Iterator[
     left = slice.input.text_bytes / slice.parts * share
     for batch in read_slice(slice, options):
         for document in batch.documents:
-            if isinstance(document, Skip):
+            if not isinstance(document, str | LongText):
                 continue
             chunks = document.chunks() if isinstance(document, LongText) else [document]
             for chunk in chunks:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.configs import resolved
 from helpers.events import tags_by_step
 from helpers.runs import SMALL, last_params, losses, train
 
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import Config
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.run.metrics_file import EVENT_FILES, read_metrics
 from jaxgpt.run.processes import StepRequests
@@ -252,5 +253,5 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(number, tmp_p
     ],
 )
 def test_what_is_due_after_a_step(step: int, requests: StepRequests, due: Due) -> None:
-    asked = with_fields(Config(), max_iters=10, eval_interval=4)
-    assert due_after(step, asked, requests) == due
+    cfg = resolved(Config(), max_iters=10, eval_interval=4)
+    assert due_after(step, cfg, requests) == due

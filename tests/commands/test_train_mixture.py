@@ -14,9 +14,9 @@ from jaxgpt.run.metrics_file import read_metrics
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
     rng = np.random.default_rng(0)
-    for number, name in enumerate("ab"):
+    for number, (name, train_length) in enumerate({"a": 3000, "b": 165}.items()):
         (tmp_path / name).mkdir()
-        for split, length in (("train", 3000), ("val", 700)):
+        for split, length in (("train", train_length), ("val", 700)):
             tokens = rng.integers(100 * number, 100 * number + 90, length).astype(np.uint16)
             write_shard(tmp_path / name / f"x_{split}_000000.bin", tokens)
     a, b = tmp_path / "a", tmp_path / "b"
@@ -34,14 +34,20 @@ def refusal(capsys, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_a_mixture_resumes_bit_for_bit_across_a_stage_and_logs_each_source(
+def test_a_mixture_stops_where_a_source_ends_and_resumes_bit_for_bit_across_a_stage(
     tmp_path: Path, flags: list[str], capsys
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train(straight, *flags, "--max-iters", "8") == 0
     assert "share 0.75, 0.25 from step 5" in capsys.readouterr().out
-    for end in ("4", "8"):
-        assert train(stopped, *flags, "--max-iters", end) == 0
+    # b has 9 windows, and a step takes 2 of them.
+    assert train(stopped, *flags, "--max-iters", "8", "--at-end", "stop") == 0
+    assert "Done: 4 steps (--at-end stop: b ends at step 4), val" in capsys.readouterr().out
+    assert train(stopped, *flags, "--max-iters", "8", "--at-end", "stop") == 0
+    said = capsys.readouterr().out
+    assert "is finished: 4 steps (--at-end stop: b ends at step 4), val" in said
+    assert "--at-end repeat --out-dir" in said
+    assert train(stopped, *flags, "--max-iters", "8", "--at-end", "repeat") == 0
     assert_same_end(stopped, straight)
 
     records = {record["step"]: record for record in read_metrics(straight / "metrics.jsonl")}
@@ -63,6 +69,11 @@ def test_a_mixture_resumes_bit_for_bit_across_a_stage_and_logs_each_source(
         capsys, straight, *flags[:2], *flags[5:], "--max-iters", "9"
     )
 
+    write_shard(tmp_path / "b" / "x_train_000001.bin", np.arange(99))
+    message = refusal(capsys, straight, *flags, "--max-iters", "9")
+    assert "b: train_tokens 165 -> 264" in message
+    assert "; restore it, or start a new run" in message
+
 
 def test_sources_of_different_tokenizers_are_refused_in_a_sentence(tmp_path: Path, capsys) -> None:
     from jaxgpt.prepare import main
@@ -76,3 +87,17 @@ def test_sources_of_different_tokenizers_are_refused_in_a_sentence(tmp_path: Pat
     message = refusal(capsys, tmp_path / "run", "--dataset", mixture, "--max-iters", "1")
     assert "was made with tokenizer 'gpt2', but" in message
     assert "a mixture needs one for all" in message
+
+
+def test_a_source_that_ends_within_a_step_and_one_that_is_missing_are_refused(
+    tmp_path: Path, flags: list[str], capsys
+) -> None:
+    message = refusal(
+        capsys, tmp_path / "run", *flags, "--at-end", "stop", "--effective-batch-size", "64"
+    )
+    assert "at_end stop: b ends within the first step; use --at-end repeat" in message
+    gone = ["--dataset", f"{tmp_path}/a:1,{tmp_path}/gone:1"]
+    message = refusal(capsys, tmp_path / "run", *gone)
+    assert f"{tmp_path}/gone: no such folder" in message
+    assert f"jaxgpt.prepare YOUR_TEXT --out {tmp_path}/gone, or take this source out of" in message
+    assert "--data-dir" not in message

@@ -9,6 +9,7 @@ from jaxgpt.config.batch import Batch
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, flat_fields, flat_values
 from jaxgpt.config.mesh_shape import MeshShape
+from jaxgpt.config.mixture import End
 from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Origin, load_config, padded_vocab_size, resolve
 
@@ -46,6 +47,14 @@ def test_a_resumed_run_keeps_its_decay_its_vocabulary_and_its_windows():
     cfg = resolve(asked, origin, n_vocab=50257, mesh=MeshShape(), dtype="float32")
     assert (cfg.optimizer.lr_decay_iters, cfg.eval_windows) == (50_000, 77)
     assert cfg.asked.max_iters == 99_000
+
+
+def test_a_run_that_a_source_ends_decays_until_there():
+    asked, end = load_preset("demo"), End(700, "mine")
+    flags = {"n_vocab": 257, "mesh": MeshShape(), "dtype": "float32"}
+    cfg = resolve(asked, Origin.of(asked), **flags, end=end)
+    assert (cfg.max_iters, cfg.optimizer.lr_decay_iters) == (700, 700)
+    assert cfg.flat()["max_iters"] == 1000
 
 
 @pytest.mark.parametrize(("ids", "rows"), [(257, 320), (50257, 50304), (64, 64), (65, 128)])

@@ -58,6 +58,10 @@ def add(folder: Path) -> None:
     write_shard(folder / "other_train_000009.bin", np.arange(10))
 
 
+def add_of_build_nanogpt(folder: Path) -> None:
+    np.save(folder / "other_train_000009.npy", np.arange(10, dtype=np.uint16))
+
+
 def damage_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
@@ -77,6 +81,7 @@ def age_manifest(folder: Path) -> None:
         (remove, "is missing"),
         (cut, "were written"),
         (add, "is not in manifest.json"),
+        (add_of_build_nanogpt, "is not in manifest.json"),
         (damage_manifest, "JSON"),
         (strip_manifest, "Object missing required field `source`"),
         (age_manifest, "has version 99"),

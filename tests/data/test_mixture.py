@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from jaxgpt.config.mixture import parse_shares
+from jaxgpt.config.mixture import End, parse_shares
 from jaxgpt.data.loader import WindowLoader
 from jaxgpt.data.mixture import Cycle, MixtureLoader
 from jaxgpt.data.shards import TokenStream
@@ -55,15 +55,18 @@ def test_each_source_is_read_in_its_own_order_across_stages_and_cycles() -> None
         np.testing.assert_array_equal(windows[owner == s], expected)
 
 
-def test_a_batch_depends_on_neither_accumulation_nor_devices_nor_earlier_steps() -> None:
+def test_a_batch_depends_on_neither_accumulation_nor_processes_nor_earlier_steps() -> None:
     whole = make_loader().batch(41, 1, 24)[0]  # its windows are on both sides of a stage's border
     assert len({*make_loader().locate(np.arange(41 * 24, 42 * 24))[0].tolist()}) == 3
     used = make_loader()
     for accumulation, batch_size in ((2, 12), (24, 1)):
         parts = used.batch(41, accumulation, batch_size)
         np.testing.assert_array_equal(parts.reshape(24, 17), whole)
-    halves = [used.batch(41, 2, 12, rows) for rows in (slice(0, 6), slice(6, 12))]
-    np.testing.assert_array_equal(np.concatenate(halves, axis=1).reshape(24, 17), whole)
+    for processes in (2, 4):
+        places = np.arange(12).reshape(processes, -1)
+        rows = [slice(place[0], place[-1] + 1) for place in places]
+        shares = [make_loader().batch(41, 2, 12, of_one) for of_one in rows]
+        np.testing.assert_array_equal(np.concatenate(shares, axis=1).reshape(24, 17), whole)
 
 
 def test_a_single_source_is_read_as_before_mixtures_and_others_may_join_later() -> None:
@@ -82,6 +85,28 @@ def test_sources_of_the_same_length_have_orders_of_their_own() -> None:
     )
     windows = loader.batch(0, 1, 64)[0]
     assert {*windows[::2, 0].tolist()} != {*windows[1::2, 0].tolist()}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_run_ends_at_the_last_step_that_repeats_no_window_of_any_source(name: str) -> None:
+    others = "".join(f",{other}:0.01" for other in LENGTHS if other != name)
+    stages = [(0, parse_shares(f"{name}:0.2{others}")), (300, parse_shares(f"{name}:1{others}"))]
+    loader = make_loader(stages)
+    end = loader.end(batch=8, max_iters=2000)
+    assert end is not None
+    assert end.source == name
+    source_W, index_W = loader.locate(np.arange(8 * (end.step + 1)))
+    limits = np.array([each.windows_per_epoch for each in loader.loaders])
+    repeated = index_W >= limits[source_W]
+    assert not repeated[:-8].any()
+    assert repeated[-8:].any()
+    assert loader.end(batch=8, max_iters=end.step) is None
+
+
+def test_the_last_step_may_take_the_last_window() -> None:
+    alone = MixtureLoader({"mine": STREAMS["mine"]}, [(0, {"mine": Fraction(1)})], 16, 50_257, 1)
+    assert alone.loaders[0].windows_per_epoch == 24
+    assert alone.end(batch=8, max_iters=9) == End(3, "mine")
 
 
 def test_the_epochs_count_how_often_each_source_is_seen() -> None:

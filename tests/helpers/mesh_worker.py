@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 # Most of the time is compilation, for eight devices; level 0 takes a third less.
@@ -22,7 +23,10 @@ import numpy as np
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.mesh_shape import parse_mesh
+from jaxgpt.config.mixture import parse_shares
 from jaxgpt.config.optimizer import OptimizerConfig
+from jaxgpt.data.mixture import MixtureLoader
+from jaxgpt.data.shards import TokenStream
 from jaxgpt.model.generate import Generator, Sampling
 from jaxgpt.model.network import init_params
 from jaxgpt.run.checkpoint import Checkpoints
@@ -44,14 +48,17 @@ QWEN3 = dataclasses.replace(
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_iters=5)
 MUON = dataclasses.replace(OPTIMIZER, optimizer="muon", cautious_weight_decay=True)
 BATCH, EFFECTIVE = 2, 32
-# Counting up by one, two or three: something to learn.
-RNG = np.random.default_rng(0)
-STARTS, STRIDES = (
-    RNG.integers(0, 50, (STEPS, EFFECTIVE, 1)),
-    RNG.integers(1, 4, (STEPS, EFFECTIVE, 1)),
-)
-TOKENS = ((STARTS + STRIDES * np.arange(9)) % 50).astype(np.uint16)
-WINDOWS = TOKENS[0, :21]  # not a multiple of the micro-batch
+# Counting up by one, two or three, to be learned; the second stage begins after the checkpoint.
+STREAMS = {
+    name: TokenStream.from_arrays([step * np.arange(2000) % 50])
+    for name, step in (("one", 1), ("two", 2), ("three", 3))
+}
+STAGES = [
+    (0, parse_shares("one:2,two:1")),
+    ((SAVED_AT + 2) * EFFECTIVE + 5, parse_shares("three:2,one:1")),
+]
+LOADER = MixtureLoader(STREAMS, STAGES, MODEL.block_size, 50, seed=0)
+WINDOWS = LOADER.read(np.arange(21))  # not a multiple of the micro-batch
 
 
 class Run:
@@ -85,8 +92,9 @@ class Run:
     def train(self, state, steps):
         losses = []
         for i in steps:
-            windows = TOKENS[i].reshape(self.accumulation, self.global_micro_batch, -1)
-            tokens = self.layout.load_batch(windows.shape, lambda rows, w=windows: w[:, rows])
+            A, B = self.accumulation, self.global_micro_batch
+            shape_ABT1 = (A, B, MODEL.block_size + 1)
+            tokens = self.layout.load_batch(shape_ABT1, partial(LOADER.batch, i, A, B))
             state, metrics = self.step(state, tokens)
             losses.append(float(metrics["loss"]))
         return state, losses
@@ -172,8 +180,8 @@ def main(folder: Path) -> None:
     answer["parameters"] = sum(x.size for x in jax.tree.leaves(state.params))
     answer["embedding"] = state.params["wte"]["embedding"].size
     runs["fsdp=8"] = Run("fsdp=8", scan_layers=True)
-    changes = (("one", "fsdp=8"), ("fsdp=8", "data=2,fsdp=4"), ("data=2,fsdp=4", "one"))
-    for saved, now in changes:
+    mesh = "data=2,fsdp=4"
+    for saved, now in (("one", "fsdp=8"), ("fsdp=8", mesh), (mesh, "one"), (mesh, mesh)):
         run = runs[now]
         with Checkpoints(folder / saved, keep=1) as checkpoints:
             restored = checkpoints.restore(SAVED_AT, run.training.state_like)

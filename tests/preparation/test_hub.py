@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.hub_server import COMMIT, Fault, Hub, serve
 from helpers.preparing import build
@@ -46,6 +48,9 @@ NAMED = {
 }
 
 
+TOKEN_ROWS = [[*range(first, first + 40)] for first in range(0, 50_000, 200)]
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the stand-in Hub."""
@@ -66,6 +71,15 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / repo / "README.md").write_text(card)
         lines = [json.dumps({"text": f"{repo} {line} " * 9}) for line in range(300)]
         (folder / repo / "data" / "0.jsonl").write_text("\n".join(lines))
+    rows = [{"cluster_id": 1, "tokens": ids, "token_count": len(ids)} for ids in TOKEN_ROWS]
+    climbmix = folder / "nvidia" / "Nemotron-ClimbMix"
+    (climbmix / "climbmix_small").mkdir(parents=True)
+    (climbmix / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---"
+    )
+    (climbmix / "part_0.tokenized.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, climbmix / "climbmix_small" / "shard_0.tokenized.parquet")
     pictures = folder / "someone" / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(b"png")
@@ -396,6 +410,39 @@ def test_a_ready_made_shard_with_foreign_ids_is_refused(
     assert done.returncode == 2
     assert "is id 60000, outside the tokenizer's 50,257" in done.stderr
     assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.mark.parametrize("name", [(), ("--name", "climbmix_small")])
+def test_ready_tokens_of_climbmix_become_shards_and_their_licence_is_said(
+    environment: dict[str, str], tmp_path: Path, name: tuple[str, ...]
+) -> None:
+    out = tmp_path / "climbmix"
+    flags = ("--ready", *name, "--workers", "1", "--out", out)
+    done = run(environment, "climbmix", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "licence is CC BY-NC 4.0" in done.stdout
+    splits = [load_split(out, split, 50_257) for split in ("train", "val")]
+    tokens = np.concatenate([split.window(0, len(split)) for split in splits])
+    documents = np.split(tokens, np.flatnonzero(tokens == 50_256))[1:]
+    assert sorted(ids[1:].tolist() for ids in documents) == TOKEN_ROWS
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert manifest.token_count is not None
+    assert manifest.token_count.equal
+    assert (manifest.tokenizer.name, manifest.source["text_column"]) == ("gpt2", "tokens")
+
+
+def test_ready_tokens_that_are_not_gpt2_s_are_refused(
+    hub: Hub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hub.folder = tmp_path / "hub"
+    stored = hub.folder / "nvidia" / "Nemotron-ClimbMix" / "part_0.tokenized.jsonl"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps({"tokens": [1, 50_257]}))
+    done = run(environment, "climbmix", "--ready", "--workers", "1", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "part_0.tokenized.jsonl: id 50257 is not one of the 50,257 ids" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["../../a.parquet", "data/../../../a.parquet", "/tmp/a.parquet"])

@@ -14,8 +14,10 @@ from helpers.preparing import prepare, read_documents, refusal
 
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import DataError
+from jaxgpt.errors import UserError
 from jaxgpt.preparation import documents
 from jaxgpt.preparation.documents import Skip
+from jaxgpt.preparation.inputs import find_inputs
 
 EOT = "<|endoftext|>"
 
@@ -80,6 +82,8 @@ def test_shards_of_build_nanogpt(tmp_path: Path) -> None:
     np.save(tmp_path / "edufineweb_train_000001.npy", ids)
     stream = load_split(tmp_path, "train", 50_257)
     np.testing.assert_array_equal(stream.window(0, 500), ids)
+    with pytest.raises(UserError, match="already contains tokens; train on them"):
+        find_inputs([str(tmp_path)])
     np.save(tmp_path / "edufineweb_train_000001.npy", ids.astype(np.float32))
     with pytest.raises(DataError, match="is an array of float32"):
         load_split(tmp_path, "train", 50_257)

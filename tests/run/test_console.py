@@ -4,9 +4,9 @@ import sys
 import time
 
 import pytest
-from helpers.configs import parse
+from helpers.configs import parse, resolved
 
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.fields import Config
 from jaxgpt.config.presets import load_preset
 from jaxgpt.run import console, report
 from jaxgpt.run.console import Pace, RunConsole, duration, print_table
@@ -186,7 +186,8 @@ def test_a_table_keeps_names_and_values_whole(capsys, monkeypatch):
 def finished(argv: list[str], capsys) -> tuple[Config, str, dict[str, list[str]]]:
     """What a finished run of `argv` says, and the commands in it, by what they are for."""
     cfg = parse(argv)
-    report.print_finished(cfg, "train", argv, (100, 1.2), report.Result(1.25, "Once upon\na time"))
+    result = report.Result(1.25, "Once upon\na time")
+    report.print_finished(resolved(cfg), "train", argv, (100, 1.2), result)
     out = capsys.readouterr().out
     pairs = re.findall(r"^  (\S.*)\n      (\S.*)$", out, re.MULTILINE)
     return cfg, out, {what: shlex.split(command) for command, what in pairs}
@@ -200,7 +201,7 @@ def parsed(command: list[str]) -> Config:
 @pytest.mark.parametrize(("step", "told"), [(600, "2.5000"), (700, "2.5000 at step 600")])
 def test_a_run_that_was_stopped_says_of_which_step_its_loss_is(tmp_path, capsys, step, told):
     (tmp_path / "metrics.jsonl").write_text('{"step": 600, "time": 0, "val/loss": 2.5}\n')
-    cfg = with_fields(load_preset("demo"), out_dir=tmp_path)
+    cfg = resolved(load_preset("demo"), out_dir=tmp_path)
     report.print_finished_before(cfg, "train", [], step, None, [])
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"{tmp_path} is finished: {step} steps, validation loss {told}"

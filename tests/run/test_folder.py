@@ -52,7 +52,7 @@ SAME_RUN = (
     | dict(dropout=0.1, batch_size=4, eval_interval=7, log_interval=2, scan_layers=True)
     | dict(mesh="data=2", skip_spikes=6.0, resume="must", deterministic=True)
     | dict(checkpoint_minutes=1.0, keep_checkpoints=5, sample_tokens=0, out_dir=Path("moved"))
-    | dict(wandb_project="books")
+    | dict(wandb_project="books", at_end="stop")
     | dict(data_dir=Path("there"), device="cpu", dtype="bfloat16", remat="full", vram_gb=24)
     | dict(hellaswag="val.jsonl", lambada="datasets", mixture_at=[[40, "a:1,b:1"]])
 )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.runs import SMALL, last_params, losses, train
 
+from jaxgpt.data.token_file import write_shard
 from jaxgpt.errors import UserError
 from jaxgpt.files import FolderLock
 from jaxgpt.run.integrity import verify
@@ -87,10 +88,19 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def mixture(tmp_path_factory) -> list[str]:
+    """Two sources, whose second stage begins after step 9."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "val"):
+        write_shard(folder / f"x_{split}_000000.bin", 48 + np.arange(2000) % 10)
+    return ["--dataset", f"embedded:3,{folder}:1", "--mixture-at", "9", f"{folder}:3,embedded:1"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, mixture) -> Path:
     """Ten steps on one device."""
     out_dir = tmp_path_factory.mktemp("runs") / "alone"
-    assert train(out_dir, "--max-iters", "10") == 0
+    assert train(out_dir, *mixture, "--max-iters", "10") == 0
     return out_dir
 
 
@@ -101,9 +111,12 @@ def assert_same_curve(out_dir: Path, alone: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
-def test_two_processes_are_one_run_and_any_number_goes_on_with_it(tmp_path, alone, mesh) -> None:
+def test_two_processes_are_one_run_and_any_number_goes_on_with_it(
+    tmp_path, mixture, alone, mesh
+) -> None:
     out_dir = tmp_path / "run"
-    with Pair(out_dir, "--mesh", mesh, "--max-iters", "8", "--lr-decay-iters", "10") as pair:
+    flags = [*mixture, "--mesh", mesh, "--max-iters", "8", "--lr-decay-iters", "10"]
+    with Pair(out_dir, *flags) as pair:
         codes, outputs = pair.end()
     assert codes == [0, 0], "\n".join(outputs)
     assert "= batch_size 1 x 4 devices x 2 accumulated" in outputs[0]
@@ -116,7 +129,7 @@ def test_two_processes_are_one_run_and_any_number_goes_on_with_it(tmp_path, alon
         "ocdbt.process_0",
         "ocdbt.process_1",
     }
-    assert train(out_dir, "--max-iters", "10") == 0  # on one device
+    assert train(out_dir, *mixture, "--max-iters", "10") == 0  # on one device
     assert_same_curve(out_dir, alone)
 
 

@@ -1,6 +1,7 @@
 """W&B's own offline files are read where wandb is installed; a stand-in is enough for the rest."""
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ class Recorder:
 
     def init(self, **given: object) -> "Recorder":
         self._note("init")
+        self.seconds = os.environ["WANDB_INIT_TIMEOUT"]
         self.given = given
         return self
 
@@ -78,6 +80,13 @@ def test_another_run_in_the_folder_is_another_on_wandb(start):
     second, _ = start(None, range(1))
     assert first.given["id"] != second.given["id"]
     assert [step for step, _ in second.logged] == [0]
+
+
+def test_wandb_may_take_half_a_minute_to_answer_or_as_long_as_the_user_says(start, monkeypatch):
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    assert start(None, range(1))[0].seconds == "30"
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "200")
+    assert start(None, range(1))[0].seconds == "200"
 
 
 @pytest.mark.parametrize("fails", ["init", "config", "log", "finish"])

@@ -98,6 +98,11 @@ def test_a_checkpoint_goes_on_over_any_other_mesh(seen, change) -> None:
     np.testing.assert_allclose(seen["resumed"][change], expected, rtol=3e-6)
 
 
+def test_a_mixture_resumes_bit_for_bit_across_a_stage_on_a_mesh(seen) -> None:
+    mesh = "data=2,fsdp=4"
+    assert seen["resumed"][f"{mesh} to {mesh}"] == seen["losses"][mesh][SAVED_AT:]
+
+
 # ---------------------------------------------------------------- what is asked for
 
 
