@@ -149,13 +149,16 @@ def newest_intact(
     and `warn` is called for each. Nothing is renamed unless an intact one is found.
 
     Raises:
-        UserError: if none is intact, or, with `strict`, if the newest is not.
+        UserError: if none is intact, or, with `strict`, if the newest is not; that of `check`, if
+            it is no DamagedError: the newest then is another run's, as all before it are.
     """
-    damaged: list[tuple[int, DamagedError]] = []
+    damaged: list[tuple[int, UserError]] = []
     for step in reversed(finished_steps(folder)):
         try:
             check(folder / str(step))
-        except DamagedError as error:
+        except UserError as error:
+            if strict and not isinstance(error, DamagedError):
+                raise
             if strict:
                 raise UserError(
                     f"checkpoint {step} is damaged: {error}; --resume must accepts only the "
@@ -168,8 +171,11 @@ def newest_intact(
             with suppress(FileNotFoundError):
                 delete(aside)
             (folder / str(bad)).rename(aside)
-            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {reason}")
+            what = reason if isinstance(reason, DamagedError) else "its config is not the run's"
+            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {what}")
         return step
+    if damaged and not isinstance(damaged[0][1], DamagedError):
+        raise damaged[0][1]
     if damaged:
         each = "\n".join(f"checkpoint {step}: {reason}" for step, reason in damaged)
         raise UserError(
