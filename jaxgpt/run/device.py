@@ -69,23 +69,22 @@ def check_settings() -> None:
     if changed:
         names = " ".join(setting.partition("=")[0] for setting in changed)
         raise ConfigError(
-            f"{', '.join(changed)}: this setting of JAX's changes what a run computes, so that it "
-            f"could not be resumed without it; unset it: unset {names}"
+            f"{', '.join(changed)}: this setting of JAX's changes what is computed, and not "
+            f"every run has it; unset it: unset {names}"
         )
     if flags := _xla_flags():
-        _refuse_unknown(flags)
+        _try_flags(flags)
 
 
-def _refuse_unknown(flags: str) -> None:
-    """Raises ConfigError for flags that XLA does not know: it would end this process with abort."""
+def _try_flags(flags: str) -> None:
+    """Raises ConfigError for flags that XLA refuses, for which it would end this process."""
     code = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
     command = [sys.executable, "-c", f"{code}.debug_options"]
     tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    unknown = re.search(r"Unknown flags? in XLA_FLAGS: (.*)", tried.stderr)
-    if tried.returncode and unknown:
+    refused = re.search(r"Unknown flags? in XLA_FLAGS.*|Couldn't interpret .*", tried.stderr)
+    if tried.returncode and refused:
         raise ConfigError(
-            f"XLA_FLAGS={flags}: XLA does not know {unknown[1].strip()}, or not with that value; "
-            "leave it out"
+            f"XLA_FLAGS={flags}: XLA refuses that ({refused[0].strip()}); correct it, or unset it"
         )
 
 
