@@ -23,7 +23,7 @@ DAMAGED = ".damaged"
 
 def finished_steps(folder: Path) -> list[int]:
     """The steps with a finished checkpoint in `folder`, ascending."""
-    return sorted(int(path.name) for path in _committed(folder) if (path / MANIFEST).exists())
+    return sorted(int(path.name) for path in _committed(folder) if _has_manifest(path))
 
 
 def readable_manifests(folder: Path) -> dict[int, Manifest]:
@@ -113,7 +113,7 @@ def remove_unfinished(folder: Path) -> list[str]:
         UserError: if there are checkpoints and none has a manifest. Every run finishes that of
             step 0 first, so these are no leftovers but an incomplete copy of a run.
     """
-    unfinished = [path for path in _committed(folder) if not (path / MANIFEST).exists()]
+    unfinished = [path for path in _committed(folder) if not _has_manifest(path)]
     if not finished_steps(folder) and any(int(path.name) for path in unfinished):
         missing = max(unfinished, key=lambda path: int(path.name)) / MANIFEST
         raise UserError(
@@ -193,6 +193,11 @@ def _leftovers(folder: Path) -> list[Path]:
         for path in folder.glob(pattern)
         if path.is_dir()
     ]
+
+
+def _has_manifest(path: Path) -> bool:
+    # A link to a missing file is a damaged manifest, not a save that was killed.
+    return os.path.lexists(path / MANIFEST)
 
 
 def _committed(folder: Path) -> list[Path]:
