@@ -125,12 +125,19 @@ def interchange() -> Iterator[str]:
             yield f"llama.cpp's log-probabilities of {name} differ by more than 2e-3"
 
 
+def faults() -> Iterator[str]:
+    """No fault that was injected broke a promise."""
+    for run in load("inject-faults")["runs"]:
+        yield from (f"{run['command']}: {broken}" for broken in run["broken"])
+
+
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {
     "memory": memory,
     "speed": speed,
     "overhead": overhead,
     "mesh": mesh,
     "interchange": interchange,
+    "faults": faults,
 }
 
 

@@ -8,7 +8,8 @@ operation, until one ends before its turn comes. With `--every n` each fault mee
 operation, the next fault those after them, so that n faults meet all of them. Each process must
 either do all of its work, or end with one sentence and exit code 2, without a traceback. Started
 again, it must do the rest, and the result must be an undisturbed run's. Otherwise the exit code is
-1. Runs are forked from this process, which has imported everything but computes nothing.
+1. The command is forked from this process, which has imported everything but computes nothing;
+`prepare` has one worker.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -41,7 +42,7 @@ sys.path.insert(0, str(INJECTED.parents[1]))
 from helpers.injected.sitecustomize import Injection, install  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
-OPERATIONS = ("open", "write", "fsync", "rename", "remove")
+OPERATIONS = ("fsync", "rename", "remove", "open", "write")  # what is promised depends on the first
 # The error once; with a plus, from then on. Signals only once.
 FAULTS = ("ENOSPC", "ENOSPC+", "EIO", "EDQUOT", "EACCES", "EROFS+", "EMFILE")
 FAULTS += ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
@@ -53,28 +54,19 @@ ENDS = {0, 2, 128 + 1, 128 + 2, 128 + 15}  # and by the signal itself, as a nega
 class Command:
     """A command, the folder that it fills, and how to read it."""
 
-    def __init__(self, words: Sequence[str], contents: Callable[[Path], Any]):
-        self.words, self.contents = list(words), contents
-
-    def start(self, out: Path, injection: str = "", log: Path | None = None) -> tuple[int, str]:
-        """(exit code, standard error) of one process."""
-        path = os.pathsep.join([str(INJECTED), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        env = {**os.environ, "PYTHONPATH": path}
-        if injection:
-            env |= {"INJECT": f"{injection} {out}", "INJECT_LOG": str(log)}
-        command = [sys.executable, "-m", *self.words, str(out)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
-        return done.returncode, done.stderr
-
-
-class ForkedRun(Command):
-    """A training run."""
+    def __init__(
+        self,
+        run: Callable[[Sequence[str]], int],
+        flags: Sequence[str],
+        contents: Callable[[Path], Any],
+    ):
+        """`flags` lack the folder, which comes last."""
+        self.run, self.flags, self.contents = run, list(flags), contents
 
     def start(self, out: Path, injection: str = "", log: Path | None = None) -> tuple[int, str]:
         """(exit code, standard error) of one process."""
         with tempfile.TemporaryFile() as err:
-            arguments = (err.fileno(), out, injection, log)
-            process = FORK.Process(None, self._run, args=arguments)
+            process = FORK.Process(None, self._run, args=(err.fileno(), out, injection, log))
             process.start()
             process.join()
             err.seek(0)
@@ -82,22 +74,23 @@ class ForkedRun(Command):
             return process.exitcode, err.read().decode(errors="replace")
 
     def _run(self, err: int, out: Path, injection: str, log: Path | None) -> None:
-        from jaxgpt.train import main
-
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         os.dup2(err, 2)
+        sys.modules["__main__"] = ModuleType("__main__")  # or workers import this script and JAX
+        path = [str(INJECTED), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
         if injection:
-            os.environ["INJECT_LOG"] = str(log)
-            install(Injection(f"{injection} {out}"))
-        sys.exit(main([*self.words, str(out)]))
+            os.environ |= {"INJECT": f"{injection} {out}", "INJECT_LOG": str(log)}  # for workers
+            install(Injection(os.environ["INJECT"]))
+        sys.exit(self.run([*self.flags, str(out)]))
 
 
 def train_command() -> Command:
-    from jaxgpt import train  # noqa: F401 (imported before the forks, as what follows)
-    from jaxgpt.run import evaluator, metrics, preflight, saver  # noqa: F401
+    from jaxgpt import train
+    from jaxgpt.run import evaluator, metrics, preflight, saver  # noqa: F401 (before the forks)
 
-    return ForkedRun([*torture.FLAGS, *STEPS, "--out-dir"], run_contents)
+    return Command(train.main, [*torture.FLAGS, *STEPS, "--out-dir"], run_contents)
 
 
 def run_contents(out: Path) -> Any:
@@ -107,22 +100,18 @@ def run_contents(out: Path) -> Any:
 
 
 def prepare_command(work: Path) -> Command:
+    from jaxgpt import prepare
+    from jaxgpt.preparation import pipeline  # noqa: F401 (before the forks)
+
     texts = work / "texts"
     texts.mkdir()
     for number in range(6):
         lines = [json.dumps({"text": f"Text {number}, line {i}. " * 9}) for i in range(60)]
         (texts / f"{number}.jsonl").write_text("\n".join(lines))
-    flags = (
-        "--tokenizer",
-        "byte",
-        "--shard-tokens",
-        "20K",
-        "--unit-bytes",
-        "15K",
-        "--workers",
-        "2",
+    flags = ["--tokenizer", "byte", "--shard-tokens", "20K", "--unit-bytes", "15K"]
+    return Command(
+        prepare.main, [str(texts), *flags, "--workers", "1", "--out"], kill_prepare.contents
     )
-    return Command(["jaxgpt.prepare", str(texts), *flags, "--out"], kill_prepare.contents)
 
 
 def main() -> int:

@@ -40,11 +40,13 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
     """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
 
     A closed pipe, as in `| head`, is no error; all other errors go to `report_error`. What the
-    output cannot encode, a name that is not UTF-8 for instance, is printed as question marks.
+    output cannot encode, a name that is not UTF-8 for instance, is printed as question marks. A
+    closed standard stream becomes the null device.
 
     Raises:
         SystemExit: with code 2, for an error that a user can cause.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -62,6 +64,16 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         if code == USER_ERROR:
             sys.exit(code)
         return code
+
+
+def _open_closed_streams() -> None:
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:  # the next file would get the number, and what libraries print there
+                os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
 
 def report_error(prog: str, error: BaseException) -> int:
@@ -90,6 +102,8 @@ def _explain(error: BaseException) -> str | None:
         return f"input cannot be decoded: {first_line(error)}; check the input files"
     if isinstance(error, UnicodeEncodeError):
         return f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "the current folder has been deleted; change to another one"
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; fix that and run the same command again"

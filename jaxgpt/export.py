@@ -115,7 +115,7 @@ def check_is_free(target: Path) -> None:
 
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
     """Write the complete folder under a temporary name, then rename it. Raises OSError."""
-    folder = folder.resolve()  # "." has no name
+    folder = Path(os.path.realpath(folder))  # "." has no name; `resolve` fails in a loop of links
     part = folder.with_name(f".jaxgpt-export.{os.getpid()}.tmp")  # a name may have 255 bytes
     part.mkdir(parents=True)
     try:

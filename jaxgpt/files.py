@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 LOCK_FILE = "lock"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` drops the second slash
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # for a pipe's other end
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems
 
 
@@ -52,6 +54,24 @@ def user_path(path: str | Path, name: str) -> Path:
     if text.startswith("~"):
         raise UserError(f"{name} {path}: there is no such home folder; give the whole path")
     return Path(text)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of ours for reading; OSError, too, for what is no file, as reading a pipe hangs.
+
+    A link to a file is one.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is a pipe, a socket or a device, not a file", str(path))
+    return file
+
+
+def read_file(path: Path) -> bytes:
+    """All bytes of a file of ours; raises as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
 
 
 def delete(path: Path) -> None:
@@ -113,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
     """The SHA-256 of a file, in hexadecimal; `advance` gets the number of bytes of each read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 23):
             digest.update(chunk)
             advance(len(chunk))
@@ -250,7 +270,7 @@ class FolderLock:
 
     def _in_use_message(self) -> str:
         try:
-            holder = decode_json(self._path.read_bytes(), _Holder)
+            holder = decode_json(read_file(self._path), _Holder)
             who = f"process {holder.pid} on {holder.host}, since {holder.since}"
         except (OSError, FormatError):
             who = "another process"

@@ -22,6 +22,7 @@ from jaxgpt.errors import UserError, run_command
 from jaxgpt.planning import tables, target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, tier, unnamed_card
 from jaxgpt.planning.local_gpus import visible_card
+from jaxgpt.run import device as hardware
 from jaxgpt.run.console import waiting
 from jaxgpt.run.opening import origin_of_data
 
@@ -76,6 +77,8 @@ def run(argv: Sequence[str]) -> int:
     # The data's tokenizer decides the size of the embedding, as in `train`.
     asked = dataclasses.replace(asked, tokenizer=origin_of_data(asked, given).tokenizer)
     target.prepare_environment()
+    hardware.check_settings()
+    hardware.import_jax()
     answer, show = _answer(asked, flags, given, _planner(gpu, flags.estimate, mesh))
     if flags.json:
         print(json.dumps(answer, indent=2))

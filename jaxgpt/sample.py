@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -120,6 +121,7 @@ def run(argv: Sequence[str]) -> int:
             if flags.interactive and turn == 0:
                 warn("compiling, before the first text and again before much longer ones ...")
             context = context_for(weights.model, len(tokens) + flags.max_new_tokens)
+            check_room(weights.model, context, flags.num_samples, device)
             stream = make_generator(context).stream(
                 params, tokens, flags.max_new_tokens, key, flags.num_samples
             )
@@ -192,6 +194,20 @@ def context_for(model: ModelConfig, length: int) -> int:
     if model.has_learned_positions:
         return model.block_size
     return min(model.block_size, -(-length // CACHE_STEP) * CACHE_STEP)
+
+
+def check_room(model: ModelConfig, context: int, samples: int, device: Any) -> None:
+    """Raises ConfigError if the texts cannot fit the memory; on a CPU XLA would abort."""
+    from jaxgpt.planning.memory import device_limit
+
+    cached = 2 * model.n_layer * model.kv_heads * model.head_width  # numbers per token, of 2 bytes
+    need = samples * (2 * cached * context + 4 * (context + (model.vocab_size or 0)))
+    free = device_limit(device)
+    if free is not None and need > free:
+        raise ConfigError(
+            f"--num-samples {samples:,}: so many texts need at least {need / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} are free; generate fewer at a time"
+        )
 
 
 def write_texts(

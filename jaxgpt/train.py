@@ -137,10 +137,11 @@ def find_checkpoint(
     cfg: Resolved, data: Data, checkpoints: "Checkpoints", tell: Callable[[str], object]
 ) -> int | None:
     """The step to resume from, None for a new run. Raises ConfigError if it is of another run."""
-    step: int | None = checkpoints.recover(tell, strict=cfg.asked.resume == "must")
+    check_config = partial(folder.check_checkpoint, cfg, source=str(checkpoints.folder))
+    step: int | None = checkpoints.recover(tell, cfg.asked.resume == "must", check_config)
     if step is not None:
         saved = checkpoints.manifest(step)
-        folder.check_checkpoint(cfg, saved.config, str(checkpoints.folder))
+        check_config(saved.config)  # in every process
         folder.check_stages(cfg, saved.config, step)
         folder.check_data(saved.data, data.identity, cfg.out_dir)
     return step

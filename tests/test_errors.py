@@ -120,3 +120,26 @@ sys.exit(run_command("prog", lambda: print("caf\\udce9 \\u00e9")))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
     shown = {"utf-8": "caf? é\n", "ascii": "caf? ?\n"}[encoding]
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, shown, b"")
+
+
+def test_a_closed_standard_stream_is_the_null_device_and_its_number_is_no_files() -> None:
+    code = """
+import os, sys
+from jaxgpt.errors import run_command
+def command():
+    print("x")
+    sys.stderr.write("y")
+    return 0 if os.open(os.devnull, os.O_RDONLY) > 2 and sys.stdin.read() == "" else 3
+sys.exit(run_command("prog", command))
+"""
+    shell = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(shell, env=env).returncode == 0
+
+
+def test_a_deleted_current_folder_is_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit):
+        run_command("prog", decoding(os.getcwd))
+    assert "prog: the current folder has been deleted; change to" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.mixture import End
 from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import config_from
-from jaxgpt.files import FormatError, decode_json
+from jaxgpt.files import FormatError, decode_json, read_file
 
 # Keys of config.json that are not read: the first is derived, older versions wrote the second.
 NOT_READ = {"gradient_accumulation_steps", "auto_batch_size"}
@@ -210,7 +210,7 @@ def load_config(path: Path) -> Resolved:
         ConfigError: if the file cannot be read, or a key or value in it is unknown.
     """
     try:
-        values = decode_json(path.read_bytes(), dict[str, Any])
+        values = decode_json(read_file(path), dict[str, Any])
     except (OSError, FormatError) as error:
         raise ConfigError(f"{path} cannot be read as a run's configuration: {error}") from None
     return resolved_from(values, str(path))

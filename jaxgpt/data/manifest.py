@@ -6,6 +6,7 @@ against.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import numpy as np
 from jaxgpt.data.shards import TokenStream, token_files
 from jaxgpt.data.token_file import HEADER_BYTES, PREPARE, DataError, TokenFile, refuse
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.files import FormatError, decode_json, sha256_of, write_json
+from jaxgpt.files import FormatError, decode_json, read_file, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".prepare"  # where an unfinished preparation keeps its files
@@ -111,6 +112,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     documents: Documents | None = None
     token_count: TokenCount | None = None
 
+    def __post_init__(self) -> None:
+        for name, count in Counter(shard.file for shard in self.shards).items():
+            if count > 1:
+                raise ValueError(f"Expected each shard once, got {name!r} {count} times")
+
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""
         write_json(path, msgspec.to_builtins(self))
@@ -128,7 +134,7 @@ def load_manifest(data_dir: Path) -> Manifest | None:
     """
     path, remedy = data_dir / MANIFEST, _remedy(data_dir)
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         version = decode_json(content, _Version).version
         if version == VERSION:
             return decode_json(content, Manifest)

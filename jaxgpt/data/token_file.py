@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import atomic_write
+from jaxgpt.files import atomic_write, open_file
 
 
 class Format(NamedTuple):
@@ -71,8 +71,8 @@ class TokenFile(NamedTuple):
 def inspect_file(path: Path) -> TokenFile:
     """Detect the format of one file and check its header and size; raises DataError."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             if hasattr(os, "posix_fadvise"):  # or the kernel reads ahead, 8 MB per file
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             head = file.read(HEADER_BYTES)
@@ -140,7 +140,7 @@ class Reader:
         """Raises DataError if the file cannot be mapped."""
         self._file = file
         try:
-            with file.path.open("rb") as opened:
+            with open_file(file.path) as opened:
                 self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             self._tokens = np.frombuffer(self._memory, file.dtype, file.length, file.offset)
         except OSError as error:
@@ -199,7 +199,7 @@ def _inspect_shard(path: Path, size: int, version: int, length: int, format: For
 def _inspect_npy(path: Path, size: int) -> TokenFile:
     """build-nanogpt's shards: what np.save writes of a 1-D array."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             is_first = np.lib.format.read_magic(file) == (1, 0)
             first, second = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
             shape, _, dtype = (first if is_first else second)(file)

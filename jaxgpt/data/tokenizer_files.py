@@ -20,6 +20,7 @@ from jaxgpt.data.tokenizer import (
 )
 from jaxgpt.data.tokenizer_json import FILES, MAIN_FILE, JsonTokenizer, open_json_tokenizer
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import read_file
 
 RECOGNIZED = {"gpt2": 50_257, "byte": 257}  # with their sizes
 SAME_AS_GPT2 = ("gpt2", "r50k_base")  # two names for the same vocabulary
@@ -143,7 +144,7 @@ def _vocabularies_in(folder: Path) -> list[dict[str, int]]:
     found = []
     for name in ("vocab.json", "tokenizer.json"):
         try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = json.loads(read_file(folder / name))
             found.append(dict(values) if name == "vocab.json" else _vocabulary_of(values))
         except FileNotFoundError:
             continue

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, byte_characters
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import FormatError, atomic_write, decode_json
+from jaxgpt.files import FormatError, atomic_write, decode_json, read_file
 
 MAIN_FILE = "tokenizer.json"
 # What is copied with it. The first ones that name the eos token decide.
@@ -121,7 +121,7 @@ class JsonTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
             path = folder / name
-            if not path.exists() or path.read_bytes() != content:
+            if not path.exists() or read_file(path) != content:
                 with atomic_write(path) as file:
                     file.write(content)
 
@@ -163,10 +163,10 @@ def open_json_tokenizer(path: Path, name: str) -> JsonTokenizer:
     """
     main = path / MAIN_FILE if path.is_dir() else path
     try:
-        files = {MAIN_FILE: main.read_bytes()}
+        files = {MAIN_FILE: read_file(main)}
         for other in FILES[1:]:
             if (main.parent / other).is_file():
-                files[other] = (main.parent / other).read_bytes()
+                files[other] = read_file(main.parent / other)
     except FileNotFoundError:
         raise UserError(
             f"tokenizer {name!r}: {path} has no {MAIN_FILE}; make one with transformers: "

@@ -12,7 +12,7 @@ import msgspec
 
 from jaxgpt.data.manifest import Count
 from jaxgpt.errors import UserError
-from jaxgpt.files import FormatError, decode_json
+from jaxgpt.files import FormatError, decode_json, read_file
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +39,7 @@ class Journal(Generic[Entry]):
 
     def __init__(self, path: Path, kind: type[Entry]):
         self._path = path
-        content = path.read_bytes() if path.exists() else b""
+        content = read_file(path) if path.exists() else b""
         complete, _, truncated = content.rpartition(b"\n")
         self.entries: list[Entry] = []
         for number, line in enumerate(complete.splitlines(), start=1):

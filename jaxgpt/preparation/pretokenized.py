@@ -20,7 +20,7 @@ from jaxgpt.data.shards import TokenStream, split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import FormatError, decode_json, move_file, sha256_of, write_json
+from jaxgpt.files import FormatError, decode_json, move_file, read_file, sha256_of, write_json
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import (
     DOWNLOADS,
@@ -79,7 +79,7 @@ def _refuse_other_source(work: Path, repo: str, out: Path) -> None:
         raise UserError(f"{out}: contains shards prepared from text; choose another --out")
     path = work / "ready.json"
     try:
-        was = decode_json(path.read_bytes(), ReadySource).repo if path.exists() else repo
+        was = decode_json(read_file(path), ReadySource).repo if path.exists() else repo
     except FormatError as error:
         raise UserError(f"{path}: {error}; delete {out} and download it again") from None
     if was != repo:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import atomic_write
+from jaxgpt.files import atomic_write, open_file
 from jaxgpt.preparation.documents import ReadOptions, Skip, Text, fraction_of, pieces
 from jaxgpt.preparation.inputs import Slice, Unit
 from jaxgpt.preparation.journal import Record
@@ -197,7 +197,7 @@ def iterate_tokens(
     path: Path, start: int, stop: int, dtype: np.dtype, step: int = 1 << 22
 ) -> Iterator[np.ndarray]:
     """Tokens [start, stop) of a part, 4M at a time; raises UserError if it is truncated."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(dtype.itemsize * start)
         for position in range(start, stop, step):
             wanted = min(step, stop - position)

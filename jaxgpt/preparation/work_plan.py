@@ -12,7 +12,7 @@ import msgspec
 
 from jaxgpt.config.checks import as_flag
 from jaxgpt.errors import UserError
-from jaxgpt.files import FormatError, decode_json, write_json
+from jaxgpt.files import FormatError, decode_json, read_file, write_json
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input, Unit, work_units
 
@@ -96,7 +96,7 @@ class Plan:
         if not path.exists():
             return None
         try:
-            return decode_json(path.read_bytes(), cls)
+            return decode_json(read_file(path), cls)
         except FormatError as error:
             raise UserError(
                 f"{path}: {error}; another version of jaxgpt wrote it, or it is corrupt: prepare "

@@ -20,19 +20,12 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.files import LockedError
-from jaxgpt.run import retention
+from jaxgpt.run import integrity, restore, retention
 from jaxgpt.run.checkpoint_state import all_finite, manifest_notes, not_finite_message, to_stored
-from jaxgpt.run.integrity import (
-    DamagedError,
-    Manifest,
-    checksum_files,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from jaxgpt.run.integrity import DamagedError, Manifest, checksum_files, write_manifest
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
-from jaxgpt.run.restore import CheckpointError, Restored, check_readable, load_state, reason_of
+from jaxgpt.run.restore import CheckpointError, Restored, load_state, reason_of
 from jaxgpt.training.step import TrainState
 
 
@@ -49,9 +42,8 @@ class Checkpoints:
 
     The newest `keep` and the best by validation loss are kept, by two rules, so that the best never
     displaces the newest. After a failed save training continues with the older checkpoints, and
-    `on_error` is called with a message.
-
-    `renew_lock` is called before each save; its LockedError ends the run.
+    `on_error` is called with a message. `renew_lock` is called before each save; its LockedError
+    ends the run.
 
     Each of several `processes` writes the shards on its devices; only the main one verifies, writes
     manifests and deletes. All must call the same methods in the same order.
@@ -106,11 +98,17 @@ class Checkpoints:
         """(step, validation loss) of the best checkpoint, or None before the first evaluation."""
         return retention.best_step(self.folder)
 
-    def recover(self, warn: Callable[[str], object], strict: bool = False) -> int | None:
+    def recover(
+        self,
+        warn: Callable[[str], object],
+        strict: bool = False,
+        check_config: Callable[[dict[str, Any]], object] = lambda _: None,
+    ) -> int | None:
         """The step to resume from, None for a new run; needs the run's lock.
 
         Deletes the leftovers of killed saves. Damaged checkpoints are renamed, with a call of
-        `warn` for each; with `strict`, the newest must be intact.
+        `warn` for each; with `strict`, the newest must be intact. One whose configuration
+        `check_config` refuses is damaged if it accepts an older one's.
 
         Raises:
             UserError: if there are checkpoints and none can be resumed from.
@@ -120,7 +118,9 @@ class Checkpoints:
             if self.processes.is_main:
                 retention.remove_unfinished(self.folder)
                 retention.refuse_other_runs(self.folder)
-                step = retention.newest_intact(self.folder, self._verify, warn, strict)
+                step = retention.newest_intact(
+                    self.folder, lambda at: check_config(self._verify(at).config), warn, strict
+                )
             if step is not None:
                 self._run = self.manifest(step).run or self._run
             return self.processes.broadcast_from_main(step)
@@ -245,8 +245,10 @@ class Checkpoints:
 
     def _verify(self, folder: Path) -> Manifest:
         if folder not in self._verified:  # it takes long
-            check = verify if self.processes.is_main else read_manifest
-            self._verified[folder] = check(folder)
+            check = integrity.verify if self.processes.is_main else integrity.read_manifest
+            manifest = check(folder)
+            restore.check_readable(self._orbax.path / folder.name, manifest.arrays)
+            self._verified[folder] = manifest
         return self._verified[folder]
 
     def _write(
@@ -258,7 +260,7 @@ class Checkpoints:
             written.result()  # after all processes have written
             if not self.processes.is_main:
                 return
-            check_readable(self._orbax.path / str(step), len(notes["arrays"]))
+            restore.check_readable(self._orbax.path / str(step), notes["arrays"])
             files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
             loss = _finite(val_loss.result())

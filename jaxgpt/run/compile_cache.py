@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import decode_json, delete, user_path, write_json
+from jaxgpt.files import decode_json, delete, read_file, user_path, write_json
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting, kept if the user has set it
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
@@ -86,7 +86,7 @@ def remove_damaged(folder: Path) -> list[str]:
     intact, removed = dict[str, int](), []
     for path in _entries(folder):
         with suppress(OSError):  # of one entry, which another process may have removed
-            name, entry = _name(path), b"" if path.is_dir() else path.read_bytes()
+            name, entry = _name(path), read_file(path) if path.is_file() else b""
             checksum = zlib.crc32(entry)
             if known.get(name, checksum) == checksum and is_intact(entry, name):
                 intact[name] = checksum
@@ -106,7 +106,7 @@ def note_new_entries() -> None:
     folder = Path(os.environ.get(FOLDER, ""))
     with suppress(OSError):
         known = _read_checksums(folder)
-        new = {_name(p): p.read_bytes() for p in _entries(folder) if _name(p) not in known}
+        new = {_name(p): read_file(p) for p in _entries(folder) if _name(p) not in known}
         added = {name: zlib.crc32(entry) for name, entry in new.items() if is_intact(entry, name)}
         if added:
             write_json(folder / CHECKSUMS, known | added)
@@ -145,7 +145,7 @@ def _remove(path: Path) -> None:
 
 def _read_checksums(folder: Path) -> dict[str, int]:
     try:
-        return decode_json((folder / CHECKSUMS).read_bytes(), dict[str, int])
+        return decode_json(read_file(folder / CHECKSUMS), dict[str, int])
     except (OSError, UserError):  # none yet, or damaged
         return {}
 

@@ -4,6 +4,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,10 @@ def prepare_environment(cfg: Config) -> None:
     """Set what JAX reads when it starts; call before JAX is imported. The user's settings win.
 
     Raises:
-        ConfigError: if the run needs a GPU and no GPU version of JAX is installed, or a setting of
-            JAX's would change the run's arithmetic.
+        ConfigError: if the run needs a GPU and no GPU version of JAX is installed, or for a setting
+            of JAX's or XLA's that cannot be (`check_settings`).
     """
-    _refuse_other_arithmetic()
+    check_settings()
     if cfg.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return
@@ -56,7 +59,8 @@ def prepare_environment(cfg: Config) -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(POOL_SHARE)
 
 
-def _refuse_other_arithmetic() -> None:
+def check_settings() -> None:
+    """Raises ConfigError for settings by which a command would compute something else, or abort."""
     changed = [
         f"{name}={value}"
         for name, usual in ARITHMETIC.items()
@@ -65,8 +69,22 @@ def _refuse_other_arithmetic() -> None:
     if changed:
         names = " ".join(setting.partition("=")[0] for setting in changed)
         raise ConfigError(
-            f"{', '.join(changed)}: this setting of JAX's changes what a run computes, so that it "
-            f"could not be resumed without it; unset it: unset {names}"
+            f"{', '.join(changed)}: this setting of JAX's changes what is computed, and not "
+            f"every run has it; unset it: unset {names}"
+        )
+    if flags := _xla_flags():
+        _try_flags(flags)
+
+
+def _try_flags(flags: str) -> None:
+    """Raises ConfigError for flags that XLA refuses, for which it would end this process."""
+    code = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
+    command = [sys.executable, "-c", f"{code}.debug_options"]
+    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    refused = re.search(r"Unknown flags? in XLA_FLAGS.*|Couldn't interpret .*", tried.stderr)
+    if tried.returncode and refused:
+        raise ConfigError(
+            f"XLA_FLAGS={flags}: XLA refuses that ({refused[0].strip()}); correct it, or unset it"
         )
 
 
@@ -88,9 +106,8 @@ def import_jax() -> Any:
 
     Raises:
         UserError: if the installed versions do not work together, which are listed; or for a
-            setting that JAX refuses, or a file of XLA's flags that it could not read.
+            setting that JAX refuses.
     """
-    _xla_flags()  # or XLA ends the process
     try:
         import jax
     except ValueError as error:
@@ -115,8 +132,7 @@ def choose_devices(cfg: Config) -> Any:
     Raises:
         ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
     """
-    import jax
-
+    jax = import_jax()
     if cfg.device == "cpu":
         return jax.devices("cpu")
     try:

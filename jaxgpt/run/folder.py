@@ -108,8 +108,14 @@ def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
 
 
 def _config_of_newest(folder: Path) -> Resolved | None:
+    refused = None
     for step, manifest in reversed(readable_manifests(folder).items()):
-        return resolved_from(manifest.config, str(folder / str(step)))
+        try:
+            return resolved_from(manifest.config, str(folder / str(step)))
+        except ConfigError as error:  # the one before may be a run's
+            refused = refused or error
+    if refused is not None:
+        raise refused
     return None
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import msgspec
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import FormatError, atomic_write, decode_json, sha256_of, sync_folder
+from jaxgpt.files import (
+    FormatError,
+    atomic_write,
+    decode_json,
+    read_file,
+    sha256_of,
+    sync_folder,
+)
 
 MANIFEST = "integrity.json"
 Files = dict[str, tuple[int, str]]  # size in bytes and SHA-256, by path in the folder
@@ -64,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished checkpoint; DamagedError if a byte of it has changed."""
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         if _encode(decode_json(data, dict[str, Any]).get("manifest", {})) != data:
             raise DamagedError(f"{path} is corrupt: checksum mismatch")
         manifest = decode_json(data, _SignedManifest).manifest
@@ -99,7 +106,7 @@ def verify(folder: Path) -> Manifest:
             raise DamagedError(f"{path} is corrupt: checksum mismatch")
     for path in sorted(folder.glob("*/**/*")):  # Orbax's own folders, which it reads as a whole
         is_known = str(path.relative_to(folder)) in manifest.files or path.name.startswith(".")
-        if path.is_file() and not is_known:
+        if not path.is_dir() and not is_known:
             raise DamagedError(f"{path} is not a file of this checkpoint")
     return manifest
 

@@ -24,7 +24,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxgpt.errors import UserError
-from jaxgpt.files import atomic_write
+from jaxgpt.files import atomic_write, read_file
 from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, events_folder, parse_record
 from jaxgpt.run.tensorboard_events import (
     decode_events,
@@ -155,7 +155,7 @@ class MetricsLog:
         return True
 
     def _drop_events_after(self, last_step: int, path: Path) -> None:
-        data = path.read_bytes()  # its header and hparams are of step 0
+        data = read_file(path)  # its header and hparams are of step 0
         kept = [(entry, event) for entry, event in decode_events(data) if event.step <= last_step]
         tags = [value.tag for _, event in kept for value in event.summary.value]
         self._has_hparams |= any(tag.startswith("_hparams_/") for tag in tags)
@@ -231,8 +231,8 @@ class _Appender:
 
 def _refuse_earlier_metrics(lines: Path, folder: Path) -> None:
     try:
-        data = lines.read_bytes() if lines.exists() else b""
-        files = [path.read_bytes() for path in event_files(folder)]
+        data = read_file(lines) if lines.exists() else b""
+        files = [read_file(path) for path in event_files(folder)]
     except OSError as error:
         raise UserError(f"{error}; move it away, or choose another --out-dir") from None
     # The last line may be incomplete; any other that is not a record of step 0 is somebody's work.
@@ -247,7 +247,7 @@ def _refuse_earlier_metrics(lines: Path, folder: Path) -> None:
 
 
 def _drop_lines_after(last_step: int, path: Path) -> None:
-    data = path.read_bytes() if path.exists() else b""
+    data = read_file(path) if path.exists() else b""
     parsed = [(line, parse_record(line)) for line in data.splitlines()]
     kept = [line + b"\n" for line, record in parsed if record and record["step"] <= last_step]
     _rewrite(path, data, b"".join(kept))

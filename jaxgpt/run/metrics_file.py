@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from jaxgpt.files import FormatError, decode_json
+from jaxgpt.files import FormatError, decode_json, read_file
 
 METRICS_FILE = "metrics.jsonl"
 EVENT_FILES = "events.out.tfevents.*"
@@ -32,7 +32,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Each is {'step': int, 'time': seconds since 1970, tag: value, ...}, with NaN for `null`. Lines
     that are not records, such as the last one before a crash, are skipped.
     """
-    records = map(parse_record, path.read_bytes().splitlines() if path.exists() else [])
+    records = map(parse_record, read_file(path).splitlines() if path.exists() else [])
     return [
         {tag: math.nan if value is None else value for tag, value in record.items()}
         for record in records

@@ -7,6 +7,7 @@ checked first. For a tree that does not fit it raises a dozen kinds of exception
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +117,17 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
         ) from error
 
 
-def check_readable(folder: Path, arrays: int) -> None:
-    """Raises OSError unless Orbax finds all `arrays` of a checkpoint that it has just written."""
-    found = ocp.checkpointables_metadata(folder).metadata.get("state")
-    if found is None or len(jax.tree.leaves(found)) != arrays:
-        raise OSError(f"Orbax wrote {folder}, but cannot read it back")
+def check_readable(folder: Path, arrays: Mapping[str, str]) -> None:
+    """Raises DamagedError unless Orbax finds these arrays in a checkpoint: dtype, shape by path."""
+    try:
+        found = array_specs(ocp.checkpointables_metadata(folder).metadata.get("state", {}))
+        # A key is stored as integers.
+        keys = {name: found.get(name, "") for name in arrays if arrays[name].startswith("key<")}
+        differing = differences(found, {**arrays, **keys})
+    except Exception as error:  # see the top of the file
+        differing = reason_of(error)
+    if differing:
+        raise DamagedError(f"{folder} cannot be read back: {differing}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

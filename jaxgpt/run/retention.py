@@ -23,7 +23,7 @@ DAMAGED = ".damaged"
 
 def finished_steps(folder: Path) -> list[int]:
     """The steps with a finished checkpoint in `folder`, ascending."""
-    return sorted(int(path.name) for path in _committed(folder) if (path / MANIFEST).exists())
+    return sorted(int(path.name) for path in _committed(folder) if _has_manifest(path))
 
 
 def readable_manifests(folder: Path) -> dict[int, Manifest]:
@@ -113,7 +113,7 @@ def remove_unfinished(folder: Path) -> list[str]:
         UserError: if there are checkpoints and none has a manifest. Every run finishes that of
             step 0 first, so these are no leftovers but an incomplete copy of a run.
     """
-    unfinished = [path for path in _committed(folder) if not (path / MANIFEST).exists()]
+    unfinished = [path for path in _committed(folder) if not _has_manifest(path)]
     if not finished_steps(folder) and any(int(path.name) for path in unfinished):
         missing = max(unfinished, key=lambda path: int(path.name)) / MANIFEST
         raise UserError(
@@ -149,13 +149,16 @@ def newest_intact(
     and `warn` is called for each. Nothing is renamed unless an intact one is found.
 
     Raises:
-        UserError: if none is intact, or, with `strict`, if the newest is not.
+        UserError: if none is intact, or, with `strict`, if the newest is not; that of `check`, if
+            it is no DamagedError: the newest then is another run's, as all before it are.
     """
-    damaged: list[tuple[int, DamagedError]] = []
+    damaged: list[tuple[int, UserError]] = []
     for step in reversed(finished_steps(folder)):
         try:
             check(folder / str(step))
-        except DamagedError as error:
+        except UserError as error:
+            if strict and not isinstance(error, DamagedError):
+                raise
             if strict:
                 raise UserError(
                     f"checkpoint {step} is damaged: {error}; --resume must accepts only the "
@@ -168,8 +171,11 @@ def newest_intact(
             with suppress(FileNotFoundError):
                 delete(aside)
             (folder / str(bad)).rename(aside)
-            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {reason}")
+            what = reason if isinstance(reason, DamagedError) else "its config is not the run's"
+            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {what}")
         return step
+    if damaged and not isinstance(damaged[0][1], DamagedError):
+        raise damaged[0][1]
     if damaged:
         each = "\n".join(f"checkpoint {step}: {reason}" for step, reason in damaged)
         raise UserError(
@@ -187,6 +193,11 @@ def _leftovers(folder: Path) -> list[Path]:
         for path in folder.glob(pattern)
         if path.is_dir()
     ]
+
+
+def _has_manifest(path: Path) -> bool:
+    # A link to a missing file is a damaged manifest, not a save that was killed.
+    return os.path.lexists(path / MANIFEST)
 
 
 def _committed(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from jaxgpt.errors import first_line
-from jaxgpt.files import FormatError, decode_json, write_json
+from jaxgpt.files import FormatError, decode_json, read_file, write_json
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 
@@ -100,7 +100,7 @@ class WandbLog(MetricsLog):
 def _earlier_start(out_dir: Path) -> Sent | None:
     """What earlier starts of the run logged, as far as the files say; read before they are cut."""
     with suppress(OSError, FormatError):
-        sent = decode_json((out_dir / WANDB_FILE).read_bytes(), Sent)
+        sent = decode_json(read_file(out_dir / WANDB_FILE), Sent)
         steps = [record["step"] for record in read_metrics(out_dir / METRICS_FILE)]
         return Sent(sent.id, max(sent.step, *steps, -1))
     return None

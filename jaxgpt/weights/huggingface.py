@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes
 from jaxgpt.errors import UserError
-from jaxgpt.files import FormatError, decode_json
+from jaxgpt.files import FormatError, decode_json, open_file, read_file
 from jaxgpt.weights import gpt2, llama
 from jaxgpt.weights.deploy import (
     deployed_config,
@@ -217,6 +217,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_tensors(path: Path, ignored: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
     try:
+        open_file(path).close()
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if not name.endswith(ignored):
@@ -227,7 +228,7 @@ def _read_tensors(path: Path, ignored: tuple[str, ...]) -> Iterator[tuple[str, n
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return decode_json(path.read_bytes(), dict[str, Any])
+        return decode_json(read_file(path), dict[str, Any])
     except FileNotFoundError:
         raise FolderError(
             f"{path} is missing; a Hugging Face folder has {CONFIG_FILE} and {WEIGHTS_FILE}"

@@ -177,6 +177,7 @@ def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run:
         (["--out-dir=nowhere", "--to=x"], ["--out-dir nowhere: no such folder"]),
         (["--out-dir=HF", "--to=x"], ["is a Hugging Face model, not a run", "with --init-from"]),
         (["--out-dir=RUN", "--to=FULL/f/x"], ["cannot be written", "Not a directory"]),
+        (["--out-dir=RUN", "--to=FULL/loop"], ["cannot be written", "Not a directory"]),
         (
             ["--out-dir=RUN", "--to=x", "--checkpoint=5"],
             ["--checkpoint 5: ", "has no such checkpoint"],
@@ -186,6 +187,7 @@ def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run:
 )
 def test_a_user_error_is_one_message(tiny_run, exported, tmp_path, capsys, flags, answers) -> None:
     (tmp_path / "f").write_text("in the way")
+    (tmp_path / "loop").symlink_to("loop")
     real = {"RUN": str(tiny_run), "FULL": str(tmp_path), "HF": str(exported)}
     argv = [re.sub("RUN|FULL|HF", lambda match: real[match[0]], flag) for flag in flags]
     with pytest.raises(SystemExit) as left:

@@ -61,6 +61,12 @@ def test_the_cache_is_no_longer_than_the_text_needs() -> None:
     assert context_for(ModelConfig(block_size=4096), 9) == 4096  # learned positions
 
 
+def test_more_texts_than_fit_the_memory_are_refused(mistake, tiny_run) -> None:
+    """XLA would end the process without a Python error."""
+    answer = mistake("--out-dir", str(tiny_run), "--num-samples", "1000000000")
+    assert re.search(r"--num-samples 1,000,000,000: .* at least [\d,.]+ GB, .* fewer at a", answer)
+
+
 def test_a_seed_gives_the_same_texts(sample) -> None:
     a, b, c = (sample("--seed", seed)[0] for seed in ("1", "1", "2"))
     assert a == b

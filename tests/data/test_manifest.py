@@ -97,6 +97,15 @@ def test_training_refuses_a_changed_folder(
     assert str(folder) in str(caught.value)
 
 
+def test_a_shard_is_in_the_manifest_once(folder: Path) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_bytes())
+    values["shards"].append(values["shards"][0])
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=f"^{path}: Expected each shard once, got .* 2 times; copy"):
+        check_manifest(folder, BYTE)
+
+
 def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="made with tokenizer 'byte', but the model's is 'gpt2'"):
         check_manifest(folder, load_tokenizer("gpt2"))

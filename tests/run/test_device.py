@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import jax
@@ -124,18 +125,39 @@ def test_settings_of_jax_that_change_a_runs_arithmetic_are_refused(monkeypatch, 
         prepare_environment(on("cpu", DEMO))
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate", "export", "bench", "plan"])
+def test_every_command_that_computes_refuses_them(tiny_run, tmp_path, monkeypatch, capsys, name):
+    flags = {
+        "export": ["--out-dir", str(tiny_run), "--to", str(tmp_path / "x")],
+        "bench": ["--preset", "demo"],
+        "plan": ["--gpu", "rtx4090"],
+    }
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    with pytest.raises(SystemExit):
+        import_module(f"jaxgpt.{name}").main(flags.get(name, ["--out-dir", str(tiny_run)]))
+    assert f"python -m jaxgpt.{name}: JAX_ENABLE_X64=1: " in capsys.readouterr().err
+
+
+def test_settings_that_jax_cannot_read_are_named():
+    code = "from jaxgpt.run.device import import_jax\nimport_jax()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {"JAX_DEFAULT_MATMUL_PRECISION": "x"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert 'UserError: JAX cannot be imported (Invalid value "x" for' in done.stderr
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("flags", "said"),
     [
-        ("XLA_FLAGS", "/no/flags", "XLA_FLAGS=/no/flags: is a file that cannot be read"),
-        ("JAX_DEFAULT_MATMUL_PRECISION", "x", 'JAX cannot be imported (Invalid value "x" for'),
+        ("/no/flags", "is a file that cannot be read"),
+        ("--xla_dump_to=x --xla_no_such=1", r"XLA refuses that \(Unknown flag.*--xla_no_such=1"),
+        ("--xla_gpu_deterministic_ops=7", r"XLA refuses that \(Couldn't interpret value 7 for"),
     ],
 )
-def test_settings_that_jax_cannot_read_are_named(name, value, said):
-    code = "from jaxgpt.run.device import import_jax\nimport_jax()"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), name: value}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert f"UserError: {said}" in done.stderr or f"ConfigError: {said}" in done.stderr
+def test_flags_that_xla_would_end_the_process_for_are_named(monkeypatch, flags, said):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(ConfigError, match=f"^XLA_FLAGS={flags}: {said}"):
+        prepare_environment(on("cpu", DEMO))
 
 
 def test_the_cpu_needs_no_flag_for_the_same_bits():

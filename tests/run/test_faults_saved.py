@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.runs import STEPS, assert_same_end, saved_steps, started, train, wait_for
+from msgspec.structs import replace
 
 from jaxgpt.files import FolderLock
 from jaxgpt.model.generate import Generator
 from jaxgpt.run import checkpoint, preflight
-from jaxgpt.run.integrity import MANIFEST, verify
+from jaxgpt.run.integrity import MANIFEST, Manifest, read_manifest, verify, write_manifest
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
@@ -34,6 +35,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     out, err = capsys.readouterr()
     assert f"checkpoint 8 is damaged and was renamed to 8.damaged: {array} is corrupt" in err
     assert "from step 4 to step 8" in " ".join(out.split())  # a long path wraps its line
+    assert_same_end(run, straight)
+
+
+def other_shape(manifest: Manifest) -> Manifest:
+    name = next(name for name in manifest.arrays if name.endswith("mu/wte/embedding"))
+    return replace(manifest, arrays={**manifest.arrays, name: "float32(7,)"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: replace(m, config={}), "its config is not the run's"),
+        (lambda m: replace(m, config={**m.config, "n_layer": "x"}), "its config is not the run's"),
+        (lambda m: replace(m, config={**m.config, "seed": 5}), "its config is not the run's"),
+        (other_shape, "mu/wte/embedding: saved as float32(320, 16), now float32(7,)"),
+    ],
+)
+def test_a_signed_manifest_that_does_not_fit_costs_only_its_checkpoint(
+    straight, run, capsys, change, reason: str
+) -> None:
+    newest = run / "checkpoints" / "8"
+    write_manifest(newest, change(read_manifest(newest)))
+    assert train(run, *STEPS) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint 8 is damaged and was renamed to 8.damaged: " in err
+    assert reason in err
     assert_same_end(run, straight)
 
 

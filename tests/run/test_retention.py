@@ -128,6 +128,18 @@ def test_the_newest_intact_checkpoint_is_taken_and_damaged_ones_are_put_aside(tm
     assert "3.damaged" in names(tmp_path)
 
 
+def test_a_manifest_that_links_to_a_missing_file_is_damage_and_no_leftover(tmp_path: Path) -> None:
+    for step in (1, 2):
+        add(tmp_path, step)
+    (tmp_path / "2" / MANIFEST).unlink()
+    (tmp_path / "2" / MANIFEST).symlink_to(tmp_path / "unmounted")
+    assert remove_unfinished(tmp_path) == []
+    told: list[str] = []
+    assert newest_intact(tmp_path, verify, told.append, strict=False) == 1
+    assert names(tmp_path) == ["1", "2.damaged"]
+    assert "integrity.json cannot be read (No such file or directory)" in told[0]
+
+
 def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:
     assert newest_intact(tmp_path, verify, print, strict=True) is None
 
