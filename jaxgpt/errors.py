@@ -72,7 +72,7 @@ def _open_closed_streams() -> None:
             try:
                 os.fstat(number)
             except OSError:  # the next file would get the number, and what libraries print there
-                os.open(os.devnull, os.O_RDWR)
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # for workers, too
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
 
@@ -102,12 +102,20 @@ def _explain(error: BaseException) -> str | None:
         return f"input cannot be decoded: {first_line(error)}; check the input files"
     if isinstance(error, UnicodeEncodeError):
         return f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8"
-    if isinstance(error, FileNotFoundError) and error.filename is None:
+    if isinstance(error, FileNotFoundError) and not _current_folder_exists():
         return "the current folder has been deleted; change to another one"
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; fix that and run the same command again"
     return None
+
+
+def _current_folder_exists() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _reader_has_left() -> bool:

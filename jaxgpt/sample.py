@@ -18,6 +18,7 @@ import numpy as np
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
@@ -121,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
             if flags.interactive and turn == 0:
                 warn("compiling, before the first text and again before much longer ones ...")
             context = context_for(weights.model, len(tokens) + flags.max_new_tokens)
-            check_room(weights.model, context, flags.num_samples, device)
+            check_room(weights.model, context, flags.num_samples, device, dtype)
             stream = make_generator(context).stream(
                 params, tokens, flags.max_new_tokens, key, flags.num_samples
             )
@@ -196,17 +197,18 @@ def context_for(model: ModelConfig, length: int) -> int:
     return min(model.block_size, -(-length // CACHE_STEP) * CACHE_STEP)
 
 
-def check_room(model: ModelConfig, context: int, samples: int, device: Any) -> None:
+def check_room(model: ModelConfig, context: int, samples: int, device: Any, dtype: Dtype) -> None:
     """Raises ConfigError if the texts cannot fit the memory; on a CPU XLA would abort."""
     from jaxgpt.planning.memory import device_limit
 
-    cached = 2 * model.n_layer * model.kv_heads * model.head_width  # numbers per token, of 2 bytes
-    need = samples * (2 * cached * context + 4 * (context + (model.vocab_size or 0)))
+    cached = 2 * model.n_layer * model.kv_heads * model.head_width  # numbers per token
+    size = 4 if dtype == "float32" else 2
+    need = samples * (size * cached * context + 4 * (context + (model.vocab_size or 0)))
     free = device_limit(device)
     if free is not None and need > free:
         raise ConfigError(
-            f"--num-samples {samples:,}: so many texts need at least {need / 1e9:,.1f} GB, and "
-            f"{free / 1e9:,.1f} are free; generate fewer at a time"
+            f"--num-samples {samples:,}: so many texts need at least {need / 1e9:,.1f} GB, of "
+            f"{free / 1e9:,.1f} on this device; generate fewer at a time"
         )
 
 

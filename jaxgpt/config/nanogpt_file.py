@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.nanogpt import NANOGPT_SETTINGS, nanogpt_answer
+from jaxgpt.files import read_file
 
 # What nanoGPT's train.py assigns before it reads the file. Its out_dir, device and dtype are not
 # taken over: a run has a folder of its own, and uses what the machine has.
@@ -74,7 +75,7 @@ def read_settings(path: str, known: Collection[str]) -> dict[str, Any]:
         ConfigError: for a file that cannot be read, and with file and line for anything else in it.
     """
     try:
-        tree = ast.parse(Path(path).read_bytes())
+        tree = ast.parse(read_file(Path(path)))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one of nanoGPT's config files") from None
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -24,6 +24,7 @@ from jaxgpt.config.nanogpt_file import (
     unused_settings,
 )
 from jaxgpt.config.roles import Role
+from jaxgpt.files import read_file
 
 
 def presets_dir() -> Path:
@@ -72,7 +73,7 @@ def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name) if is_path else presets_dir() / f"{name}.toml"
     source = name if is_path else path.name
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without a BOM, which Windows writes
+        text = read_file(path).decode("utf-8-sig")  # without a BOM, which Windows writes
         return source, tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(_no_such_preset(name)) from None

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from jaxgpt.config.fields import Config, with_fields
+from jaxgpt.config.checks import as_flag
+from jaxgpt.config.fields import Config, flat_values, with_fields
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved, choose_dtype
@@ -112,13 +113,22 @@ class Planner:
         return [choice for choice in trained if choice]
 
     def _other_recipe(self, cfg: Resolved, hours: float) -> dict[str, Any] | None:
-        """The best choice with Qwen3's network and Muon or, if `cfg` has them, GPT-2 and AdamW."""
+        """The best choice with Qwen3's network and Muon or, if `cfg` has them, GPT-2 and AdamW.
+
+        None if none fits, or `cfg` has another tokenizer: its losses would not compare.
+        """
         modern = (cfg.model.arch, cfg.optimizer.optimizer) == ("qwen3", "muon")
         gpt2 = tier(self.gpu.memory_bytes, self.gpu.compute_capability)
         preset = load_preset(gpt2 if modern else MODERN)
-        other = with_fields(preset, block_size=cfg.model.block_size, dtype=cfg.asked.dtype)
-        best = min(self._choices(self.resolve(other), hours), key=lambda c: c.loss, default=None)
-        return best and {"preset": preset.preset, **self._choice_record(best)}
+        if preset.tokenizer != cfg.tokenizer:
+            return None
+        same = {"block_size": cfg.model.block_size, "dtype": cfg.asked.dtype}
+        other = self.resolve(with_fields(preset, **same))
+        best = min(self._choices(other, hours), key=lambda c: c.loss, default=None)
+        usual = flat_values(preset)
+        flags = [f" {as_flag(name)} {x}" for name, x in same.items() if x != usual[name]]
+        asked = f"--preset {preset.preset}{''.join(flags)}"
+        return best and {"flags": asked, **self._choice_record(best)}
 
     def record(self, cfg: Resolved, need: memory.Need) -> dict[str, Any]:
         """Everything known about one run on this card, as JSON values."""

@@ -100,7 +100,7 @@ def _other_recipe(answer: dict[str, Any]) -> str:
     return (
         f"{recipe} would reach {other['predicted_loss']:.3f}, {abs(change):.3f} "
         f"{'lower' if change < 0 else 'higher'}, with {other['parameters'] / 1e6:.1f}M parameters: "
-        f"python -m jaxgpt.plan --preset {other['preset']} --gpu {answer['gpu']} "
+        f"python -m jaxgpt.plan {other['flags']} --gpu {answer['gpu']} "
         f"--hours {answer['hours_given']:g}"
     )
 

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import IO, Any, Literal, NamedTuple
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.preparation.archives import open_input
+
+if TYPE_CHECKING:  # `prepare --help` does without it
+    import numpy as np
 
 CHUNK = 1 << 20  # bytes read at a time
 ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
@@ -79,8 +80,8 @@ class LongText:
         return None
 
 
-Text = str | LongText | np.ndarray
-Document = Text | Skip
+Text: TypeAlias = "str | LongText | np.ndarray"
+Document: TypeAlias = "Text | Skip"
 
 
 class Batch(NamedTuple):
@@ -107,6 +108,8 @@ def to_ids(ids: Any) -> Document:
     """Token ids as an array, or the reason why they are skipped."""
     if ids is None:
         return Skip.NULL
+    import numpy as np
+
     try:
         array = np.asarray(ids)
     except ValueError:  # lists of several lengths
@@ -140,7 +143,7 @@ def pieces(document: str | LongText, cut: Callable[[str, int, int], int]) -> Ite
 
 def fraction_of(document: Text) -> float:
     """A number in [0, 1) from the hash of the document's text, uniformly distributed."""
-    if isinstance(document, np.ndarray):
+    if not isinstance(document, str | LongText):
         digest = hashlib.sha256(document.tobytes())
     elif isinstance(document, str):
         digest = hashlib.sha256(document.encode(errors="surrogatepass"))

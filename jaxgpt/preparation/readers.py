@@ -189,8 +189,10 @@ def _batch(table: Any, slice: Slice, options: ReadOptions, size: int) -> Batch:
 
     column = _column(table, slice.input, options.text_column)
     documents: list[Document]
-    if options.ids:
+    if options.ids and pa.types.is_nested(column.type):
         documents = [to_ids(getattr(row, "values", None)) for row in column]
+    elif options.ids:
+        documents = [Skip.NO_TEXT] * len(column)
     elif not _is_text_type(column.type):
         raise UserError(
             f"{slice.path}: column {options.text_column!r} has type {column.type}, not text; "

@@ -115,12 +115,13 @@ class Checkpoints:
         """
         step = None
         try:
-            if self.processes.is_main:
-                retention.remove_unfinished(self.folder)
-                retention.refuse_other_runs(self.folder)
-                step = retention.newest_intact(
-                    self.folder, lambda at: check_config(self._verify(at).config), warn, strict
-                )
+            with self.processes.fail_together():
+                if self.processes.is_main:
+                    retention.remove_unfinished(self.folder)
+                    retention.refuse_other_runs(self.folder)
+                    step = retention.newest_intact(
+                        self.folder, lambda at: check_config(self._verify(at).config), warn, strict
+                    )
             if step is not None:
                 self._run = self.manifest(step).run or self._run
             return self.processes.broadcast_from_main(step)
@@ -247,7 +248,7 @@ class Checkpoints:
         if folder not in self._verified:  # it takes long
             check = integrity.verify if self.processes.is_main else integrity.read_manifest
             manifest = check(folder)
-            restore.check_readable(self._orbax.path / folder.name, manifest.arrays)
+            restore.check_readable(self._orbax.path / folder.name, manifest)
             self._verified[folder] = manifest
         return self._verified[folder]
 
@@ -260,7 +261,7 @@ class Checkpoints:
             written.result()  # after all processes have written
             if not self.processes.is_main:
                 return
-            restore.check_readable(self._orbax.path / str(step), notes["arrays"])
+            restore.check_arrays(self._orbax.path / str(step), notes["arrays"])
             files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
             loss = _finite(val_loss.result())

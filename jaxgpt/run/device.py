@@ -13,6 +13,7 @@ from typing import Any
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.files import read_file
 from jaxgpt.planning.gpus import POOL_SHARE
 
 MEMORY_SETTINGS = (
@@ -80,7 +81,9 @@ def _try_flags(flags: str) -> None:
     """Raises ConfigError for flags that XLA refuses, for which it would end this process."""
     code = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"
     command = [sys.executable, "-c", f"{code}.debug_options"]
-    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    tried = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     refused = re.search(r"Unknown flags? in XLA_FLAGS.*|Couldn't interpret .*", tried.stderr)
     if tried.returncode and refused:
         raise ConfigError(
@@ -94,7 +97,7 @@ def _xla_flags() -> str:
     if not flags or flags.startswith("-"):
         return flags
     try:
-        return " ".join(Path(flags).read_text().split())
+        return " ".join(read_file(Path(flags)).decode().split())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"XLA_FLAGS={flags}: is a file that cannot be read ({error}); name another, or flags"

@@ -74,11 +74,7 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
     except Exception as error:
         if _is_out_of_memory(error) or is_lost_connection(error):
             raise
-        made_with = ", ".join(f"{name} {v}" for name, v in manifest.made_with.items())
-        raise CheckpointError(
-            f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was "
-            f"written with {made_with}: install these versions"
-        ) from error
+        raise _unreadable(folder, manifest, error) from error
     if int(stored["step"]) != int(folder.name):
         raise CheckpointError(
             f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
@@ -117,17 +113,37 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
         ) from error
 
 
-def check_readable(folder: Path, arrays: Mapping[str, str]) -> None:
-    """Raises DamagedError unless Orbax finds these arrays in a checkpoint: dtype, shape by path."""
+def check_arrays(folder: Path, arrays: Mapping[str, str]) -> None:
+    """Raises DamagedError unless a checkpoint has these arrays: dtype and shape by path.
+
+    An error of Orbax's, which cannot read the checkpoint at all, is raised as it is.
+    """
+    found = array_specs(ocp.checkpointables_metadata(folder).metadata.get("state", {}))
+    # A key is stored as integers.
+    keys = {name: found.get(name, "") for name in arrays if arrays[name].startswith("key<")}
+    if differing := differences(found, {**arrays, **keys}):
+        raise DamagedError(f"{folder} holds other arrays than its manifest says: {differing}")
+
+
+def check_readable(folder: Path, manifest: Manifest) -> None:
+    """`check_arrays` for a finished checkpoint; raises CheckpointError if Orbax cannot read it."""
     try:
-        found = array_specs(ocp.checkpointables_metadata(folder).metadata.get("state", {}))
-        # A key is stored as integers.
-        keys = {name: found.get(name, "") for name in arrays if arrays[name].startswith("key<")}
-        differing = differences(found, {**arrays, **keys})
+        check_arrays(folder, manifest.arrays)
+    except (UserError, OSError):
+        raise
     except Exception as error:  # see the top of the file
-        differing = reason_of(error)
-    if differing:
-        raise DamagedError(f"{folder} cannot be read back: {differing}")
+        if _is_out_of_memory(error):
+            raise
+        raise _unreadable(folder, manifest, error) from error
+
+
+def _unreadable(folder: Path, manifest: Manifest, error: Exception) -> CheckpointError:
+    """The error for a checkpoint whose files are as they were written, but Orbax fails."""
+    made_with = ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())
+    return CheckpointError(
+        f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was written "
+        f"with {made_with}: install these versions"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

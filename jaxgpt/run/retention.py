@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.errors import UserError
 from jaxgpt.files import delete
 from jaxgpt.run.integrity import MANIFEST, DamagedError, Manifest, read_manifest
@@ -156,7 +157,7 @@ def newest_intact(
     for step in reversed(finished_steps(folder)):
         try:
             check(folder / str(step))
-        except UserError as error:
+        except (DamagedError, ConfigError) as error:
             if strict and not isinstance(error, DamagedError):
                 raise
             if strict:
@@ -171,8 +172,8 @@ def newest_intact(
             with suppress(FileNotFoundError):
                 delete(aside)
             (folder / str(bad)).rename(aside)
-            what = reason if isinstance(reason, DamagedError) else "its config is not the run's"
-            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {what}")
+            other = "" if isinstance(reason, DamagedError) else "its config is not the run's: "
+            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {other}{reason}")
         return step
     if damaged and not isinstance(damaged[0][1], DamagedError):
         raise damaged[0][1]
