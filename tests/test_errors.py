@@ -51,7 +51,11 @@ def test_what_a_user_can_cause_is_a_sentence(capsys, command, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("x"), KeyError("k"), OSError("by a library"), BaseException("a panic")]
+    "error",
+    [
+        *(ValueError("x"), KeyError("k"), OSError("by a library"), BaseException("a panic")),
+        FileNotFoundError("of a library, with the current folder in place"),
+    ],
 )
 def test_a_bug_is_a_traceback_and_a_request_to_report_it(capsys, error) -> None:
     assert run_command("prog", raising(error)) == 1

@@ -185,6 +185,10 @@ def test_a_card_without_bfloat16_is_told_why_and_what_fits_it(answer, shown) -> 
     assert got["command"] in text
 
 
+def test_recipes_of_different_tokenizers_are_not_compared(answer) -> None:
+    assert answer("--preset", "demo", "--gpu", "rtx4090", "--hours", "1")["other_recipe"] is None
+
+
 def test_hours_find_the_least_predicted_loss(answer, shown) -> None:
     got = answer("--gpu", "rtx4090", "--hours", "48")
     losses = [choice["predicted_loss"] for choice in got["choices"]]

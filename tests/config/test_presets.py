@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from jaxgpt.config import presets
@@ -221,6 +223,12 @@ def test_what_is_not_toml_is_answered_with_file_and_reason(toml, content, reason
     message = refusal(path)
     assert message.startswith(f"{path} cannot be read as TOML: ")
     assert reason in message
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "my.toml")
+    with pytest.raises(ConfigError, match=r"my.toml cannot be read as TOML: .*not a file"):
+        load_preset(str(tmp_path / "my.toml"))
 
 
 def test_a_path_that_cannot_be_read_is_answered_with_the_reason(tmp_path):

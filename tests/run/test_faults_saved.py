@@ -236,6 +236,18 @@ def test_a_device_too_full_to_sample_does_not_take_the_save_along(
     assert_same_end(tmp_path / "run", straight)
 
 
+def test_a_checkpoint_that_only_orbax_cannot_read_is_not_called_damaged(
+    run, monkeypatch, refused
+) -> None:
+    def fail(folder: Path) -> None:
+        raise KeyError("a format of a later version")
+
+    monkeypatch.setattr("orbax.checkpoint.v1.checkpointables_metadata", fail)
+    said = refused(run, *STEPS)
+    assert "is intact, but cannot be read ('a format of a later version'); it was written" in said
+    assert saved_steps(run) == [4, 8]
+
+
 def test_a_device_too_full_to_go_on_is_not_taken_for_a_damaged_checkpoint(
     straight, run, refused, monkeypatch
 ) -> None:
