@@ -6,6 +6,7 @@ With them, tests compare our logits with transformers' without having it install
 biases are large, so that every part of the network affects the logits.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ MODERN = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     models = {
         name: random_gpt2(shape, activation="gelu" if name.startswith("erf") else "gelu_new")
         for name, shape in SHAPES.items()

@@ -11,7 +11,7 @@ import pytest
 from helpers.configs import resolved
 
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.fields import Config
+from jaxgpt.config.fields import Config, Dtype
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import find_gpu
 
@@ -70,3 +70,15 @@ def test_gpt2s_gelu_and_its_queries_keys_and_values_need_no_pass_of_their_own() 
     sizes = re.findall(r" = \(bf16\[(\d+),(\d+)\]\S* s8\[\d+\]\S*\) custom-call", program)
     assert sizes.count((str(B * T), str(D))) >= 3 * GPT2.n_layer
     assert (str(B * T), str(3 * D)) not in sizes
+
+
+@pytest.mark.parametrize(("card", "dtype"), [("t4", "float16"), ("rtx3090", "float32")])
+def test_no_array_has_the_scores_of_all_queries_where_flash_attention_is_missing(
+    card: str, dtype: Dtype
+) -> None:
+    T = 1280  # no other axis is as long
+    cfg = Config(model=dataclasses.replace(GPT2, block_size=T))
+    cfg = resolved(cfg, dtype, batch_size=2, effective_batch_size=2)
+    program = memory.compile_ahead(cfg, target.card_device(find_gpu(card))).as_text()
+    shapes = [dims.split(",") for dims in re.findall(r"\w\[([\d,]+)\]", program)]
+    assert max(dims.count(str(T)) for dims in shapes) == 1
