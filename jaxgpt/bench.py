@@ -25,7 +25,7 @@ from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.data.mixture import MixtureLoader
-from jaxgpt.data.shards import SAMPLE
+from jaxgpt.data.shards import Wanted
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def open_tokens(
     absent = any(folder is not None and not folder.is_dir() for folder in folders.values())
     if flags.synthetic or (absent and not named):
         return None
-    wanted = SAMPLE._replace(in_mixture=len(folders) > 1)
+    wanted = Wanted(in_mixture=asked.mixture.has_several)
     streams = {
         name: open_split(folder, "train", tokenizer, wanted) for name, folder in folders.items()
     }

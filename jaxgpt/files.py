@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 LOCK_FILE = "lock"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` drops the second slash
-NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # for a pipe's other end
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its writer
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems
 
 
@@ -57,9 +57,9 @@ def user_path(path: str | Path, name: str) -> Path:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file of ours for reading; OSError, too, for what is no file, as reading a pipe hangs.
+    """Open a file of ours for reading; links are followed.
 
-    A link to a file is one.
+    Raises OSError, also for a pipe, a socket or a device, from which reading could hang.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

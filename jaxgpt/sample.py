@@ -198,12 +198,14 @@ def context_for(model: ModelConfig, length: int) -> int:
 
 
 def check_room(model: ModelConfig, context: int, samples: int, device: Any, dtype: Dtype) -> None:
-    """Raises ConfigError if the texts cannot fit the memory; on a CPU XLA would abort."""
+    """Raises ConfigError if the texts do not fit the memory; on a CPU XLA would abort."""
+    import jax.numpy as jnp
+
     from jaxgpt.planning.memory import device_limit
 
-    cached = 2 * model.n_layer * model.kv_heads * model.head_width  # numbers per token
-    size = 4 if dtype == "float32" else 2
-    need = samples * (size * cached * context + 4 * (context + (model.vocab_size or 0)))
+    numbers = 2 * model.n_layer * model.kv_heads * model.head_width  # cached, per token
+    cached = jnp.dtype(dtype).itemsize * numbers * context
+    need = samples * (cached + 4 * (context + (model.vocab_size or 0)))
     free = device_limit(device)
     if free is not None and need > free:
         raise ConfigError(

@@ -143,7 +143,8 @@ def find_checkpoint(
         saved = checkpoints.manifest(step)
         check_config(saved.config)  # in every process
         folder.check_stages(cfg, saved.config, step)
-        folder.check_data(saved.data, data.identity, cfg.out_dir)
+        in_mixture = cfg.asked.mixture.has_several
+        folder.check_data(saved.data, data.identity, cfg.out_dir, in_mixture)
     return step
 
 

@@ -42,6 +42,11 @@ class Mixture(NamedTuple):
     stages: list[Stage]  # the first begins at step 0
 
     @property
+    def has_several(self) -> bool:
+        """Whether there is more than one source."""
+        return len(self.folders) > 1
+
+    @property
     def labels(self) -> dict[str, str]:
         """What a reader is shown for each name: its path's last part, numbered if two agree."""
         labels = {n: path.absolute().name if path else n for n, path in self.folders.items()}

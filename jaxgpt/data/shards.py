@@ -135,7 +135,7 @@ class TokenStream:
 
 
 class Wanted(NamedTuple):
-    """What the message on missing tokens says of them."""
+    """What the error for missing tokens recommends."""
 
     tokens: int = SAMPLE_10BT  # of the training split
     in_mixture: bool = False
@@ -208,9 +208,9 @@ def find_files(data_dir: Path, split: str, wanted: Wanted = SAMPLE) -> list[Path
 
 
 def token_files(paths: Iterable[Path]) -> list[Path]:
-    """Those of `paths` that contain tokens: .bin files, and .npy files named as a split's.
+    """Those of `paths` that contain tokens: .bin files, and .npy files named after a split.
 
-    None that is hidden, such as macOS's ._x of a copy.
+    Hidden files, such as the ._x that macOS adds to a copy, are left out.
     """
     shown = [path for path in paths if not path.name.startswith(".")]
     return [p for p in shown if p.suffix == ".bin" or (p.suffix == ".npy" and split_of(p))]

@@ -15,7 +15,7 @@ with 2,048 FLOPs on an A100 (8.0), 4,096 on Hopper (9.0), 8,192 on a B200 (10.0)
 GeForce cards, the A10G, L20 and L40 accumulate in float32 at half of their chip's rate: 512. (An
 RTX 4090's often-quoted 330 TFLOP/s are float16 accumulation, its 661 are sparse.) The clock is the
 boost, or the lower one that a data sheet's peak implies; a GeForce laptop's is that of the highest
-power limit, and what NVIDIA does not print of workstation laptops is from TechPowerUp's database.
+power limit; what NVIDIA does not publish for workstation laptops is from TechPowerUp's database.
 
 Imports no JAX: the planner and the presets ask about cards that this machine does not have.
 """

@@ -103,7 +103,9 @@ def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]
             f"chosen by {by}."
         )
     elif "Laptop" in planner.gpu.name:
-        reasons.append("Times are for a high power limit of this laptop card; many have a lower.")
+        reasons.append(
+            "Times are for a high power limit of this card; many laptops have a lower one."
+        )
     if planner.why_estimated:
         reasons.append(f"Memory is estimated, within a tenth: {planner.why_estimated}.")
     return reasons

@@ -41,8 +41,8 @@ def prepare_environment(cfg: Config) -> None:
     """Set what JAX reads when it starts; call before JAX is imported. The user's settings win.
 
     Raises:
-        ConfigError: if the run needs a GPU and no GPU version of JAX is installed, or for a setting
-            of JAX's or XLA's that cannot be (`check_settings`).
+        ConfigError: if the run needs a GPU and no GPU version of JAX is installed, or a setting of
+            JAX or XLA is refused (`check_settings`).
     """
     check_settings()
     if cfg.device == "cpu":
@@ -61,7 +61,7 @@ def prepare_environment(cfg: Config) -> None:
 
 
 def check_settings() -> None:
-    """Raises ConfigError for settings by which a command would compute something else, or abort."""
+    """Raises ConfigError for settings of JAX or XLA that change the results or abort a command."""
     changed = [
         f"{name}={value}"
         for name, usual in ARITHMETIC.items()
@@ -70,8 +70,8 @@ def check_settings() -> None:
     if changed:
         names = " ".join(setting.partition("=")[0] for setting in changed)
         raise ConfigError(
-            f"{', '.join(changed)}: this setting of JAX's changes what is computed, and not "
-            f"every run has it; unset it: unset {names}"
+            f"{', '.join(changed)}: this JAX setting changes the results, and a run resumed "
+            f"without it would differ; unset it: unset {names}"
         )
     if flags := _xla_flags():
         _try_flags(flags)

@@ -141,13 +141,14 @@ def save_config(resolved: Resolved) -> None:
         raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
-def check_data(saved: dict[str, Any], found: dict[str, Any], out_dir: Path) -> None:
+def check_data(
+    saved: dict[str, Any], found: dict[str, Any], out_dir: Path, in_mixture: bool = False
+) -> None:
     """Raises ConfigError if the data is no longer what the run was trained on."""
     # A checkpoint of an older jaxgpt has fewer entries.
     changed = [name for name in found if name in saved and saved[name] != found[name]]
     if changed:
         was = ", ".join(f"{name} {saved.get(name)} -> {found[name]}" for name in changed)
-        in_mixture = any(": " in name for name in found)
         remedy = "restore it" if in_mixture else "name its data with --data-dir"
         raise ConfigError(
             f"the data is not what the run in {out_dir} was trained on ({was}); {remedy}, or start "

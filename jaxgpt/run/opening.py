@@ -175,7 +175,7 @@ def _open_source(
     facts: dict[str, int | str] = {}
     if folder is not None and (fingerprint := check_manifest(folder, tokenizer)):
         facts["manifest_fingerprint"] = fingerprint
-    wanted = Wanted(asked.tokens_per_step * asked.max_iters, len(asked.mixture.folders) > 1)
+    wanted = Wanted(asked.tokens_per_step * asked.max_iters, asked.mixture.has_several)
     train = open_split(folder, "train", tokenizer, wanted)
     val = open_split(folder, "val", tokenizer, wanted)
     facts |= {"train_tokens": len(train), "val_tokens": len(val)}

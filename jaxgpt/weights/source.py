@@ -98,7 +98,7 @@ def open_weights(flags: WeightsFlags) -> Weights:
             f"--checkpoint {flags.checkpoint}: {flags.init_from} is not a run and has no "
             "checkpoints; drop --checkpoint"
         )
-    # A name with a slash could be on the Hub, too, but not where runs are beside it.
+    # owner/name may be on the Hub; but if there are runs in owner/, it is one of them, mistyped.
     if "/" in flags.init_from and not path.exists() and (runs := _runs_beside(path)):
         raise ConfigError(f"--init-from {flags.init_from}: no such folder{runs}")
     folder = find_folder(flags.init_from)
