@@ -48,6 +48,7 @@ def flags_of(item: Item, trial: bool) -> list[str]:
     else:
         model = model_flags(trial)
         model += ["--batch-size", "4" if trial else str(item.batch_size)]
+    model += ["--deterministic", str(item.deterministic)]
     accumulation = 2 if trial else item.accumulation
     return [*model, "--gradient-accumulation-steps", str(accumulation), "--synthetic"]
 

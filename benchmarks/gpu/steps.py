@@ -112,7 +112,7 @@ def lower(item: Item, asked: Config) -> Lowered:
 
     n_vocab = load_tokenizer(asked.tokenizer).n_vocab
     cfg, layout = find_devices(asked, Origin.of(asked), n_vocab)
-    # An option of this step alone; --deterministic would apply to the whole process.
+    # An option of this step alone: XLA_FLAGS would apply to the whole process.
     options = {"xla_gpu_deterministic_ops": True} if item.deterministic else {}
     if layout.device.platform != "gpu":
         options = {}

@@ -115,7 +115,8 @@ class Config:
     # auto: resume from the newest checkpoint in out_dir, or start if there is none; must: resume
     # from the newest or fail; never: start, or fail if out_dir has a run
     resume: Annotated[Resume, Role.TUNABLE, Role.LOCAL, Role.SILENT] = "auto"
-    # bit-identical runs on a GPU: no autotuning, no atomics, so slower (docs/faults.md)
+    # bit-identical runs on a GPU: no autotuning, no atomics, and in bfloat16 scan_layers, so slower
+    # (docs/faults.md)
     deterministic: Annotated[TrueOrFalse, Role.TUNABLE] = False
     # several GPUs: data=2,fsdp=4 is two replicas of the state, each sharded over four devices; if
     # unset, data-parallel on all of them (docs/scaling.md)

@@ -70,6 +70,15 @@ class Resolved:
         """Tokens of the whole run."""
         return self.tokens_per_step * self.max_iters
 
+    @property
+    def scan_layers(self) -> bool:
+        """One block is compiled for all layers, as asked, or because determinism needs it.
+
+        XLA cannot run a deterministic program that holds the backward pass of cuDNN's attention
+        more than once: it fails at the first step (seen with jax 0.11.2; openxla/xla#46500).
+        """
+        return self.asked.scan_layers or (self.asked.deterministic and self.dtype == "bfloat16")
+
     def with_choice(self, batch_size: int, remat: Remat) -> "Resolved":
         """A copy with another micro-batch and remat; the training is the same."""
         batch = divide_batch(self.batch.effective, batch_size, self.batch.devices)

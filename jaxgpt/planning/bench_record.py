@@ -40,7 +40,7 @@ def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
         "optimizer": cfg.optimizer.optimizer,
         "state_dtype": cfg.optimizer.state_dtype,
         "remat": cfg.remat,
-        "scan_layers": cfg.asked.scan_layers,
+        "scan_layers": cfg.scan_layers,
         "deterministic": cfg.asked.deterministic,
     }
 

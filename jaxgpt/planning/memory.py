@@ -119,7 +119,7 @@ def _transient_bytes(cfg: Resolved) -> dict[str, int]:
     head += 0 if m.tied_head else 4 * VD  # the embedding's gradient
     N, fsdp = m.parameter_count(), cfg.mesh.fsdp
     copies = kept.copies * copy * N
-    if cfg.asked.scan_layers:  # shards are stacked as they are, in float32
+    if cfg.scan_layers:  # shards are stacked as they are, in float32
         copies += STACKED * (copy * N if fsdp == 1 else 4 * N / fsdp)
     per_layer = kept.per_layer * BTD
     if cfg.dtype == "float16":  # the residual stream is float32
@@ -167,7 +167,7 @@ def build_for(
         device=device,
         layout=layout,
         remat=cfg.remat,
-        scan_layers=cfg.asked.scan_layers,
+        scan_layers=cfg.scan_layers,
         skip_spikes=cfg.asked.skip_spikes,
         compiler_options=compiler_options,
     )

@@ -48,8 +48,14 @@ def prepare_environment(cfg: Config) -> None:
     if cfg.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return
+    flags = _xla_flags()
     if cfg.deterministic:
-        os.environ["XLA_FLAGS"] = f"{_xla_flags()} {DETERMINISTIC}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif re.search(r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(?!=(false|0))", flags):
+        raise ConfigError(
+            f"XLA_FLAGS={flags}: needs --deterministic=True as well, without which cuDNN's "
+            "attention fails in a deterministic program; add it, or unset XLA_FLAGS"
+        )
     if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
     # nvidia-smi's order, by which the preset was chosen; CUDA's own is by speed.

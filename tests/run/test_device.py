@@ -104,6 +104,17 @@ def test_the_same_bits_are_asked_of_xla_beside_what_the_user_asks(monkeypatch, f
     assert os.environ["XLA_FLAGS"] == f"{flags} {DETERMINISTIC}".strip()
 
 
+@pytest.mark.parametrize(
+    "flag", ["--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops=true"]
+)
+def test_determinism_asked_of_xla_alone_is_refused(monkeypatch, flag):
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    with pytest.raises(ConfigError, match="needs --deterministic=True as well"):
+        prepare_environment(DEMO)
+    monkeypatch.setenv("XLA_FLAGS", f"{flag.partition('=')[0]}=false")
+    prepare_environment(DEMO)
+
+
 def test_flags_of_xla_in_a_file_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
     with pytest.raises(ConfigError, match="is a file that cannot be read"):

@@ -63,6 +63,14 @@ def test_flash_attention_runs_once_forward_and_once_back_in_each_layer(program) 
         assert program.count(f'custom_call_target="__cudnn${kernel}"') == GPT2.n_layer
 
 
+def test_a_deterministic_step_holds_one_backward_pass_of_attention() -> None:
+    """XLA fails to run a deterministic program that holds it twice."""
+    asked = Config(model=GPT2, deterministic=True)
+    cfg = resolved(asked, "bfloat16", batch_size=B, effective_batch_size=2 * B)
+    program = memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+    assert program.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
+
+
 def test_gpt2s_gelu_and_its_queries_keys_and_values_need_no_pass_of_their_own() -> None:
     cfg = resolved(Config(model=GPT2), "bfloat16", batch_size=B, effective_batch_size=B)
     program = memory.compile_ahead(cfg, target.card_device(H100)).as_text()
