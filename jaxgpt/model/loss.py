@@ -7,13 +7,16 @@ Padded vocabulary rows (`n_vocab` and up) are excluded from the softmax.
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
 # Rows in one chunk: logits of 4,096 x 50,304 in bfloat16 take 0.4 GB.
 CHUNK_ROWS = 4096
+# Columns that share a maximum in a GPU's logsumexp. With 6 or 8 XLA computes the maxima in a kernel
+# of their own on most cards, which reads the logits once more.
+GROUP = 4
 
 
 def mask_padding(logits_V: jax.Array, n_vocab: int | None) -> jax.Array:
@@ -56,7 +59,7 @@ def token_scores(
     def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_CD, targets_C = chunk
         losses_C, logits_CV, _ = _log_softmax_parts(h_CD, head_VD, targets_C, n_vocab)
-        return losses_C, logits_CV.argmax(-1) == targets_C
+        return losses_C, mask_padding(logits_CV, n_vocab).argmax(-1) == targets_C
 
     chunks, M = _in_chunks(h_BTD, targets_BT, chunk_rows)
     losses, hits = jax.lax.map(one_chunk, chunks)
@@ -79,13 +82,16 @@ def _forward(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_CD, targets_C = chunk
         losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
-        # A target of -1 marks a padding row, which has no gradient. float16 would round gradients
-        # of the mean to zero, so there the backward pass divides by M, with the loss scale.
-        weight = 1.0 if h_CD.dtype == jnp.float16 else 1 / M
-        weight_C = jnp.where(targets_C >= 0, weight, 0.0)
-        is_target_CV = jnp.arange(w_VD.shape[0]) == targets_C[:, None]
+        # A target of -1 marks a padding row, which has no gradient: none of its ids is possible.
+        # Padded ids are not masked by themselves, since XLA would read that mask from memory.
+        ids_V = jnp.arange(w_VD.shape[0])
+        possible_CV = ids_V < jnp.where(targets_C >= 0, n_vocab or len(ids_V), 0)[:, None]
         p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])
-        dlogits_CV = ((p_CV - is_target_CV) * weight_C[:, None]).astype(h_CD.dtype)
+        dlogits_CV = jnp.where(possible_CV, p_CV, 0) - (ids_V == targets_C[:, None])
+        # float16 would round gradients of the mean to zero, so there the backward pass divides by
+        # M, with the loss scale.
+        weight = 1.0 if h_CD.dtype == jnp.float16 else 1 / M
+        dlogits_CV = (dlogits_CV * weight).astype(h_CD.dtype)
         dh_CD = dlogits_CV @ w_VD
         dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, h_CD, preferred_element_type=jnp.float32)
         return dw_VD, (losses_C, dh_CD)
@@ -116,25 +122,39 @@ mean_cross_entropy.defvjp(_forward, _backward)
 def _log_softmax_parts(
     h_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array, n_vocab: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(losses_C, logits_CV, logsumexp_C): logits in the dtype of `h_CD`, the others float32."""
-    logits_CV = mask_padding(jnp.einsum("CD,VD->CV", h_CD, w_VD), n_vocab)
-    lse_C = _logsumexp(logits_CV.astype(jnp.float32))
+    """(losses_C, logits_CV, logsumexp_C): logits in the dtype of `h_CD`, the others float32.
+
+    The logits of padded ids are not masked.
+    """
+    logits_CV = jnp.einsum("CD,VD->CV", h_CD, w_VD)
+    lse_C = _logsumexp(logits_CV, n_vocab)
     picked_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
     return lse_C - picked_C.astype(jnp.float32), logits_CV, lse_C
 
 
-def _logsumexp(x_CV: jax.Array) -> jax.Array:
-    """logsumexp_C; a GPU reads the logits once for it."""
-    plain = partial(jax.nn.logsumexp, axis=-1)
-    return jax.lax.platform_dependent(x_CV, cuda=_one_pass_logsumexp, default=plain)
+def _logsumexp(logits_CV: jax.Array, n_vocab: int | None) -> jax.Array:
+    """logsumexp_C, float32, without padded ids; a GPU reads the logits once for it."""
+
+    def plain(logits_CV: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(mask_padding(logits_CV, n_vocab).astype(jnp.float32), axis=-1)
+
+    one_pass = partial(_one_pass_logsumexp, n_vocab=n_vocab or logits_CV.shape[-1])
+    return jax.lax.platform_dependent(logits_CV, cuda=one_pass, default=plain)
 
 
-def _one_pass_logsumexp(x_CV: jax.Array) -> jax.Array:
+def _one_pass_logsumexp(logits_CV: jax.Array, n_vocab: int) -> jax.Array:
     """logsumexp_C in one reduction: of the maximum, and of the sum of exponentials relative to it.
 
-    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. Their recurrence
+    waits for each exponential, so GROUP columns, equally far apart, share a maximum first.
     """
-    lowest = jnp.finfo(x_CV.dtype).min  # not minus infinity: infinity - infinity is NaN
+    V = logits_CV.shape[-1]
+    width = V // math.gcd(V, GROUP)
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # minus infinity minus itself is NaN
+
+    def part(first: int) -> jax.Array:
+        columns = logits_CV[:, first : first + width].astype(jnp.float32)
+        return mask_padding(columns, min(n_vocab - first, width))
 
     def join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         (max_a, sum_a), (max_b, sum_b) = a, b
@@ -142,9 +162,10 @@ def _one_pass_logsumexp(x_CV: jax.Array) -> jax.Array:
         total = jnp.where(max_a >= max_b, sum_a + sum_b * scale, sum_a * scale + sum_b)
         return jnp.maximum(max_a, max_b), total
 
-    each = (jnp.maximum(x_CV, lowest), jnp.ones_like(x_CV))
-    nothing = (lowest, jnp.zeros((), x_CV.dtype))
-    max_C, sum_C = jax.lax.reduce(each, nothing, join, (1,))
+    parts = [part(first) for first in range(0, V, width)]
+    max_ = reduce(jnp.maximum, parts, lowest)
+    sum_ = sum(jnp.exp(part - max_) for part in parts)
+    max_C, sum_C = jax.lax.reduce((max_, sum_), (lowest, jnp.float32(0)), join, (1,))
     return max_C + jnp.log(sum_C)
 
 

@@ -43,11 +43,14 @@ def test_fused_loss_and_gradients_equal_the_plain_ones(
     np.testing.assert_allclose(dw, 3 * dw0, rtol=1e-5, atol=1e-7)
 
 
-def test_a_gpus_logsumexp_is_exact_for_masked_huge_and_bad_logits() -> None:
+@pytest.mark.parametrize("copies", [1, 2, 6])
+@pytest.mark.parametrize("padding", [0, 3, 8])
+def test_a_gpus_logsumexp_is_exact_for_huge_and_bad_logits(copies: int, padding: int) -> None:
     rows = [[-jnp.inf, 1.0, 2.0, -jnp.inf], [3e38, -3e38, 0.0, 1.0], [-jnp.inf, -1e4, -1e4, 0.0]]
-    x_CV = jnp.array([*rows, [0.0, jnp.nan, 1.0, 2.0]])
-    found = loss_module._one_pass_logsumexp(x_CV)
-    np.testing.assert_allclose(found, jax.nn.logsumexp(x_CV, axis=-1), rtol=1e-6)
+    x_CN = jnp.tile(jnp.array([*rows, [0.0, jnp.nan, 1.0, 2.0]]), copies)
+    x_CV = jnp.pad(x_CN, ((0, 0), (0, padding)), constant_values=2e38)
+    found = loss_module._one_pass_logsumexp(x_CV, x_CN.shape[1])
+    np.testing.assert_allclose(found, jax.nn.logsumexp(x_CN, axis=-1), rtol=1e-6)
 
 
 def test_padded_rows_affect_no_loss_and_get_no_gradient(inputs) -> None:
