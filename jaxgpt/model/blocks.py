@@ -49,6 +49,27 @@ class Block(nnx.Module):
         return x_BTD, cache
 
 
+def make_blocks(n: int, make: Callable[[nnx.Rngs], Block], rngs: nnx.Rngs) -> nnx.List:
+    """`n` blocks, with the random numbers that making one after the other would give.
+
+    They are drawn in a loop, since compiling a block's random numbers takes seconds on a GPU.
+    """
+    stream = rngs.params
+    graphdefs: list[nnx.GraphDef] = []
+
+    def one(drawn: jax.Array, _: None) -> tuple[jax.Array, Params]:
+        own = nnx.Rngs(params=stream.key[...])
+        own.params.count[...] = drawn
+        graphdef, params = nnx.split(make(own))
+        graphdefs.append(graphdef)
+        return own.params.count[...], nnx.to_pure_dict(params)
+
+    drawn, stacked = jax.lax.scan(one, stream.count[...], length=n)
+    stream.count[...] = drawn
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(n)]
+    return nnx.List([nnx.merge(graphdefs[0], layer) for layer in layers])
+
+
 def run_unrolled(
     blocks: nnx.List,
     x_BTD: jax.Array,

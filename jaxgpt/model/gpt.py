@@ -18,7 +18,7 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend, LayerCache, attention, cudnn_attention
-from jaxgpt.model.blocks import Block
+from jaxgpt.model.blocks import Block, make_blocks
 from jaxgpt.model.gelu import Gelu, pick_gelu
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm
@@ -42,8 +42,9 @@ class GPT(LanguageModel):
         self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(cfg.block_size, cfg.n_embd, embedding_init=init, rngs=rngs)
         gelu = pick_gelu(cfg.gelu, dtype, remat)
-        blocks = [GPTBlock(cfg, dtype, attend, gelu, rngs) for _ in range(cfg.n_layer)]
-        self.blocks = nnx.List(blocks)
+        self.blocks = make_blocks(
+            cfg.n_layer, lambda rngs: GPTBlock(cfg, dtype, attend, gelu, rngs), rngs
+        )
         self.ln_f = LayerNorm(cfg.n_embd, cfg.bias)
 
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Remat
 from jaxgpt.model.attention import Attend, LayerCache, attention
-from jaxgpt.model.blocks import Block
+from jaxgpt.model.blocks import Block, make_blocks
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layers import INIT_STD, Norm, linears_of_norm, make_linear
 from jaxgpt.model.rms_norm import RMSNorm, rms_normalize
@@ -34,7 +34,9 @@ class Qwen3(LanguageModel):
         super().__init__(cfg, dtype, remat, scan_layers)
         init = nnx.initializers.normal(INIT_STD)
         self.embed_tokens = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, rngs=rngs)
-        self.blocks = nnx.List([Qwen3Block(cfg, dtype, attend, rngs) for _ in range(cfg.n_layer)])
+        self.blocks = make_blocks(
+            cfg.n_layer, lambda rngs: Qwen3Block(cfg, dtype, attend, rngs), rngs
+        )
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         if not cfg.tied_head:
             head = nnx.initializers.zeros if cfg.zero_init else init

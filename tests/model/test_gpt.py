@@ -17,6 +17,8 @@ from jaxgpt.model.attention import (
     plain_attention,
     portable_attention,
 )
+from jaxgpt.model.blocks import make_blocks
+from jaxgpt.model.gelu import gelu
 from jaxgpt.model.language_model import LanguageModel
 from jaxgpt.model.layer_norm import LayerNorm, normalize
 from jaxgpt.model.layers import linears_of_norm, make_linear
@@ -126,6 +128,34 @@ def test_initialization_is_nanogpts() -> None:
 def test_initialization_is_a_function_of_the_key() -> None:
     a, b = (init_params(TINY, jax.random.key(3)) for _ in range(2))
     assert_trees_equal(a, b)
+
+
+def test_blocks_are_drawn_as_if_made_one_after_the_other() -> None:
+    def make(rngs: nnx.Rngs) -> gpt.GPTBlock:
+        return gpt.GPTBlock(TINY, jnp.dtype("float32"), plain_attention, gelu, rngs)
+
+    def draw(make_all) -> tuple:
+        @jax.jit
+        def drawn() -> tuple:
+            rngs = nnx.Rngs(params=jax.random.key(3))
+            params = [nnx.to_pure_dict(nnx.state(b, nnx.Param)) for b in make_all(rngs)]
+            return params, jax.random.key_data(rngs.params())
+
+        return drawn()
+
+    together = draw(lambda rngs: make_blocks(3, make, rngs))
+    assert_trees_equal(together, draw(lambda rngs: [make(rngs) for _ in range(3)]))
+
+
+def test_the_program_that_draws_the_parameters_does_not_grow_with_depth() -> None:
+    """Each array drawn by its own kernel costs half a second of compiling for a GPU."""
+
+    def arrays_drawn(n_layer: int) -> int:
+        cfg = dataclasses.replace(TINY, n_layer=n_layer)
+        lowered = jax.jit(lambda key: init_params(cfg, key)).lower(jax.random.key(0))
+        return lowered.as_text().count("call @_normal(")
+
+    assert arrays_drawn(2) == arrays_drawn(9) > 0
 
 
 def test_layer_norm_and_its_gradients_equal_the_formula() -> None:
