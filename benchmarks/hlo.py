@@ -84,7 +84,7 @@ class Product(NamedTuple):
 class Kernel(NamedTuple):
     """An instruction that runs as a kernel, in one place of the program."""
 
-    instruction: Instruction
+    names: set[str]  # its own and, in a fusion, those of what it fuses: a trace has either
     times: int  # that it runs in one execution of the program
     in_loop: bool
     read: int  # bytes, each time
@@ -154,7 +154,7 @@ class Program:
         read, written = _moved(x, inner, body)
         operands = [body[name] for name in x.operands if name in body]
         return Kernel(
-            instruction=x,
+            names={x.name, *inner},
             times=times,
             in_loop=in_loop,
             read=read,

@@ -65,6 +65,18 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
         )
 
 
+def bench(r: Mapping[str, Any]) -> Iterator[Row]:
+    """What `jaxgpt.bench` measured of a preset."""
+    yield (
+        f"training, preset {r['preset']}: {r['batch']}, {r['optimizer']}",
+        where(r),
+        f"{r['tokens_per_second']:,.0f} tokens/s, MFU {r['mfu']:.1%}, "
+        f"{r['peak_bytes'] / GIB:.2f} GiB",
+        f"compiled peak {r['compiled_peak_bytes'] / GIB:.2f} GiB; {r['compile_seconds']:.0f} s of "
+        f"compiling, {r['first_step_seconds']:.0f} s to the first step",
+    )
+
+
 def quarter_hour(result: Mapping[str, Any]) -> Iterator[Row]:
     """Each figure of a card beside what was predicted for it."""
     versions = result["results"]["versions"][-1]
@@ -166,6 +178,7 @@ def train_overhead(r: Mapping[str, Any]) -> Iterator[Row]:
 
 ROWS = {
     "speed-*.json": speed,
+    "bench-*.json": bench,
     "quarter-hour-*.json": quarter_hour,
     "accumulation.json": accumulation,
     "optimizers-*.json": optimizers,

@@ -1,6 +1,6 @@
 """How long training takes on a card, and the loss it reaches.
 
-Both are predictions. Speed is the card's peak times an MFU that somebody published for its
+Both are predictions. Speed is the card's peak times an MFU that was measured or published for its
 architecture; loss is the scaling law of Hoffmann et al. 2022 as Besiroglu et al. 2024 refitted it.
 """
 
@@ -18,22 +18,22 @@ from jaxgpt.planning.gpus import Gpu
 
 
 class Mfu(NamedTuple):
-    """Model FLOPs utilization, and where it was published."""
+    """Model FLOPs utilization, and where it comes from."""
 
     value: float
     source: str
 
 
 # By compute capability: GPT-2 124M on dense half-precision peaks, without rematerialization.
-PUBLISHED_MFU = {
+MFUS = {
     (7, 0): Mfu(0.30, "assumed: in float16 without flash attention; nothing is published"),
     (7, 5): Mfu(0.30, "assumed: in float16 without flash attention; nothing is published"),
     (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
     (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; no good figure is published for this chip"),
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
-    (9, 0): Mfu(0.41, "published: llm.c, 124M on H100, modded-nanogpt's first record"),
-    (10, 0): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
-    (10, 3): Mfu(0.40, "assumed: as on the H100; nothing is published for this chip"),
+    (9, 0): Mfu(0.48, "measured: five shapes on an H200, each within 7 %, docs/performance.md"),
+    (10, 0): Mfu(0.40, "assumed: less than on Hopper; nothing is published for this chip"),
+    (10, 3): Mfu(0.40, "assumed: less than on Hopper; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
 }
 # Each micro-batch, whatever its size, reads the weights and writes and accumulates gradients: some
@@ -88,7 +88,7 @@ def relative_step_time(remat: Remat, tokens_per_micro_batch: int) -> float:
 
 def mfu_of(gpu: Gpu) -> Mfu | None:
     """The MFU to expect on a card; None if that or its peak is unknown."""
-    return None if gpu.half_flops is None else PUBLISHED_MFU.get(gpu.compute_capability)
+    return None if gpu.half_flops is None else MFUS.get(gpu.compute_capability)
 
 
 def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:

@@ -169,7 +169,7 @@ def _facts(record: dict[str, Any]) -> Table:
     )
     table.add_row("attention", f"{record['attention']}, {record['dtype']}")
     if record["tokens_per_second"] is None:
-        table.add_row("time", "unknown: no MFU is published for this card in this dtype")
+        table.add_row("time", "unknown: no MFU is known for this card in this dtype")
     else:
         table.add_row(
             "time",

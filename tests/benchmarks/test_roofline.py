@@ -1,10 +1,12 @@
 """What a program moves, read from its text: a short one by hand, and the recorded steps."""
 
 import json
+from collections import Counter
 
 import hlo
 import pytest
 import roofline
+import trace_groups
 
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import find_gpu
@@ -87,8 +89,20 @@ def test_kernels_bytes_and_flops_of_a_program() -> None:
     assert (copy.read, copy.written) == (4 * 3 * 32, 4 * 3 * 32)
 
 
+def test_a_traces_time_belongs_to_the_part_that_a_kernel_or_what_it_fuses_is_in(
+    monkeypatch,
+) -> None:
+    cfg = roofline.config_of("124m-b32", "adamw")
+    ms = Counter({"gemm": 2.0, "f1": 0.25, "copied": 1.0, "memset": 0.5})
+    found = trace_groups.compare(cfg, PROGRAM, ms, roofline.RATES["h200"])
+    measured = {name: group["measured_ms"] for name, group in found["groups"].items()}
+    assert (measured["blocks, products"], measured["optimizer"]) == (2.25, 1.0)
+    assert (found["measured_ms"], found["not_in_the_program_ms"]) == (3.75, 0.5)
+    assert "| blocks, products | 2.25 |" in trace_groups.table(found)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", roofline.RATES)
+@pytest.mark.parametrize("gpu", ["h100", "rtx4090"])
 def test_a_step_moves_no_more_bytes_than_recorded(gpu) -> None:
     """Such as float32 copies of the residual stream, which an H100's program does not have."""
     if reason := target.obstacle(find_gpu(gpu)):

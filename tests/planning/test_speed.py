@@ -43,6 +43,15 @@ def test_a_4090_trains_gpt2_as_fast_as_was_published() -> None:
     assert on("rtx4090", batch_size=32) == pytest.approx(106_000, rel=0.05)
 
 
+def test_an_h200_trains_as_fast_as_was_measured() -> None:
+    """benchmarks/results/quarter-hour-*-h200.json and bench-124m-modern-h200.json."""
+    assert on("h200", batch_size=32) == pytest.approx(564_274, rel=0.07)
+    assert on("h200", batch_size=64) == pytest.approx(579_478, rel=0.07)
+    for preset, measured in {"24gb": 793_155, "124m-modern": 519_259}.items():
+        cfg = resolved(load_preset(preset), "bfloat16")
+        assert speed.tokens_per_second(cfg, find_gpu("h200")) == pytest.approx(measured, rel=0.07)
+
+
 def test_what_computes_twice_or_little_at_a_time_is_slower() -> None:
     none, light, full = (on("rtx4090", remat=remat) for remat in ("none", "light", "full"))
     assert none > light > full
@@ -53,7 +62,7 @@ def test_a_card_has_a_speed_if_and_only_if_it_has_a_peak() -> None:
     for gpu in GPUS:
         mfu = speed.mfu_of(gpu)
         assert (mfu is None) == (gpu.half_flops is None), gpu.key
-        assert mfu is None or mfu.source.startswith(("published: ", "assumed: "))
+        assert mfu is None or mfu.source.startswith(("measured: ", "published: ", "assumed: "))
 
 
 def test_no_speed_is_made_up_for_float32() -> None:
