@@ -105,13 +105,18 @@ def test_light_keeps_the_residuals_of_flash_attention(monkeypatch) -> None:
     assert forward_calls("full") == 2 * CFG.n_layer
 
 
-@pytest.mark.parametrize("name", ["tanh", "erf", "tanh, of a product on a GPU"])
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+@pytest.mark.parametrize("name", ["tanh", "erf", "tanh, of a product"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gelu_and_its_gradient_equal_jax_nn_gelu(dtype, name, monkeypatch) -> None:
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+def test_gelu_and_its_gradient_equal_jax_nn_gelu(dtype, name, on_a_gpu, monkeypatch) -> None:
+    def choose(x, cuda, default):
+        return (cuda if on_a_gpu else default)(x)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     ours = GELUS.get(name, gelu_of_product)
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"atol": 0.02}
+    # In float32 1 + tanh is off by 3.5e-6 in JAX's slope, where the sigmoid is exact.
+    tolerance = {"rtol": 1e-5, "atol": 4e-6} if dtype == jnp.float32 else {"atol": 0.02}
     got, vjp = jax.vjp(ours, x)
     expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=name != "erf"), x)
     assert got.dtype == dtype
