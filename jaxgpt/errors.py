@@ -98,6 +98,8 @@ def _explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, MemoryError):
         return "out of memory; close other programs, or process less at a time"
+    if device_is_full(error):
+        return f"the device's memory is full: {first_line(error)}; close other programs that use it"
     if isinstance(error, DECODE_ERRORS):
         return f"input cannot be decoded: {first_line(error)}; check the input files"
     if isinstance(error, UnicodeEncodeError):
@@ -158,6 +160,11 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
+def device_is_full(error: BaseException) -> bool:
+    """Whether this is XLA's out-of-memory error."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextmanager
 def explain_out_of_memory(remedy: Callable[[], str]) -> Iterator[None]:
     """Turn XLA's out-of-memory error into a sentence that ends with `remedy()`.
@@ -167,7 +174,7 @@ def explain_out_of_memory(remedy: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # the base class of XLA's
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:
+        if not device_is_full(error):
             raise
         raise UserError(f"the device's memory is full: {first_line(error)}\n{remedy()}") from None

@@ -126,7 +126,7 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """An error inside, in one process, becomes an error in all of them."""
+        """An error inside, in one process, becomes an error in all; UserError in the others."""
         own: Exception | None = None
         try:
             yield
@@ -136,7 +136,7 @@ class Processes:
         if own is not None:
             raise own
         if failed:
-            raise OSError("another process of the run failed")
+            raise UserError("another process of the run has failed, and says why")
 
 
 SINGLE_PROCESS = Processes()

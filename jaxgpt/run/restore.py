@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt.errors import UserError, first_line
+from jaxgpt.errors import UserError, device_is_full, first_line
 from jaxgpt.model.blocks import Params
 from jaxgpt.run import retention
 from jaxgpt.run.checkpoint_state import (
@@ -25,7 +25,7 @@ from jaxgpt.run.checkpoint_state import (
     to_stored,
     with_loss_scale_as,
 )
-from jaxgpt.run.integrity import DamagedError, Manifest, verify
+from jaxgpt.run.integrity import DamagedError, Manifest
 from jaxgpt.run.orbax_path import OrbaxPath
 from jaxgpt.run.processes import is_lost_connection
 from jaxgpt.training.step import TrainState
@@ -61,6 +61,7 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
 
     Raises:
         CheckpointError: if it does not fit `like`, or Orbax cannot read it.
+        DamagedError: if it holds another step than its folder's.
     """
     target = to_stored(with_loss_scale_as(manifest.arrays, abstract(like)))
     if differing := differences(manifest.arrays, array_specs(target)):
@@ -75,35 +76,23 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
         if _is_out_of_memory(error) or is_lost_connection(error):
             raise
         raise _unreadable(folder, manifest, error) from error
-    if int(stored["step"]) != int(folder.name):
-        raise CheckpointError(
-            f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
-        )
+    _check_step(folder, stored)
     return Restored(from_stored(stored, like), manifest.config, manifest.data)
 
 
 def load_params(out_dir: Path, step: int, like: Params) -> Params:
-    """The parameters of a checkpoint, in the shapes and shardings of `like`.
+    """The parameters of a verified checkpoint, in the shapes and shardings of `like`.
 
     Reads only them and writes nothing, so a run may be training in the same folder.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, cannot be read or does not fit `like`.
+        CheckpointError: if the checkpoint cannot be read or does not fit `like`.
     """
     folder = (out_dir / retention.FOLDER / str(step)).absolute()
     try:
-        verify(folder)
-    except DamagedError as error:
-        raise CheckpointError(
-            f"checkpoint {step} is damaged: {error}; choose another with --checkpoint"
-        ) from None
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context, OrbaxPath(folder.parent) as orbax:
-            saved = orbax.path / folder.name
-            params = ocp.load_checkpointables(saved, {"state": {"params": like}})
-        return jax.tree.map(_check_shape, params["state"]["params"], like)
+        with OrbaxPath(folder.parent) as orbax:
+            params = _load_part(orbax.path / folder.name, {"params": like})["params"]
+        return jax.tree.map(_check_shape, params, like)
     except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):
             raise
@@ -126,15 +115,35 @@ def check_arrays(folder: Path, arrays: Mapping[str, str]) -> None:
 
 
 def check_readable(folder: Path, manifest: Manifest) -> None:
-    """`check_arrays` for a finished checkpoint; raises CheckpointError if Orbax cannot read it."""
+    """`check_arrays` for a finished checkpoint, and its step, which older manifests do not name.
+
+    Raises:
+        CheckpointError: if Orbax cannot read it.
+    """
     try:
         check_arrays(folder, manifest.arrays)
+        if jax.process_count() == 1:  # several would have to load together; `load_state` checks
+            _check_step(folder, _load_part(folder, {"step": int}))
     except (UserError, OSError):
         raise
     except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):
             raise
         raise _unreadable(folder, manifest, error) from error
+
+
+def _check_step(folder: Path, stored: Mapping[str, Any]) -> None:
+    if int(stored["step"]) != int(folder.name):
+        raise DamagedError(
+            f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
+        )
+
+
+def _load_part(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load_checkpointables(folder, {"state": like})["state"]
 
 
 def _unreadable(folder: Path, manifest: Manifest, error: Exception) -> CheckpointError:
@@ -148,7 +157,7 @@ def _unreadable(folder: Path, manifest: Manifest, error: Exception) -> Checkpoin
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether the device or the host is full, which does not make the checkpoint damaged."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or device_is_full(error)
 
 
 def _check_shape(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

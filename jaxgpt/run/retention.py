@@ -142,12 +142,16 @@ def refuse_other_runs(folder: Path) -> None:
 
 
 def newest_intact(
-    folder: Path, check: Callable[[Path], object], warn: Callable[[str], object], strict: bool
+    folder: Path,
+    check: Callable[[Path], object],
+    warn: Callable[[str], object],
+    strict: bool = False,
+    rename: bool = True,
 ) -> int | None:
     """The newest step whose checkpoint passes `check`; None if there is no checkpoint at all.
 
-    Newer, damaged ones are renamed to `<step>.damaged`, since the run will reach these steps again,
-    and `warn` is called for each. Nothing is renamed unless an intact one is found.
+    `warn` is called for each newer, damaged one. With `rename` they become `<step>.damaged`, since
+    the run will reach these steps again. Nothing is renamed unless an intact one is found.
 
     Raises:
         UserError: if none is intact, or, with `strict`, if the newest is not; that of `check`, if
@@ -168,22 +172,29 @@ def newest_intact(
             damaged.append((step, error))
             continue
         for bad, reason in damaged:
-            aside = folder / f"{bad}{DAMAGED}"
-            with suppress(FileNotFoundError):
-                delete(aside)
-            (folder / str(bad)).rename(aside)
+            done = f", so checkpoint {step} is used"
+            if rename:
+                done = f" and was renamed to {_rename_damaged(folder / str(bad))}"
             other = "" if isinstance(reason, DamagedError) else "its config is not the run's: "
-            warn(f"checkpoint {bad} is damaged and was renamed to {aside.name}: {other}{reason}")
+            warn(f"checkpoint {bad} is damaged{done}: {other}{reason}")
         return step
     if damaged and not isinstance(damaged[0][1], DamagedError):
         raise damaged[0][1]
     if damaged:
         each = "\n".join(f"checkpoint {step}: {reason}" for step, reason in damaged)
         raise UserError(
-            f"no checkpoint in {folder} is intact, so the run cannot resume; restore one from a "
-            f"backup, or start a new run with another --out-dir\n{each}"
+            f"no checkpoint in {folder} is intact; restore one from a backup, or start a new run "
+            f"with another --out-dir\n{each}"
         )
     return None
+
+
+def _rename_damaged(path: Path) -> str:
+    aside = path.with_name(f"{path.name}{DAMAGED}")
+    with suppress(FileNotFoundError):
+        delete(aside)
+    path.rename(aside)
+    return aside.name
 
 
 def _leftovers(folder: Path) -> list[Path]:

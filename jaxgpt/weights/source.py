@@ -22,8 +22,9 @@ from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.folder import CONFIG_FILE
+from jaxgpt.run.integrity import DamagedError, verify
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
-from jaxgpt.run.retention import FOLDER, finished_steps
+from jaxgpt.run.retention import FOLDER, finished_steps, newest_intact
 from jaxgpt.weights import huggingface
 from jaxgpt.weights.hub_folder import find_folder, read_folder
 
@@ -36,7 +37,8 @@ class WeightsFlags:
     # or other weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
     # Hugging Face Hub, or a folder: a run's, or one with config.json and model.safetensors
     init_from: TextIfSet = None
-    checkpoint: str = "latest"  # which of the run's: latest, best (by validation loss), or a step
+    # which of the run's: latest (the newest that is intact), best (by validation loss), or a step
+    checkpoint: str = "latest"
     device: Device = "auto"  # auto: a GPU if there is one
     # of the matrix products; auto: bfloat16 on a GPU that has it, float16 on one of compute
     # capability 7.0 or 7.5, else float32
@@ -155,7 +157,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         for record in read_metrics(out_dir / METRICS_FILE)
         if math.isfinite(record.get("val/loss", math.nan))
     }
-    step = _choose_step(out_dir, which, steps, losses)
+    step = _choose_intact(out_dir, which, steps, losses)
 
     def load(device: Any) -> Any:
         import jax
@@ -185,6 +187,22 @@ def _runs_beside(folder: Path) -> str:
     """The end of a message about a run that is not there: the runs beside it, if there are any."""
     near = sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
     return f"; runs beside it: {', '.join(near[:8])}" if near else ""
+
+
+def _choose_intact(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
+    """The step of the checkpoint to use, verified; only for `latest` may it be an older one."""
+    folder = out_dir / FOLDER
+    step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
+    if step is not None:
+        return step
+    step = _choose_step(out_dir, which, steps, losses)
+    try:
+        verify(folder / str(step))
+    except DamagedError as error:
+        raise ConfigError(
+            f"checkpoint {step} is damaged: {error}; choose another with --checkpoint"
+        ) from None
+    return step
 
 
 def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:

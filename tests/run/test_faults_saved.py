@@ -64,6 +64,19 @@ def test_a_signed_manifest_that_does_not_fit_costs_only_its_checkpoint(
     assert_same_end(run, straight)
 
 
+def test_a_checkpoint_that_holds_another_step_is_damaged(straight, run, capsys) -> None:
+    """Manifests of older versions do not name their step."""
+    newest, older = run / "checkpoints" / "8", run / "checkpoints" / "4"
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    write_manifest(newest, replace(read_manifest(older), step=None))
+    assert train(run, *STEPS) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint 8 is damaged and was renamed to 8.damaged: " in err
+    assert "holds step 4" in err
+    assert_same_end(run, straight)
+
+
 def test_half_a_checkpoint_counts_as_none(straight, run, capsys) -> None:
     """Rows 14 and 28: a commit without its manifest, and what a killed save left."""
     (run / "checkpoints" / "8" / MANIFEST).unlink()

@@ -18,6 +18,7 @@ from helpers.runs import SMALL, last_params, losses, train
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.errors import UserError
 from jaxgpt.files import FolderLock
+from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.integrity import verify
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.processes import (
@@ -255,6 +256,12 @@ def test_a_single_process_needs_no_exchange_and_no_import() -> None:
     assert SINGLE_PROCESS.min_over_processes(None) is None
     with pytest.raises(OSError, match="full"), SINGLE_PROCESS.fail_together():
         raise OSError("full")
+
+
+def test_a_process_that_did_not_fail_itself_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Processes, "any_process", lambda *_: True)  # the main one fails
+    with pytest.raises(UserError, match=r"^another process of the run has failed"):
+        Checkpoints(tmp_path, 1, processes=Processes(1, 2)).recover(print)
 
 
 @pytest.mark.usefixtures("no_launcher")

@@ -49,13 +49,19 @@ def test_reading_a_run_changes_nothing_in_it(tiny_run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
 
 
-def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_newest_falls_back_to_an_older_one(
+    tiny_run: Path, tmp_path: Path, capsys
+) -> None:
     broken = Path(shutil.copytree(tiny_run, tmp_path / "broken"))
     for path in (broken / "checkpoints" / "8" / "state" / "d").iterdir():
         path.write_bytes(b"")
-    weights = open_weights(WeightsFlags(out_dir=broken))
-    with pytest.raises(CheckpointError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
-        weights.load(jax.devices("cpu")[0])
+    before = sorted(broken.rglob("*"))
+    assert open_weights(WeightsFlags(out_dir=broken)).step == 4
+    assert "checkpoint 8 is damaged, so checkpoint 4 is used: " in capsys.readouterr().err
+    for which in ("8", "best"):
+        with pytest.raises(ConfigError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
+            open_weights(WeightsFlags(out_dir=broken, checkpoint=which))
+    assert sorted(broken.rglob("*")) == before
     values = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**values, "n_layer": 3}))
     weights = open_weights(WeightsFlags(out_dir=broken, checkpoint="4"))
