@@ -39,6 +39,12 @@ class FormatError(UserError):
     """JSON that is corrupt or not of the declared type; names the key and the expected type."""
 
 
+def named_path(text: str) -> Path:
+    """`Path` drops the ./ of ./~, which does not mean the home folder."""
+    path = Path(text)
+    return path.absolute() if str(path).startswith("~") and not text.startswith("~") else path
+
+
 def user_path(path: str | Path, name: str) -> Path:
     """The path that the flag or variable `name` gives, with `~` as the home folder.
 

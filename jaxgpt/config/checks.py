@@ -1,5 +1,6 @@
 """Checks that several sections of the configuration share, and their error messages."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Collection
@@ -9,6 +10,7 @@ from jaxgpt.errors import UserError
 
 # JAX counts steps in 32 bits, and truncates seeds to them.
 LARGEST = 2**31 - 1
+FLOAT32 = (2.0**-126, 2.0**128)  # from the smallest normal number to below the first too large
 
 
 class ConfigError(UserError):
@@ -34,6 +36,20 @@ def bad_amounts(section: Any, *names: str) -> list[str]:
         f"{name} {value:g} must be finite and at least 0"
         for name, value in values.items()
         if not 0 <= value < math.inf
+    ]
+
+
+def bad_floats(section: Any) -> list[str]:
+    """A sentence for each finite number that is zero or infinite to float32."""
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return [
+        f"{name} {value:g} is beyond float32, which reaches from 1.2e-38 to 3.4e+38; choose a "
+        "usual value"
+        for name, value in values.items()
+        if isinstance(value, float)
+        and value
+        and math.isfinite(value)
+        and not FLOAT32[0] <= abs(value) < FLOAT32[1]
     ]
 
 

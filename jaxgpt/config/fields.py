@@ -16,7 +16,7 @@ from tyro.conf import Suppress, UseAppendAction, arg
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.batch import divide_batch
-from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts
+from jaxgpt.config.checks import ConfigError, bad_amounts, bad_counts, bad_floats
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.mixture import EMBEDDED, Mixture, make_mixture
@@ -143,6 +143,7 @@ class Config:
         errors = [
             *self.model.errors(),
             *self.optimizer.errors(),
+            *(error for part in (self.model, self.optimizer, self) for error in bad_floats(part)),
             *bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
             *bad_counts(self, "keep_checkpoints"),
             *bad_counts(self, "sample_tokens", "seed", least=0),

@@ -24,7 +24,7 @@ from jaxgpt.config.nanogpt_file import (
     unused_settings,
 )
 from jaxgpt.config.roles import Role
-from jaxgpt.files import read_file
+from jaxgpt.files import named_path, read_file
 
 
 def presets_dir() -> Path:
@@ -140,7 +140,7 @@ def _decode(value: object, annotation: Any) -> Any:
 def _decode_path(kind: type, value: object) -> Path:
     if kind is not Path or not isinstance(value, str):
         raise ValueError("expected a path in quotes")
-    return Path(value)
+    return named_path(value)
 
 
 def _plain(error: str, annotation: Any) -> str:

@@ -81,6 +81,13 @@ def test_numbers_are_finite_and_not_negative(name, value):
     assert fault.startswith(f"{name} {value:g} must be ")
 
 
+@pytest.mark.parametrize("name", [n for n, f in flat_fields().items() if "float" in str(f.type)])
+def test_numbers_that_float32_cannot_hold_are_refused(name):
+    for value in (1e39, -1e39, 1e-39, 5e-324):
+        told = f"{name} {value:g} is beyond float32"
+        assert any(fault.startswith(told) for fault in faults(**{name: value}))
+
+
 @pytest.mark.parametrize("name", ["beta1", "beta2", "dropout"])
 def test_a_share_stays_below_one(name):
     assert faults(**{name: 1.0}) == [f"{name} 1.0 must be at least 0 and below 1"]

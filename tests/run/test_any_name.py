@@ -8,6 +8,7 @@ import pytest
 from helpers.runs import assert_same_end, saved_steps, train
 
 from jaxgpt import evaluate, export, prepare, sample
+from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.errors import UserError
 from jaxgpt.files import user_path
@@ -71,3 +72,16 @@ def test_a_home_folder_that_does_not_exist_is_no_folder_called_tilde() -> None:
     with pytest.raises(UserError, match=r"--out ~nobody-here/x: there is no such home folder"):
         user_path("~nobody-here/x", "--out")
     assert user_path("./~x", "--out") == Path("~x")
+
+
+def test_a_tilde_after_a_dot_is_a_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").write_text('dataset = "mine"\ndata_dir = ".//~"')
+    cfg, _, _ = parse_run(
+        RunFlags,
+        ["--preset", "x.toml", "--out-dir", "./~/run"],
+        prog="p",
+        description="",
+        default_preset=lambda: None,
+    )
+    assert (cfg.out_dir, cfg.data_dir) == (tmp_path / "~" / "run", tmp_path / "~")

@@ -50,8 +50,9 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path, capsys) ->
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, refused) -> None:
-    # 1e39 is finite for Python and infinite in float32: one step ruins the parameters.
-    flags = ("--learning-rate", "1e39", "--warmup-iters", "1", "--eval-interval", "3")
+    # Their product is infinite in float32: one step ruins the parameters.
+    flags = ("--learning-rate", "1e20", "--weight-decay", "1e30")
+    flags += ("--warmup-iters", "1", "--eval-interval", "3")
     err = refused(tmp_path / "run", *flags, "--max-iters", "100")
     assert "step 3 are not finite, so they are not saved; checkpoint 0 in " in err
     assert saved_steps(tmp_path / "run") == [0]
