@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from tyro.conf import Suppress
 
 from jaxgpt.config.batch import nearest_multiple
-from jaxgpt.config.checks import bad_counts
+from jaxgpt.config.checks import bad_counts, bad_shares
 from jaxgpt.config.flag_types import IntIfSet, TrueOrFalse
 from jaxgpt.config.roles import Role
 
@@ -100,8 +100,7 @@ class ModelConfig:
                 errors.append(f"{name} {getattr(self, name):g} must be finite and above 0")
         if self.embedding_norm and self.tied_head:
             errors.append("embedding_norm needs an untied head: set tied_head to False")
-        if not 0 <= self.dropout < 1:
-            errors.append(f"dropout {self.dropout} must be at least 0 and below 1")
+        errors += bad_shares(self, "dropout")
         if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
             errors.append(
                 f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "

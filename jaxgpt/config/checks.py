@@ -39,6 +39,16 @@ def bad_amounts(section: Any, *names: str) -> list[str]:
     ]
 
 
+def bad_shares(section: Any, *names: str) -> list[str]:
+    """A sentence for each number that is not from 0 to below 1 in float32."""
+    values = {name: getattr(section, name) for name in names}
+    return [
+        f"{name} {value} must be at least 0 and below 1"
+        for name, value in values.items()
+        if not 0 <= value <= 1 - 2**-24
+    ]
+
+
 def bad_floats(section: Any) -> list[str]:
     """A sentence for each finite number that is zero or infinite to float32."""
     values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}

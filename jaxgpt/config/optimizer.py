@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from jaxgpt.config.checks import bad_amounts, bad_counts
+from jaxgpt.config.checks import bad_amounts, bad_counts, bad_shares
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TrueOrFalse
 from jaxgpt.config.roles import Role
 
@@ -80,10 +80,8 @@ class OptimizerConfig:
             *bad_counts(self, "warmup_iters", "momentum_warmup_iters", least=0),
             *bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
             *self._rate_errors(),
+            *bad_shares(self, "beta1", "beta2"),
         ]
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                errors.append(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         if not 0 < self.cooldown_fraction <= 1:
             errors.append(
                 f"cooldown_fraction {self.cooldown_fraction:g} must be above 0 and at most 1; "

@@ -57,6 +57,9 @@ def _compile_to_fit(
     cfg: Resolved, free: Collection[str], layout: Layout, processes: Processes
 ) -> Compiled:
     device = layout.device
+    there_is, least = memory.device_limit(device), 4 * cfg.model.parameter_count()
+    if there_is is not None and least > there_is * cfg.mesh.devices:  # XLA may abort on such sizes
+        raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, there_is))
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))
     tried: dict[Resolved, Compiled] = {}
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -50,13 +51,20 @@ def test_what_is_compiled_runs_and_is_what_was_asked(machine) -> None:
 
 
 def test_a_step_that_does_not_fit_is_refused_with_figures_and_flags(machine, monkeypatch) -> None:
-    machine(1000)
+    machine(4 * CFG.model.parameter_count())
     with pytest.raises(TooLargeError, match=r"a step needs .* GiB \(batch_size 4, remat none"):
         compile_run()
-    machine(1000)
     monkeypatch.setattr(preflight.fit, "flags_that_fit", lambda cfg, limit: f"less than {limit}")
     with pytest.raises(TooLargeError, match="less than 0"):
         compile_run()
+
+
+def test_a_model_of_absurd_size_is_refused_before_xla_sees_it(machine, monkeypatch) -> None:
+    machine(GIB)
+    monkeypatch.setattr(preflight, "_compile", lambda *_: pytest.fail("XLA would abort"))
+    for sizes in ({"n_embd": 2**31 - 2}, {"n_layer": 10**8}):
+        with pytest.raises(TooLargeError, match="does not fit cpu"):
+            compile_run(replace(CFG, model=replace(TINY, **sizes)))
 
 
 def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
