@@ -39,7 +39,8 @@ SLICE_BYTES = 1 << 24  # the sample takes the beginning of each slice of this si
 PIECE = 10_000  # characters that are used for training or held out together
 HELD_OUT = 20  # every 20th piece is held out
 HELD_OUT_BYTES = 5_000_000  # at most; enough to measure
-SMALLEST = 512  # ids: 256 bytes, the end of text, and some merges
+# Ids: 256 bytes, the end of text, and some merges; the library takes memory for all at once.
+SMALLEST, LARGEST = 512, 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,8 @@ class TokenizerFlags:
             errors.append("name the text to train on: files or a folder")
         if self.out is None:
             errors.append("name the folder to write: --out FOLDER")
-        if self.vocab_size < SMALLEST:
-            errors.append(f"--vocab-size {self.vocab_size} must be at least {SMALLEST}")
+        if not SMALLEST <= self.vocab_size <= LARGEST:
+            errors.append(f"--vocab-size {self.vocab_size} must be from {SMALLEST} to {LARGEST}")
         try:
             parse_number("sample", self.sample)
         except UserError as error:
@@ -92,6 +93,7 @@ def run(argv: Sequence[str]) -> int:
             f"{flags.inputs[0]}: no such file or folder, and this command reads nothing from the "
             "Hub; name text files, such as a few that you have downloaded"
         )
+    out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with waiting("reading the sample"):
         options = ReadOptions(text_column=flags.text_column)
@@ -101,7 +103,6 @@ def run(argv: Sequence[str]) -> int:
     size = sum(len(text.encode(errors="replace")) for text in training)
     with waiting(f"training on {decimal(size)}"):
         library = train_bpe(training, flags.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = save(library, out)
     rows = {
         "vocabulary": f"{tokenizer.n_vocab:,} ids"

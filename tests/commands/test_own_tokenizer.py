@@ -100,6 +100,8 @@ def test_mistakes_are_known_before_a_tokenizer_is_trained(
         ([str(book), "--out", str(book)], "book.txt: is a file"),
         ([str(book), "--out", "~nobody-here/tok"], "there is no such home folder"),
         (["fineweb", "--out", "tok"], "this command reads nothing from the Hub"),
+        ([str(book), "--out", f"{book}/tok"], "book.txt/tok: Not a directory"),
+        ([str(book), "--out", "tok", "--vocab-size", "1000000000000"], "from 512 to 4194304"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
