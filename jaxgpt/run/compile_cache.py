@@ -43,10 +43,11 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
     if os.environ.get(SWITCH, "").lower() in ("0", "false", "no", "off", "n", "f"):
         return
     named = os.environ.get(FOLDER)
-    if named and "://" in named:  # not on this file system
+    if named and named.startswith(("gs://", "s3://", "az://", "hf://")):  # JAX's own affair
         return
     try:
         folder = user_path(named, FOLDER) if named else default_folder()
+        str(folder).encode()  # XLA takes no other names
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not named and (reason := _not_private(folder)):
             warn(f"{folder} {reason}; without a cache every start compiles again")
@@ -54,7 +55,7 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
         remove_damaged(folder)
         if not named:
             remove_oldest(folder)
-    except (OSError, UserError) as error:
+    except (OSError, UserError, UnicodeError) as error:
         warn(f"no compilation cache, so every start compiles again: {error}")
         os.environ[SWITCH] = "false"  # or JAX would make a folder called ~
         return

@@ -25,14 +25,16 @@ MEMORY_SETTINGS = (
 # No atomics, and no autotuning, which may choose other kernels in each run.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # What JAX's settings must be, if they are set.
+GUARDS = [f"JAX_TRANSFER_GUARD_{way}" for way in ("HOST_TO_DEVICE", "DEVICE_TO_HOST")]
 ON, OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
-ARITHMETIC = {
+SETTINGS = {
     "JAX_ENABLE_X64": OFF,
     "JAX_DISABLE_JIT": OFF,
     "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
     "JAX_THREEFRY_PARTITIONABLE": ON,
     "JAX_NUMPY_DTYPE_PROMOTION": ("standard",),
     "JAX_NUMPY_RANK_PROMOTION": ("allow", "warn"),
+    **dict.fromkeys(("JAX_TRANSFER_GUARD", *GUARDS), ("allow", "log", "log_explicit")),
 }
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
@@ -70,17 +72,19 @@ def check_settings() -> None:
     """Raises ConfigError for settings of JAX or XLA that change the results or abort a command."""
     changed = [
         f"{name}={value}"
-        for name, usual in ARITHMETIC.items()
+        for name, usual in SETTINGS.items()
         if (value := os.environ.get(name, "")) and value.lower() not in usual
     ]
     if changed:
         names = " ".join(setting.partition("=")[0] for setting in changed)
         raise ConfigError(
-            f"{', '.join(changed)}: this JAX setting changes the results, and a run resumed "
-            f"without it would differ; unset it: unset {names}"
+            f"{', '.join(changed)}: this JAX setting changes the results, so that a run resumed "
+            f"without it would differ, or ends the run; unset it: unset {names}"
         )
     if flags := _xla_flags():
         _try_flags(flags)
+    else:
+        os.environ.pop("XLA_FLAGS", None)  # blanks would be a file's name
 
 
 def _try_flags(flags: str) -> None:

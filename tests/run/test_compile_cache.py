@@ -110,6 +110,17 @@ def test_no_folder_is_called_tilde(home: Path, monkeypatch, setting: str | None)
     assert not (home / "~").exists()
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "ftp://host/cache"])
+def test_a_folder_that_jax_cannot_use_is_said_and_done_without(home, monkeypatch, name) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv(compile_cache.FOLDER, name)
+    monkeypatch.setenv(compile_cache.SWITCH, "true")
+    said: list[str] = []
+    prepare_compile_cache(said.append)
+    assert "no compilation cache" in said[0]
+    assert os.environ[compile_cache.SWITCH] == "false"
+
+
 def test_a_folder_that_others_can_write_is_not_used(home: Path) -> None:
     prepare_compile_cache(pytest.fail)
     folder = Path(os.environ.pop(compile_cache.FOLDER))

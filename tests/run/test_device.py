@@ -119,6 +119,10 @@ def test_flags_of_xla_in_a_file_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
     with pytest.raises(ConfigError, match="is a file that cannot be read"):
         prepare_environment(with_fields(DEMO, deterministic=True))
+    monkeypatch.setenv("XLA_FLAGS", "\n")
+    prepare_environment(DEMO)
+    assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
     (tmp_path / "flags").write_text("--xla_dump_to=x\n--xla_dump_hlo_as_text\n")
     prepare_environment(with_fields(DEMO, deterministic=True))
     assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x --xla_dump_hlo_as_text {DETERMINISTIC}"
@@ -126,7 +130,10 @@ def test_flags_of_xla_in_a_file_are_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "True"), ("JAX_DEFAULT_PRNG_IMPL", "rbg")],
+    [
+        *(("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "True"), ("JAX_DEFAULT_PRNG_IMPL", "rbg")),
+        ("JAX_TRANSFER_GUARD", "disallow"),
+    ],
 )
 def test_settings_of_jax_that_change_a_runs_arithmetic_are_refused(monkeypatch, name, value):
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "warn")
