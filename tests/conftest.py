@@ -42,6 +42,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 8)
 
 
+# Where the longest files are, which begin first, so that no worker ends with one while others idle.
+LONGEST = ("commands", "training", "run", "model", "weights", "preparation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rooms = {room: place for place, room in enumerate(LONGEST)}
+    items.sort(key=lambda item: rooms.get(item.path.parent.name, len(rooms)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test sees what commands have left in the checkout: `runs/`, `data/`, a folder `tok/`."""

@@ -241,9 +241,10 @@ def test_a_device_too_full_to_sample_does_not_take_the_save_along(
     straight, tmp_path, refused, monkeypatch
 ) -> None:
     """Row 25: a sample is drawn first after the first interval."""
+    flags = (*STEPS, "--sample-tokens", "8")
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "generate", run_out)
-        assert "the device's memory is full" in refused(tmp_path / "run", *STEPS)
+        assert "the device's memory is full" in refused(tmp_path / "run", *flags)
     assert saved_steps(tmp_path / "run") == [0, 4]
     assert train(tmp_path / "run", *STEPS) == 0
     assert_same_end(tmp_path / "run", straight)
