@@ -1,4 +1,4 @@
-"""Several processes as one run: real ones, over loopback, with two CPU devices each."""
+"""Who the processes of a run are, and what they say when they cannot meet or one has failed."""
 
 import os
 import re
