@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"^pip install -e '\.\[test\]'", ".ci/run does this itself"),
     (r"^pip install -e '", "needs the network"),
     (r"^(sbatch|srun)\b", "needs Slurm"),
-    (r"train_two_processes", "takes minutes; tests/run/test_processes.py starts two processes"),
+    (r"train_two_processes", "takes minutes; tests/run/test_two_processes.py starts two processes"),
     (r"NANOGPT_DIR", "needs a clone of nanoGPT, and PyTorch"),
     (r"quarter_hour\.py (first|second)", "needs a GPU"),
     (r"convert_nanogpt|measure_parity|check_hellaswag", "needs PyTorch"),

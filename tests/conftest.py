@@ -13,6 +13,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where XLA's compiler for cards is installed, it must not look for one.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
+# Most of the time is XLA's, for programs that run for microseconds, and a third of that is LLVM's
+# optimizations. `.ci/run` sets it to false for the slow tests, which compile as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
 # Many runs of the tests are of the same shapes: each program is compiled once, as for a user who
 # starts a run again. The folder is new each time, so that all of them are compiled.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-")
@@ -36,6 +40,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return 0
     return min(os.cpu_count() or 1, 8)
+
+
+# Where the longest files are, which begin first, so that no worker ends with one while others idle.
+LONGEST = ("commands", "training", "run", "model", "weights", "preparation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rooms = {room: place for place, room in enumerate(LONGEST)}
+    items.sort(key=lambda item: rooms.get(item.path.parent.name, len(rooms)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,5 @@
 """The order of the data: each window once, a function of (seed, step), prefetched."""
 
-import itertools
-import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -10,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgpt.data import loader as loader_module
-from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch, shuffled_index
+from jaxgpt.data.loader import WindowLoader, evaluation_windows, prefetch
 from jaxgpt.data.shards import TokenStream, load_split
 from jaxgpt.data.token_file import DataError, write_shard
 
@@ -29,65 +26,6 @@ def make_loader(n: int = 10_000, block_size: int = 16, seed: int = 1) -> WindowL
 
 def windows_of(loader: WindowLoader, first: int, count: int) -> np.ndarray:
     return loader.read(np.arange(first, first + count))
-
-
-# The shuffle
-
-
-def test_the_shuffle_is_a_bijection() -> None:
-    sizes = (*range(1, 70), 255, 256, 257, 1000, 4096, 10_007, 99_999)
-    for n, seed in itertools.product(sizes, (0, 1, 2, -1, 2**63, 2**64 - 1)):
-        shuffled = shuffled_index(np.arange(n), n, seed)
-        assert shuffled.dtype == np.uint64
-        np.testing.assert_array_equal(np.sort(shuffled), np.arange(n), err_msg=f"{n=} {seed=}")
-
-
-@pytest.mark.parametrize("n", [2**32 + 1, 10**12, 2**62 + 3])
-def test_the_shuffle_of_a_huge_range_stays_inside_and_collides_nowhere(n: int) -> None:
-    i = np.linspace(0, n - 1, 200_000).astype(np.uint64)
-    assert len(np.unique(i)) == len(np.unique(shuffled_index(i, n, 3))) == 200_000
-    assert shuffled_index(i, n, 3).max() < n
-
-
-def test_the_shuffle_gives_the_same_numbers_for_ever() -> None:
-    """A changed order is a changed data position: every run in flight would see other data."""
-    assert shuffled_index(np.arange(10), 10, 1337).tolist() == [0, 9, 5, 7, 8, 6, 3, 2, 4, 1]
-    huge = [275012276992, 346376705006, 198229731876]
-    assert shuffled_index(np.arange(3), 10**12, 1337).tolist() == huge
-    assert make_loader(seed=1337).starts(np.arange(622, 626)).tolist() == [3877, 7477, 8504, 1352]
-
-
-def test_a_sum_that_would_wrap_at_64_bits_keeps_the_bijection(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(loader_module, "_mix", lambda x: np.full_like(x, 2**64 - 1))
-    np.testing.assert_array_equal(np.sort(shuffled_index(np.arange(11), 11, 1)), np.arange(11))
-
-
-def test_a_common_seed_and_a_seed_per_index_agree() -> None:
-    i, seeds = np.arange(50), np.repeat(np.arange(5, dtype=np.uint64), 10)
-    alone = [shuffled_index(i[10 * s : 10 * s + 10], 50, s) for s in range(5)]
-    np.testing.assert_array_equal(shuffled_index(i, 50, seeds), np.concatenate(alone))
-
-
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
-def test_all_orders_of_a_few_windows_come_equally_often(n: int) -> None:
-    seeds = 10_000
-    i, seed_of_i = np.tile(np.arange(n), seeds), np.repeat(np.arange(seeds, dtype=np.uint64), n)
-    orders = Counter(map(tuple, shuffled_index(i, n, seed_of_i).reshape(seeds, n).tolist()))
-    every = list(itertools.permutations(range(n)))
-    expected = seeds / len(every)
-    chi_squared = sum((orders[order] - expected) ** 2 / expected for order in every)
-    freedom = len(every) - 1
-    assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
-
-
-def test_the_shuffle_of_many_windows_leaves_no_trace_of_the_order() -> None:
-    n = 100_000
-    shuffled = shuffled_index(np.arange(n), n, 7).astype(float)
-    for lag in (1, 2, 316, 317, 318):  # 317 is the side of the grid inside
-        assert abs(np.corrcoef(shuffled[lag:], shuffled[:-lag])[0, 1]) < 0.015
-    assert abs(np.corrcoef(shuffled, np.arange(n))[0, 1]) < 0.015
 
 
 # The order of a run
@@ -247,94 +185,6 @@ def test_evaluation_takes_all_windows_when_there_are_fewer() -> None:
 
 def test_no_evaluation_is_no_windows() -> None:
     assert evaluation_windows(counting_stream(100), 16, 0, N_VOCAB).shape == (0, 17)
-
-
-# Prefetching
-
-
-def alive() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 100])
-def test_batches_come_in_order_and_the_thread_ends(depth: int) -> None:
-    with prefetch(lambda step: step * step, 3, 50, depth) as batches:
-        assert list(batches) == [step * step for step in range(3, 50)]
-    assert not alive()
-
-
-def test_nothing_to_do_is_an_empty_iterator() -> None:
-    with prefetch(lambda step: step, 5, 5) as batches:
-        assert list(batches) == []
-
-
-def test_batches_are_made_ahead_on_another_thread_but_not_without_bound() -> None:
-    made: list[tuple[int, str]] = []
-    waiting = threading.Semaphore(0)
-
-    def make_batch(step: int) -> int:
-        made.append((step, threading.current_thread().name))
-        waiting.release()
-        return step
-
-    with prefetch(make_batch, 0, 100, depth=2) as batches:
-        for _ in range(3):  # two that wait in the queue, and one in hand
-            assert waiting.acquire(timeout=5)
-        assert not waiting.acquire(timeout=0.1)
-        assert made == [(0, "prefetch"), (1, "prefetch"), (2, "prefetch")]
-        assert next(batches) == 0
-        assert waiting.acquire(timeout=5)
-
-
-def test_an_error_is_raised_at_its_step_and_is_the_last() -> None:
-    tried = []
-
-    def make_batch(step: int) -> int:
-        tried.append(step)
-        if step == 3:
-            raise DataError("shard 3 is bad")
-        return step
-
-    with prefetch(make_batch, 0, 9) as batches:
-        assert [next(batches) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(DataError, match="shard 3 is bad"):
-            next(batches)
-        assert next(batches, "ended") == "ended"
-    assert not alive()
-    assert tried == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("depth", "taken", "pause"),
-    [
-        (1, 0, 0),  # the thread waits for room in the queue
-        (1, 1, 0.01),  # the thread is making a batch
-        (2, 4, 0.001),
-        (5, 0, 0.01),  # nothing is ready yet
-        (5, 4, 0),
-    ],
-)
-def test_leaving_early_ends_the_thread_and_does_not_hang(
-    depth: int, taken: int, pause: float
-) -> None:
-    began = time.perf_counter()
-    with prefetch(lambda _: time.sleep(pause), 0, 10**9, depth) as batches:
-        for _ in itertools.islice(batches, taken):
-            pass
-    assert time.perf_counter() - began < 2
-    assert not alive()
-    assert next(batches, "ended") == "ended"
-
-
-def test_an_interrupt_of_the_consumer_ends_the_thread_and_passes() -> None:
-    def consume() -> None:
-        with prefetch(lambda step: step, 0, 10**9) as batches:
-            next(batches)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        consume()
-    assert not alive()
 
 
 def test_a_real_loader_keeps_its_order_under_prefetching() -> None:

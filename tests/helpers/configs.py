@@ -1,6 +1,6 @@
 """Configurations: parsed, and resolved without a tokenizer or a machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt.config.command_line import RunFlags, parse_run
@@ -17,7 +17,7 @@ def resolved(asked: Config, dtype: str = "float32", **fields: Any) -> Resolved:
     return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """What `train` is asked for by `argv`; raises ConfigError."""
-    flags: dict[str, Any] = {"description": "Train.", "default_preset": lambda: None}
+def parse(argv: Sequence[str], default: Callable[[], str | None] = lambda: None) -> Config:
+    """What `train` is asked for by `argv`, or by the preset `default()`; raises ConfigError."""
+    flags: dict[str, Any] = {"description": "Train.", "default_preset": default}
     return parse_run(RunFlags, argv, prog="train", **flags)[0]

@@ -1,4 +1,4 @@
-"""Run by tests/training/test_sharding.py with eight CPU devices; prints one JSON object.
+"""Run by tests/training/test_meshes_agree.py with eight CPU devices; prints one JSON object.
 
 A separate process, because the number of devices must be set before JAX starts.
 """

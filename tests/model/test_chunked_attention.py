@@ -28,7 +28,7 @@ SHAPES = [(2, 3, 2, 2, 4), (2, CHUNK + 1, 4, 2, 8), (1, 1000, 3, 3, 12), (1, 205
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_gradients_equal_plain_attention(shape: tuple[int, ...]) -> None:
     q, k, v, dout = inputs(*shape)
-    expected, pull_back = jax.vjp(plain_with_groups, q, k, v)
+    expected, pull_back = jax.vjp(jax.jit(plain_with_groups), q, k, v)
     got, chunked_pull_back = jax.vjp(jax.jit(chunked_attention), q, k, v)
     for a, b in zip((got, *chunked_pull_back(dout)), (expected, *pull_back(dout)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))

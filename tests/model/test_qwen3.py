@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import textbook
-from helpers.trees import TINY_QWEN3
+from helpers.trees import TINY_QWEN3, random_params
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.model.attention import masked_attention, plain_attention
@@ -24,13 +24,6 @@ SHAPES = [
     dict(n_layer=2, n_head=3, n_embd=36, norm_eps=1e-2, tied_head=False, embedding_norm=True),
     dict(n_layer=2, n_head=8, n_kv_head=4, n_embd=64, head_dim=6, arch="llama"),
 ]
-
-
-def random_params(cfg: ModelConfig):
-    """Parameters that are far from their initial values, so that every one of them matters."""
-    params = init_params(cfg, jax.random.key(0))
-    draw = np.random.default_rng(0).standard_normal
-    return jax.tree.map(lambda p: p + 0.2 * draw(p.shape, np.float32), params)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['n_embd']}")
@@ -76,8 +69,8 @@ def test_hand_written_gradients_are_those_of_the_formula(function, textbook, sha
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = [2 * jax.random.normal(*args) for args in zip(keys[1:], shapes, strict=True)]
     dy = jax.random.normal(keys[0], shapes[0])
-    y, vjp = jax.vjp(function, *inputs)
-    expected, expected_vjp = jax.vjp(textbook, *inputs)
+    y, vjp = jax.vjp(jax.jit(function), *inputs)
+    expected, expected_vjp = jax.vjp(jax.jit(textbook), *inputs)
     for a, b in zip((y, *vjp(dy)), (expected, *expected_vjp(dy)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     half = function(*(x.astype(jnp.bfloat16) for x in inputs))

@@ -25,7 +25,7 @@ def loss_and_grads(
     def loss_fn(params):
         return nnx.merge(graphdef, params).loss(tokens_BT1)
 
-    return jax.value_and_grad(loss_fn)(params)
+    return jax.jit(jax.value_and_grad(loss_fn))(params)
 
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)

@@ -1,133 +1,20 @@
 """The Hub, through its real client, against a server on this machine."""
 
-import hashlib
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers.hub_server import COMMIT, Fault, Hub, serve
-from helpers.preparing import build
+from helpers.hub_files import NAMED, SMALL, kill_at_first_file, run, shards, wait_for_request
+from helpers.hub_server import COMMIT, Fault, Hub
 
-from jaxgpt.data.manifest import check_manifest, load_manifest
+from jaxgpt.data.manifest import load_manifest
 from jaxgpt.data.shards import load_split
-from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation.hub import download
-from jaxgpt.prepare import main
-
-SMALL = ("--shard-tokens", "20K", "--unit-bytes", "60K", "--val-tokens", "20K")
-CARD = """\
----
-configs:
-- config_name: plain
-  data_files:
-  - split: train
-    path: plain/*.jsonl
-  - split: test
-    path: other/*.jsonl
-- config_name: second
-  data_files: other/*.jsonl
----
-"""
-
-
-NAMED = {
-    "HuggingFaceFW/fineweb-2": "---\nconfigs:\n- config_name: arb_Arab\n  data_files: data/*\n---",
-    "mlfoundations/dclm-baseline-1.0-parquet": "",
-    "OptimalScale/ClimbMix": "",
-}
-
-
-TOKEN_ROWS = [[*range(first, first + 40)] for first in range(0, 50_000, 200)]
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the stand-in Hub."""
-    folder = tmp_path_factory.mktemp("hub")
-    sample = folder / "HuggingFaceFW" / "fineweb" / "sample"
-    build(sample / "10BT", files=3, n_bytes=450_000, row_group=20)
-    build(sample / "100BT", files=1, n_bytes=20_000, seed=1)
-    plain = folder / "someone" / "jokes" / "plain"
-    plain.mkdir(parents=True)
-    (plain.parent / "README.md").write_text(CARD)
-    for number in range(2):
-        lines = [json.dumps({"joke": f"joke {number} {line} " * 9}) for line in range(300)]
-        (plain / f"{number}.jsonl").write_text("\n".join(lines))
-    (plain.parent / "other").mkdir()
-    (plain.parent / "other" / "0.jsonl").write_text(json.dumps({"joke": "one more"}))
-    for repo, card in NAMED.items():
-        (folder / repo / "data").mkdir(parents=True)
-        (folder / repo / "README.md").write_text(card)
-        lines = [json.dumps({"text": f"{repo} {line} " * 9}) for line in range(300)]
-        (folder / repo / "data" / "0.jsonl").write_text("\n".join(lines))
-    rows = [{"cluster_id": 1, "tokens": ids, "token_count": len(ids)} for ids in TOKEN_ROWS]
-    climbmix = folder / "nvidia" / "Nemotron-ClimbMix"
-    (climbmix / "climbmix_small").mkdir(parents=True)
-    (climbmix / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---"
-    )
-    (climbmix / "part_0.tokenized.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    table = pa.Table.from_pylist(rows)
-    pq.write_table(table, climbmix / "climbmix_small" / "shard_0.tokenized.parquet")
-    pictures = folder / "someone" / "pictures"
-    pictures.mkdir()
-    (pictures / "a.png").write_bytes(b"png")
-    (folder / "someone" / "scripted").mkdir()
-    (folder / "someone" / "scripted" / "scripted.py").write_text("import datasets")
-    ready = folder / "kjj0" / "fineweb10B-gpt2"
-    ready.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name in ("val_000000", "train_000001", "train_000002", "train_000003"):
-        write_shard(ready / f"fineweb_{name}.bin", random.integers(0, 50257, 5000))
-    return folder
-
-
-@pytest.fixture
-def hub(stored: Path) -> Iterator[Hub]:
-    with serve(stored) as running:
-        yield running
-
-
-@pytest.fixture
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """The client connects to the stand-in only."""
-    return {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-    }
-
-
-def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "jaxgpt.prepare", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def shards(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("*.bin"))}
-
-
-@pytest.fixture(scope="module")
-def expected(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The shards of the same files, read from the disk."""
-    out = tmp_path_factory.mktemp("local") / "fineweb"
-    files = stored / "HuggingFaceFW" / "fineweb" / "sample" / "10BT"
-    assert main([str(files), "--out", str(out), *SMALL]) == 0
-    return shards(out)
 
 
 def test_fineweb_is_listed_downloaded_tokenized_and_its_downloads_deleted(
@@ -174,10 +61,10 @@ def test_a_killed_or_interrupted_download_resumes(
 ) -> None:
     out = tmp_path / "fineweb"
     arguments = ["fineweb", "--out", str(out), *SMALL]
-    _kill_at_first_file(hub, environment, *arguments)
+    kill_at_first_file(hub, environment, *arguments)
     left = set(out.rglob("*.incomplete"))
     assert left
-    _kill_at_first_file(hub, environment, *arguments)
+    kill_at_first_file(hub, environment, *arguments)
     assert not left & set(out.rglob("*.incomplete")), "they would fill the disk"
     hub.faults += [
         Fault("GET .*000_00000.parquet", cut_after=20_000),
@@ -222,7 +109,7 @@ def test_ctrl_c_during_a_download_ends_at_once(
     command = [sys.executable, "-m", "jaxgpt.prepare", "fineweb", "--out", str(tmp_path), *SMALL]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        _wait_for_request(hub, "GET /datasets/.*parquet")
+        wait_for_request(hub, "GET /datasets/.*parquet")
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
     finally:
@@ -230,29 +117,6 @@ def test_ctrl_c_during_a_download_ends_at_once(
         child.wait()
     assert child.returncode == 130
     assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
-
-
-def _kill_at_first_file(hub: Hub, environment: dict[str, str], *arguments: str) -> None:
-    """Run a command until it asks for a file."""
-    hub.hold.clear()
-    hub.requests.clear()
-    command = [sys.executable, "-m", "jaxgpt.prepare", *arguments]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        _wait_for_request(hub, "GET /datasets/")
-    finally:
-        child.kill()
-        child.wait()
-        hub.hold.set()
-
-
-def _wait_for_request(hub: Hub, pattern: str) -> None:
-    import re
-
-    deadline = time.monotonic() + 30
-    while not any(re.search(pattern, request) for request in hub.requests):
-        assert time.monotonic() < deadline, hub.requests
-        time.sleep(0.01)
 
 
 def test_any_data_set_is_read_by_its_card(
@@ -369,80 +233,6 @@ def test_the_same_command_resumes_after_all_retries_have_failed(
     again = run(environment, *arguments)
     assert again.returncode == 0, again.stderr
     assert shards(out) == expected
-
-
-def test_ready_made_shards_are_downloaded_checked_and_added_to(
-    hub: Hub, environment: dict[str, str], stored: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "fineweb"
-    done = run(environment, "fineweb", "--ready", "--tokens", "7K", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert sorted(shards(out)) == [f"fineweb_train_00000{n}.bin" for n in (1, 2)] + [
-        "fineweb_val_000000.bin"
-    ]
-    assert len(load_split(out, "train", 50257)) == 10_000
-    _kill_at_first_file(hub, environment, "fineweb", "--ready", "--out", str(out))
-    with pytest.raises(UserError, match="is not finished; run its"):
-        check_manifest(out, load_tokenizer("gpt2"))
-    hub.requests.clear()
-    more = run(environment, "fineweb", "--ready", "--out", out)
-    assert more.returncode == 0, more.stderr
-    assert sum("GET /datasets" in request for request in hub.requests) == 1, "only the new one"
-    manifest = load_manifest(out)
-    assert manifest is not None
-    original = stored / "kjj0" / "fineweb10B-gpt2"
-    assert {s.file: s.sha256 for s in manifest.shards} == shards(original)
-    (out / "fineweb_train_000002.bin").unlink()
-    assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
-    assert shards(out) == shards(original), "what is gone is fetched again"
-    other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
-    assert "contains shards of kjj0/fineweb10B-gpt2" in other.stderr
-
-
-def test_a_ready_made_shard_with_foreign_ids_is_refused(
-    hub: Hub, environment: dict[str, str], stored: Path, tmp_path: Path
-) -> None:
-    folder = stored / "someone" / "else"
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "val"):
-        write_shard(folder / f"x_{split}_000000.bin", np.full(100, 60_000))
-    done = run(environment, "someone/else", "--ready", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "is id 60000, outside the tokenizer's 50,257" in done.stderr
-    assert not list((tmp_path / "out").glob("*.bin"))
-
-
-@pytest.mark.parametrize("name", [(), ("--name", "climbmix_small")])
-def test_ready_tokens_of_climbmix_become_shards_and_their_licence_is_said(
-    environment: dict[str, str], tmp_path: Path, name: tuple[str, ...]
-) -> None:
-    out = tmp_path / "climbmix"
-    flags = ("--ready", *name, "--workers", "1", "--out", out)
-    done = run(environment, "climbmix", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "licence is CC BY-NC 4.0" in done.stdout
-    splits = [load_split(out, split, 50_257) for split in ("train", "val")]
-    tokens = np.concatenate([split.window(0, len(split)) for split in splits])
-    documents = np.split(tokens, np.flatnonzero(tokens == 50_256))[1:]
-    assert sorted(ids[1:].tolist() for ids in documents) == TOKEN_ROWS
-    manifest = load_manifest(out)
-    assert manifest is not None
-    assert manifest.token_count is not None
-    assert manifest.token_count.equal
-    assert (manifest.tokenizer.name, manifest.source["text_column"]) == ("gpt2", "tokens")
-
-
-def test_ready_tokens_that_are_not_gpt2_s_are_refused(
-    hub: Hub, environment: dict[str, str], tmp_path: Path
-) -> None:
-    hub.folder = tmp_path / "hub"
-    stored = hub.folder / "nvidia" / "Nemotron-ClimbMix" / "part_0.tokenized.jsonl"
-    stored.parent.mkdir(parents=True)
-    stored.write_text(json.dumps({"tokens": [1, 50_257]}))
-    done = run(environment, "climbmix", "--ready", "--workers", "1", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "part_0.tokenized.jsonl: id 50257 is not one of the 50,257 ids" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["../../a.parquet", "data/../../../a.parquet", "/tmp/a.parquet"])

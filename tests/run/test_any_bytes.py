@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import signal
 import struct
 import tempfile
 from collections.abc import Callable
@@ -24,13 +22,10 @@ from jaxgpt.data.manifest import ShardEntry
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import FORMATS, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.data.tokenizer_files import find_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import sha256_of
 from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.text_manifest import summarize
 from jaxgpt.preparation.work_plan import Plan
-from jaxgpt.run.compile_cache import remove_damaged
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
@@ -259,52 +254,3 @@ def test_what_lies_in_a_preparations_folder_may_hold_any_bytes(
     path.write_bytes(content)
     plan = read_or_named(lambda: Plan.load(path), path)
     assert plan is None or type(plan) is Plan
-
-
-READERS: dict[str, Callable[[Path], object]] = {
-    "config.json": load_config,
-    "manifest.json": lambda path: manifest.load_manifest(path.parent),
-    MANIFEST: lambda path: read_manifest(path.parent),
-    METRICS_FILE: read_metrics,
-    "x_train_0.bin": inspect_file,
-    "plan.json": Plan.load,
-    "units.jsonl": lambda path: Journal(path, Record),
-    "tokenizer.json": lambda path: find_tokenizer(str(path), ()),
-    "an array": sha256_of,
-}
-
-
-@pytest.fixture
-def five_seconds(monkeypatch):
-    def too_long(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(5)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.usefixtures("five_seconds")
-def test_a_pipe_in_place_of_a_file_is_named_at_once(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
-    with pytest.raises((UserError, OSError), match="is a pipe, a socket or a device") as refused:
-        READERS[name](tmp_path / name)
-    assert str(tmp_path / name) in str(refused.value)
-
-
-@pytest.mark.usefixtures("five_seconds")
-def test_pipes_in_a_runs_folder_and_in_the_cache_stop_no_start(tmp_path: Path) -> None:
-    for name in (METRICS_FILE, "events.out.tfevents.1.here"):
-        os.mkfifo(tmp_path / name)
-    told: list[str] = []
-    with MetricsLog(tmp_path, resume_step=0, on_error=told.append) as log:
-        log.scalars(1, {"train/loss": 1.0})
-    assert len(told) == 1
-    assert "is a pipe, a socket or a device, not a file" in told[0]
-    entry = f"jit_step-{'0' * 64}-cache"
-    os.mkfifo(tmp_path / entry)
-    assert remove_damaged(tmp_path) == [entry]
-    assert not (tmp_path / entry).exists()

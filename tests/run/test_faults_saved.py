@@ -19,13 +19,13 @@ from jaxgpt.run.integrity import MANIFEST, Manifest, read_manifest, verify, writ
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
-# ---------------------------------------------------------------- going on (12-15, 29, 31)
+# ---------------------------------------------------------------- going on
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     straight, run, capsys
 ) -> None:
-    """Row 14: whatever is flipped, cut or deleted, the run ends as if nothing had been."""
+    """Whatever is flipped, cut or deleted, the run ends as if nothing had been."""
     newest = run / "checkpoints" / "8"
     array = max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     data = bytearray(array.read_bytes())
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_holds_another_step_is_damaged(straight, run, capsys) 
 
 
 def test_half_a_checkpoint_counts_as_none(straight, run, capsys) -> None:
-    """Rows 14 and 28: a commit without its manifest, and what a killed save left."""
+    """A commit without its manifest, and what a killed save left."""
     (run / "checkpoints" / "8" / MANIFEST).unlink()
     (run / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     assert train(run, *STEPS) == 0
@@ -102,7 +102,6 @@ def test_where_no_checkpoint_is_sound_the_run_is_neither_resumed_nor_begun_anew(
 
 
 def test_what_resume_says_is_done(run, tmp_path, refused) -> None:
-    """Row 15."""
     before = sorted(run.rglob("*"))
     assert "saved at step 8" in refused(run, "--max-iters", "9", "--resume", "never")
     assert "no finished checkpoint" in refused(tmp_path / "new", "--resume=must")
@@ -128,7 +127,6 @@ def test_metrics_without_their_checkpoints_are_not_thrown_away(run, refused) -> 
 
 
 def test_what_has_changed_is_shown(run, capsys) -> None:
-    """Rows 13 and 31."""
     flags = ("--max-iters", "9", "--learning-rate", "1e-3", "--dtype", "bfloat16")
     assert train(run, *flags) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -138,7 +136,6 @@ def test_what_has_changed_is_shown(run, capsys) -> None:
 
 
 def test_a_second_process_is_refused(run, refused) -> None:
-    """Row 29."""
     with FolderLock(run, "--out-dir") as lock:
         lock.take()
         err = refused(run, "--max-iters", "9")
@@ -152,7 +149,7 @@ def test_a_second_process_is_refused(run, refused) -> None:
 def test_a_last_save_without_room_is_not_called_done(
     straight, tmp_path, refused, monkeypatch
 ) -> None:
-    """Row 16, at the end of a run."""
+    """At the end of a run."""
     begin, usage = checkpoint.Checkpoints.begin, shutil.disk_usage
 
     def fill_the_disk_before_step_8(self, state, **notes) -> None:
@@ -174,7 +171,7 @@ def test_a_last_save_without_room_is_not_called_done(
 def test_a_disk_that_is_full_from_the_start_is_told_before_a_step_is_taken(
     tmp_path, refused, monkeypatch
 ) -> None:
-    """Row 16, at the start of a run."""
+    """At the start of a run."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     err = refused(tmp_path / "run", *STEPS)
     assert re.search(r"step 0 could not be saved in .* MB are needed and 0.0 MB are free", err)
@@ -183,7 +180,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_before_a_step_is_taken(
 
 
 def test_a_disk_that_is_full_for_a_while_costs_only_that_save(tmp_path: Path) -> None:
-    """Row 16, with writes that really fail; SIGUSR1 saves when the test says so."""
+    """With writes that really fail; SIGUSR1 saves when the test says so."""
     out_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     flags = ["--eval-interval", "100000", "--max-iters", "100000", "--log-interval", "20"]
     with started(tmp_path / "run", *flags) as process:
@@ -240,10 +237,10 @@ def run_out(*_: object, **__: object) -> None:
 def test_a_device_too_full_to_sample_does_not_take_the_save_along(
     straight, tmp_path, refused, monkeypatch
 ) -> None:
-    """Row 25: a sample is drawn first after the first interval."""
+    flags = (*STEPS, "--sample-tokens", "8")  # first drawn after the first interval
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "generate", run_out)
-        assert "the device's memory is full" in refused(tmp_path / "run", *STEPS)
+        assert "the device's memory is full" in refused(tmp_path / "run", *flags)
     assert saved_steps(tmp_path / "run") == [0, 4]
     assert train(tmp_path / "run", *STEPS) == 0
     assert_same_end(tmp_path / "run", straight)
@@ -280,7 +277,6 @@ def test_a_device_too_full_to_go_on_is_not_taken_for_a_damaged_checkpoint(
 def test_a_full_device_is_answered_and_what_was_saved_stays(
     straight, run, refused, monkeypatch, name
 ) -> None:
-    """Rows 24 and 25."""
     shutil.rmtree(run / "checkpoints" / "8")
 
     class Full:

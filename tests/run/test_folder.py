@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -122,18 +121,10 @@ def test_what_may_change_is_taken_from_the_command_line(name):
     assert changed[name] != SAVED.flat()[name]
 
 
-@pytest.mark.parametrize("name", sorted(OTHER_RUN))
+@pytest.mark.parametrize("name", sorted(OTHER_RUN.keys() | OTHER_MODERN_RUN.keys()))
 def test_what_makes_another_run_is_refused_with_both_values(name):
-    check_refusal(name, OTHER_RUN[name], ASKED, SAVED)
-
-
-@pytest.mark.parametrize("name", sorted(OTHER_MODERN_RUN))
-def test_what_makes_another_modern_run_is_refused_too(name):
-    check_refusal(name, OTHER_MODERN_RUN[name], ASKED_MODERN, SAVED_MODERN)
-
-
-def check_refusal(name: str, value: object, asked: Config, saved: Resolved) -> None:
-    """Assert that another value of one field is refused, with both values."""
+    asked, saved = (ASKED, SAVED) if name in OTHER_RUN else (ASKED_MODERN, SAVED_MODERN)
+    value = (OTHER_RUN | OTHER_MODERN_RUN)[name]
     first, columns, *rows = refusal(with_fields(asked, **{name: value}), saved)
     assert first.startswith("runs/mine has another run; ")
     assert "--out-dir" in first
@@ -258,19 +249,18 @@ def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
     assert load_saved(tmp_path) is None
 
 
-def test_saving_again_replaces_the_file(run):
-    save_config(moved_to(run, max_iters=200))
-    assert json.loads((run / CONFIG_FILE).read_text())["max_iters"] == 200
+def test_a_save_replaces_the_file_and_one_that_fails_leaves_it_and_says_why(run, monkeypatch):
+    saved = moved_to(run, max_iters=200)
+    save_config(saved)
+    assert load_saved(run).flat() == saved.flat()
 
-
-def test_a_save_that_fails_leaves_the_old_file_and_says_why(run, monkeypatch):
     def full(_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
-        save_config(moved_to(run, max_iters=200))
-    assert load_saved(run).flat() == moved_to(run).flat()
+        save_config(moved_to(run, max_iters=300))
+    assert load_saved(run).flat() == saved.flat()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"n_layers": 3}', '{"n_layer": 0}'])
@@ -284,35 +274,24 @@ def test_a_damaged_file_is_answered_with_its_path_and_two_ways_out(run, content)
     assert "--out-dir" in message
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+def test_a_folder_that_cannot_be_made_or_written_to_is_named(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     for out_dir in (tmp_path / "taken", tmp_path / "taken" / "run"):
         with pytest.raises(ConfigError, match="taken is a file; choose a folder"):
             load_saved(out_dir)
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="too long"):
+        load_saved(Path("x" * 300))
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ConfigError, match="cannot be written to"):
         load_saved(tmp_path / "a" / "b")
 
 
-def test_a_folder_that_no_file_system_takes_is_answered_plainly():
-    with pytest.raises(ConfigError, match="too long"):
-        load_saved(Path("x" * 300))
-
-
 # ---------------------------------------------------------------- the run's data
-
-
-def test_a_run_goes_on_with_the_same_data(tmp_path):
-    found = {"train_tokens": 1000, "val_tokens": 100}
-    check_data(found, found, tmp_path)
-    check_data({**found, "more": 3}, found, tmp_path)
 
 
 def test_other_data_is_refused_with_what_changed(tmp_path):
     saved = {"train_tokens": 1000, "val_tokens": 100}
+    check_data({**saved, "more": 3}, saved, tmp_path)
     with pytest.raises(ConfigError) as refused:
         check_data(saved, {"train_tokens": 2000, "val_tokens": 100}, tmp_path)
     message = str(refused.value)
