@@ -84,7 +84,7 @@ class Product(NamedTuple):
 class Kernel(NamedTuple):
     """An instruction that runs as a kernel, in one place of the program."""
 
-    names: set[str]  # its own and, in a fusion, those of what it fuses: a trace has either
+    names: set[str]  # its own and those of what it fuses; a trace names a kernel by one of them
     times: int  # that it runs in one execution of the program
     in_loop: bool
     read: int  # bytes, each time

@@ -7,8 +7,8 @@
     python benchmarks/roofline.py --table                      # of docs/performance.md, from there
 
 The step is compiled as `jaxgpt.plan` does. Bytes, FLOPs and launches are counted in its program.
-The milliseconds are estimates, measured on no card: a kernel takes the longer of FLOPs / rate and
-bytes / bandwidth, and a launch, at the rates below.
+The milliseconds are estimates: a kernel takes the longer of FLOPs / rate and bytes / bandwidth, and
+a launch, at the rates below. trace_groups.py holds them against a trace.
 """
 
 import argparse
@@ -47,8 +47,8 @@ class Rates(NamedTuple):
 
 
 # Below the data sheets' peaks (989 and 165 TFLOP/s, 3.35 and 1.01 TB/s) as far as cuBLAS and cuDNN
-# are known to stay. Attention on Hopper at a head width of 64, and all of the H200's except TF32:
-# measured, results/trace-124m-b32-h200.json and quarter-hour-first-h200.json.
+# are known to stay. Attention on Hopper at a head width of 64 and the H200's bandwidth: measured,
+# results/trace-124m-b32-h200.json (products: 683 and 717) and quarter-hour-first-h200.json.
 RATES = {
     "h100": Rates(675e12, 350e12, 260e12, 200e12, 3.0e12),
     "h200": Rates(675e12, 350e12, 260e12, 200e12, 4.1e12),

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/kill_resume.py WORK
 
-Two runs with --deterministic: A trains through, B is killed in its middle and resumed. Then sample,
-evaluate and export read B. Prints one JSON object after each stage; the last one is complete.
+Two runs with --deterministic, or without it if that fails: A trains through, B is killed in its
+middle and resumed. Then sample, evaluate and export read B. Prints one JSON object after each
+stage; the last one is complete.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
+from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import read_file
 from jaxgpt.planning.gpus import POOL_SHARE
@@ -50,14 +51,8 @@ def prepare_environment(cfg: Config) -> None:
     if cfg.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         return
-    flags = _xla_flags()
     if cfg.deterministic:
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
-    elif re.search(r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(?!=(false|0))", flags):
-        raise ConfigError(
-            f"XLA_FLAGS={flags}: needs --deterministic=True as well, without which cuDNN's "
-            "attention fails in a deterministic program; add it, or unset XLA_FLAGS"
-        )
+        os.environ["XLA_FLAGS"] = f"{_xla_flags()} {DETERMINISTIC}".strip()
     if _needs_gpu(cfg) and not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise ConfigError(_no_gpu(cfg, "JAX is installed without GPU support"))
     # nvidia-smi's order, by which the preset was chosen; CUDA's own is by speed.
@@ -85,6 +80,19 @@ def check_settings() -> None:
         _try_flags(flags)
     else:
         os.environ.pop("XLA_FLAGS", None)  # blanks would be a file's name
+
+
+def check_determinism(cfg: Resolved, platform: str) -> None:
+    """Raises ConfigError if XLA would fail at the first step, see `Resolved.scan_layers`."""
+    flags = _xla_flags()
+    asked = re.search(
+        r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(?!=(false|0))", flags
+    )
+    if asked and platform == "gpu" and cfg.dtype == "bfloat16" and not cfg.scan_layers:
+        raise ConfigError(
+            f"XLA_FLAGS={flags}: needs --deterministic=True as well, without which cuDNN's "
+            "attention fails in a deterministic program; add it, or unset XLA_FLAGS"
+        )
 
 
 def _try_flags(flags: str) -> None:

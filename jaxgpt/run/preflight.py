@@ -13,6 +13,7 @@ from jaxgpt.errors import explain_out_of_memory
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.run.console import waiting
+from jaxgpt.run.device import check_determinism
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
 from jaxgpt.training.build import Training, compile_eval_step, compile_train_step
 from jaxgpt.training.layout import Layout
@@ -57,7 +58,9 @@ def _compile_to_fit(
     cfg: Resolved, free: Collection[str], layout: Layout, processes: Processes
 ) -> Compiled:
     device = layout.device
-    there_is, least = memory.device_limit(device), 4 * cfg.model.parameter_count()
+    check_determinism(cfg, device.platform)
+    there_is = processes.min_over_processes(memory.device_limit(device))
+    least = 4 * cfg.model.parameter_count()
     if there_is is not None and least > there_is * cfg.mesh.devices:  # XLA may abort on such sizes
         raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, there_is))
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))

@@ -126,7 +126,7 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """An error inside, in one process, becomes an error in all; UserError in the others."""
+        """If one process fails inside, all do: it with its error, the others with a UserError."""
         own: Exception | None = None
         try:
             yield

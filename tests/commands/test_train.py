@@ -186,7 +186,7 @@ def test_a_full_device_is_answered_with_what_would_fit(tmp_path, capsys, monkeyp
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("jaxgpt.planning.memory.device_limit", lambda _: 1000)
+    monkeypatch.setattr("jaxgpt.planning.memory.device_limit", lambda _: 500_000)
     with pytest.raises(SystemExit) as left:
         train(tmp_path)
     assert left.value.code == 2

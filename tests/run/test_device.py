@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers.configs import resolved
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, with_fields
@@ -17,6 +18,7 @@ from jaxgpt.run import device as hardware
 from jaxgpt.run.device import (
     DETERMINISTIC,
     MEMORY_SETTINGS,
+    check_determinism,
     choose_devices,
     memory_in_use,
     prepare_environment,
@@ -107,12 +109,16 @@ def test_the_same_bits_are_asked_of_xla_beside_what_the_user_asks(monkeypatch, f
 @pytest.mark.parametrize(
     "flag", ["--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops=true"]
 )
-def test_determinism_asked_of_xla_alone_is_refused(monkeypatch, flag):
+def test_determinism_asked_of_xla_alone_is_refused_where_it_would_fail(monkeypatch, flag):
+    cfg = resolved(DEMO, "bfloat16")
     monkeypatch.setenv("XLA_FLAGS", flag)
     with pytest.raises(ConfigError, match="needs --deterministic=True as well"):
-        prepare_environment(DEMO)
+        check_determinism(cfg, "gpu")
+    check_determinism(cfg, "cpu")
+    check_determinism(resolved(DEMO, "float32"), "gpu")
+    check_determinism(resolved(with_fields(DEMO, deterministic=True), "bfloat16"), "gpu")
     monkeypatch.setenv("XLA_FLAGS", f"{flag.partition('=')[0]}=false")
-    prepare_environment(DEMO)
+    check_determinism(cfg, "gpu")
 
 
 def test_flags_of_xla_in_a_file_are_kept(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_what_fits_is_chosen_by_the_device_with_the_least_on_all_processes(machi
     # On a CPU two devices share what is there.
     machine(4 * GIB)
     assert preflight._limit(CFG, [CPU, CPU]) == (4 * GIB - memory.host_bytes(CFG)) // 2
-    poorest = SimpleNamespace(min_over_processes=lambda mine: 1000)
+    poorest = SimpleNamespace(min_over_processes=lambda mine: 100_000)
     with pytest.raises(TooLargeError, match=r"there are 0\.00 GiB"):
         compile_run(processes=poorest)
 
