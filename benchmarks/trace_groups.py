@@ -26,9 +26,8 @@ from jaxgpt.bench import TRACED_STEPS
 
 def measured_ms(trace: Path) -> Counter[str]:
     """Milliseconds in one step of each operation in the program, by its name."""
-    events = json.loads(gzip.decompress(trace.read_bytes()))
     ms: Counter[str] = Counter()
-    for span in kernels_of(events["traceEvents"] if isinstance(events, dict) else events):
+    for span in kernels_of(trace):
         ms[span.get("args", {}).get("hlo_op", "")] += span["dur"] / 1e3 / TRACED_STEPS
     return ms
 

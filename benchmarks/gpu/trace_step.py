@@ -71,9 +71,7 @@ def keep_program(folder: Path) -> None:
 
 def read_trace(path: Path) -> dict[str, Any]:
     """Kernels of a trace in Chrome's format: time by kind and by name, and gaps between them."""
-    events = json.loads(gzip.decompress(path.read_bytes()))
-    events = events["traceEvents"] if isinstance(events, dict) else events
-    spans = list(kernels_of(events))
+    spans = list(kernels_of(path))
     if not spans:
         return {"failed": "the trace has no kernels of a GPU"}
     kinds: Counter[str] = Counter()
@@ -101,8 +99,10 @@ def read_trace(path: Path) -> dict[str, Any]:
     }
 
 
-def kernels_of(events: Iterable[dict]) -> Iterable[dict]:
-    """The events on a GPU's streams; the trace's other threads repeat them under other names."""
+def kernels_of(path: Path) -> Iterable[dict]:
+    """A trace's events on a GPU's streams; its other threads repeat them under other names."""
+    events = json.loads(gzip.decompress(path.read_bytes()))
+    events = events["traceEvents"] if isinstance(events, dict) else events
     processes, threads = {}, {}
     for e in events:
         if e.get("ph") == "M" and e["name"] == "process_name":

@@ -82,8 +82,8 @@ def _forward(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h_CD, targets_C = chunk
         losses_C, logits_CV, lse_C = _log_softmax_parts(h_CD, w_VD, targets_C, n_vocab)
-        # A target of -1 marks a padding row, which has no gradient: none of its ids is possible.
-        # Padded ids are not masked by themselves, since XLA would read that mask from memory.
+        # A target of -1 marks a padding row, which has no gradient. One comparison masks these rows
+        # and the padded ids: XLA would read a mask of the ids alone from memory, for each row.
         ids_V = jnp.arange(w_VD.shape[0])
         possible_CV = ids_V < jnp.where(targets_C >= 0, n_vocab or len(ids_V), 0)[:, None]
         p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])

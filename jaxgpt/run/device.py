@@ -25,9 +25,9 @@ MEMORY_SETTINGS = (
 )
 # No atomics, and no autotuning, which may choose other kernels in each run.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-# What JAX's settings must be, if they are set.
 GUARDS = [f"JAX_TRANSFER_GUARD_{way}" for way in ("HOST_TO_DEVICE", "DEVICE_TO_HOST")]
 ON, OFF = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
+# What JAX's settings must be, if they are set.
 SETTINGS = {
     "JAX_ENABLE_X64": OFF,
     "JAX_DISABLE_JIT": OFF,

@@ -59,10 +59,10 @@ def _compile_to_fit(
 ) -> Compiled:
     device = layout.device
     check_determinism(cfg, device.platform)
-    there_is = processes.min_over_processes(memory.device_limit(device))
+    available = processes.min_over_processes(memory.device_limit(device))
     least = 4 * cfg.model.parameter_count()
-    if there_is is not None and least > there_is * cfg.mesh.devices:  # XLA may abort on such sizes
-        raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, there_is))
+    if available is not None and least > available * cfg.mesh.devices:  # XLA could abort
+        raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, available))
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))
     tried: dict[Resolved, Compiled] = {}
 

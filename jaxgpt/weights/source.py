@@ -157,7 +157,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         for record in read_metrics(out_dir / METRICS_FILE)
         if math.isfinite(record.get("val/loss", math.nan))
     }
-    step = _choose_intact(out_dir, which, steps, losses)
+    step = _choose_step(out_dir, which, steps, losses)
 
     def load(device: Any) -> Any:
         import jax
@@ -189,13 +189,13 @@ def _runs_beside(folder: Path) -> str:
     return f"; runs beside it: {', '.join(near[:8])}" if near else ""
 
 
-def _choose_intact(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
+def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
     """The step of the checkpoint to use, verified; only for `latest` may it be an older one."""
     folder = out_dir / FOLDER
     step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
     if step is not None:
         return step
-    step = _choose_step(out_dir, which, steps, losses)
+    step = _named_step(out_dir, which, steps, losses)
     try:
         verify(folder / str(step))
     except DamagedError as error:
@@ -205,13 +205,11 @@ def _choose_intact(out_dir: Path, which: str, steps: list[int], losses: dict[int
     return step
 
 
-def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
+def _named_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
     if not steps:
         raise ConfigError(
             f"{out_dir} has no checkpoint yet; run its python -m jaxgpt.train command again"
         )
-    if which == "latest":
-        return steps[-1]
     saved = {str(step): step for step in steps}
     listed = f"it has checkpoints of steps {', '.join(saved)}"
     if which == "best":

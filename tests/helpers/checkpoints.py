@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from helpers.trees import TINY
 from jaxgpt.config.optimizer import OptimizerConfig
@@ -28,6 +29,19 @@ def save(checkpoints: Checkpoints, state, val_loss: float | None = None, **notes
     """Begin and finish at once, as a run does between its evaluations."""
     checkpoints.begin(state, **{"config": {}, "data": {}, **notes})
     checkpoints.finish(val_loss)
+
+
+def take_steps(training: Training, state, steps: int):
+    """The state after some steps on the same batch."""
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 3, 9)).astype(np.uint16)
+    for _ in range(steps):
+        state, _ = training.train_step(state, tokens)
+    return state
+
+
+def steps_on_disk(out_dir: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder."""
+    return sorted(int(p.name) for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def sign(folder: Path, val_loss: float | None = None, step: int | None = None, **config) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from helpers.checkpoints import build, save
+from helpers.checkpoints import build, save, steps_on_disk, take_steps
 from helpers.trees import assert_trees_equal
 from orbax.checkpoint import v1 as ocp
 
@@ -26,19 +25,8 @@ def training() -> Training:
     return build()
 
 
-def take_steps(training: Training, state, steps: int):
-    tokens = np.random.default_rng(0).integers(0, 50, (2, 3, 9)).astype(np.uint16)
-    for _ in range(steps):
-        state, _ = training.train_step(state, tokens)
-    return state
-
-
 def copy(state):
     return jax.tree.map(jnp.copy, state)
-
-
-def steps_on_disk(out_dir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
@@ -255,7 +243,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, sys.argv[2])
 from helpers.trees import assert_trees_equal
-from helpers.checkpoints import build, save
+from helpers.checkpoints import build, save, steps_on_disk, take_steps
 
 from jaxgpt.run.checkpoint import Checkpoints
 

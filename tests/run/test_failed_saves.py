@@ -3,14 +3,12 @@
 import re
 import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from helpers.checkpoints import build, save
+from helpers.checkpoints import build, save, steps_on_disk, take_steps
 
 from jaxgpt.run import checkpoint
 from jaxgpt.run.checkpoint import Checkpoints
@@ -21,17 +19,6 @@ from jaxgpt.training.build import Training
 @pytest.fixture(scope="module")
 def training() -> Training:
     return build()
-
-
-def take_steps(training: Training, state, steps: int):
-    tokens = np.random.default_rng(0).integers(0, 50, (2, 3, 9)).astype(np.uint16)
-    for _ in range(steps):
-        state, _ = training.train_step(state, tokens)
-    return state
-
-
-def steps_on_disk(out_dir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (out_dir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def raising(fault: BaseException):

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.events import read_events, tags_by_step
+from helpers.events import expected, lines_by_step, log_steps, read_events, tags_by_step
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from jaxgpt.errors import UserError
@@ -13,25 +13,6 @@ from jaxgpt.run import metrics
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
 from jaxgpt.run.tensorboard_events import _encode_record, event_files
-
-
-def lines_by_step(out_dir: Path) -> Counter[tuple[int, str]]:
-    records = read_metrics(out_dir / "metrics.jsonl")
-    return Counter((r["step"], tag) for r in records for tag in r.keys() - {"step", "time"})
-
-
-def log_steps(log: MetricsLog, steps: range) -> None:
-    for step in steps:
-        log.scalars(step, {"train/loss": 11.0 - step, "train/lr": 1e-3})
-        if step % 5 == 0:
-            log.scalars(step, {"val/loss": 10.5 - step})
-            log.text(step, "sample", f"text of step {step}")
-
-
-def expected(steps: range, *text_tags: str) -> Counter[tuple[int, str]]:
-    tags = [(step, tag) for step in steps for tag in ("train/loss", "train/lr")]
-    tags += [(s, tag) for s in steps if s % 5 == 0 for tag in ("val/loss", *text_tags)]
-    return Counter(tags)
 
 
 def test_a_record_is_in_both_files(tmp_path: Path) -> None:

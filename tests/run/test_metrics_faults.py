@@ -5,34 +5,13 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.events import read_events, tags_by_step
+from helpers.events import expected, lines_by_step, log_steps, read_events, tags_by_step
 
 from jaxgpt.run.metrics import MetricsLog
-from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.tensorboard_events import event_files
-
-
-def lines_by_step(out_dir: Path) -> Counter[tuple[int, str]]:
-    records = read_metrics(out_dir / "metrics.jsonl")
-    return Counter((r["step"], tag) for r in records for tag in r.keys() - {"step", "time"})
-
-
-def log_steps(log: MetricsLog, steps: range) -> None:
-    for step in steps:
-        log.scalars(step, {"train/loss": 11.0 - step, "train/lr": 1e-3})
-        if step % 5 == 0:
-            log.scalars(step, {"val/loss": 10.5 - step})
-            log.text(step, "sample", f"text of step {step}")
-
-
-def expected(steps: range, *text_tags: str) -> Counter[tuple[int, str]]:
-    tags = [(step, tag) for step in steps for tag in ("train/loss", "train/lr")]
-    tags += [(s, tag) for s in steps if s % 5 == 0 for tag in ("val/loss", *text_tags)]
-    return Counter(tags)
 
 
 def test_a_full_disk_is_reported_once_and_made_up_for(
