@@ -1,6 +1,7 @@
 """Shapes and steps shared by the tests; every model is tiny and everything runs on the CPU."""
 
 import atexit
+import functools
 import os
 import shutil
 import signal
@@ -18,16 +19,17 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 # Many runs of the tests are of the same shapes: each program is compiled once, as for a user who
-# starts a run again. The folder is new each time, so that all of them are compiled.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-")
+# starts a run again. The folder is new each time, so that all of them are compiled, and shared by
+# the workers of pytest-xdist.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import numpy as np
 import pytest
 from helpers.trees import TINY
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Shells have what they start in the background ignore Ctrl-C, and nohup SIGHUP; a run leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +60,31 @@ def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.chdir(tmp_path_factory.mktemp("working-directory"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steps_traced_once() -> Iterator[None]:
+    """Runs of one configuration on one device share their steps: to trace and compile them takes
+    most of a run's time here. Slow tests and those of resumed runs, as above, make each anew.
+    """
+    from jaxgpt.planning import memory
+    from jaxgpt.training.layout import Layout
+
+    build = memory.build_training
+
+    @functools.lru_cache(32)
+    def build_once(*args, **kwargs):
+        return build(*args, **kwargs)
+
+    def build_training(*args, layout=None, compiler_options=None, **kwargs):
+        if compiler_options or type(layout) not in (Layout, type(None)):
+            return build(*args, layout=layout, compiler_options=compiler_options, **kwargs)
+        return build_once(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true":
+            patch.setattr(memory, "build_training", build_training)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,8 @@ def parse_run(
     argv = without_flags(argv, *replaced)
     _refuse_nanogpt_flags(argv, given_flags(argv))
     preset = flags.get("preset") or default_preset()
-    if preset is None and {"-h", "--help"} & set(argv):
+    wants_help = bool({"-h", "--help"} & set(argv))
+    if preset is None and wants_help:
         preset = Config.preset
     if preset is None:
         raise ConfigError(
@@ -82,12 +83,13 @@ def parse_run(
             + describe_presets()
         )
     base = load_preset(preset, replaced, warn)
+    presets = describe_presets() if wants_help else ""  # reads all of them
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     draft = tyro.cli(
         flags_type,
         prog=prog,
         description=f"{description}\n\nDefaults are those of preset {base.preset}. The presets:\n"
-        + describe_presets(),
+        + presets,
         default=flags_type(**fields),
         args=_split_at_equals(argv),
         config=STYLE,

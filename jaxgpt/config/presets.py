@@ -36,8 +36,12 @@ def presets_dir() -> Path:
 
 def preset_names() -> list[str]:
     """The presets of the package, largest card first, those without a card last."""
-    sizes = {name: load_preset(name).vram_gb or 0 for name in packaged_presets()}
-    return sorted(sizes, key=lambda name: (-sizes[name], name))
+    return [str(cfg.preset) for cfg in _by_card()]
+
+
+def _by_card() -> list[Config]:
+    presets = map(load_preset, packaged_presets())
+    return sorted(presets, key=lambda cfg: (-(cfg.vram_gb or 0), str(cfg.preset)))
 
 
 def load_preset(
@@ -84,13 +88,12 @@ def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
 def describe_presets() -> str:
     """One line for each preset: name, true size, shape, and the card it is made for."""
     lines = []
-    for name in preset_names():
-        cfg = load_preset(name)
+    for cfg in _by_card():
         m = cfg.model
         card = f"{cfg.vram_gb} GB card" if cfg.vram_gb else "CPU or any GPU"
         size = f"{m.parameter_count() / 1e6:.1f}M" if m.vocab_size else "small"
         shape = f"{m.n_layer}L/{m.n_head}H/{m.n_embd}"
-        lines.append(f"  {name:<11} {size:>7}  {shape:<12}  {card}")
+        lines.append(f"  {cfg.preset:<11} {size:>7}  {shape:<12}  {card}")
     return "\n".join(lines)
 
 
