@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import msgspec
 
+NO_CURRENT_FOLDER = "the current folder has been deleted; change to another one"
 BUG, USER_ERROR, INTERRUPTED = 1, 2, 130
 DECODE_ERRORS = (
     *(UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, msgspec.DecodeError),
@@ -95,7 +96,7 @@ def report_error(prog: str, error: BaseException) -> int:
 def _explain(error: BaseException) -> str | None:
     """Thing, reason and remedy of an error that a user can cause; None for any other."""
     if isinstance(error, UserError):
-        return str(error)
+        return str(error) if _current_folder_exists() else f"{error}\n{NO_CURRENT_FOLDER}"
     if isinstance(error, MemoryError):
         return "out of memory; close other programs, or process less at a time"
     if device_is_full(error):
@@ -105,7 +106,7 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return f"output cannot be encoded: {first_line(error)}; set PYTHONIOENCODING=utf-8"
     if isinstance(error, FileNotFoundError) and not _current_folder_exists():
-        return "the current folder has been deleted; change to another one"
+        return NO_CURRENT_FOLDER
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; fix that and run the same command again"

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 LOCK_FILE = "lock"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` drops the second slash
+LARGEST_READ = 1 << 31  # bytes of a file that is read as a whole
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its writer
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems
 
@@ -75,8 +76,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a file of ours; raises as `open_file` does."""
+    """All bytes of a file; raises OSError as `open_file` does, and for more than 2 GiB."""
     with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_READ:
+            raise OSError(errno.EFBIG, "is larger than 2 GiB, so it is another file", str(path))
         return file.read()
 
 

@@ -22,11 +22,12 @@ from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.errors import explain_out_of_memory, run_command, warn
-from jaxgpt.files import user_path
+from jaxgpt.files import read_file, user_path
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
 PROG = "python -m jaxgpt.sample"
 FROM_FILE = "FILE:"
+LONGEST_PROMPT = 10_000_000  # characters from standard input, which may never end
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 SEPARATOR = "---------------"  # nanoGPT's, between two samples
 CACHE_STEP = 1024  # tokens of which the cache has a multiple
@@ -145,11 +146,14 @@ def read_prompt(prompt: str) -> str:
     """
     try:
         if prompt == "-":
-            return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
+            text = sys.stdin.read(LONGEST_PROMPT + 1).removeprefix(BYTE_ORDER_MARK)
+            if len(text) > LONGEST_PROMPT:
+                raise ValueError(f"it has more than {LONGEST_PROMPT:,} characters")
+            return text
         if not prompt.startswith(FROM_FILE):
             return prompt
         path = user_path(prompt.removeprefix(FROM_FILE), "--prompt")
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompt {prompt} cannot be read as text: {error}") from None
 

@@ -148,3 +148,6 @@ def test_a_deleted_current_folder_is_named(tmp_path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         run_command("prog", decoding(os.getcwd))
     assert "prog: the current folder has been deleted; change to" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_command("prog", raising(UserError("runs: no such folder")))
+    assert "the current folder has been deleted; change to" in capsys.readouterr().err

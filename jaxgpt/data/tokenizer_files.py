@@ -148,7 +148,7 @@ def _vocabularies_in(folder: Path) -> list[dict[str, int]]:
             found.append(dict(values) if name == "vocab.json" else _vocabulary_of(values))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             found.append({})  # another format, or corrupt: n_vocab must not decide
     return found
 

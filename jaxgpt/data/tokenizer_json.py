@@ -28,6 +28,7 @@ FILES = (MAIN_FILE, *OTHER_FILES, "chat_template.jinja")
 # The eos tokens of widespread tokenizers, for a tokenizer.json without other files.
 KNOWN_EOS = (EOT_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 
+MOST_IDS = 1 << 24  # the largest known vocabularies have a million
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes without another token
 
 
@@ -71,6 +72,10 @@ class JsonTokenizer(Tokenizer):
         except TypeError:  # what the library raises for a lone surrogate
             "".join(texts).encode()
             raise
+        except Exception as error:
+            if type(error) is not Exception:  # the library's own are bare
+                raise
+            raise UserError(f"tokenizer {self.name!r}: {first_line(error)}; fix it") from None
 
     def cut(self, text: str, start: int, limit: int) -> int:
         if self._id_of_character is not None:
@@ -195,7 +200,11 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str) -> JsonTokenizer
             f"tokenizer {name!r}: no file names its end-of-text token; write it into "
             'tokenizer_config.json beside it: {"eos_token": "..."}'
         )
-    return JsonTokenizer(name, max(ids.values()) + 1, eot, sha256, files)
+    if (last := max(ids.values())) >= MOST_IDS:
+        raise UserError(
+            f"tokenizer {name!r}: a token has id {last:,}, and at most {MOST_IDS:,} are supported"
+        )
+    return JsonTokenizer(name, last + 1, eot, sha256, files)
 
 
 def _build(content: bytes) -> Any:

@@ -19,11 +19,10 @@ SPECIAL = re.compile(r"[\[\]*?{}%#\\\x00-\x1f\x7f]|:/")
 
 def is_literal(folder: Path) -> bool:
     """Whether Orbax and TensorStore take the path literally."""
-    try:
-        text = os.fsencode(folder).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return SPECIAL.search(text) is None
+    text = str(folder)
+    # In a locale that is not UTF-8 they would encode it to another name.
+    is_utf8 = text.encode(errors="replace") == os.fsencode(folder)
+    return is_utf8 and SPECIAL.search(text) is None
 
 
 class OrbaxPath:

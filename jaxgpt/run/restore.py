@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from orbax.checkpoint import PyTreeCheckpointHandler, RestoreArgs
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.args import PyTreeRestore
 
 from jaxgpt.errors import UserError, device_is_full, first_line
 from jaxgpt.model.blocks import Params
@@ -61,7 +63,6 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
 
     Raises:
         CheckpointError: if it does not fit `like`, or Orbax cannot read it.
-        DamagedError: if it holds another step than its folder's.
     """
     target = to_stored(with_loss_scale_as(manifest.arrays, abstract(like)))
     if differing := differences(manifest.arrays, array_specs(target)):
@@ -75,8 +76,7 @@ def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
     except Exception as error:
         if _is_out_of_memory(error) or is_lost_connection(error):
             raise
-        raise _unreadable(folder, manifest, error) from error
-    _check_step(folder, stored)
+        raise _unreadable(folder, _other_versions(manifest, error)) from error
     return Restored(from_stored(stored, like), manifest.config, manifest.data)
 
 
@@ -96,10 +96,9 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):
             raise
-        raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({reason_of(error)}); choose another with "
-            "--checkpoint, or check that the config.json beside it is the run's own"
-        ) from error
+        why = f"cannot be read ({reason_of(error)}); choose another with --checkpoint, or check "
+        why += "that the config.json beside it is the run's own"
+        raise _unreadable(folder, why) from error
 
 
 def check_arrays(folder: Path, arrays: Mapping[str, str]) -> None:
@@ -122,21 +121,22 @@ def check_readable(folder: Path, manifest: Manifest) -> None:
     """
     try:
         check_arrays(folder, manifest.arrays)
-        if jax.process_count() == 1:  # several would have to load together; `load_state` checks
-            _check_step(folder, _load_part(folder, {"step": int}))
+        if jax.process_index() == 0:  # which decides for all
+            _check_step(folder)
     except (UserError, OSError):
         raise
     except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):
             raise
-        raise _unreadable(folder, manifest, error) from error
+        raise _unreadable(folder, _other_versions(manifest, error)) from error
 
 
-def _check_step(folder: Path, stored: Mapping[str, Any]) -> None:
-    if int(stored["step"]) != int(folder.name):
-        raise DamagedError(
-            f"checkpoint {folder} holds step {int(stored['step']):,}; rename or delete the folder"
-        )
+def _check_step(folder: Path) -> None:
+    # The older interface waits for no other process, as `ocp` would.
+    as_int = PyTreeRestore({"step": 0}, {"step": RestoreArgs(int)}, partial_restore=True)
+    step = PyTreeCheckpointHandler().restore(folder / "state", args=as_int)["step"]
+    if step != int(folder.name):
+        raise DamagedError(f"checkpoint {folder} holds step {step:,}; rename or delete the folder")
 
 
 def _load_part(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -146,12 +146,18 @@ def _load_part(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
         return ocp.load_checkpointables(folder, {"state": like})["state"]
 
 
-def _unreadable(folder: Path, manifest: Manifest, error: Exception) -> CheckpointError:
-    """The error for a checkpoint whose files are as they were written, but Orbax fails."""
+def _unreadable(folder: Path, why: str) -> CheckpointError:
+    if not folder.exists():  # by now
+        why = "has been deleted since this command started; run it again"
+    return CheckpointError(f"checkpoint {folder} {why}")
+
+
+def _other_versions(manifest: Manifest, error: Exception) -> str:
+    """The reason for a checkpoint whose files are as they were written, but Orbax fails."""
     made_with = ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())
-    return CheckpointError(
-        f"checkpoint {folder} is intact, but cannot be read ({reason_of(error)}); it was written "
-        f"with {made_with}: install these versions"
+    return (
+        f"is intact, but cannot be read ({reason_of(error)}); it was written with {made_with}: "
+        "install these versions"
     )
 
 

@@ -193,7 +193,8 @@ def _rename_damaged(path: Path) -> str:
     aside = path.with_name(f"{path.name}{DAMAGED}")
     with suppress(FileNotFoundError):
         delete(aside)
-    path.rename(aside)
+    with suppress(FileNotFoundError):  # it may have been deleted, too
+        path.rename(aside)
     return aside.name
 
 

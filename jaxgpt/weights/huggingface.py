@@ -87,11 +87,11 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
         FolderError: if a tensor is missing, has another shape, or does not belong to the network.
     """
     form = format_of(cfg)
-    tensors = {
-        name.removeprefix(form.prefix): tensor
-        for path in _weight_files(folder)
-        for name, tensor in _read_tensors(path, form.ignored)
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for file in _weight_files(folder):
+        for name, tensor in _read_tensors(file, form.ignored):
+            if tensors.setdefault(name.removeprefix(form.prefix), tensor) is not tensor:
+                raise FolderError(f"{file}: tensor {name} is there twice; download {folder} again")
     if cfg.n_layer > len(tensors):
         raise FolderError(
             f"{folder}: {form.sizes['n_layer'][0]} is {cfg.n_layer} in config.json, but the "
@@ -154,6 +154,8 @@ def _resized(
             f"{folder}: tensor {name} is {tensor.shape}, but by config.json it is {shape}; the two "
             "files are not from the same model"
         )
+    if tensor.dtype.kind in "biuc":  # bfloat16 is of kind V
+        raise FolderError(f"{folder}: tensor {name} is {tensor.dtype}; only floats are supported")
     resized = np.zeros(shape, np.float32)
     kept = min(len(tensor), shape[0])
     resized[:kept] = tensor[:kept]
@@ -202,7 +204,8 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
         # Files of this folder only, whoever wrote the index.
-        if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:
+        no_files = ("", "..")
+        if outside := [x for x in names if x in no_files or "\0" in x or Path(x).name != x]:
             raise FolderError(
                 f"{folder / INDEX_FILE}: its weight_map names {outside[0]!r}, which is not a file "
                 "of this folder; download or export it again"
@@ -222,7 +225,8 @@ def _read_tensors(path: Path, ignored: tuple[str, ...]) -> Iterator[tuple[str, n
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if not name.endswith(ignored):
                     yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:
+        # AttributeError: NumPy has no such dtype, float8 for instance
         raise FolderError(f"{path} cannot be read ({error}); download or export it again") from None
 
 

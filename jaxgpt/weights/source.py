@@ -151,13 +151,12 @@ def _open_run(out_dir: Path, which: str) -> Weights:
             f"and evaluate with --init-from {out_dir}"
         )
     cfg = load_config(out_dir / CONFIG_FILE)
-    steps = finished_steps(out_dir / FOLDER)
     losses = {
         record["step"]: record["val/loss"]
         for record in read_metrics(out_dir / METRICS_FILE)
         if math.isfinite(record.get("val/loss", math.nan))
     }
-    step = _choose_step(out_dir, which, steps, losses)
+    step = _choose_step(out_dir, which, losses)
 
     def load(device: Any) -> Any:
         import jax
@@ -189,13 +188,13 @@ def _runs_beside(folder: Path) -> str:
     return f"; runs beside it: {', '.join(near[:8])}" if near else ""
 
 
-def _choose_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
+def _choose_step(out_dir: Path, which: str, losses: dict[int, float]) -> int:
     """The step of the checkpoint to use, verified; only for `latest` may it be an older one."""
     folder = out_dir / FOLDER
     step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
     if step is not None:
         return step
-    step = _named_step(out_dir, which, steps, losses)
+    step = _named_step(out_dir, which, finished_steps(folder), losses)
     try:
         verify(folder / str(step))
     except DamagedError as error:

@@ -12,7 +12,7 @@ import pytest
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.sample import SEPARATOR, context_for, main, prompt_tokens
+from jaxgpt.sample import LONGEST_PROMPT, SEPARATOR, context_for, main, prompt_tokens
 from jaxgpt.weights.source import WeightsFlags, open_weights
 
 
@@ -76,11 +76,16 @@ def test_a_seed_gives_the_same_texts(sample) -> None:
 def test_a_prompt_comes_from_the_flag_a_file_or_standard_input(
     sample, tmp_path, monkeypatch
 ) -> None:
-    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF8 + b"Dear\n")  # as Notepad writes it
+    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF8 + b"Dear\r\n")  # as Notepad writes it
     expected, _ = sample("--prompt", "Dear\n")
     assert sample("--prompt", f"FILE:{tmp_path}/prompt.txt")[0] == expected
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffDear\n"))
     assert sample("--prompt", "-")[0] == expected
+
+
+def test_standard_input_that_never_ends_is_no_prompt(mistake, tiny_run, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * (LONGEST_PROMPT + 1)))
+    assert "more than 10,000,000 char" in mistake("--out-dir", str(tiny_run), "--prompt", "-")
 
 
 def test_a_prompt_longer_than_the_context_is_cropped_with_a_message(sample) -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import open_tokenizer, write_tokenizer
 from jaxgpt.data.tokenizer_json import open_json_tokenizer
 from jaxgpt.errors import UserError
@@ -193,6 +193,23 @@ def test_mistakes_are_answered_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
         with pytest.raises(UserError, match=r"its generation_config\.json cannot be read"):
             open_json_tokenizer(tmp_path, "x")
+    deep, huge, lacking = (tmp_path / name for name in ("deep", "huge", "lacking"))
+    for folder in (deep, huge, lacking):
+        folder.mkdir()
+        write_tokenizer(folder, load_tokenizer("byte"), 64)
+        (folder / "vocab.json").unlink()
+    (deep / "tokenizer.json").write_text('{"a":' * 100_000)
+    values = json.loads((huge / "tokenizer.json").read_text())
+    values["model"]["vocab"]["zz"] = 2**32 - 1
+    (huge / "tokenizer.json").write_text(json.dumps(values))
+    values["model"] = {"type": "WordLevel", "vocab": {EOT_TEXT: 0}, "unk_token": "?"}
+    (lacking / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"deep': its tokenizer\.json cannot be read"):
+        load_tokenizer(str(deep))
+    with pytest.raises(UserError, match=r"huge': .* id 4,294,967,295"):
+        load_tokenizer(str(huge))
+    with pytest.raises(UserError, match=r"lacking': .*UNK"):
+        load_tokenizer(str(lacking)).encode("a")
     with pytest.raises(UserError, match=r"is made of a text: .* --tokenizer char"):
         load_tokenizer("char")
 

@@ -9,17 +9,21 @@ import pytest
 
 from jaxgpt.config.resolved import load_config
 from jaxgpt.data import manifest
+from jaxgpt.data.tasks import load_task
 from jaxgpt.data.token_file import inspect_file
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import find_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.files import sha256_of
+from jaxgpt.files import LARGEST_READ, read_file, sha256_of
 from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.work_plan import Plan
 from jaxgpt.run.compile_cache import remove_damaged
 from jaxgpt.run.integrity import MANIFEST, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
+from jaxgpt.sample import read_prompt
 
+BYTES = load_tokenizer("byte")
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": load_config,
     "manifest.json": lambda path: manifest.load_manifest(path.parent),
@@ -30,6 +34,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "units.jsonl": lambda path: Journal(path, Record),
     "tokenizer.json": lambda path: find_tokenizer(str(path), ()),
     "an array": sha256_of,
+    "prompt.txt": lambda path: read_prompt(f"FILE:{path}"),
+    "hellaswag_val.jsonl": lambda path: load_task("hellaswag", str(path), BYTES, 16),
 }
 
 
@@ -67,3 +73,12 @@ def test_pipes_in_a_runs_folder_and_in_the_cache_stop_no_start(tmp_path: Path) -
     os.mkfifo(tmp_path / entry)
     assert remove_damaged(tmp_path) == [entry]
     assert not (tmp_path / entry).exists()
+
+
+def test_a_file_too_large_to_be_read_as_a_whole_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.touch()
+    os.truncate(path, LARGEST_READ + 1)
+    with pytest.raises(OSError, match="larger than 2 GiB") as refused:
+        read_file(path)
+    assert str(path) in str(refused.value)

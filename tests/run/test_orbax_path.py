@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ def test_a_special_name_gets_a_link_that_goes_again(tmp_path: Path, name: str):
         assert is_literal(orbax.path)
         assert orbax.path.samefile(tmp_path / name)
     assert not orbax.path.parent.exists()
+
+
+def test_a_locale_that_is_not_utf_8_does_not_change_a_name():
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code = "import sys; from jaxgpt.run.orbax_path import *; print(is_literal(Path(sys.argv[1])))"
+    told = subprocess.run([sys.executable, "-c", code, "é"], env=env, stdout=subprocess.PIPE)
+    assert told.stdout == b"False\n"
 
 
 def test_several_processes_refuse_a_special_name(tmp_path: Path):

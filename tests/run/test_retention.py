@@ -127,6 +127,15 @@ def test_the_newest_intact_checkpoint_is_taken_and_damaged_ones_are_put_aside(tm
     assert newest_intact(tmp_path, verify, told.append, strict=False) == 2
     assert "3.damaged" in names(tmp_path)
 
+    add(tmp_path, 3)
+
+    def delete_and_verify(folder: Path) -> object:
+        if folder.name == "3":
+            shutil.rmtree(folder)  # as somebody might at this moment
+        return verify(folder)
+
+    assert newest_intact(tmp_path, delete_and_verify, told.append) == 2
+
 
 def test_a_manifest_that_links_to_a_missing_file_is_damage_and_no_leftover(tmp_path: Path) -> None:
     for step in (1, 2):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import SMALL, last_params, losses, train
+from msgspec.structs import replace
 
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.files import FolderLock
-from jaxgpt.run.integrity import verify
+from jaxgpt.run.integrity import read_manifest, verify, write_manifest
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.retention import finished_steps
 
@@ -152,6 +154,20 @@ def test_when_one_process_is_killed_the_other_leaves_and_the_run_goes_on(tmp_pat
     assert codes[1 - killed] != 0
     assert train(tmp_path, "--max-iters", "2", "--eval-interval", "100000") == 0
     assert last_params(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_holds_another_step_costs_only_itself(tmp_path) -> None:
+    assert train(tmp_path, "--max-iters", "8") == 0
+    newest, older = tmp_path / "checkpoints" / "8", tmp_path / "checkpoints" / "4"
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    write_manifest(newest, replace(read_manifest(older), step=None))
+    with Pair(tmp_path, "--max-iters", "8") as pair:
+        codes, outputs = pair.end()
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "checkpoint 8 is damaged and was renamed to 8.damaged: " in outputs[0]
+    assert finished_steps(newest.parent) == [4, 8]
 
 
 AGREE = """

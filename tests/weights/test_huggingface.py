@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import jax
@@ -172,7 +173,7 @@ def test_weights_in_several_files_are_found_by_their_index(folder: Path) -> None
     assert_trees_equal(load_params(folder, read_model_config(folder)), expected)
 
 
-@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "", "..", None])
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "", "..", "\0", None])
 def test_an_index_may_not_name_files_of_another_folder(folder: Path, name: str | None) -> None:
     (folder / "model.safetensors").rename(folder.parent / "a.safetensors")
     weight_map = ["x"] if name is None else {"wte.weight": name}
@@ -251,6 +252,8 @@ def test_an_unsupported_model_is_refused_with_every_reason(folder, values, answe
         ),
         (lambda t: {**t, "score.weight": np.ones(3)}, "tensor score.weight does not belong"),
         (lambda t: {**t, "transformer.ln_f.weight": np.ones(9)}, "tensor ln_f.weight is (9,)"),
+        (lambda t: {k: np.asarray(x, int) for k, x in t.items()}, "is int64; only floats"),
+        (lambda t: {**t, "ln_f.weight": t["transformer.ln_f.weight"]}, "ln_f.weight is there twi"),
         (
             lambda t: {**t, "lm_head.weight": 1 + t["transformer.wte.weight"]},
             "lm_head.weight is not wte.weight",
@@ -273,6 +276,10 @@ def test_trained_biases_are_not_dropped_where_the_config_has_none(folder: Path) 
 def test_an_error_names_the_file_that_is_missing_or_unreadable(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(FolderError, match=r"model\.safetensors cannot be read"):
+        load_params(folder, WITH_BIAS)
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'  # NumPy has no such
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(FolderError, match=r"model\.safetensors cannot be read .*float8"):
         load_params(folder, WITH_BIAS)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FolderError, match=r"has no model.safetensors .*save_pretrained"):

@@ -67,3 +67,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_falls_back_to_an_older_o
     weights = open_weights(WeightsFlags(out_dir=broken, checkpoint="4"))
     with pytest.raises(CheckpointError, match=r"checkpoints/4 cannot be read .*config.json"):
         weights.load(jax.devices("cpu")[0])
+
+
+def test_a_checkpoint_or_a_run_deleted_meanwhile_is_named_as_such(tiny_run, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    weights = open_weights(WeightsFlags(out_dir=run))
+    shutil.rmtree(run / "checkpoints" / "8")  # as by a run that trains on
+    with pytest.raises(CheckpointError, match=r"checkpoints/8 has been deleted since .* run it"):
+        weights.load(jax.devices("cpu")[0])
+
+    def read_while_deleted(path: Path) -> list:
+        shutil.rmtree(run)
+        return read_metrics(path)
+
+    monkeypatch.setattr("jaxgpt.weights.source.read_metrics", read_while_deleted)
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        open_weights(WeightsFlags(out_dir=run))

@@ -17,7 +17,7 @@ import msgspec
 from jaxgpt.config.checks import as_flag
 from jaxgpt.data.task import Question, Row, Task
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.files import FormatError, decode_json, user_path
+from jaxgpt.files import FormatError, decode_json, read_file, user_path
 
 if TYPE_CHECKING:
     from jaxgpt.data.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def _not_a_record(name: str, where: str, error: Exception) -> TaskError:
 
 def _read_file(name: str, source: str) -> bytes:
     try:
-        return user_path(source, as_flag(name)).read_bytes().removeprefix(codecs.BOM_UTF8)
+        return read_file(user_path(source, as_flag(name))).removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         raise TaskError(
             f"{as_flag(name)} {source} cannot be read ({error}); give the published jsonl file, or "
