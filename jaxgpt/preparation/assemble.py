@@ -35,7 +35,7 @@ class Output:
 def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
     """The splits of a plan; `limit_tokens` limits 'train' only."""
     s = plan.settings
-    if s.val_fraction is not None or s.val is not None:
+    if "val" in s.streams:
         return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
     first = s.val_tokens or 0
     stop = None if limit_tokens is None else first + limit_tokens

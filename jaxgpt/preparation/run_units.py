@@ -15,7 +15,7 @@ from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.tokenize import Job, tokens_being_written
 from jaxgpt.preparation.work_plan import Plan
-from jaxgpt.preparation.workers import DeadWorkerError, Engine, Origin, run_job
+from jaxgpt.preparation.workers import DeadWorkerError, Engine, run_job
 
 # Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
 AHEAD = 3
@@ -45,8 +45,7 @@ class UnitLoop:
         self._engine, self._assembler, self._console = engine, assembler, console
         self._plan, self._work, self._units = plan, work, plan.units()
         self._locate, self._release = locate, release
-        s = plan.settings
-        self._origin = Origin(sha256_of(work / "plan.json"), s.tokenizer, s.tokenizer_sha256)
+        self._plan_sha256 = sha256_of(work / "plan.json")
         self._running: dict[Future[Record], int] = {}
         self._deaths = Counter[int]()  # of workers, by unit
         self._made = Counter[str]()  # tokens, documents and bytes of the units that are done
@@ -83,7 +82,7 @@ class UnitLoop:
             job = self._locate_job(number)
             if job is None:
                 return "waiting for a download"
-            self._running[self._engine.submit(run_job, job, self._origin)] = number
+            self._running[self._engine.submit(run_job, job)] = number
         return "" if workers else "waiting for workers"
 
     def _finish(self, future: Future[Record], number: int) -> None:
@@ -128,14 +127,13 @@ class UnitLoop:
 
     def _locate_job(self, number: int) -> Job | None:
         """A unit with the paths of its inputs, None while one is downloading."""
-        unit, s = self._units[number], self._plan.settings
+        unit = self._units[number]
         paths = [self._locate(slice.input) for slice in unit]  # of all, to start their downloads
         if None in paths:
             return None
         located = (slice._replace(path=str(path)) for slice, path in zip(unit, paths, strict=True))
         parts = self._work / "parts"
-        own_val = s.val is not None
-        return Job(number, tuple(located), s.options, s.val_fraction, parts, s.val_at_end, own_val)
+        return Job(number, tuple(located), self._plan.settings, parts, self._plan_sha256)
 
     def _inputs_of(self, number: int) -> dict[str, Input]:
         unit: Unit = self._units[number]

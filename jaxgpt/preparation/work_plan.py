@@ -53,6 +53,11 @@ class Settings:
     val: str | None = None  # ... or inputs of its own, which this names
     unit_bytes: Positive
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What workers write: a stream for each split, or one that the parent cuts into splits."""
+        return ("all",) if self.val is None and self.val_fraction is None else ("train", "val")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
