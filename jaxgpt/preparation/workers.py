@@ -28,6 +28,8 @@ from jaxgpt.preparation.tokenize import Job, tokenize_unit
 
 T = TypeVar("T")
 
+# Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
+AHEAD = 3
 FILES_PER_WORKER = 16  # open in the parent for each: pipes and the handle of the process
 
 

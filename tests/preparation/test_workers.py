@@ -20,8 +20,8 @@ from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import find_inputs
+from jaxgpt.preparation.pipeline import UnitLoop
 from jaxgpt.preparation.progress import PreparationConsole
-from jaxgpt.preparation.run_units import UnitLoop
 from jaxgpt.preparation.tokenize import Job, tokens_being_written
 from jaxgpt.preparation.work_plan import FileSource, Plan, Settings
 from jaxgpt.preparation.workers import DeadWorkerError, Pool, run_job
@@ -108,16 +108,7 @@ def test_a_unit_that_kills_its_worker_twice_is_named(
     left = work / "parts" / "000001.all.host-1-2.tmp"
     left.touch()
     first = plan.units()[1][0].path
-    loop = UnitLoop(
-        Fragile(deaths),
-        assembler,
-        plan,
-        work,
-        PreparationConsole(1, 0),
-        1.0,
-        lambda item: Path(item.path),
-        lambda item: None,
-    )
+    loop = UnitLoop(Fragile(deaths), assembler, plan, work, PreparationConsole(1, 0), 1.0)
     if deaths == 1:
         loop.run()
         assert assembler.finished
