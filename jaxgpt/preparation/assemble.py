@@ -17,9 +17,8 @@ from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import UINT16, TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.tokenize import iterate_tokens, part_path
-from jaxgpt.preparation.work_plan import Plan
+from jaxgpt.preparation.work_files import Journal, Plan, Record
 
 
 @dataclass(frozen=True)

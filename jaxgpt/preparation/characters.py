@@ -13,10 +13,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.inputs import Input, Slice
-from jaxgpt.preparation.journal import nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
 from jaxgpt.preparation.own_validation import find_text
 from jaxgpt.preparation.readers import read_slice
+from jaxgpt.preparation.work_files import nothing_finished
 
 UNKNOWN = "\ufffd"  # what a character becomes that the text did not have
 

@@ -15,7 +15,7 @@ from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import CLIMBMIX_TOKENS, FINEWEB
 from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
-from jaxgpt.preparation.work_plan import HubSource
+from jaxgpt.preparation.work_files import HubSource
 
 # The folders of configurations of FineWeb, whose dumps (CC-MAIN-2024-10) are in data/ under their
 # names, and of ClimbMix.

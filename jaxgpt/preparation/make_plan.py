@@ -19,16 +19,17 @@ from jaxgpt.preparation.flags import (
 )
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import UNIT_BYTES, Input
-from jaxgpt.preparation.journal import Record, nothing_finished
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
 from jaxgpt.preparation.own_validation import find_text, named_validation, unused_split
 from jaxgpt.preparation.readers import find_separators, has_documents
 from jaxgpt.preparation.text_manifest import total_splits
-from jaxgpt.preparation.work_plan import (
+from jaxgpt.preparation.work_files import (
     FileSource,
     HubSource,
     Plan,
+    Record,
     Settings,
+    nothing_finished,
     refuse_differences,
     with_inputs,
 )

@@ -8,7 +8,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import user_path
 from jaxgpt.preparation.flags import VAL_RULES, PrepareFlags
 from jaxgpt.preparation.inputs import Input, find_inputs, has_splits, saved_dataset, splits_of
-from jaxgpt.preparation.work_plan import Plan
+from jaxgpt.preparation.work_files import Plan
 
 VAL_SPLITS = ("validation", "valid", "val", "test")
 

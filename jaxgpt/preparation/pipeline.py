@@ -24,13 +24,12 @@ from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads
 from jaxgpt.preparation.inputs import Input, Unit
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import text_manifest
 from jaxgpt.preparation.tokenize import Job, tokens_being_written
-from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.work_files import HubSource, Plan, Record
 from jaxgpt.preparation.workers import AHEAD, DeadWorkerError, Engine, Pool, run_job
 from jaxgpt.run.console import counted, print_table
 

@@ -29,10 +29,10 @@ from jaxgpt.preparation.hub import (
     list_files,
     remove_leftover_downloads,
 )
-from jaxgpt.preparation.journal import Journal
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import tokenizer_entry, total_splits
+from jaxgpt.preparation.work_files import Journal
 from jaxgpt.run.console import counted
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.

@@ -21,9 +21,8 @@ from jaxgpt.data.manifest import (
 )
 from jaxgpt.data.token_file import UINT16
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.next_command import train_command
-from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.work_files import HubSource, Plan, Record
 from jaxgpt.run.console import counted, print_table
 
 AT_END = "end of the text"  # the rule for few documents

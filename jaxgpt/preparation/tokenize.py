@@ -22,9 +22,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write, open_file
 from jaxgpt.preparation.documents import Skip, Text, fraction_of, pieces
 from jaxgpt.preparation.inputs import Slice, Unit
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
-from jaxgpt.preparation.work_plan import Settings
+from jaxgpt.preparation.work_files import Record, Settings
 
 BUFFERED = 1 << 20  # tokens collected before they are written
 GROUPED = 1 << 16  # characters of short documents encoded in one call

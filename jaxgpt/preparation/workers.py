@@ -23,8 +23,8 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import DECODE_ERRORS, UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.archives import archive_of
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
+from jaxgpt.preparation.work_files import Record
 
 T = TypeVar("T")
 

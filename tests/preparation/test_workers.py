@@ -23,7 +23,7 @@ from jaxgpt.preparation.inputs import find_inputs
 from jaxgpt.preparation.pipeline import UnitLoop
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.tokenize import Job, tokens_being_written
-from jaxgpt.preparation.work_plan import FileSource, Plan, Settings
+from jaxgpt.preparation.work_files import FileSource, Plan, Settings
 from jaxgpt.preparation.workers import DeadWorkerError, Pool, run_job
 
 BYTE = load_tokenizer("byte")
