@@ -13,8 +13,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.documents import LongText, ReadOptions, Skip
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.inputs import Input, Slice
+from jaxgpt.preparation.make_plan import find_text
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
-from jaxgpt.preparation.own_validation import find_text
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.preparation.work_files import nothing_finished
 
