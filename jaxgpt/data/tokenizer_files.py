@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.data.hub import download_repository, is_repository
 from jaxgpt.data.tokenizer import (
     EOT_TEXT,
     ByteTokenizer,
@@ -19,7 +20,7 @@ from jaxgpt.data.tokenizer import (
     load_tokenizer,
 )
 from jaxgpt.data.tokenizer_json import FILES, MAIN_FILE, JsonTokenizer, open_json_tokenizer
-from jaxgpt.errors import UserError, first_line
+from jaxgpt.errors import UserError
 from jaxgpt.files import read_file
 
 RECOGNIZED = {"gpt2": 50_257, "byte": 257}  # with their sizes
@@ -42,8 +43,9 @@ def find_tokenizer(name: str, beside: Iterable[Path]) -> Tokenizer | None:
             "tokenizer 'char' is made of a text: python -m jaxgpt.prepare TEXT --tokenizer char; "
             "train on its folder without --tokenizer"
         )
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/"):
-        return open_tokenizer(_download(name), name)
+    if is_repository(name):
+        instead = f"name a folder with its {MAIN_FILE}"
+        return open_tokenizer(download_repository(name, (*FILES, "vocab.json"), instead), name)
     if "/" in name or name.endswith(".json"):
         raise UserError(
             f"tokenizer {name!r}: no such folder or file; name a folder with {MAIN_FILE}, "
@@ -62,20 +64,6 @@ def open_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
     if folder.is_dir() and (known := recognize_tokenizer(folder, 0)):
         return load_tokenizer(known)
     return open_json_tokenizer(path, name or str(path))
-
-
-def _download(repository: str) -> Path:
-    import huggingface_hub
-
-    try:
-        patterns = [*FILES, "vocab.json"]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # its own and the HTTP library's
-        raise UserError(
-            f"tokenizer {repository!r} cannot be downloaded ({type(error).__name__}: "
-            f"{first_line(error)}); check the name and the network (HF_ENDPOINT sets a mirror), or "
-            "name a folder with its tokenizer.json"
-        ) from None
 
 
 def has_files(tokenizer: Tokenizer) -> bool:

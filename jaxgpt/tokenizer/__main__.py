@@ -30,7 +30,7 @@ from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
 from jaxgpt.preparation.output_folder import is_hub_name
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.run.console import print_table, waiting
-from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
+from jaxgpt.weights.gguf_file import WORDS_WITH_MARKS
 
 PROG = "python -m jaxgpt.tokenizer"
 DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
