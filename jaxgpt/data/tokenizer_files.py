@@ -19,7 +19,13 @@ from jaxgpt.data.tokenizer import (
     gpt2_merges,
     load_tokenizer,
 )
-from jaxgpt.data.tokenizer_json import FILES, MAIN_FILE, JsonTokenizer, open_json_tokenizer
+from jaxgpt.data.tokenizer_json import (
+    FILES,
+    MAIN_FILE,
+    JsonTokenizer,
+    bpe_json,
+    open_json_tokenizer,
+)
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_file
 
@@ -90,7 +96,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     merges = gpt2_merges() if is_gpt2 else []
     _write(folder / "vocab.json", json.dumps(ids))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    _write(folder / "tokenizer.json", json.dumps(_tokenizer_json(ids, merges)))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    main = bpe_json(
+        ids,
+        tokenizer.eot,
+        merges,
+        pre_tokenizer={**byte_level, "trim_offsets": True},
+        post_processor={**byte_level, "trim_offsets": False},
+        decoder={**byte_level, "trim_offsets": True},
+    )
+    _write(folder / MAIN_FILE, main.decode())
     config = {
         "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -147,31 +162,6 @@ def _vocabulary_of(tokenizer_json: dict[str, Any]) -> dict[str, int]:
     special = {token["content"] for token in added if token["special"]} - {EOT_TEXT}
     ids = {**tokenizer_json["model"]["vocab"], **{t["content"]: t["id"] for t in added}}
     return {text: id for text, id in ids.items() if text not in special}
-
-
-def _tokenizer_json(ids: dict[str, int], merges: list[str]) -> dict[str, Any]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    eot = {"id": ids[EOT_TEXT], "content": EOT_TEXT, "special": True, "normalized": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{**eot, "single_word": False, "lstrip": False, "rstrip": False}],
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "use_regex": True},
-        "post_processor": {**byte_level, "trim_offsets": False, "use_regex": True},
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
 
 
 def _write(path: Path, text: str) -> None:
