@@ -31,8 +31,7 @@ from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.data.embedded import load_embedded
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.model.network import init_params
-from jaxgpt.weights.gguf_file import save_gguf
-from jaxgpt.weights.gguf_tokenizer import PATTERNS
+from jaxgpt.weights.gguf_file import PATTERNS, save_gguf
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights
 
 PROMPTS = ("It is a truth", '"I am', "Elizabeth  had never been")

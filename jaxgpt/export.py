@@ -23,7 +23,7 @@ from jaxgpt.errors import run_command, warn
 from jaxgpt.files import user_path
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
-from jaxgpt.weights import huggingface, push
+from jaxgpt.weights import hub, huggingface
 from jaxgpt.weights.gguf_file import GgufDtype, require_gguf, save_gguf, save_modelfile
 from jaxgpt.weights.model_card import model_card
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights, prepare_device
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     target = user_path(flags.to, "--to")
     check_is_free(target)
     if flags.push is not None:
-        push.check_login(flags.push)
+        hub.check_login(flags.push)
     weights = open_weights(flags.weights())
     assert weights.run is not None
     if flags.is_gguf:
@@ -103,7 +103,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--to {target} cannot be written: {error}") from None
     print_exported(target, weights, flags.is_gguf)
     if flags.push is not None:
-        print(f"Uploaded: {push.push(flags.push, files, card)}")
+        print(f"Uploaded: {hub.push(flags.push, files, card)}")
     return 0
 
 

@@ -236,10 +236,19 @@ def checksum_errors(
             yield f"{path}: checksum mismatch with {MANIFEST}; {_remedy(data_dir)}"
 
 
-def count_documents(file: TokenFile, eot: int) -> int:
-    """The number of end-of-text tokens in a file: one for each document that begins in it."""
-    chunks = TokenStream([file], str(file.path)).chunks()
-    return sum(int(np.count_nonzero(chunk == eot)) for _, chunk in chunks)
+def count_documents(
+    file: TokenFile, tokenizer: Tokenizer, advance: Callable[[int], object] = lambda _: None
+) -> int:
+    """The number of documents that begin in a file; `advance` gets the bytes of each read.
+
+    Raises DataError for an id that is outside the tokenizer's vocabulary.
+    """
+    stream, documents = TokenStream([file], str(file.path)), 0
+    for start, tokens in stream.chunks():
+        stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
+        documents += int(np.count_nonzero(tokens == tokenizer.eot))
+        advance(tokens.nbytes)
+    return documents
 
 
 def _remedy(data_dir: Path) -> str:

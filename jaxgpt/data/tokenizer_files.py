@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.data.hub import download_repository, is_repository
 from jaxgpt.data.tokenizer import (
     EOT_TEXT,
     ByteTokenizer,
@@ -18,8 +19,14 @@ from jaxgpt.data.tokenizer import (
     gpt2_merges,
     load_tokenizer,
 )
-from jaxgpt.data.tokenizer_json import FILES, MAIN_FILE, JsonTokenizer, open_json_tokenizer
-from jaxgpt.errors import UserError, first_line
+from jaxgpt.data.tokenizer_json import (
+    FILES,
+    MAIN_FILE,
+    JsonTokenizer,
+    bpe_json,
+    open_json_tokenizer,
+)
+from jaxgpt.errors import UserError
 from jaxgpt.files import read_file
 
 RECOGNIZED = {"gpt2": 50_257, "byte": 257}  # with their sizes
@@ -42,8 +49,9 @@ def find_tokenizer(name: str, beside: Iterable[Path]) -> Tokenizer | None:
             "tokenizer 'char' is made of a text: python -m jaxgpt.prepare TEXT --tokenizer char; "
             "train on its folder without --tokenizer"
         )
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not name.endswith("/"):
-        return open_tokenizer(_download(name), name)
+    if is_repository(name):
+        instead = f"name a folder with its {MAIN_FILE}"
+        return open_tokenizer(download_repository(name, (*FILES, "vocab.json"), instead), name)
     if "/" in name or name.endswith(".json"):
         raise UserError(
             f"tokenizer {name!r}: no such folder or file; name a folder with {MAIN_FILE}, "
@@ -62,20 +70,6 @@ def open_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
     if folder.is_dir() and (known := recognize_tokenizer(folder, 0)):
         return load_tokenizer(known)
     return open_json_tokenizer(path, name or str(path))
-
-
-def _download(repository: str) -> Path:
-    import huggingface_hub
-
-    try:
-        patterns = [*FILES, "vocab.json"]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # its own and the HTTP library's
-        raise UserError(
-            f"tokenizer {repository!r} cannot be downloaded ({type(error).__name__}: "
-            f"{first_line(error)}); check the name and the network (HF_ENDPOINT sets a mirror), or "
-            "name a folder with its tokenizer.json"
-        ) from None
 
 
 def has_files(tokenizer: Tokenizer) -> bool:
@@ -102,7 +96,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     merges = gpt2_merges() if is_gpt2 else []
     _write(folder / "vocab.json", json.dumps(ids))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    _write(folder / "tokenizer.json", json.dumps(_tokenizer_json(ids, merges)))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    main = bpe_json(
+        ids,
+        tokenizer.eot,
+        merges,
+        pre_tokenizer={**byte_level, "trim_offsets": True},
+        post_processor={**byte_level, "trim_offsets": False},
+        decoder={**byte_level, "trim_offsets": True},
+    )
+    _write(folder / MAIN_FILE, main.decode())
     config = {
         "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -159,31 +162,6 @@ def _vocabulary_of(tokenizer_json: dict[str, Any]) -> dict[str, int]:
     special = {token["content"] for token in added if token["special"]} - {EOT_TEXT}
     ids = {**tokenizer_json["model"]["vocab"], **{t["content"]: t["id"] for t in added}}
     return {text: id for text, id in ids.items() if text not in special}
-
-
-def _tokenizer_json(ids: dict[str, int], merges: list[str]) -> dict[str, Any]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    eot = {"id": ids[EOT_TEXT], "content": EOT_TEXT, "special": True, "normalized": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{**eot, "single_word": False, "lstrip": False, "rstrip": False}],
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "use_regex": True},
-        "post_processor": {**byte_level, "trim_offsets": False, "use_regex": True},
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
 
 
 def _write(path: Path, text: str) -> None:

@@ -247,3 +247,46 @@ def _hash(values: dict[str, Any]) -> str:
     added = [[t["id"], t["content"], t["special"]] for t in values.get("added_tokens", [])]
     decisive = [values.get("normalizer"), values.get("pre_tokenizer"), model, sorted(added)]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def bpe_json(
+    vocab: Mapping[str, int],
+    eot: int,
+    merges: Sequence[str] = (),
+    unk_token: str | None = None,
+    **parts: Any,
+) -> bytes:
+    """A tokenizer.json of a BPE and the end of text; `parts`: its decoder, pre_tokenizer, ..."""
+    added = {"id": eot, "content": EOT_TEXT, "special": True, "normalized": False}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    values = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**added, "single_word": False, "lstrip": False, "rstrip": False}],
+        **dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor")),
+        **parts,
+        "model": model,
+    }
+    return json.dumps(values, indent=1).encode()
+
+
+def with_config(main: bytes, **config: object) -> dict[str, bytes]:
+    """The files of a tokenizer.json that has EOT_TEXT, for `tokenizer_from_files`."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOT_TEXT,
+        "clean_up_tokenization_spaces": False,
+        **config,
+    }
+    return {MAIN_FILE: main, "tokenizer_config.json": json.dumps(config, indent=1).encode()}

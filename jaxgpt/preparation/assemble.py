@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.data.manifest import ShardEntry, Split, count_documents
+from jaxgpt.data.manifest import ShardEntry, Split
 from jaxgpt.data.shards import TokenStream
 from jaxgpt.data.token_file import UINT16, TokenFile, inspect_file, write_pieces
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
-from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.tokenize import iterate_tokens, part_path
-from jaxgpt.preparation.work_plan import Plan
+from jaxgpt.preparation.work_files import Journal, Plan, Record
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Output:
 def outputs_of(plan: Plan, limit_tokens: int | None) -> list[Output]:
     """The splits of a plan; `limit_tokens` limits 'train' only."""
     s = plan.settings
-    if s.val_fraction is not None or s.val is not None:
+    if "val" in s.streams:
         return [Output("val", "val", 0, None), Output("train", "train", 0, limit_tokens)]
     first = s.val_tokens or 0
     stop = None if limit_tokens is None else first + limit_tokens
@@ -225,24 +224,26 @@ class Assembler:
             path = self._out / self._next_name(output)
             if path.exists():
                 file = inspect_file(path)
-                if not self._has_next_tokens(file, output):
+                documents = self._compare(file, output)
+                if documents is None:
                     raise UserError(
                         f"{path}: was not written by this command; move it to another folder, or "
                         "choose another one with --out"
                     )
-                documents = count_documents(file, self._eot)
                 self._record_shard(path.name, output, file.length, documents, sha256_of(path))
 
-    def _has_next_tokens(self, file: TokenFile, output: Output) -> bool:
+    def _compare(self, file: TokenFile, output: Output) -> int | None:
+        """The documents that begin in a file, None if it does not have the split's next tokens."""
         tokens, start = TokenStream([file], str(file.path)), self._position(output)
         if start + file.length > self._ends[output.stream][-1]:
-            return False
-        compared = 0
+            return None
+        compared = documents = 0
         for piece in self._tokens(output.stream, start, start + file.length):
             if not np.array_equal(tokens.window(compared, len(piece)), piece):
-                return False
+                return None
             compared += len(piece)
-        return True
+            documents += int(np.count_nonzero(piece == self._eot))
+        return documents
 
     def _remove_leftovers(self) -> None:
         for path in [*self._parts.glob("*.tmp"), *self._out.glob("*.bin.tmp")]:

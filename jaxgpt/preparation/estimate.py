@@ -11,8 +11,8 @@ from jaxgpt.preparation.archives import open_input
 from jaxgpt.preparation.documents import ReadOptions, read_chunks
 from jaxgpt.preparation.inputs import TEXT_BYTES_PER_TOKEN, Input, Slice
 from jaxgpt.preparation.readers import read_slice
-from jaxgpt.preparation.run_units import AHEAD
-from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.work_files import HubSource, Plan
+from jaxgpt.preparation.workers import AHEAD
 from jaxgpt.run.console import counted, duration
 
 # GPT-2's BPE on one core of a server; benchmarks/results/prepare-throughput.json has a smaller

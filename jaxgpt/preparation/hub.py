@@ -15,6 +15,7 @@ from jaxgpt.files import sha256_of
 from jaxgpt.preparation.flags import CLIMBMIX_TOKENS, FINEWEB
 from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
+from jaxgpt.preparation.work_files import HubSource
 
 # The folders of configurations of FineWeb, whose dumps (CC-MAIN-2024-10) are in data/ under their
 # names, and of ClimbMix.
@@ -183,9 +184,16 @@ class Downloads:
     """
 
     def __init__(
-        self, inputs: Sequence[Input], get: Callable[[Input], Path], ahead: Callable[[], int]
+        self,
+        inputs: Sequence[Input],
+        source: HubSource,
+        folder: Path,
+        ahead: Callable[[], int],
+        say: Callable[[str], object],
     ):
-        self._get, self._ahead, self._threads = get, ahead, 0
+        remove_leftover_downloads(folder)
+        self._source, self._folder, self._say = source, folder, say
+        self._ahead, self._threads = ahead, 0
         self._order = list(inputs)
         self._places = {item.path: place for place, item in enumerate(inputs)}
         self._queue: queue.SimpleQueue[tuple[Input, Future[Path]]] = queue.SimpleQueue()
@@ -207,6 +215,15 @@ class Downloads:
                 self._queue.put((item, self._futures[item.path]))
         future = self._futures[needed.path]
         return future.result() if future.done() else None
+
+    def delete(self, item: Input) -> None:
+        """Delete a downloaded file."""
+        (self._folder / item.path).unlink(missing_ok=True)
+
+    def _get(self, item: Input) -> Path:
+        sha256 = item.check if len(item.check) == 64 else None  # git's for small files is shorter
+        repo, commit = self._source.repo, self._source.commit
+        return download(repo, item.path, item.size, sha256, commit, self._folder, self._say)
 
     def _work(self) -> None:
         while True:

@@ -35,19 +35,18 @@ def retry_request(
         except UserError:
             raise
         except Exception as error:
-            status = _status(error)
+            response = _response(error)
+            status = getattr(response, "status_code", None)  # None without a response
+            is_temporary = _is_network_error(error)
+            if status is not None:
+                is_temporary = status in (408, 429) or status >= 500
             waits = QUICK_WAITS if first and status is None else WAITS
-            if not _is_temporary(error) or tries >= len(waits):
-                raise UserError(_error_message(error, what, status)) from None
-            wait = max(waits[tries], _retry_after(error))
+            if not is_temporary or tries >= len(waits):
+                raise UserError(f"{what}: {_explain(error, status)}") from None
+            wait = max(waits[tries], _retry_after(response))
             say(f"{what}: {_reason(error, status)}; retrying in {wait:g} s")
             time.sleep(wait)
             tries += 1
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error, None if there was no response."""
-    return getattr(_response(error), "status_code", None)
 
 
 def _response(error: BaseException | None) -> Any:
@@ -57,18 +56,11 @@ def _response(error: BaseException | None) -> Any:
     return getattr(error, "response", None)
 
 
-def _is_temporary(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return _is_network_error(error)
-
-
-def _is_network_error(error: BaseException | None) -> bool:
+def _is_network_error(error: BaseException) -> bool:
     """By type or by class name: huggingface_hub has changed its HTTP library twice."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    if error is None or isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError):
         return True
@@ -76,9 +68,9 @@ def _is_network_error(error: BaseException | None) -> bool:
     return bool(names & {"TransportError", "RequestException", "RemoteProtocolError"})
 
 
-def _retry_after(error: BaseException) -> float:
+def _retry_after(response: Any) -> float:
     """The seconds in the Retry-After header, at most five minutes."""
-    headers = getattr(_response(error), "headers", None) or {}
+    headers = getattr(response, "headers", None) or {}
     seconds = str(headers.get("retry-after", ""))
     return min(300.0, float(seconds)) if seconds.replace(".", "", 1).isdigit() else 0.0
 
@@ -93,44 +85,31 @@ def _reason(error: BaseException, status: int | None) -> str:
     return f"the Hub could not be reached ({type(error).__name__})"
 
 
-def _error_message(error: BaseException, what: str, status: int | None) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _explain(error: BaseException, status: int | None) -> str:
+    """Reason and remedy of an error that is final."""
+    from huggingface_hub import errors
 
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{what}: HF_HUB_OFFLINE is set; unset it, or prepare local files: {READABLE}"
-    if isinstance(error, GatedRepoError):
-        return f"{what}: requires your consent on its page first; then set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
+    if status is None and _is_network_error(error):
         return (
-            f"{what}: does not exist on the Hub, nor as a folder here (for a private one set "
-            "HF_TOKEN)"
+            f"{_reason(error, status)}; check the network and run the same command again, or "
+            f"prepare local files: {READABLE}"
         )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{what}: has no such --revision"
-    if isinstance(error, HFValidationError):
-        return f"{what}: is not a valid name of a data set; write owner/name"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"{what}: has no files there; check --name (sample-10BT, sample-100BT, ...)"
-    if status == 429:
-        return (
-            f"{what}: the Hub still limits the rate of requests (429); set HF_TOKEN, which raises "
-            "the limit, or run the same command again later to resume"
-        )
+    explained = {  # subclasses first
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it, or prepare local files: "
+        + READABLE,
+        errors.GatedRepoError: "requires your consent on its page first; then set HF_TOKEN",
+        errors.RepositoryNotFoundError: "does not exist on the Hub, nor as a folder here (for a "
+        "private one set HF_TOKEN)",
+        errors.RevisionNotFoundError: "has no such --revision",
+        errors.HFValidationError: "is not a valid name of a data set; write owner/name",
+        errors.EntryNotFoundError: "has no files there; check --name (sample-10BT, sample-100BT, "
+        "...)",
+    }
+    for kind, explanation in explained.items():
+        # LocalEntryNotFoundError only wraps the one that explains it.
+        if isinstance(error, kind) and not isinstance(error, errors.LocalEntryNotFoundError):
+            return explanation
     if status is not None:
-        return (
-            f"{what}: the Hub returned status {status}; run the same command again later to resume"
-        )
-    if _is_network_error(error):
-        return (
-            f"{what}: {_reason(error, status)}; check the network and run the same command again, "
-            f"or prepare local files: {READABLE}"
-        )
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        token = "set HF_TOKEN, which raises the limit, or " if status == 429 else ""
+        return f"{_reason(error, status)}; {token}run the same command again later to resume"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,17 +1,13 @@
 """`--inspect`: what a folder of tokens contains, and whether all its files are intact."""
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from jaxgpt.data.manifest import (
     MANIFEST,
     Manifest,
     checksum_errors,
+    count_documents,
     listing_errors,
     load_manifest,
     unfinished_error,
@@ -92,14 +88,15 @@ def _content_errors(
     errors = []
     total = sum(file.size for some in files.values() for file in some)
     documents = dict.fromkeys(files, 0)
-    with _progress_bar(total * (2 if manifest else 1)) as advance:
+    with PreparationConsole(total * (2 if manifest else 1), 0) as console:
         for split, some in files.items():
             for file in some:
-                error, count = _check_file(file, tokenizer, advance)
-                documents[split] += count
-                errors += [error] if error else []
+                try:
+                    documents[split] += count_documents(file, tokenizer, console.advance)
+                except DataError as error:
+                    errors.append(str(error))
         if manifest:
-            errors += list(checksum_errors(data_dir, manifest, advance))
+            errors += list(checksum_errors(data_dir, manifest, console.advance))
             for split, totals in manifest.splits.items():
                 if split in documents and documents[split] != totals.documents:
                     errors.append(
@@ -107,28 +104,3 @@ def _content_errors(
                         f"{MANIFEST} lists {totals.documents:,} documents"
                     )
     return errors
-
-
-def _check_file(file: TokenFile, tokenizer: Tokenizer, advance: Any) -> tuple[str | None, int]:
-    stream, documents = TokenStream([file], str(file.path)), 0
-    for start, tokens in stream.chunks():
-        try:
-            stream.check_ids(tokens[None], np.array([start]), tokenizer.n_vocab)
-        except DataError as error:
-            return str(error), documents
-        documents += int(np.count_nonzero(tokens == tokenizer.eot))
-        advance(tokens.nbytes)
-    return None, documents
-
-
-@contextmanager
-def _progress_bar(total: int) -> Iterator[Any]:
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        console.update(done, 0, 0)
-
-    with PreparationConsole(total, 0) as console:
-        yield advance

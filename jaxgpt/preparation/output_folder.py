@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from jaxgpt.data.hub import is_repository
 from jaxgpt.data.manifest import WORK_FOLDER
 from jaxgpt.data.shards import token_files
 from jaxgpt.errors import UserError
@@ -82,9 +83,8 @@ def is_hub_name(inputs: Sequence[str]) -> bool:
     only = inputs[0]
     if only in DATASETS:
         return True
-    if only.startswith((".", "~", "/")) or glob.has_magic(only) or is_readable(only):
-        return False
-    return only.count("/") == 1 and not Path(only).exists()
+    is_path = glob.has_magic(only) or is_readable(only) or Path(only).exists()
+    return is_repository(only) and not is_path
 
 
 def check_free_space(out: Path, needed: int) -> str:

@@ -16,7 +16,7 @@ from jaxgpt.data.manifest import (
     Validation,
     count_documents,
 )
-from jaxgpt.data.shards import TokenStream, split_of
+from jaxgpt.data.shards import split_of
 from jaxgpt.data.token_file import HEADER_BYTES, DataError, inspect_file
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
@@ -29,10 +29,10 @@ from jaxgpt.preparation.hub import (
     list_files,
     remove_leftover_downloads,
 )
-from jaxgpt.preparation.journal import Journal
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import tokenizer_entry, total_splits
+from jaxgpt.preparation.work_files import Journal
 from jaxgpt.run.console import counted
 
 # Repositories with a sample as shards of 100M tokens, including a validation shard.
@@ -165,30 +165,29 @@ def _download_missing(
                 console.update(total - needed, 0, 0, f"downloading {name}")
                 sha256 = file.lfs.sha256 if file.lfs else None
                 path = download(repo, file.path, file.size, sha256, commit, downloads, console.say)
-                _check_shard(path, file.path, tokenizer)
+                try:
+                    entry = _shard_entry(path, tokenizer)
+                except DataError:
+                    path.unlink()
+                    raise
                 move_file(path, out / name)
                 needed -= file.size
-            if name not in entries:
-                entries[name] = _shard_entry(out / name, tokenizer)
-                journal.append(entries[name])
+            elif name not in entries:
+                entry = _shard_entry(out / name, tokenizer)
+            else:
+                continue
+            journal.append(entry)
+            entries[name] = entry
     return list(entries.values())
 
 
-def _check_shard(path: Path, name: str, tokenizer: Tokenizer) -> None:
-    """Delete a file and raise DataError if it is not a shard with ids of the tokenizer."""
-    try:
-        TokenStream([inspect_file(path)], name).check_all_ids(tokenizer.n_vocab)
-    except DataError:
-        path.unlink()
-        raise
-
-
 def _shard_entry(path: Path, tokenizer: Tokenizer) -> ShardEntry:
+    """Raises DataError if the file is not a shard, or has ids that the tokenizer lacks."""
     found = inspect_file(path)
     return ShardEntry(
         file=path.name,
         split="val" if split_of(path) == "val" else "train",
         tokens=found.length,
-        documents=count_documents(found, tokenizer.eot),
+        documents=count_documents(found, tokenizer),
         sha256=sha256_of(path),
     )

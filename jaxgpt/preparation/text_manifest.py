@@ -1,9 +1,11 @@
-"""The manifest of prepared text, and what is printed of it."""
+"""The manifest of prepared text, and what is printed of it: a table, and the next command."""
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,18 @@ from jaxgpt.data.manifest import (
 )
 from jaxgpt.data.token_file import UINT16
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.preparation.journal import Record
-from jaxgpt.preparation.next_command import train_command
-from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.work_files import HubSource, Plan, Record
 from jaxgpt.run.console import counted, print_table
 
 AT_END = "end of the text"  # the rule for few documents
 OWN = "text of its own"  # the rule of --val
+SMALL_DATA = 5_000_000  # training tokens below which the demo's model is large enough
+DEMO_BLOCK_SIZE = 64  # configs/demo.toml
+
+# With more ids than this the demo's 1,000 steps take a CPU far longer than the minute they should.
+DEMO_VOCABULARY = 5_000
+SHORT_RUN = ["--max-iters", "200", "--warmup-iters", "20", "--eval-interval", "100"]
+
 LISTED_INPUTS = 200  # the manifest has only the number and a hash of more
 
 
@@ -151,3 +158,34 @@ def print_result(out: Path, manifest: Manifest, has_gpu: bool) -> None:
     """Print what the folder contains now, and the next command."""
     print_table(str(out), summarize(manifest))
     print(f"train on it: {train_command(out, manifest, has_gpu)}")
+
+
+def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
+    """A command that runs on this machine: of the card's preset, or of the demo's size.
+
+    The tokenizer needs no flag: training takes the one in the manifest.
+    """
+    words = ["python", "-m", "jaxgpt.train"]
+    splits = manifest.splits
+    is_small = splits.train.tokens < SMALL_DATA
+    if is_small or not has_gpu:
+        words += ["--preset", "demo"]
+    if is_small or not has_gpu or out != Path("data/fineweb"):
+        words += ["--dataset", out.name]
+    if out.parent != Path("data"):
+        words += ["--data-dir", str(out)]
+    if is_small or not has_gpu:
+        # A window of the smaller split has block_size tokens and one more.
+        fitting = min(splits.train.tokens, splits.val.tokens) - 1
+        if fitting < DEMO_BLOCK_SIZE:
+            words += ["--block-size", str(1 << max(fitting, 1).bit_length() - 1)]
+        if manifest.tokenizer.n_vocab > DEMO_VOCABULARY:
+            words += SHORT_RUN
+        words += ["--out-dir", str(_free_folder(Path("runs") / out.name))]
+    return shlex.join(words)
+
+
+def _free_folder(folder: Path) -> Path:
+    """`folder`, with a number appended if it exists."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], numbered) if not path.exists())

@@ -20,25 +20,23 @@ import numpy as np
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import atomic_write, open_file
-from jaxgpt.preparation.documents import ReadOptions, Skip, Text, fraction_of, pieces
+from jaxgpt.preparation.documents import Skip, Text, fraction_of, pieces
 from jaxgpt.preparation.inputs import Slice, Unit
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.readers import read_slice
+from jaxgpt.preparation.work_files import Record, Settings
 
 BUFFERED = 1 << 20  # tokens collected before they are written
 GROUPED = 1 << 16  # characters of short documents encoded in one call
 
 
 class Job(NamedTuple):
-    """A unit of work, with the options for reading and writing it."""
+    """A unit of work, as a worker gets it."""
 
     number: int
     unit: Unit
-    options: ReadOptions
-    val_fraction: float | None  # None: the parent divides the stream 'all' into splits
-    folder: Path
-    val_at_end: bool = False  # validation is the end of the unit, not chosen by document
-    own_val: bool = False  # the inputs say which of them are validation
+    settings: Settings
+    folder: Path  # of the parts
+    plan_sha256: str  # of plan.json, by which a worker knows that it sees the same folder
 
 
 class Part:
@@ -119,18 +117,16 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
 
     Raises UserError for an input that cannot be read.
     """
-    is_divided = job.own_val or job.val_fraction is not None
-    streams = ("train", "val") if is_divided else ("all",)
-    counts = Counter[str]()
+    s, counts = job.settings, Counter[str]()
     examples: dict[str, str] = {}
     token_counts: list[int | None] = []
     with ExitStack() as stack:
         parts = {
             stream: Part(stack.enter_context(_part_file(job, stream)), tokenizer)
-            for stream in streams
+            for stream in s.streams
         }
         for slice in job.unit:
-            for documents, _, token_count in read_slice(slice, job.options):
+            for documents, _, token_count in read_slice(slice, s.options):
                 for document in documents:
                     if isinstance(document, Skip):
                         counts[document.value] += 1
@@ -139,12 +135,12 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
                     if isinstance(document, np.ndarray):
                         document = _content(document, slice, tokenizer)
                     counts["documents"] += 1
-                    parts[_stream_of(document, slice, job)].add(document)
+                    parts[_stream_of(document, slice, s)].add(document)
                 for part in parts.values():
                     part.encode()
                 token_counts.append(token_count)
-        if job.val_fraction is not None and job.val_at_end:
-            parts["train"].move_end(job.val_fraction, parts["val"])
+        if s.val_fraction is not None and s.val_at_end:
+            parts["train"].move_end(s.val_fraction, parts["val"])
         for part in parts.values():
             part.write()
     return Record(
@@ -178,14 +174,14 @@ def _content(ids: np.ndarray, slice: Slice, tokenizer: Tokenizer) -> np.ndarray:
     return ids[start : len(ids) - is_ended]
 
 
-def _stream_of(document: Text, slice: Slice, job: Job) -> str:
-    if job.own_val:
+def _stream_of(document: Text, slice: Slice, s: Settings) -> str:
+    if s.val is not None:
         return slice.input.split
-    if job.val_fraction is None:
+    if s.val_fraction is None:
         return "all"
-    if job.val_at_end:
+    if s.val_at_end:
         return "train"  # until the unit is complete
-    return "val" if fraction_of(document) < job.val_fraction else "train"
+    return "val" if fraction_of(document) < s.val_fraction else "train"
 
 
 def _sum_if_all_known(counts: list[int | None]) -> int | None:

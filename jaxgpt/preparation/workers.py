@@ -17,17 +17,19 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import DECODE_ERRORS, UserError, first_line
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.archives import archive_of
-from jaxgpt.preparation.journal import Record
 from jaxgpt.preparation.tokenize import Job, tokenize_unit
+from jaxgpt.preparation.work_files import Record
 
 T = TypeVar("T")
 
+# Units per worker that may be started ahead of the first unfinished one; their tokens are on disk.
+AHEAD = 3
 FILES_PER_WORKER = 16  # open in the parent for each: pipes and the handle of the process
 
 
@@ -167,18 +169,10 @@ def end_with_parent() -> None:
     threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-class Origin(NamedTuple):
-    """What a worker checks before it runs a unit: that it sees the same plan and tokenizer."""
-
-    plan_sha256: str  # of plan.json
-    tokenizer: str
-    tokenizer_sha256: str
-
-
-def run_job(job: Job, origin: Origin) -> Record:
+def run_job(job: Job) -> Record:
     """`tokenize_unit` in a worker; raises UserError."""
     try:
-        return tokenize_unit(job, _checked_tokenizer(job, origin))
+        return tokenize_unit(job, _checked_tokenizer(job))
     except OSError as error:
         raise UserError(
             f"{error.filename or job.folder}: {error.strerror or error}; fix that and run the same "
@@ -191,28 +185,29 @@ def run_job(job: Job, origin: Origin) -> Record:
         ) from None
 
 
-def _checked_tokenizer(job: Job, origin: Origin) -> Tokenizer:
+def _checked_tokenizer(job: Job) -> Tokenizer:
     """The tokenizer; raises UserError if this worker sees other files than the parent does."""
     host, plan = socket.gethostname(), job.folder.with_name("plan.json")
     remedy = "the text and --out must be in folders that all workers share, by the same paths"
     # Also ends what an earlier command left in the queue of a cluster.
-    if not plan.exists() or sha256_of(plan) != origin.plan_sha256:
+    if not plan.exists() or sha256_of(plan) != job.plan_sha256:
         raise UserError(
             f"{plan}: is missing or another file on {host}, where a worker is; {remedy}"
         )
     for slice in job.unit:
         if not os.path.exists(archive_of(slice.path) or slice.path):
             raise UserError(f"{slice.path}: is missing on {host}, where a worker is; {remedy}")
-    tokenizer = _load_once(origin, job.folder.parents[1])
-    if tokenizer.sha256 != origin.tokenizer_sha256:
+    name, sha256 = job.settings.tokenizer, job.settings.tokenizer_sha256
+    tokenizer = _load_once(name, job.folder.parents[1], sha256)
+    if tokenizer.sha256 != sha256:
         raise UserError(
-            f"tokenizer {origin.tokenizer!r}: is another one on {host}; install the same version "
+            f"tokenizer {name!r}: is another one on {host}; install the same version "
             "of jaxgpt on all workers"
         )
     return tokenizer
 
 
 @lru_cache(1)
-def _load_once(origin: Origin, out: Path) -> Tokenizer:
-    # A cluster's worker outlives a command, and the next one may write another tokenizer to `out`.
-    return load_tokenizer(origin.tokenizer, out)
+def _load_once(name: str, out: Path, sha256: str) -> Tokenizer:
+    del sha256  # in the cache's key: the next command may write another tokenizer to `out`
+    return load_tokenizer(name, out)

@@ -86,14 +86,14 @@ def make_bar(console: Console, left: str) -> Progress:
     )
 
 
-class RunConsole:
+class LiveConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
-    def __init__(self, start: int, total: int, eval_interval: int):
-        self.console = make_console()
-        self._total, self._eval_interval = total, eval_interval
-        self._bar = make_bar(self.console, "step {task.completed:,}/{task.total:,}")
-        self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
+    def __init__(self, left: str, start: int, total: int, status: str):
+        """`left` and `status` are on the two sides of the bar."""
+        self.console, self._total = make_console(), total
+        self._bar = make_bar(self.console, left)
+        self._task = self._bar.add_task("", total=max(total, 1), completed=start, status=status)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -106,6 +106,18 @@ class RunConsole:
         """Stop updating the bar and leave it on the screen."""
         self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, soft_wrap=True)
+
+
+class RunConsole(LiveConsole):
+    """The progress of a run, in steps."""
+
+    def __init__(self, start: int, total: int, eval_interval: int):
+        super().__init__("step {task.completed:,}/{task.total:,}", start, total, "compiling")
+        self._eval_interval = eval_interval
+
     def step(self, step: int, loss: float, pace: Pace) -> None:
         """Move the bar to `step`."""
         status = " · ".join(self._status(step, loss, pace))
@@ -116,10 +128,6 @@ class RunConsole:
         if not self.console.is_terminal:
             where = f"step {step:,}/{self._total:,}"
             self.say("  ".join([where, *self._status(step, loss, pace)]))
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(text, soft_wrap=True)
 
     def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
         if pace.tokens_per_second is None:

@@ -4,7 +4,6 @@ A byte-level BPE like GPT-2's, trained on a sample of the text. That takes about
 of sample, so there is nothing to resume.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -21,7 +20,7 @@ from rich.filesize import decimal
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
-from jaxgpt.data.tokenizer_json import tokenizer_from_files
+from jaxgpt.data.tokenizer_json import tokenizer_from_files, with_config
 from jaxgpt.errors import UserError, run_command
 from jaxgpt.files import user_path
 from jaxgpt.preparation.documents import LongText, ReadOptions
@@ -30,7 +29,7 @@ from jaxgpt.preparation.inputs import Slice, find_inputs, work_units
 from jaxgpt.preparation.output_folder import is_hub_name
 from jaxgpt.preparation.readers import read_slice
 from jaxgpt.run.console import print_table, waiting
-from jaxgpt.weights.gguf_tokenizer import WORDS_WITH_MARKS
+from jaxgpt.weights.gguf_file import WORDS_WITH_MARKS
 
 PROG = "python -m jaxgpt.tokenizer"
 DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or a kind of text."
@@ -186,13 +185,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Any:
 
 def save(library: Any, out: Path) -> Any:
     """Write the files of a trained tokenizer and open them as any other."""
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT_TEXT}
-    files = {
-        "tokenizer.json": library.to_str(pretty=True).encode(),
-        "tokenizer_config.json": json.dumps(
-            {**config, "clean_up_tokenization_spaces": False}, indent=1
-        ).encode(),
-    }
+    files = with_config(library.to_str(pretty=True).encode())
     tokenizer = tokenizer_from_files(files, str(out))
     tokenizer.save(out)
     return tokenizer

@@ -26,7 +26,7 @@ from jaxgpt.run.integrity import DamagedError, verify
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
 from jaxgpt.run.retention import FOLDER, finished_steps, newest_intact
 from jaxgpt.weights import huggingface
-from jaxgpt.weights.hub_folder import find_folder, read_folder
+from jaxgpt.weights.hub import find_folder, read_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

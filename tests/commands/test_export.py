@@ -123,8 +123,8 @@ def test_the_result_is_uploaded_with_its_card(tiny_run, tmp_path, monkeypatch, c
         uploaded[repository] = ([file.name for file in files], card)
         return "URL"
 
-    monkeypatch.setattr("jaxgpt.weights.push.check_login", lambda repository: None)
-    monkeypatch.setattr("jaxgpt.weights.push.push", push)
+    monkeypatch.setattr("jaxgpt.weights.hub.check_login", lambda repository: None)
+    monkeypatch.setattr("jaxgpt.weights.hub.push", push)
     to = str(tmp_path / "m.gguf")
     assert main(["--out-dir", str(tiny_run), "--to", to, "--push", "me/my-model"]) == 0
     names, card = uploaded["me/my-model"]

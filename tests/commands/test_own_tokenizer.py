@@ -15,7 +15,7 @@ from jaxgpt.data.sources import load_embedded_documents
 from jaxgpt.data.tokenizer import byte_characters, load_tokenizer
 from jaxgpt.preparation.inspect_folder import inspect_folder
 from jaxgpt.tokenizer.__main__ import main
-from jaxgpt.weights.gguf_tokenizer import gguf_vocabulary
+from jaxgpt.weights.gguf_file import gguf_vocabulary
 
 FLAGS = ("--dataset", "mine", "--sample-tokens", "0")
 

@@ -15,9 +15,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.tokenize import part_path
-from jaxgpt.preparation.work_plan import FileSource, HubSource, Plan, Settings
+from jaxgpt.preparation.work_files import FileSource, HubSource, Journal, Plan, Record, Settings
 
 EOT = 9999
 

@@ -223,7 +223,7 @@ def test_the_same_command_resumes_after_all_retries_have_failed(
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "still limits the rate of requests (429); set HF_TOKEN" in done.stderr
+    assert "limits the rate of requests (429); set HF_TOKEN" in done.stderr
     assert "run the same command again later to resume" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     finished = shards(out)

@@ -7,8 +7,7 @@ from helpers.preparing import refusal
 
 from jaxgpt.data.manifest import ShardEntry, SplitTotals, load_manifest
 from jaxgpt.preparation.inputs import Input
-from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.work_plan import HubSource, Plan
+from jaxgpt.preparation.work_files import HubSource, Journal, Plan, Record
 
 # As jaxgpt 0.1.0 wrote them.
 SHARD = """{"file": "x_val_000000.bin", "split": "val", "tokens": 9, "documents": 2, \

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from jaxgpt.preparation.assemble import Assembler
 from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import find_inputs
+from jaxgpt.preparation.pipeline import UnitLoop
 from jaxgpt.preparation.progress import PreparationConsole
-from jaxgpt.preparation.run_units import UnitLoop
 from jaxgpt.preparation.tokenize import Job, tokens_being_written
-from jaxgpt.preparation.work_plan import FileSource, Plan, Settings
-from jaxgpt.preparation.workers import DeadWorkerError, Origin, Pool, run_job
+from jaxgpt.preparation.work_files import FileSource, Plan, Settings
+from jaxgpt.preparation.workers import DeadWorkerError, Pool, run_job
 
 BYTE = load_tokenizer("byte")
 
@@ -66,13 +67,13 @@ class Fragile:
     def workers(self) -> int:
         return 1
 
-    def submit(self, fn: Any, job: Job, origin: Origin) -> Future:
+    def submit(self, fn: Any, job: Job) -> Future:
         future: Future = Future()
         if job.number == 1 and self._deaths:
             self._deaths -= 1
             future.set_exception(DeadWorkerError())
         else:
-            future.set_result(fn(job, origin))
+            future.set_result(fn(job))
         return future
 
     def result(self, future: Future) -> Any:
@@ -107,16 +108,7 @@ def test_a_unit_that_kills_its_worker_twice_is_named(
     left = work / "parts" / "000001.all.host-1-2.tmp"
     left.touch()
     first = plan.units()[1][0].path
-    loop = UnitLoop(
-        Fragile(deaths),
-        assembler,
-        plan,
-        work,
-        PreparationConsole(1, 0),
-        1.0,
-        lambda item: Path(item.path),
-        lambda item: None,
-    )
+    loop = UnitLoop(Fragile(deaths), assembler, plan, work, PreparationConsole(1, 0), 1.0)
     if deaths == 1:
         loop.run()
         assert assembler.finished
@@ -130,20 +122,21 @@ def test_a_unit_that_kills_its_worker_twice_is_named(
 def test_a_worker_that_sees_other_files_is_refused(plan: Plan, tmp_path: Path) -> None:
     parts = tmp_path / ".prepare" / "parts"
     parts.mkdir()
-    job = Job(0, plan.units()[0], plan.settings.options, None, parts)
-    good = Origin(sha256_of(parts.with_name("plan.json")), "byte", BYTE.sha256)
+    plan_sha256 = sha256_of(parts.with_name("plan.json"))
+    job = Job(0, plan.units()[0], plan.settings, parts, plan_sha256)
     lost = job._replace(unit=(job.unit[0]._replace(path=str(tmp_path / "gone.txt")),))
     elsewhere = job._replace(folder=tmp_path / "elsewhere" / "parts")
-    for some, origin, said in (
-        (elsewhere, good, "elsewhere/plan.json: is missing or another file on"),
-        (job, good._replace(plan_sha256="0"), "plan.json: is missing or another file on"),
-        (lost, good, "gone.txt: is missing on"),
-        (job, good._replace(tokenizer_sha256="0"), "tokenizer 'byte': is another one on"),
+    other = job._replace(settings=replace(plan.settings, tokenizer_sha256="0"))
+    for some, said in (
+        (elsewhere, "elsewhere/plan.json: is missing or another file on"),
+        (job._replace(plan_sha256="0"), "plan.json: is missing or another file on"),
+        (lost, "gone.txt: is missing on"),
+        (other, "tokenizer 'byte': is another one on"),
     ):
         with pytest.raises(UserError, match=said):
-            run_job(some, origin)
+            run_job(some)
     assert not any(parts.iterdir())
-    assert run_job(job, good).documents > 0
+    assert run_job(job).documents > 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), UnicodeDecodeError("utf-8", b"x", 0, 1, "why")])
@@ -153,12 +146,12 @@ def test_what_a_worker_cannot_tokenize_is_named(
     def tokenize(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(workers, "_checked_tokenizer", lambda job, origin: BYTE)
+    monkeypatch.setattr(workers, "_checked_tokenizer", lambda job: BYTE)
     monkeypatch.setattr(workers, "tokenize_unit", tokenize)
     path = plan.units()[0][0].path
-    job = Job(0, plan.units()[0], ReadOptions(), 0.1, tmp_path)
+    job = Job(0, plan.units()[0], plan.settings, tmp_path, "")
     with pytest.raises(UserError, match=f"^{path}: cannot be tokenized"):
-        run_job(job, Origin("", "byte", ""))
+        run_job(job)
 
 
 def test_a_worker_of_a_cluster_sees_that_the_folders_tokenizer_is_another(
@@ -166,12 +159,12 @@ def test_a_worker_of_a_cluster_sees_that_the_folders_tokenizer_is_another(
 ) -> None:
     parts = tmp_path / ".prepare" / "parts"
     parts.mkdir()
-    job = Job(0, plan.units()[0], plan.settings.options, None, parts)
+    plan_sha256 = sha256_of(parts.with_name("plan.json"))
     for characters in ("ab", "abc"):  # one command, and another one
         tokenizer = character_tokenizer(characters)
         tokenizer.save(tmp_path)
-        origin = Origin(sha256_of(parts.with_name("plan.json")), "char", tokenizer.sha256)
-        assert run_job(job, origin).documents > 0
+        char = replace(plan.settings, tokenizer="char", tokenizer_sha256=tokenizer.sha256)
+        assert run_job(Job(0, plan.units()[0], char, parts, plan_sha256)).documents > 0
 
 
 def test_tokens_being_written_are_counted_in_their_dtype(tmp_path: Path) -> None:

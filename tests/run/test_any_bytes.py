@@ -23,9 +23,8 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import FORMATS, inspect_file
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.preparation.journal import Journal, Record
 from jaxgpt.preparation.text_manifest import summarize
-from jaxgpt.preparation.work_plan import Plan
+from jaxgpt.preparation.work_files import Journal, Plan, Record
 from jaxgpt.run.integrity import MANIFEST, DamagedError, read_manifest
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics

@@ -15,8 +15,7 @@ from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.data.tokenizer_files import find_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import LARGEST_READ, read_file, sha256_of
-from jaxgpt.preparation.journal import Journal, Record
-from jaxgpt.preparation.work_plan import Plan
+from jaxgpt.preparation.work_files import Journal, Plan, Record
 from jaxgpt.run.compile_cache import remove_damaged
 from jaxgpt.run.integrity import MANIFEST, read_manifest
 from jaxgpt.run.metrics import MetricsLog

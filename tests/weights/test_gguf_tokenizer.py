@@ -5,7 +5,7 @@ import pytest
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.data.tokenizer import byte_characters, load_tokenizer
 from jaxgpt.data.tokenizer_json import JsonTokenizer, tokenizer_from_files
-from jaxgpt.weights.gguf_tokenizer import PATTERNS, gguf_vocabulary
+from jaxgpt.weights.gguf_file import PATTERNS, gguf_vocabulary
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.weights.push import check_login, push
+from jaxgpt.weights.hub import check_login, push
 
 
 class Hub(BaseHTTPRequestHandler):

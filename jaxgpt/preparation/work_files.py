@@ -1,16 +1,21 @@
-"""What a preparation was started with: source, settings and inputs, kept in `.prepare/plan.json`.
+"""The files in `.prepare/`: what a preparation was started with, and what it has finished.
 
-The plan is written once, before any work. Inputs that a later command adds form a new round.
+plan.json is written once, before any work. The journals have a JSON line for each finished unit of
+work and each shard. They only grow, so a kill costs the last line at most, and that line's work is
+done again.
 """
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
 from jaxgpt.config.checks import as_flag
+from jaxgpt.data.manifest import Count
 from jaxgpt.errors import UserError
 from jaxgpt.files import FormatError, decode_json, read_file, write_json
 from jaxgpt.preparation.documents import ReadOptions
@@ -52,6 +57,11 @@ class Settings:
     val_at_end: bool = False  # ... or that fraction of the tokens, at the end of each unit
     val: str | None = None  # ... or inputs of its own, which this names
     unit_bytes: Positive
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What workers write: a stream for each split, or one that the parent cuts into splits."""
+        return ("all",) if self.val is None and self.val_fraction is None else ("train", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +169,56 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
 def _flag_name(name: str) -> str:
     names = {"kind": "source", "repo": "data set", "tokenizer_sha256": "a tokenizer of SHA-256"}
     return names.get(name, as_flag(name))
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A unit of work that is done."""
+
+    number: Count
+    tokens: dict[str, Count]  # by stream
+    documents: Count
+    skipped: dict[str, Count]  # by reason
+    examples: dict[str, str]  # a file for each reason
+    token_count: int | None  # the sum of FineWeb's own column
+    bytes: Count
+
+
+Entry = TypeVar("Entry", bound=msgspec.Struct)
+
+
+class Journal(Generic[Entry]):
+    """The entries of one type in a file, one JSON line each.
+
+    Raises:
+        UserError: if a line of the file is anything else.
+    """
+
+    def __init__(self, path: Path, kind: type[Entry]):
+        self._path = path
+        content = read_file(path) if path.exists() else b""
+        complete, _, truncated = content.rpartition(b"\n")
+        self.entries: list[Entry] = []
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                self.entries.append(decode_json(line, kind))
+            except FormatError as error:
+                raise UserError(
+                    f"{path}: line {number}: {error}; delete {path.parents[1]} and prepare the "
+                    "text again"
+                ) from None
+        if truncated:  # or the next line would be appended to it
+            os.truncate(path, len(content) - len(truncated))
+
+    def append(self, entry: Entry) -> None:
+        """Add a line; it is on disk when this returns."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(msgspec.to_builtins(entry)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(entry)
+
+
+def nothing_finished(work: Path) -> bool:
+    """Whether no unit and no shard is finished, so that the folder's plan can be replaced."""
+    journals = (work / "units.jsonl", work / "shards.jsonl")
+    return not any(path.exists() and path.stat().st_size for path in journals)

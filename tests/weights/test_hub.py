@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.weights.hub_folder import read_folder
+from jaxgpt.weights.hub import read_folder
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

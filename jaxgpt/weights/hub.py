@@ -1,4 +1,4 @@
-"""Finds a Hugging Face model, local or on the Hub, and reads its architecture and tokenizer.
+"""Models that others publish, local or on the Hugging Face Hub, and the upload of one's own.
 
 Nothing here imports JAX, so that a wrong name or folder is reported at once.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.resolved import padded_vocab_size
+from jaxgpt.data.hub import download_repository, is_repository
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import open_tokenizer, recognize_tokenizer
 from jaxgpt.data.tokenizer_json import FILES as TOKENIZER_FILES
@@ -25,18 +26,19 @@ def find_folder(init_from: str) -> Path:
     """The local folder of a model: `init_from` itself, or its copy from the Hub.
 
     Raises:
-        ConfigError: if there is no such folder or model, or it cannot be downloaded.
+        UserError: if there is no such folder or model, or it cannot be downloaded.
     """
     path = user_path(init_from, "--init-from")
     if path.is_dir():
         return path
-    is_name = init_from.count("/") == 1 and not init_from.startswith(("/", ".", "~"))
-    if init_from not in GPT2_NAMES and not is_name:
+    if init_from not in GPT2_NAMES and not is_repository(init_from):
         raise ConfigError(
             f"--init-from {init_from}: no such folder; a model on the Hub is one of "
             f"{', '.join(GPT2_NAMES)}, or owner/name"
         )
-    return _download(f"openai-community/{init_from}" if init_from in GPT2_NAMES else init_from)
+    repository = f"openai-community/{init_from}" if init_from in GPT2_NAMES else init_from
+    instead = "give a folder with config.json and model.safetensors: --init-from FOLDER"
+    return download_repository(repository, FILES, instead)
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -58,19 +60,40 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     return dataclasses.replace(cfg, vocab_size=vocab_size, n_vocab=tokenizer.n_vocab), tokenizer
 
 
-def _download(repository: str) -> Path:
+def check_login(repository: str) -> None:
+    """Raises ConfigError if `repository` is not owner/name, or nobody is logged in."""
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=FILES))
-    except LocalEntryNotFoundError:
+    if not is_repository(repository):
+        raise ConfigError(f"--push {repository} must be owner/name on the Hugging Face Hub")
+    if huggingface_hub.get_token() is None:
         raise ConfigError(
-            f"{repository} is not in the local cache, and the Hub cannot be reached; connect to "
-            "a network (HF_ENDPOINT sets a mirror), or give a folder: --init-from FOLDER"
-        ) from None
+            f"--push {repository}: you are not logged in to the Hub; run hf auth login, or set "
+            "HF_TOKEN"
+        )
+
+
+def push(repository: str, files: list[Path], card: str) -> str:
+    """Upload files, or all files of a folder, and the model card in one commit; returns its URL.
+
+    The repository is created, public, if it does not exist.
+
+    Raises:
+        ConfigError: if the Hub refuses or cannot be reached.
+    """
+    import huggingface_hub
+
+    add = huggingface_hub.CommitOperationAdd
+    operations = [add(path.name, path) for path in files if path.name != "README.md"]
+    operations.append(add("README.md", card.encode(errors="replace")))
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        info = api.create_commit(repository, operations, commit_message="Upload from jaxgpt")
     except Exception as error:  # its own and the HTTP library's
         raise ConfigError(
-            f"{repository} cannot be downloaded ({type(error).__name__}: {first_line(error)}); "
-            "check the name, or give a folder with config.json and model.safetensors"
+            f"--push {repository}: the model is complete in {files[0].parent}, but uploading it "
+            f"failed ({type(error).__name__}: {first_line(error)}); upload it with hf upload "
+            f"{repository} {files[0].parent}"
         ) from None
+    return info.commit_url
