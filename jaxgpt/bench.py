@@ -32,7 +32,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, run_command, warn
 from jaxgpt.files import user_path
 from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
-from jaxgpt.planning.local_gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import preset_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
@@ -75,7 +75,7 @@ def run(argv: Sequence[str], started: float) -> int:
         argv,
         prog=PROG,
         description="Measure the training step: speed, memory, and how long it takes to start.",
-        default_preset=tier_of_this_machine,
+        default_preset=preset_of_this_machine,
     )
     if errors := errors_of(asked, flags):
         raise UserError("\n".join(errors))

@@ -234,6 +234,11 @@ ARCHITECTURES: dict[Arch, Architecture] = {
 # ---------------------------------------------------------------- sizes
 
 
+def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
+    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
+    return -(-n_vocab // multiple) * multiple
+
+
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
     """Length of every axis by the name that declarations and messages use."""
     assert cfg.vocab_size is not None, "resolve the vocabulary first"

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config.architecture import ModelConfig, first_axes
+from jaxgpt.config.architecture import ModelConfig, first_axes, padded_vocab_size
 from jaxgpt.config.batch import Batch, divide_batch, divisors
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import (
@@ -192,11 +192,6 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
         return asked
     has_float16 = platform == "gpu" and compute_capability >= FLOAT16_FROM
     return "bfloat16" if has_bfloat16 else "float16" if has_float16 else "float32"
-
-
-def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
-    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
-    return -(-n_vocab // multiple) * multiple
 
 
 def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:

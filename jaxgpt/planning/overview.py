@@ -7,7 +7,7 @@ from typing import Any
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.planning import fit, memory, speed
-from jaxgpt.planning.gpus import find_gpu, presets_for, tier
+from jaxgpt.planning.gpus import find_gpu, preset_of_card, presets_for
 from jaxgpt.planning.planner import Planner
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset
 
@@ -57,7 +57,7 @@ def _recommended(planner: Planner, presets: Sequence[Resolved]) -> Resolved:
 
     One of those that fit as they are or, if none does, with another batch_size and remat. For a
     card of unknown speed it is chosen as if for ASSUMED, and trained as long as it says; where
-    that tells nothing either, in float32, it is the tier of the card's memory.
+    that tells nothing either, in float32, it is the default of a card with its memory.
     """
     needs = [fit.Fitting(one, memory.estimate(one)) for one in presets if one.asked.vram_gb]
     fitting = [one for one in needs if one.need.fits(planner.capacity)]
@@ -69,9 +69,9 @@ def _recommended(planner: Planner, presets: Sequence[Resolved]) -> Resolved:
         if trained:
             cfg, choice = min(trained, key=lambda pair: pair[1].loss)
             return choice.fitting.cfg if gpu is planner.gpu else cfg
-    name = tier(planner.gpu.memory_bytes, planner.gpu.compute_capability)
-    of_tier = [one.cfg for one in fitting if one.cfg.asked.preset == name]
-    return next(iter(of_tier), planner.resolve(load_preset(name)))
+    name = preset_of_card(planner.gpu.memory_bytes, planner.gpu.compute_capability)
+    default = [one.cfg for one in fitting if one.cfg.asked.preset == name]
+    return next(iter(default), planner.resolve(load_preset(name)))
 
 
 def _record_of_largest(planner: Planner, found: fit.Fitting) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
-from jaxgpt.planning.gpus import Gpu, tier
+from jaxgpt.planning.gpus import Gpu, preset_of_card
 from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset, train_command
 from jaxgpt.training.sharding import make_layout
@@ -118,7 +118,7 @@ class Planner:
         None if none fits, or `cfg` has another tokenizer: its losses would not compare.
         """
         modern = (cfg.model.arch, cfg.optimizer.optimizer) == ("qwen3", "muon")
-        gpt2 = tier(self.gpu.memory_bytes, self.gpu.compute_capability)
+        gpt2 = preset_of_card(self.gpu.memory_bytes, self.gpu.compute_capability)
         preset = load_preset(gpt2 if modern else MODERN)
         if preset.tokenizer != cfg.tokenizer:
             return None

@@ -5,7 +5,6 @@ User text is never printed as rich markup: a path may well contain [/b] or :cat:
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
@@ -15,7 +14,7 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -23,43 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxgpt.errors import discard
-
-
-class Pace:
-    """Seconds per step and time left, from the steps only: evaluations and saves do not count."""
-
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
-        self._since: float | None = None
-        self._seconds_per_step = 0.0
-        self._pause = 0.0  # seconds that the last evaluation took, with its save
-
-    def lap(self) -> None:
-        """Count one step since the last lap; the first lap only starts the clock."""
-        since, self._since = self._since, time.monotonic()
-        if since is None:
-            return
-        seconds = self._since - since
-        if not self._seconds_per_step:
-            self._seconds_per_step = seconds
-        # An average over some twenty steps: steady enough to read, and soon up to date.
-        self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
-
-    def leave_out_pause(self, evaluated: bool = True) -> None:
-        """Leave out the time since the last lap, of a save or (`evaluated`) an evaluation."""
-        now = time.monotonic()
-        if evaluated:
-            self._pause = now - (self._since or now)
-        self._since = now
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None before the second step of the process."""
-        return self._tokens_per_step / self._seconds_per_step if self._seconds_per_step else None
-
-    def eta(self, steps_left: int, pauses_left: int) -> float:
-        """Seconds to the end of the run."""
-        return steps_left * self._seconds_per_step + pauses_left * self._pause
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -86,6 +48,7 @@ def make_bar(console: Console, left: str) -> Progress:
     )
 
 
+<<<<<<< HEAD
 class LiveConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
@@ -137,6 +100,8 @@ class RunConsole(LiveConsole):
         return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
 
 
+=======
+>>>>>>> 467b85d (Report steps in one class, save without a class between, and say preset for tier)
 class Unfailing:
     """A stream that discards what it cannot write, and writes `?` for what it cannot encode."""
 

@@ -20,7 +20,7 @@ from jaxgpt.training.build import compile_eval_step, compile_train_step
 ROOT = Path(jaxgpt.__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_memory.py"))
 ROWS = json.loads(SCRIPT["RESULTS"].read_text())["rows"]
-# Of each preset, the row of the last card in its tier's list.
+# Of each preset, the row of the last card in its list.
 BEST_KNOWN = {row["preset"]: row for row in ROWS if row["list"] == "presets"}
 CFG = resolved(Config(model=TINY), batch_size=2, effective_batch_size=4, max_iters=10)
 
