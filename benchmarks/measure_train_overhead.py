@@ -39,8 +39,8 @@ from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.planning.gpus import find_gpu
-from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import mfu_of, tokens_per_second
+from jaxgpt.planning.train_command import resolve_new
 from jaxgpt.run.console import make_console
 from jaxgpt.run.device import versions
 from jaxgpt.run.metrics import MetricsLog

@@ -31,9 +31,9 @@ from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, run_command, warn
 from jaxgpt.files import user_path
-from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.planning.local_gpus import preset_of_this_machine
 from jaxgpt.run import device as hardware
+from jaxgpt.run.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
 from jaxgpt.run.opening import find_devices, find_tokenizer, load_step, make_loader, origin_of_data

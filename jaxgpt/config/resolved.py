@@ -84,6 +84,36 @@ class Resolved:
         batch = divide_batch(self.batch.effective, batch_size, self.batch.devices)
         return dataclasses.replace(self, batch=batch, remat=remat)
 
+    def summary(self) -> dict[str, Any]:
+        """The run's size, shape and way of computing as JSON values, for `plan` and `bench`."""
+        m = self.model
+        return {
+            "preset": self.asked.preset,
+            "arch": m.arch,
+            "parameters": m.parameter_count(),
+            "padding_parameters": m.padding_parameters,
+            "n_layer": m.n_layer,
+            "n_head": m.n_head,
+            "n_embd": m.n_embd,
+            "block_size": m.block_size,
+            "vocab_size": m.vocab_size,
+            "bias": m.bias,
+            "dropout": m.dropout,
+            "mesh": str(self.mesh) if self.mesh.devices > 1 else None,
+            "devices": self.batch.devices,
+            "batch": str(self.batch),
+            "batch_size": self.batch.batch_size,
+            "effective_batch_size": self.batch.effective,
+            "gradient_accumulation_steps": self.batch.accumulation,
+            "tokens_per_step": self.tokens_per_step,
+            "dtype": self.dtype,
+            "optimizer": self.optimizer.optimizer,
+            "state_dtype": self.optimizer.state_dtype,
+            "remat": self.remat,
+            "scan_layers": self.scan_layers,
+            "deterministic": self.asked.deterministic,
+        }
+
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name as a JSON value: what config.json and checkpoints hold."""
         return flat_values(

@@ -131,7 +131,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("row", BEST_KNOWN.values(), ids=name)
 def test_presets_still_need_what_was_written_down(row) -> None:
-    device = target.card_device(find_gpu(row["gpu"]))
-    need = memory.compiled_need(SCRIPT["config_from"](row), device)
+    cfg, device = SCRIPT["config_from"](row), target.card_devices(find_gpu(row["gpu"]))[0]
+    need = memory.need_of(cfg, memory.compile_ahead(cfg, device))
     assert need.method == "compiled"
     assert abs(need.peak_bytes / row["peak_bytes"] - 1) < 0.05
