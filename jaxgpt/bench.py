@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxgpt.config.checks import bad_counts
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
@@ -90,9 +91,7 @@ def run(argv: Sequence[str], started: float) -> int:
 
 def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
     """A sentence for each error in the command's own flags."""
-    errors = []
-    if flags.windows < 1:
-        errors.append(f"windows {flags.windows} must be at least 1")
+    errors = bad_counts(flags, "windows")
     if not 0 < flags.window_seconds < math.inf:
         errors.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
     if asked.init_from is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.checks import ConfigError, as_flag
+from jaxgpt.config.checks import ConfigError, as_flag, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.config.mixture import Mixture, make_mixture
 from jaxgpt.config.task_sources import TaskSources
@@ -55,16 +55,13 @@ class EvaluateFlags(WeightsFlags):
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""
         errors = super().errors()
-        if self.val_tokens is not None and self.val_tokens < 0:
-            errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
-        if self.block_size is not None and self.block_size < 1:
-            errors.append(f"--block-size {self.block_size} must be at least 1")
-        if self.as_in_training and self.block_size is not None:
-            errors.append("--as-in-training uses the run's own windows; drop --block-size")
-        if self.batch_size < 1:
-            errors.append(f"--batch-size {self.batch_size} must be at least 1")
-        if self.as_in_training and self.val_tokens is not None:
-            errors.append("--as-in-training uses the run's own windows; drop --val-tokens")
+        errors += bad_counts(self, "block_size", "batch_size", as_flags=True)
+        errors += bad_counts(self, "val_tokens", least=0, as_flags=True)
+        errors += [
+            f"--as-in-training uses the run's own windows; drop {as_flag(name)}"
+            for name in ("block_size", "val_tokens")
+            if self.as_in_training and getattr(self, name) is not None
+        ]
         if self.as_in_training and self.skip_loss:
             errors.append("--as-in-training measures the loss, which --skip-loss leaves out")
         if self.skip_loss and not any(vars(self.tasks).values()):

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.checks import ConfigError, bad_counts
 from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
@@ -57,20 +57,14 @@ class SampleFlags(WeightsFlags):
     def errors(self) -> list[str]:
         """Every error in the flags, one sentence each."""
         errors = super().errors()
-        if self.num_samples < 1:
-            errors.append(f"--num-samples {self.num_samples} must be at least 1")
-        if self.max_new_tokens < 1:
-            errors.append(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+        errors += bad_counts(self, "num_samples", "max_new_tokens", as_flags=True)
+        errors += bad_counts(self, "top_k", "seed", least=0, as_flags=True)
         if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
             errors.append(
                 f"--temperature {self.temperature:g} must be at least 0 and finite in float32"
             )
-        if self.top_k < 0:
-            errors.append(f"--top-k {self.top_k} must be at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             errors.append(f"--top-p {self.top_p:g} must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**31:
-            errors.append(f"--seed {self.seed} must be from 0 to {2**31 - 1}")
         if self.interactive and self.prompt:
             errors.append("--interactive reads prompts from the terminal; drop --prompt")
         return errors
