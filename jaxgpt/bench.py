@@ -30,7 +30,7 @@ from jaxgpt.data.shards import Wanted
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError, run_command, warn
+from jaxgpt.errors import UserError, make_main, warn
 from jaxgpt.files import user_path
 from jaxgpt.planning.local_gpus import preset_of_this_machine
 from jaxgpt.run import device as hardware
@@ -59,18 +59,9 @@ class BenchFlags(RunFlags):
     profile: PathIfSet = None  # folder for a trace of a few steps, for TensorBoard or Perfetto
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def run(argv: Sequence[str]) -> int:
+    """Measure the run that argv describes, and print the result. Raises UserError."""
     started = time.perf_counter()
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv, started))
-
-
-def run(argv: Sequence[str], started: float) -> int:
-    """Measure the run that argv describes, and print the result. Raises UserError.
-
-    `started` is when the command was started, by perf_counter.
-    """
     asked, flags, given = parse_run(
         BenchFlags,
         argv,
@@ -241,6 +232,8 @@ def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> 
     warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
     warn("its perfetto_trace.json.gz in Perfetto")
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

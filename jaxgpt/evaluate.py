@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Figure, Question
 from jaxgpt.data.tasks import TASKS, load_tasks
-from jaxgpt.errors import explain_out_of_memory, run_command
+from jaxgpt.errors import explain_out_of_memory, make_main
 from jaxgpt.files import user_path
 from jaxgpt.run.console import make_console, print_table, waiting
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
@@ -79,11 +78,6 @@ class ValidationText(NamedTuple):
     batches: Iterable[np.ndarray]  # (W, T+1) uint16 each
     windows: int  # in all batches
     share: float  # of this text in the loss of a mixture
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -265,6 +259,8 @@ def without_nan(value: Any) -> Any:
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.roles import Role
-from jaxgpt.errors import UserError, run_command
+from jaxgpt.errors import UserError, make_main
 from jaxgpt.planning import tables, target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, preset_of_card, unnamed_card
 from jaxgpt.planning.local_gpus import visible_card
@@ -49,12 +49,6 @@ class PlanFlags(RunFlags):
 
 
 MAX_DEVICES = 65536
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -178,6 +172,8 @@ def _card(name: str | None, vram: float | None) -> Gpu:
     unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)
     return lookup_gpu(card.name, card.memory_bytes) or unnamed
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

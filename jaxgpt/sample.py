@@ -5,7 +5,6 @@ Standard output gets the texts and nothing else; messages go to standard error.
 
 import dataclasses
 import functools
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from jaxgpt.config.checks import ConfigError, bad_counts
 from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.errors import explain_out_of_memory, run_command, warn
+from jaxgpt.errors import explain_out_of_memory, make_main, warn
 from jaxgpt.files import read_file, user_path
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -70,11 +69,6 @@ class SampleFlags(WeightsFlags):
         return errors
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
-
-
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, open and load the weights, and write texts for each prompt."""
     flags = cli.parse_command(
@@ -84,9 +78,6 @@ def run(argv: Sequence[str]) -> int:
         description="Continue a text with your model, or with GPT-2.",
         instead=INSTEAD,
     )
-    for stream in (sys.stdout, sys.stderr):  # print ? for a character that the terminal lacks
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     prompts = typed_prompts() if flags.interactive else iter([read_prompt(flags.prompt)])
     weights = open_weights(flags)
     device, dtype = prepare_device(flags.device, flags.dtype)
@@ -231,6 +222,8 @@ def write_texts(
     seconds, tokens = time.perf_counter() - start, sum(text.tokens for text in texts)
     warn(f"{tokens:,} tokens in {seconds:.1f} s, including compilation")
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.flag_types import IntIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
-from jaxgpt.errors import run_command, warn
+from jaxgpt.errors import make_main, warn
 from jaxgpt.files import FolderLock
 from jaxgpt.planning.local_gpus import count_visible_cards, preset_of_this_machine
 from jaxgpt.run import device as hardware
@@ -50,13 +50,6 @@ class TrainFlags(RunFlags):
     coordinator_address: TextIfSet = None
     num_processes: IntIfSet = None  # number of processes; given with --coordinator-address
     process_id: IntIfSet = None  # index of this process: 0, 1, ...
-
-
-@unfailing_output()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -141,7 +134,7 @@ def start_or_restore(
 
     training = compiled.training
     if resumed_step is not None:
-        return checkpoints.restore(resumed_step, training.state_like).state
+        return checkpoints.restore(resumed_step, training.state_like)
     state = training.init()
     if weights is None:
         return state
@@ -282,6 +275,8 @@ def train(
         run.watch.begin("step")
     return result
 
+
+main = unfailing_output()(make_main(PROG, run))
 
 if __name__ == "__main__":
     sys.exit(main())

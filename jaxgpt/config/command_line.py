@@ -17,8 +17,7 @@ from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mixture import folder_of, is_one_source
-from jaxgpt.config.nanogpt import nanogpt_answer
-from jaxgpt.config.nanogpt_file import flag_settings, is_config_file
+from jaxgpt.config.nanogpt import flag_settings, is_config_file, nanogpt_answer
 from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path

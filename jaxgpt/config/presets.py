@@ -18,10 +18,10 @@ from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, did_you_mean
 from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config, flat_fields, names_with, with_fields
-from jaxgpt.config.nanogpt import nanogpt_answer
-from jaxgpt.config.nanogpt_file import (
+from jaxgpt.config.nanogpt import (
     as_fields,
     is_config_file,
+    nanogpt_answer,
     read_settings,
     unused_settings,
 )

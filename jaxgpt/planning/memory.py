@@ -26,9 +26,9 @@ from jaxgpt.model.remat import REMATS
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
+from jaxgpt.training.groups import is_vector
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.optimizer import OPTIMIZERS
-from jaxgpt.training.sharding import is_sharded
 
 # Left free in the pool, for cuBLAS's workspace and for fragmentation.
 RESERVE_BYTES = GIB // 2
@@ -75,7 +75,7 @@ def state_bytes(cfg: Resolved, shares: int | None = None) -> dict[str, int]:
     moments_of = OPTIMIZERS[cfg.optimizer.optimizer].moments
     N = moments = 0
     for path, size in parameter_sizes(cfg.model).items():
-        on_each = size // shares if is_sharded(path) else size
+        on_each = size if is_vector(path) else size // shares
         N += on_each
         moments += on_each * moments_of(path)
     width = jnp.dtype(cfg.optimizer.state_dtype).itemsize

@@ -14,7 +14,7 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -48,7 +48,6 @@ def make_bar(console: Console, left: str) -> Progress:
     )
 
 
-<<<<<<< HEAD
 class LiveConsole:
     """Prints lines, and keeps one bar below them if the output is a terminal."""
 
@@ -74,34 +73,6 @@ class LiveConsole:
         self.console.print(text, soft_wrap=True)
 
 
-class RunConsole(LiveConsole):
-    """The progress of a run, in steps."""
-
-    def __init__(self, start: int, total: int, eval_interval: int):
-        super().__init__("step {task.completed:,}/{task.total:,}", start, total, "compiling")
-        self._eval_interval = eval_interval
-
-    def step(self, step: int, loss: float, pace: Pace) -> None:
-        """Move the bar to `step`."""
-        status = " · ".join(self._status(step, loss, pace))
-        self._bar.update(self._task, completed=step, status=status)
-
-    def log_line(self, step: int, loss: float, pace: Pace) -> None:
-        """Print a line for `step`, unless there is a bar."""
-        if not self.console.is_terminal:
-            where = f"step {step:,}/{self._total:,}"
-            self.say("  ".join([where, *self._status(step, loss, pace)]))
-
-    def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
-        if pace.tokens_per_second is None:
-            return [f"loss {loss:.4f}"]
-        evaluations_left = -(-(self._total - step) // self._eval_interval)
-        eta = duration(pace.eta(self._total - step, evaluations_left))
-        return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
-
-
-=======
->>>>>>> 467b85d (Report steps in one class, save without a class between, and say preset for tier)
 class Unfailing:
     """A stream that discards what it cannot write, and writes `?` for what it cannot encode."""
 

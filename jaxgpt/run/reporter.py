@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError
 from jaxgpt.planning.gpus import lookup_gpu
 from jaxgpt.planning.speed import peak_of, reached_mfu
 from jaxgpt.run import device as hardware
-from jaxgpt.run.console import duration, make_bar, make_console
+from jaxgpt.run.console import LiveConsole, duration
 
 if TYPE_CHECKING:  # it imports tensorboardX, which comes after the command line
     from jaxgpt.run.metrics import MetricsLog
@@ -21,36 +21,19 @@ class DivergedError(UserError):
     """Every recent step was skipped; the message names the steps and the remedy."""
 
 
-class Reporter:
-    """Shows each step's metrics on the console and writes them to the log.
-
-    While it is entered, a terminal has a bar below the printed lines.
-    """
+class Reporter(LiveConsole):
+    """Shows each step's metrics on the console and writes them to the log."""
 
     def __init__(
         self, cfg: Resolved, device: Any, log: "MetricsLog", skips: "SkipCounter", start: int
     ):
         """`start` is the step that the run begins or resumes at."""
+        left = "step {task.completed:,}/{task.total:,}"
+        super().__init__(left, start, cfg.max_iters, "compiling")
         self._cfg, self._device, self._log, self._skips = cfg, device, log, skips
         self.pace = Pace(cfg.tokens_per_step)
         gpu = lookup_gpu(device.device_kind)
         self._peak_flops = peak_of(gpu, cfg.dtype, cfg.batch.devices)
-        self._console = make_console()
-        self._bar = make_bar(self._console, "step {task.completed:,}/{task.total:,}")
-        self._task = self._bar.add_task(
-            "train", total=cfg.max_iters, completed=start, status="compiling"
-        )
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop updating the bar and leave it on the screen."""
-        self._bar.stop()
 
     def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Wait for the metrics of `step`, show them, and return what is to be logged.
@@ -80,7 +63,7 @@ class Reporter:
         if not self.is_logged(step):
             return
         self._log.scalars(step, scalars)
-        if not self._console.is_terminal:
+        if not self.console.is_terminal:
             where = f"step {step:,}/{self._cfg.max_iters:,}"
             self.say("  ".join([where, *self._status(step, scalars["train/loss"])]))
 
@@ -110,10 +93,6 @@ class Reporter:
         self.say(f"step {step:,}  validation loss {scores['val/loss']:.4f}{''.join(others)}")
         self._log.scalars(step, {**(scalars or {}), **scores})
         return scores["val/loss"]
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(text, soft_wrap=True)
 
 
 class Pace:
