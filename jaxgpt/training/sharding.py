@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.training.groups import is_vector, joined
 from jaxgpt.training.layout import Layout
-from jaxgpt.training.step import Factor, LocalGradients, StepGradients
+from jaxgpt.training.step import Factor, Gradients
 
 AXES = ("data", "fsdp")
 # Gradients in one reduce-scatter: enough to keep a link busy, but no more than a few layers'.
@@ -64,7 +64,7 @@ class MeshLayout(Layout):
             )
         }
 
-    def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
+    def data_parallel_gradients(self, gradients: Gradients) -> Gradients:
         """`gradients` on each device's rows, averaged over the devices.
 
         Micro-batch a of device d has index a * count + d, as its rows would have on a single
@@ -72,24 +72,14 @@ class MeshLayout(Layout):
         """
 
         def on_each(
-            params: Any,
-            empty: Any,
-            tokens_ABT1: jax.Array,
-            key: jax.Array,
-            factor: Factor,
+            params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array, factor: Factor
         ) -> Any:
             first_A = jnp.arange(len(tokens_ABT1)) * self.count
             indices_A = first_A + jax.lax.axis_index(AXES)
-            means, loss = gradients(params, empty, tokens_ABT1, indices_A, key, factor)
+            means, loss = gradients(params, empty, tokens_ABT1, key, factor, indices_A)
             return jax.tree.map_with_path(self._all_reduce, means), jax.lax.pmean(loss, AXES)
 
-        def step_gradients(
-            params: Any,
-            empty: Any,
-            tokens_ABT1: jax.Array,
-            key: jax.Array,
-            factor: Factor,
-        ) -> Any:
+        def step_gradients(params: Any, empty: Any, *others: Any) -> Any:
             param_specs, replicated = specs_of(params), PartitionSpec()
             return jax.shard_map(
                 on_each,
@@ -97,7 +87,7 @@ class MeshLayout(Layout):
                 in_specs=(param_specs, specs_of(empty), _rows(1), replicated, replicated),
                 out_specs=(param_specs, replicated),
                 check_vma=False,
-            )(params, empty, tokens_ABT1, key, factor)
+            )(params, empty, *others)
 
         return step_gradients
 
