@@ -51,7 +51,6 @@ class EvaluateFlags(WeightsFlags):
     tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = super().errors()
         errors += bad_counts(self, "block_size", "batch_size", as_flags=True)
         errors += bad_counts(self, "val_tokens", least=0, as_flags=True)

@@ -46,7 +46,6 @@ class ExportFlags:
     push: TextIfSet = None  # owner/name on the Hugging Face Hub, to upload the result to
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = self.weights().errors() if self.out_dir else ["specify the run: --out-dir RUN"]
         if self.to is None:
             errors.append("specify what to write: --to FOLDER, or --to FILE.gguf")

@@ -54,7 +54,6 @@ class SampleFlags(WeightsFlags):
     interactive: bool = False  # read one prompt after another from the terminal
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = super().errors()
         errors += bad_counts(self, "num_samples", "max_new_tokens", as_flags=True)
         errors += bad_counts(self, "top_k", "seed", least=0, as_flags=True)

@@ -21,7 +21,7 @@ from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.mixture import EMBEDDED, Mixture, make_mixture
 from jaxgpt.config.optimizer import OptimizerConfig
-from jaxgpt.config.roles import Role, with_role
+from jaxgpt.config.roles import Role, roles_of
 from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -236,7 +236,8 @@ def flat_fields() -> dict[str, dataclasses.Field]:
 
 def names_with(*roles: Role) -> frozenset[str]:
     """The flat names of the fields that have all of `roles`."""
-    return with_role({name: field.type for name, field in flat_fields().items()}, *roles)
+    fields = flat_fields().items()
+    return frozenset(name for name, field in fields if {*roles} <= roles_of(field.type))
 
 
 def with_fields(cfg: Config, **changes: Any) -> Config:

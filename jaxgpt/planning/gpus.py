@@ -130,7 +130,7 @@ FLOAT16_PRESET = "t4"  # of 16 GB without bfloat16
 
 
 def presets_for(dtype: str) -> list[str]:
-    """The presets to choose among on a card that computes in `dtype`: a T4's in float16 only."""
+    """The presets to choose among on a card that computes in `dtype`; those of a T4 in float16."""
     return [
         name
         for name in preset_names()

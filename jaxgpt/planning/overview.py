@@ -69,9 +69,9 @@ def _rank(starter: Starter) -> tuple[bool, bool, float]:
 def _recommended(planner: Planner, starters: Sequence[Starter]) -> Resolved:
     """The preset with the least predicted loss after HOURS, trained as long.
 
-    One of those that fit as they are or, if none does, with another batch_size and remat. For a
-    card of unknown speed it is chosen as if for ASSUMED, and trained as long as it says; where
-    that tells nothing either, in float32, it is the default of a card with its memory.
+    One of those that fit as they are or, if none does, with another batch_size and remat. On a
+    card of unknown speed they are ranked as on ASSUMED, and the chosen one keeps its number of
+    steps. In float32 no speed is known at all: then it is the default for the card's memory.
     """
     found = [starter.found for starter in starters if starter.record["fits"]]
     runs = [run for run in found or [starter.found for starter in starters] if run]

@@ -54,7 +54,7 @@ def _differences(cfg: Resolved, preset: Config) -> dict[str, Any]:
 
 
 def of_its_preset(cfg: Resolved) -> Resolved:
-    """`cfg` as a variant of a preset with its shape, if one is nearer; the run is the same."""
+    """`cfg` named after the preset, its own or one of its shape, that differs from it the least."""
 
     def has_its_shape(preset: Config) -> bool:
         return all(getattr(preset.model, name) == getattr(cfg.model, name) for name in SHAPE)

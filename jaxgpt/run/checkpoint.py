@@ -109,7 +109,7 @@ class Checkpoints:
 
         Deletes the leftovers of killed saves. Damaged checkpoints are renamed, with a call of
         `warn` for each; with `strict`, the newest must be intact. One whose configuration
-        `check_config` refuses is damaged if it accepts an older one's.
+        `check_config` refuses counts as damaged if an older one passes.
 
         Raises:
             UserError: if there are checkpoints and none can be resumed from.

@@ -122,17 +122,22 @@ def waiting(text: str) -> AbstractContextManager[Any]:
     return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
-def print_table(title: str, rows: dict[str, str]) -> None:
-    """Print names and values in two columns."""
+def make_table(rows: dict[str, str]) -> Table:
+    """Names and values in two columns."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """Print a title, then names and values in two columns."""
     console = make_console()
     # Not as the table's title, which rich wraps at the table's width, in the middle of a path.
     console.print(title, style="italic", soft_wrap=True)
-    console.print(table)
+    console.print(make_table(rows))
 
 
 def counted(number: int, noun: str) -> str:

@@ -95,8 +95,8 @@ class Processes:
     def in_main(self, action: Callable[[], object]) -> None:
         """Run `action` in the main process; if it fails, all raise UserError and leave together.
 
-        Before JAX has taken a device's memory, which every other exchange needs: the answer goes
-        through the service that connects the processes.
+        The answer goes through the service that connects the processes. So this works before JAX
+        has taken a device's memory, which every other exchange needs.
         """
         if self.count == 1:
             action()
@@ -173,8 +173,7 @@ def connect(
 ) -> Processes:
     """Connect to the other processes of the run, if there are any, before JAX looks for devices.
 
-    `count_cards` counts the cards that this process sees. A process that its flags or its launcher
-    make the only one uses all of them.
+    `count_cards` counts the cards that this process sees; a single process uses all of them.
 
     Raises:
         UserError: if the address is wrong or incomplete, or not all processes connect.
