@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxgpt import bench
 from jaxgpt.config.command_line import parse_run
-from jaxgpt.planning.local_gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import preset_of_this_machine
 from jaxgpt.run.device import prepare_environment
 
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv[1:],
         prog=bench.PROG,
         description=bench.__doc__ or "",
-        default_preset=tier_of_this_machine,
+        default_preset=preset_of_this_machine,
     )
     prepare_environment(asked)
     VARIANTS[argv[0]]()

@@ -30,7 +30,7 @@ from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.data.loader import WindowLoader, evaluation_windows
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.planning.new_run import resolve_new
+from jaxgpt.planning.train_command import resolve_new
 from jaxgpt.training.build import Training, build_training
 from jaxgpt.training.evaluation import evaluate
 

@@ -15,8 +15,8 @@ from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning.gpus import find_gpu
-from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import tokens_per_second
+from jaxgpt.planning.train_command import resolve_new
 
 A_HOST = 8
 # Bytes per second that each card of a ring sends: two thirds of NVLink's 450e9 in each direction;

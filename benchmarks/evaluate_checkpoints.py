@@ -81,7 +81,7 @@ def evaluate_jaxgpt(out_dir: Path) -> tuple[int, int, float]:
     with Checkpoints(out_dir, cfg.asked.keep_checkpoints) as checkpoints:
         step = checkpoints.latest_step
         assert step is not None, "every run saves at its end"
-        params = checkpoints.restore(step, training.state_like).state.params
+        params = checkpoints.restore(step, training.state_like).params
 
     @jax.jit
     def batch_loss(tokens_BT1: jax.Array) -> jax.Array:

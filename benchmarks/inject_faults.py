@@ -88,7 +88,7 @@ class Command:
 
 def train_command() -> Command:
     from jaxgpt import train
-    from jaxgpt.run import evaluator, metrics, preflight, saver  # noqa: F401 (before the forks)
+    from jaxgpt.run import evaluator, metrics, preflight  # noqa: F401 (before the forks)
 
     return Command(train.main, [*torture.FLAGS, *STEPS, "--out-dir"], run_contents)
 

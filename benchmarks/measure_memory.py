@@ -27,7 +27,7 @@ from jaxgpt.config.presets import load_preset, preset_names
 from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu
-from jaxgpt.planning.new_run import resolve_new
+from jaxgpt.planning.train_command import resolve_new
 
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
@@ -182,7 +182,7 @@ def measure_all(path: Path, only: str | None) -> None:
     for kind, gpu, cfg in runs():
         if only not in (None, kind) or json.dumps(record(kind, gpu, cfg, 0)) in known:
             continue
-        need = memory.compiled_need(cfg, target.card_device(find_gpu(gpu)))
+        need = memory.need_of(cfg, memory.compile_ahead(cfg, target.card_devices(find_gpu(gpu))[0]))
         rows.append(record(kind, gpu, cfg, need.peak_bytes))
         what = f"{kind:8} {gpu:10} {cfg.asked.preset:11} {cfg.remat:5}"
         print(f"{what} {need.peak_bytes / GIB:6.2f} GiB")

@@ -30,7 +30,7 @@ from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, find_gpu
-from jaxgpt.planning.new_run import resolve_new
+from jaxgpt.planning.train_command import resolve_new
 
 ROOT = Path(__file__).absolute().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mesh.json"

@@ -19,8 +19,7 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.resolved import padded_vocab_size
+from jaxgpt.config.architecture import ModelConfig, padded_vocab_size
 from jaxgpt.model.attention import plain_attention
 from jaxgpt.model.blocks import Params
 from jaxgpt.model.network import build_model

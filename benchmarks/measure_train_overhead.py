@@ -39,13 +39,12 @@ from jaxgpt.data.loader import WindowLoader, prefetch
 from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.planning.gpus import find_gpu
-from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import mfu_of, tokens_per_second
-from jaxgpt.run.console import RunConsole
+from jaxgpt.planning.train_command import resolve_new
+from jaxgpt.run.console import make_console
 from jaxgpt.run.device import versions
 from jaxgpt.run.metrics import MetricsLog
-from jaxgpt.run.report import Reporter
-from jaxgpt.run.skipped_steps import SkipCounter
+from jaxgpt.run.reporter import Reporter, SkipCounter
 
 CARD = "rtx4090"
 BAR_SECONDS = 5.0
@@ -142,10 +141,9 @@ def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         MetricsLog(folder / "run") as log,
-        RunConsole(0, steps, cfg.asked.eval_interval) as console,
+        Reporter(cfg, device, log, SkipCounter(0), start=0) as reporter,
     ):
-        assert console.console.is_terminal
-        reporter = Reporter(cfg, device, log, console, SkipCounter(0))
+        assert make_console().is_terminal
         seconds = []
         for first in range(0, steps, cfg.asked.log_interval):
             begin = time.perf_counter()

@@ -27,8 +27,8 @@ from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, find_gpu
-from jaxgpt.planning.new_run import resolve_new
 from jaxgpt.planning.speed import model_flops_per_token
+from jaxgpt.planning.train_command import resolve_new
 
 RESULTS = Path(__file__).absolute().parent / "results" / "roofline.json"
 COMMAND = "python benchmarks/roofline.py --json benchmarks/results/roofline.json"
@@ -147,7 +147,7 @@ def measure(name: str, optimizer: str, gpu: str, save: Path | None = None) -> di
     from jaxgpt.planning import memory
 
     cfg = config_of(name, optimizer)
-    compiled = memory.compile_ahead(cfg, target.card_device(find_gpu(gpu)))
+    compiled = memory.compile_ahead(cfg, target.card_devices(find_gpu(gpu))[0])
     text = compiled.as_text()
     if save:
         save.write_text(text)

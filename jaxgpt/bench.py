@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxgpt.config.checks import bad_counts
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
@@ -29,11 +30,11 @@ from jaxgpt.data.shards import Wanted
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError, run_command, warn
+from jaxgpt.errors import UserError, make_main, warn
 from jaxgpt.files import user_path
-from jaxgpt.planning.bench_record import describe_run, memory, print_result, speeds
-from jaxgpt.planning.local_gpus import tier_of_this_machine
+from jaxgpt.planning.local_gpus import preset_of_this_machine
 from jaxgpt.run import device as hardware
+from jaxgpt.run.bench_record import describe_run, memory, print_result, speeds
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.console import waiting
 from jaxgpt.run.opening import find_devices, find_tokenizer, load_step, make_loader, origin_of_data
@@ -58,24 +59,15 @@ class BenchFlags(RunFlags):
     profile: PathIfSet = None  # folder for a trace of a few steps, for TensorBoard or Perfetto
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def run(argv: Sequence[str]) -> int:
+    """Measure the run that argv describes, and print the result. Raises UserError."""
     started = time.perf_counter()
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv, started))
-
-
-def run(argv: Sequence[str], started: float) -> int:
-    """Measure the run that argv describes, and print the result. Raises UserError.
-
-    `started` is when the command was started, by perf_counter.
-    """
     asked, flags, given = parse_run(
         BenchFlags,
         argv,
         prog=PROG,
         description="Measure the training step: speed, memory, and how long it takes to start.",
-        default_preset=tier_of_this_machine,
+        default_preset=preset_of_this_machine,
     )
     if errors := errors_of(asked, flags):
         raise UserError("\n".join(errors))
@@ -90,9 +82,7 @@ def run(argv: Sequence[str], started: float) -> int:
 
 def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
     """A sentence for each error in the command's own flags."""
-    errors = []
-    if flags.windows < 1:
-        errors.append(f"windows {flags.windows} must be at least 1")
+    errors = bad_counts(flags, "windows")
     if not 0 < flags.window_seconds < math.inf:
         errors.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
     if asked.init_from is not None:
@@ -242,6 +232,8 @@ def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> 
     warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
     warn("its perfetto_trace.json.gz in Perfetto")
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

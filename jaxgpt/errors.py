@@ -11,7 +11,7 @@ import signal
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
-    """Run a whole command, `prog`, and return its exit code; every `main` consists of this call.
+    """Run a whole command, `prog`, and return its exit code; every `main` goes through it.
 
     A closed pipe, as in `| head`, is no error; all other errors go to `report_error`. What the
     output cannot encode, a name that is not UTF-8 for instance, is printed as question marks. A
@@ -65,6 +65,11 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         if code == USER_ERROR:
             sys.exit(code)
         return code
+
+
+def make_main(prog: str, run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """The `main` of a command: `run(argv)`, by default with the process's own arguments."""
+    return lambda argv=None: run_command(prog, lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def _open_closed_streams() -> None:

@@ -5,20 +5,18 @@ windows, as llm.c and modded-nanogpt measure it, so that their 3.28 on FineWeb i
 """
 
 import dataclasses
-import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from rich.progress import track
 
 from jaxgpt.config import command_line as cli
-from jaxgpt.config.checks import ConfigError, as_flag
+from jaxgpt.config.checks import ConfigError, as_flag, bad_counts
 from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet
 from jaxgpt.config.mixture import Mixture, make_mixture
 from jaxgpt.config.task_sources import TaskSources
@@ -27,7 +25,7 @@ from jaxgpt.data.manifest import check_manifest
 from jaxgpt.data.sources import open_split
 from jaxgpt.data.task import Figure, Question
 from jaxgpt.data.tasks import TASKS, load_tasks
-from jaxgpt.errors import explain_out_of_memory, run_command
+from jaxgpt.errors import explain_out_of_memory, make_main
 from jaxgpt.files import user_path
 from jaxgpt.run.console import make_console, print_table, waiting
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
@@ -53,18 +51,14 @@ class EvaluateFlags(WeightsFlags):
     tasks: TaskSources = dataclasses.field(default_factory=TaskSources)
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = super().errors()
-        if self.val_tokens is not None and self.val_tokens < 0:
-            errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
-        if self.block_size is not None and self.block_size < 1:
-            errors.append(f"--block-size {self.block_size} must be at least 1")
-        if self.as_in_training and self.block_size is not None:
-            errors.append("--as-in-training uses the run's own windows; drop --block-size")
-        if self.batch_size < 1:
-            errors.append(f"--batch-size {self.batch_size} must be at least 1")
-        if self.as_in_training and self.val_tokens is not None:
-            errors.append("--as-in-training uses the run's own windows; drop --val-tokens")
+        errors += bad_counts(self, "block_size", "batch_size", as_flags=True)
+        errors += bad_counts(self, "val_tokens", least=0, as_flags=True)
+        errors += [
+            f"--as-in-training uses the run's own windows; drop {as_flag(name)}"
+            for name in ("block_size", "val_tokens")
+            if self.as_in_training and getattr(self, name) is not None
+        ]
         if self.as_in_training and self.skip_loss:
             errors.append("--as-in-training measures the loss, which --skip-loss leaves out")
         if self.skip_loss and not any(vars(self.tasks).values()):
@@ -82,11 +76,6 @@ class ValidationText(NamedTuple):
     batches: Iterable[np.ndarray]  # (W, T+1) uint16 each
     windows: int  # in all batches
     share: float  # of this text in the loss of a mixture
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -111,7 +100,8 @@ def run(argv: Sequence[str]) -> int:
         result, figures = measure(weights, texts, tasks, flags.batch_size, device, dtype)
     if flags.json:
         result |= {name: flat_figures(figures[name], len(tasks[name])) for name in tasks}
-        print(json.dumps(without_nan(result), indent=2))
+        encoded = msgspec.json.encode(result)  # with null for NaN, which strict JSON lacks
+        print(msgspec.json.format(encoded, indent=2).decode())
     else:
         rows = {name: figures_text(figures[name], len(tasks[name])) for name in tasks}
         print_table("jaxgpt evaluation", result_rows(result) | rows)
@@ -262,12 +252,7 @@ def flat_figures(figures: Mapping[str, Figure], examples: int) -> dict[str, floa
     return {**values, "examples": examples}
 
 
-def without_nan(value: Any) -> Any:
-    """A JSON value with null for numbers that are not finite, which strict JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

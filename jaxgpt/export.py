@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from jaxgpt.config import command_line as cli
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet, unless_none
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
-from jaxgpt.errors import run_command, warn
+from jaxgpt.errors import make_main, warn
 from jaxgpt.files import user_path
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER
@@ -47,7 +46,6 @@ class ExportFlags:
     push: TextIfSet = None  # owner/name on the Hugging Face Hub, to upload the result to
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = self.weights().errors() if self.out_dir else ["specify the run: --out-dir RUN"]
         if self.to is None:
             errors.append("specify what to write: --to FOLDER, or --to FILE.gguf")
@@ -61,11 +59,6 @@ class ExportFlags:
 
     def weights(self) -> WeightsFlags:
         return WeightsFlags(out_dir=self.out_dir, checkpoint=self.checkpoint)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -169,6 +162,8 @@ def print_exported(target: Path, weights: Weights, is_gguf: bool) -> None:
         print(f"The folder has no tokenizer files: those of {name} cannot be exported.")
     print("\n  ".join(["Next:", *commands]))
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,9 +18,9 @@ from jaxgpt.config.fields import Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.roles import Role
-from jaxgpt.errors import UserError, run_command
+from jaxgpt.errors import UserError, make_main
 from jaxgpt.planning import tables, target
-from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, tier, unnamed_card
+from jaxgpt.planning.gpus import GIB, Gpu, find_gpu, lookup_gpu, preset_of_card, unnamed_card
 from jaxgpt.planning.local_gpus import visible_card
 from jaxgpt.run import device as hardware
 from jaxgpt.run.console import waiting
@@ -51,12 +51,6 @@ class PlanFlags(RunFlags):
 MAX_DEVICES = 65536
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv))
-
-
 def run(argv: Sequence[str]) -> int:
     """Plan what the flags describe, and print tables or JSON. Raises UserError."""
     asked, flags, given = parse_run(
@@ -64,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         argv,
         prog=PROG,
         description="What fits a card, what it needs, and how long it takes.",
-        default_preset=lambda: _tier(given_flags(argv)),
+        default_preset=lambda: _default_preset(given_flags(argv)),
     )
     gpu = _card(flags.gpu, flags.vram)
     mesh = _mesh(asked, flags.devices)
@@ -145,14 +139,14 @@ def _mesh(asked: Config, devices: int | None) -> MeshShape:
     return shape
 
 
-def _tier(values: dict[str, str | None]) -> str:
+def _default_preset(values: dict[str, str | None]) -> str:
     # A wrong flag is reported later, when flags are parsed; any preset will do until then.
     try:
         vram = values.get("vram")
         gpu = _card(values.get("gpu"), None if vram is None else float(vram))
     except (UserError, ValueError):
         return Config.preset
-    return tier(gpu.memory_bytes, gpu.compute_capability)
+    return preset_of_card(gpu.memory_bytes, gpu.compute_capability)
 
 
 def _card(name: str | None, vram: float | None) -> Gpu:
@@ -178,6 +172,8 @@ def _card(name: str | None, vram: float | None) -> Gpu:
     unnamed = dataclasses.replace(unnamed_card(card.memory_bytes / GIB), name=card.name)
     return lookup_gpu(card.name, card.memory_bytes) or unnamed
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

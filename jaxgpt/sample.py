@@ -5,7 +5,6 @@ Standard output gets the texts and nothing else; messages go to standard error.
 
 import dataclasses
 import functools
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,11 @@ import numpy as np
 
 from jaxgpt.config import command_line as cli
 from jaxgpt.config.architecture import ModelConfig
-from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.checks import ConfigError, bad_counts
 from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.errors import explain_out_of_memory, run_command, warn
+from jaxgpt.errors import explain_out_of_memory, make_main, warn
 from jaxgpt.files import read_file, user_path
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -55,30 +54,18 @@ class SampleFlags(WeightsFlags):
     interactive: bool = False  # read one prompt after another from the terminal
 
     def errors(self) -> list[str]:
-        """Every error in the flags, one sentence each."""
         errors = super().errors()
-        if self.num_samples < 1:
-            errors.append(f"--num-samples {self.num_samples} must be at least 1")
-        if self.max_new_tokens < 1:
-            errors.append(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+        errors += bad_counts(self, "num_samples", "max_new_tokens", as_flags=True)
+        errors += bad_counts(self, "top_k", "seed", least=0, as_flags=True)
         if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
             errors.append(
                 f"--temperature {self.temperature:g} must be at least 0 and finite in float32"
             )
-        if self.top_k < 0:
-            errors.append(f"--top-k {self.top_k} must be at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             errors.append(f"--top-p {self.top_p:g} must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**31:
-            errors.append(f"--seed {self.seed} must be from 0 to {2**31 - 1}")
         if self.interactive and self.prompt:
             errors.append("--interactive reads prompts from the terminal; drop --prompt")
         return errors
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -90,9 +77,6 @@ def run(argv: Sequence[str]) -> int:
         description="Continue a text with your model, or with GPT-2.",
         instead=INSTEAD,
     )
-    for stream in (sys.stdout, sys.stderr):  # print ? for a character that the terminal lacks
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     prompts = typed_prompts() if flags.interactive else iter([read_prompt(flags.prompt)])
     weights = open_weights(flags)
     device, dtype = prepare_device(flags.device, flags.dtype)
@@ -237,6 +221,8 @@ def write_texts(
     seconds, tokens = time.perf_counter() - start, sum(text.tokens for text in texts)
     warn(f"{tokens:,} tokens in {seconds:.1f} s, including compilation")
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,17 +17,17 @@ from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.flag_types import IntIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.data.loader import prefetch
-from jaxgpt.errors import run_command, warn
+from jaxgpt.errors import make_main, warn
 from jaxgpt.files import FolderLock
-from jaxgpt.planning.local_gpus import count_visible_cards, tier_of_this_machine
+from jaxgpt.planning.local_gpus import count_visible_cards, preset_of_this_machine
 from jaxgpt.run import device as hardware
 from jaxgpt.run import folder, report
 from jaxgpt.run.compile_cache import note_new_entries, prepare_compile_cache
-from jaxgpt.run.console import RunConsole, unfailing_output
+from jaxgpt.run.console import unfailing_output
 from jaxgpt.run.opening import Data, find_devices, load_step, open_data, open_run
 from jaxgpt.run.processes import Address, Processes, StepRequests, StepSync, connect
+from jaxgpt.run.reporter import Reporter, SkipCounter
 from jaxgpt.run.signals import StopRequest
-from jaxgpt.run.skipped_steps import SkipCounter
 from jaxgpt.run.watchdog import StallWatch
 from jaxgpt.weights.init_from import load_initial_params
 from jaxgpt.weights.source import Weights
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # they import JAX
     from jaxgpt.run.evaluator import Evaluator
     from jaxgpt.run.metrics import MetricsLog
     from jaxgpt.run.preflight import Compiled
-    from jaxgpt.run.saver import Saver
     from jaxgpt.training.step import TrainState
 
 PROG = "python -m jaxgpt.train"
@@ -53,13 +52,6 @@ class TrainFlags(RunFlags):
     process_id: IntIfSet = None  # index of this process: 0, 1, ...
 
 
-@unfailing_output()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command(PROG, lambda: run(argv))
-
-
 def run(argv: Sequence[str]) -> int:
     """Train as argv says, from the start or from the newest checkpoint. Raises UserError."""
     asked, flags, given = parse_run(
@@ -67,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         argv,
         prog=PROG,
         description="Train a language model. The same command resumes a run that was stopped.",
-        default_preset=tier_of_this_machine,
+        default_preset=preset_of_this_machine,
     )
     assert asked.out_dir is not None
     address = Address(flags.coordinator_address, flags.num_processes, flags.process_id)
@@ -94,17 +86,15 @@ def run(argv: Sequence[str]) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(asked.out_dir, asked.keep_checkpoints, tell, processes, lock.renew)
         )
-        resumed_step = find_checkpoint(cfg, data, checkpoints, tell)
+        resumed_step = folder.find_checkpoint(cfg, data.identity, checkpoints, tell)
         if resumed_step is not None and resumed_step >= cfg.max_iters:
-            changes = folder.changes(cfg, origin.saved) if origin.saved else []
-            changes = [x for x in changes if x.split()[0] in given - asked.open_choices]
-            report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best, changes)
+            changes = folder.changes(cfg, origin.saved) if origin.saved else {}
+            useless = [changes[name] for name in changes if name in given - asked.open_choices]
+            report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best, useless)
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         note_new_entries()
-        report.print_run(compiled, data, resumed_step)
-        if origin.saved is not None:
-            report.print_changes(folder.changes(compiled.cfg, origin.saved))
+        report.print_run(compiled, data, resumed_step, origin.saved)
         state = start_or_restore(compiled, weights, checkpoints, resumed_step)
         log_type = partial(WandbLog, asked.wandb_project) if asked.wandb_project else MetricsLog
         main_log = partial(log_type, asked.out_dir, resumed_step, tell, lock.is_held)
@@ -116,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
         if result is None:
             return 0
         checkpoints.close()  # before reporting success
-        training.reporter.close()
+        training.reporter.stop()
         report.print_finished(cfg, PROG, argv, checkpoints.best, result)
     return 0
 
@@ -133,21 +123,6 @@ def start_process(
     return lambda message: None
 
 
-def find_checkpoint(
-    cfg: Resolved, data: Data, checkpoints: "Checkpoints", tell: Callable[[str], object]
-) -> int | None:
-    """The step to resume from, None for a new run. Raises ConfigError if it is of another run."""
-    check_config = partial(folder.check_checkpoint, cfg, source=str(checkpoints.folder))
-    step: int | None = checkpoints.recover(tell, cfg.asked.resume == "must", check_config)
-    if step is not None:
-        saved = checkpoints.manifest(step)
-        check_config(saved.config)  # in every process
-        folder.check_stages(cfg, saved.config, step)
-        in_mixture = cfg.asked.mixture.has_several
-        folder.check_data(saved.data, data.identity, cfg.out_dir, in_mixture)
-    return step
-
-
 def start_or_restore(
     compiled: "Compiled",
     weights: Weights | None,
@@ -159,7 +134,7 @@ def start_or_restore(
 
     training = compiled.training
     if resumed_step is not None:
-        return checkpoints.restore(resumed_step, training.state_like).state
+        return checkpoints.restore(resumed_step, training.state_like)
     state = training.init()
     if weights is None:
         return state
@@ -174,9 +149,12 @@ class Training(NamedTuple):
     cfg: Resolved
     train_step: Callable[..., Any]
     batches: Iterator[Any]  # tokens_ABT1 of each step
-    saver: "Saver"
+    checkpoints: "Checkpoints"
+    begin_save: Callable[["TrainState"], None]  # whose arrays may then be donated
+    finish_save: Callable[[float | None], None]  # with the validation loss, if it was evaluated
     evaluator: "Evaluator"
-    reporter: report.Reporter
+    reporter: Reporter
+    log: "MetricsLog"
     watch: StallWatch
 
 
@@ -189,25 +167,36 @@ def open_training(
     log: "MetricsLog",
     stack: ExitStack,
 ) -> Training:
-    """Open everything that the loop uses; `stack` closes it."""
+    """Open everything that the loop uses; `stack` closes it. Raises ConfigError."""
     from jaxgpt.run.evaluator import Evaluator
-    from jaxgpt.run.saver import Saver
 
-    cfg, layout, asked = compiled.cfg, compiled.layout, compiled.cfg.asked
-    step = resumed_step or 0
-    saver = Saver(checkpoints, log, cfg, data.identity)
-    if checkpoints.processes.is_main:
+    cfg, layout = compiled.cfg, compiled.layout
+    step, is_main = resumed_step or 0, checkpoints.processes.is_main
+
+    def begin_save(state: "TrainState") -> None:
+        checkpoints.begin(state, config=cfg.flat(), data=data.identity)
+        if is_main:
+            folder.restore_config(cfg)
+
+    def finish_save(val_loss: float | None) -> None:
+        log.flush()  # first, so that a checkpoint's metrics are never missing
+        checkpoints.finish(val_loss)
+
+    if is_main:
+        folder.save_config(cfg)
         data.tokenizer.save(cfg.out_dir)
     log.hparams(cfg.flat(), metrics=("val/loss",))
     batches = prefetch(partial(load_step, cfg, layout, data.loader), step, cfg.max_iters)
-    console = stack.enter_context(RunConsole(step, cfg.max_iters, asked.eval_interval))
     return Training(
         cfg=cfg,
         train_step=compiled.training.train_step,
         batches=stack.enter_context(batches),
-        saver=saver,
+        checkpoints=checkpoints,
+        begin_save=begin_save,
+        finish_save=finish_save,
         evaluator=Evaluator(compiled, data),
-        reporter=report.Reporter(cfg, layout.device, log, console, skips),
+        reporter=stack.enter_context(Reporter(cfg, layout.device, log, skips, step)),
+        log=log,
         watch=stack.enter_context(StallWatch()),
     )
 
@@ -231,14 +220,14 @@ def train(
     run: Training, state: "TrainState", resumed_step: int | None, sync: StepSync, stop: StopRequest
 ) -> report.Result | None:
     """Train to the end: the loop. None if a signal stopped it, with everything saved."""
-    cfg, reporter, saver = run.cfg, run.reporter, run.saver
+    cfg, reporter, checkpoints = run.cfg, run.reporter, run.checkpoints
     result = report.Result()
     step = resumed_step or 0
     if resumed_step is None:
-        saver.begin(state)
+        run.begin_save(state)
         result = report.Result(reporter.evaluated(step, run.evaluator.scores(state)))
-        saver.finish(result.val_loss)
-        saver.wait()  # a run that cannot save fails now, not after hours
+        run.finish_save(result.val_loss)
+        checkpoints.wait()  # a run that cannot save fails now, not after hours
     # The newest step's metrics, not read yet: that would wait for the device.
     unread: Mapping[str, Any] | None = None
     run.watch.begin("step")
@@ -246,8 +235,10 @@ def train(
         if unread is None:  # nothing has changed since the last save
             requests = sync.exchange(stop.name, save=False, now=True)
             if requests.stop:
-                saver.wait()
-                reporter.stopped(step, requests.stop)
+                checkpoints.wait()
+                reporter.say(
+                    f"{requests.stop}: saved step {step:,}; run the same command again to resume"
+                )
                 return None
         is_logged = reporter.is_logged(step + 1)
         by_source = run.evaluator.losses_of_step(state, step) if is_logged else {}
@@ -256,8 +247,9 @@ def train(
             reporter.log_if_due(step, reporter.read(step, unread))
         step, unread = step + 1, {**metrics, **by_source}
 
-        requests = sync.exchange(stop.name, saver.is_due() or stop.save_now)
-        saver.poll()
+        save_now = checkpoints.due(cfg.asked.checkpoint_minutes) or stop.save_now
+        requests = sync.exchange(stop.name, save_now)
+        checkpoints.poll()
         due = due_after(step, cfg, requests)
         if not due.save:
             run.watch.begin("step")
@@ -267,21 +259,24 @@ def train(
         if stop.save_now:
             reporter.say(f"SIGUSR1: saving step {step:,}")
             stop.save_now = False
-        saver.begin(state)  # and evaluate while it is written
+        run.begin_save(state)  # and evaluate while it is written
         if due.evaluate:
             result = report.Result(reporter.evaluated(step, run.evaluator.scores(state), scalars))
         else:
             reporter.log_if_due(step, scalars)
-        saver.finish(result.val_loss if due.evaluate else None)
-        if due.evaluate:  # after `finish`, so that a failure here cannot lose the save
-            result = result._replace(sample=reporter.sampled(step, run.evaluator.sample(state)))
+        run.finish_save(result.val_loss if due.evaluate else None)
+        if due.evaluate:  # after `finish_save`, so that a failure here cannot lose the save
+            result = result._replace(sample=run.evaluator.sample(state))
+            run.log.text(step, "sample", result.sample)
         if due.evaluate and step < cfg.max_iters and not due.stop:
             run.watch.begin("save")
-            saver.settle()  # before the next interval, or a kill could lose two
-        reporter.leave_out_pause(due.evaluate)
+            checkpoints.settle()  # before the next interval, or a kill could lose two
+        reporter.pace.leave_out_pause(due.evaluate)
         run.watch.begin("step")
     return result
 
+
+main = unfailing_output()(make_main(PROG, run))
 
 if __name__ == "__main__":
     sys.exit(main())

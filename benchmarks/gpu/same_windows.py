@@ -39,7 +39,7 @@ def write(path: Path, flags: Sequence[str]) -> None:
     from jaxgpt.data.loader import WindowLoader
     from jaxgpt.data.sources import open_split
     from jaxgpt.data.tokenizer import load_tokenizer
-    from jaxgpt.planning.new_run import resolve_new
+    from jaxgpt.planning.train_command import resolve_new
 
     asked, _, _ = parse_run(
         bench.BenchFlags, flags, prog="same_windows", description="", default_preset=lambda: None

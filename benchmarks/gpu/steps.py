@@ -25,8 +25,8 @@ from jaxgpt.config.fields import Config
 from jaxgpt.config.resolved import Origin, Resolved
 from jaxgpt.data.loader import prefetch
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.planning.bench_record import describe_run, memory, speeds
 from jaxgpt.run import device as hardware
+from jaxgpt.run.bench_record import describe_run, memory, speeds
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.opening import find_devices
 

@@ -92,8 +92,7 @@ class ModelConfig:
     def errors(self) -> list[str]:
         """One sentence for each invalid value."""
         errors = bad_counts(self, "n_layer", "n_head", "n_embd", "block_size")
-        counts = [n for n in ("n_kv_head", "head_dim", "mlp_width") if getattr(self, n) is not None]
-        errors += self._misplaced() or bad_counts(self, *counts)
+        errors += self._misplaced() or bad_counts(self, "n_kv_head", "head_dim", "mlp_width")
         errors = errors or self._bad_heads()
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
@@ -101,14 +100,12 @@ class ModelConfig:
         if self.embedding_norm and self.tied_head:
             errors.append("embedding_norm needs an untied head: set tied_head to False")
         errors += bad_shares(self, "dropout")
-        if self.vocab_size is not None and self.vocab_size < (self.n_vocab or 1):
+        if self.vocab_size is not None and 0 < self.vocab_size < (self.n_vocab or 1):
             errors.append(
                 f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
-                f"({self.n_vocab or 'at least 1'}); leave it out to derive it from the tokenizer"
+                f"({self.n_vocab}); leave it out to derive it from the tokenizer"
             )
-        elif self.vocab_size is not None:
-            errors += bad_counts(self, "vocab_size")
-        return errors
+        return errors + bad_counts(self, "vocab_size")
 
     def _misplaced(self) -> list[str]:
         """A sentence for each option that the network does not have."""
@@ -232,6 +229,11 @@ ARCHITECTURES: dict[Arch, Architecture] = {
 
 
 # ---------------------------------------------------------------- sizes
+
+
+def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
+    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
+    return -(-n_vocab // multiple) * multiple
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:

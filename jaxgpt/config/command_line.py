@@ -6,10 +6,9 @@ suggests and prints `--help`; this module adds answers to flags that other progr
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import tyro
 
@@ -17,8 +16,7 @@ from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, as_flag
 from jaxgpt.config.fields import Config
 from jaxgpt.config.mixture import folder_of, is_one_source
-from jaxgpt.config.nanogpt import nanogpt_answer
-from jaxgpt.config.nanogpt_file import flag_settings, is_config_file
+from jaxgpt.config.nanogpt import flag_settings, is_config_file, nanogpt_answer
 from jaxgpt.config.presets import describe_presets, load_preset, packaged_presets
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path
@@ -127,40 +125,53 @@ def parse_command(
     return parsed
 
 
-def _with_preset_flag(argv: Sequence[str]) -> Sequence[str]:
-    """argv with --preset inserted before a config file that is named without a flag."""
-    named = [place for place, word in _positional(argv) if is_config_file(word)]
-    if not named:
-        return argv
-    place, *others = named
-    if others or "preset" in given_flags(argv):
-        raise ConfigError(f"{argv[place]}: a run has one preset or config file; name only one")
-    return [*argv[:place], "--preset", *argv[place:]]
+class Argument(NamedTuple):
+    """A flag with its value, or a word of argv that is neither."""
+
+    words: Sequence[str]
+    flag: str | None  # as a field's name
+    value: str | None
 
 
-def _positional(argv: Sequence[str]) -> list[tuple[int, str]]:
-    """The words that are neither flags nor the value of one, with their places."""
-    pairs = zip(("", *argv), argv, strict=False)
-    return [
-        (place, word)
-        for place, (before, word) in enumerate(pairs)
-        if not word.startswith("-") and (not before.startswith("--") or "=" in before)
-    ]
+def _arguments(argv: Sequence[str]) -> Iterator[Argument]:
+    i = 0
+    while i < len(argv):
+        name, equals, joined = argv[i].partition("=")
+        is_flag = name.startswith("--")
+        following = argv[i + 1 : i + 2] if is_flag and not equals else []
+        if following and following[0].startswith("--"):
+            following = []
+        words = [argv[i], *following]
+        value = joined if is_flag and equals else following[0] if following else None
+        yield Argument(words, name[2:].replace("-", "_") if is_flag else None, value)
+        i += len(words)
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
+    """The flags in argv by field name, each with its last value."""
+    return {arg.flag: arg.value for arg in _arguments(argv) if arg.flag is not None}
 
 
 def without_flags(argv: Sequence[str], *names: str) -> list[str]:
     """argv without some flags and their values."""
-    kept: list[str] = []
-    skip_value = False
-    for arg in argv:
-        flag, equals, _ = arg.partition("=")
-        if skip_value:
-            skip_value = False
-        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
-            skip_value = not equals
-        else:
-            kept.append(arg)
-    return kept
+    return [word for arg in _arguments(argv) if arg.flag not in names for word in arg.words]
+
+
+def _with_preset_flag(argv: Sequence[str]) -> Sequence[str]:
+    """argv with --preset inserted before a config file that is named without a flag."""
+    arguments = list(_arguments(argv))
+    named = [arg for arg in arguments if arg.flag is None and is_config_file(arg.words[0])]
+    if not named:
+        return argv
+    if len(named) > 1 or "preset" in given_flags(argv):
+        raise ConfigError(
+            f"{named[0].words[0]}: a run has one preset or config file; name only one"
+        )
+    return [
+        word
+        for arg in arguments
+        for word in (["--preset", *arg.words] if arg is named[0] else arg.words)
+    ]
 
 
 def _split_at_equals(argv: Sequence[str]) -> list[str]:
@@ -173,17 +184,6 @@ def _split_at_equals(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
-    """The flags in argv by field name, each with its last value."""
-    flags: dict[str, str | None] = {}
-    for arg, following in zip_longest(argv, argv[1:]):
-        if arg.startswith("--"):
-            name, equals, joined = arg[2:].partition("=")
-            is_flag = following is None or following.startswith("--")
-            flags[name.replace("-", "_")] = joined if equals else None if is_flag else following
-    return flags
-
-
 def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) -> None:
     """Raises ConfigError for other programs' flags and for empty values, all at once."""
     errors = [
@@ -194,8 +194,8 @@ def _refuse_nanogpt_flags(argv: Sequence[str], flags: Mapping[str, str | None]) 
     if "preset" not in flags:
         errors += [
             f"{word}: a preset is named with a flag: --preset {word}"
-            for _, word in _positional(argv)
-            if word in packaged_presets()
+            for (word, *_), flag, _ in _arguments(argv)
+            if flag is None and word in packaged_presets()
         ]
     if errors := errors + _empty_values(flags):
         raise ConfigError("\n".join(errors))
@@ -211,8 +211,10 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
 
 def _cut_off_prompts(argv: Sequence[str]) -> list[str]:
     """A sentence if a prompt begins with a hyphen and is one word, and so looks like a flag."""
-    pairs = zip_longest(argv, argv[1:], fillvalue="--")
-    cut_off = any(arg == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value) for arg, value in pairs)
+    cut_off = any(
+        words[0] == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value or "--")
+        for words, _, value in _arguments(argv)
+    )
     answer = "--prompt needs a value; if that begins with a hyphen: --prompt='-- ...'"
     return [answer] if cut_off else []
 

@@ -21,7 +21,7 @@ from jaxgpt.config.flag_types import IntIfSet, PathIfSet, TextIfSet, TrueOrFalse
 from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.mixture import EMBEDDED, Mixture, make_mixture
 from jaxgpt.config.optimizer import OptimizerConfig
-from jaxgpt.config.roles import Role, with_role
+from jaxgpt.config.roles import Role, roles_of
 from jaxgpt.config.task_sources import TaskSources
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -145,15 +145,13 @@ class Config:
             *self.optimizer.errors(),
             *(error for part in (self.model, self.optimizer, self) for error in bad_floats(part)),
             *bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
-            *bad_counts(self, "keep_checkpoints"),
+            *bad_counts(self, "keep_checkpoints", "vram_gb"),
             *bad_counts(self, "seed", least=0),
             # Training waits for the text, which the first Ctrl-C does not end.
             *bad_counts(self, "sample_tokens", least=0, most=100_000),
             *bad_amounts(self, "skip_spikes"),
             *self._batch_errors(),
         ]
-        if self.vram_gb is not None:
-            errors += bad_counts(self, "vram_gb")
         if not 0 < self.checkpoint_minutes < math.inf:
             errors.append(
                 f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
@@ -176,14 +174,12 @@ class Config:
             raise ConfigError("\n".join(errors))
 
     def _batch_errors(self) -> list[str]:
-        counts = ["effective_batch_size"]
-        if self.batch_size != "auto":
-            counts.append("batch_size")
-        if self.gradient_accumulation_steps is not None:
-            counts.append("gradient_accumulation_steps")
+        counts = ["gradient_accumulation_steps", "batch_size", "effective_batch_size"]
+        if self.batch_size == "auto":
+            counts.remove("batch_size")
         try:
             devices = parse_mesh(self.mesh).devices
-            if errors := bad_counts(self, *reversed(counts)):
+            if errors := bad_counts(self, *counts):
                 return errors
             if (accumulation := self.gradient_accumulation_steps) is not None:
                 if self.batch_size == "auto":
@@ -240,7 +236,8 @@ def flat_fields() -> dict[str, dataclasses.Field]:
 
 def names_with(*roles: Role) -> frozenset[str]:
     """The flat names of the fields that have all of `roles`."""
-    return with_role({name: field.type for name, field in flat_fields().items()}, *roles)
+    fields = flat_fields().items()
+    return frozenset(name for name, field in fields if {*roles} <= roles_of(field.type))
 
 
 def with_fields(cfg: Config, **changes: Any) -> Config:

@@ -48,7 +48,7 @@ class Mixture(NamedTuple):
 
     @property
     def labels(self) -> dict[str, str]:
-        """What a reader is shown for each name: its path's last part, numbered if two agree."""
+        """The name to show for each source: the last part of its path, numbered if two agree."""
         labels = {n: path.absolute().name if path else n for n, path in self.folders.items()}
         if len({*labels.values()}) == len(labels):
             return labels

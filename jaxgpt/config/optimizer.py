@@ -78,6 +78,7 @@ class OptimizerConfig:
         """A sentence for each invalid value."""
         errors = [
             *bad_counts(self, "warmup_iters", "momentum_warmup_iters", least=0),
+            *bad_counts(self, "lr_decay_iters"),
             *bad_amounts(self, "min_lr", "weight_decay", "grad_clip"),
             *self._rate_errors(),
             *bad_shares(self, "beta1", "beta2"),
@@ -87,8 +88,6 @@ class OptimizerConfig:
                 f"cooldown_fraction {self.cooldown_fraction:g} must be above 0 and at most 1; "
                 "for a rate that stays constant set decay_lr to False"
             )
-        if self.lr_decay_iters is not None:
-            errors += bad_counts(self, "lr_decay_iters")
         return errors
 
     def _rate_errors(self) -> list[str]:

@@ -4,6 +4,7 @@ Each value is decoded strictly as its field's type, and every error of a file is
 with file, key, value and remedy.
 """
 
+import dataclasses
 import json
 import tomllib
 import typing
@@ -13,18 +14,21 @@ from typing import Any
 
 import msgspec
 
+from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.config.batch import fields_of_accumulation
 from jaxgpt.config.checks import ConfigError, did_you_mean
 from jaxgpt.config.fields import DEFAULT_BATCH_SIZE, Config, flat_fields, names_with, with_fields
-from jaxgpt.config.nanogpt import nanogpt_answer
-from jaxgpt.config.nanogpt_file import (
+from jaxgpt.config.nanogpt import (
     as_fields,
     is_config_file,
+    nanogpt_answer,
     read_settings,
     unused_settings,
 )
 from jaxgpt.config.roles import Role
 from jaxgpt.files import named_path, read_file
+
+BYTE_IDS = 257  # of the byte tokenizer, which the presets without a vocab_size have
 
 
 def presets_dir() -> Path:
@@ -91,7 +95,8 @@ def describe_presets() -> str:
     for cfg in _by_card():
         m = cfg.model
         card = f"{cfg.vram_gb} GB card" if cfg.vram_gb else "CPU or any GPU"
-        size = f"{m.parameter_count() / 1e6:.1f}M" if m.vocab_size else "small"
+        rows = m.vocab_size or padded_vocab_size(BYTE_IDS)
+        size = f"{dataclasses.replace(m, vocab_size=rows).parameter_count() / 1e6:.1f}M"
         shape = f"{m.n_layer}L/{m.n_head}H/{m.n_embd}"
         lines.append(f"  {cfg.preset:<11} {size:>7}  {shape:<12}  {card}")
     return "\n".join(lines)

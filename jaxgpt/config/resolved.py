@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config.architecture import ModelConfig, first_axes
+from jaxgpt.config.architecture import ModelConfig, first_axes, padded_vocab_size
 from jaxgpt.config.batch import Batch, divide_batch, divisors
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import (
@@ -83,6 +83,36 @@ class Resolved:
         """A copy with another micro-batch and remat; the training is the same."""
         batch = divide_batch(self.batch.effective, batch_size, self.batch.devices)
         return dataclasses.replace(self, batch=batch, remat=remat)
+
+    def summary(self) -> dict[str, Any]:
+        """The run's size, shape and way of computing as JSON values, for `plan` and `bench`."""
+        m = self.model
+        return {
+            "preset": self.asked.preset,
+            "arch": m.arch,
+            "parameters": m.parameter_count(),
+            "padding_parameters": m.padding_parameters,
+            "n_layer": m.n_layer,
+            "n_head": m.n_head,
+            "n_embd": m.n_embd,
+            "block_size": m.block_size,
+            "vocab_size": m.vocab_size,
+            "bias": m.bias,
+            "dropout": m.dropout,
+            "mesh": str(self.mesh) if self.mesh.devices > 1 else None,
+            "devices": self.batch.devices,
+            "batch": str(self.batch),
+            "batch_size": self.batch.batch_size,
+            "effective_batch_size": self.batch.effective,
+            "gradient_accumulation_steps": self.batch.accumulation,
+            "tokens_per_step": self.tokens_per_step,
+            "dtype": self.dtype,
+            "optimizer": self.optimizer.optimizer,
+            "state_dtype": self.optimizer.state_dtype,
+            "remat": self.remat,
+            "scan_layers": self.scan_layers,
+            "deterministic": self.asked.deterministic,
+        }
 
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name as a JSON value: what config.json and checkpoints hold."""
@@ -192,11 +222,6 @@ def choose_dtype(asked: Dtype, platform: str, compute_capability: tuple[int, int
         return asked
     has_float16 = platform == "gpu" and compute_capability >= FLOAT16_FROM
     return "bfloat16" if has_bfloat16 else "float16" if has_float16 else "float32"
-
-
-def padded_vocab_size(n_vocab: int, multiple: int = 64) -> int:
-    """`n_vocab` rounded up to rows that suit a GPU's matrix units: 50,257 -> 50,304, 257 -> 320."""
-    return -(-n_vocab // multiple) * multiple
 
 
 def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:

@@ -9,7 +9,6 @@ PINNED and TUNABLE, and any of the others.
 
 import enum
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -30,11 +29,4 @@ class Role(enum.Enum):
 
 def roles_of(annotation: Any) -> frozenset[Role]:
     """The roles in a field's annotation."""
-    if typing.get_origin(annotation) is not typing.Annotated:
-        return frozenset()
-    return frozenset(x for x in typing.get_args(annotation)[1:] if isinstance(x, Role))
-
-
-def with_role(annotations: Mapping[str, Any], *roles: Role) -> frozenset[str]:
-    """The names whose annotations have all of `roles`."""
-    return frozenset(n for n, annotation in annotations.items() if {*roles} <= roles_of(annotation))
+    return frozenset(x for x in typing.get_args(annotation) if isinstance(x, Role))

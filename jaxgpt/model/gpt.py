@@ -54,7 +54,6 @@ class GPT(LanguageModel):
         return x_BTD.astype(self.stream_dtype)
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        """The norm after the last block."""
         return self.ln_f(x_BTD)
 
     def head(self) -> jax.Array:
@@ -75,7 +74,6 @@ class GPTBlock(Block):
         self.drop = nnx.Dropout(cfg.dropout)
 
     def norms(self) -> tuple[Norm, Norm]:
-        """The norms before attention and before the MLP."""
         return self.ln_1, self.ln_2
 
 
@@ -97,7 +95,6 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """(attention(norm(x_BTD)), cache), as `Block` calls it."""
         B, T, D = x_BTD.shape
         shape = (B, T, 3 // self.parts, self.n_head, D // self.n_head)
         parts = linears_of_norm([self.c_attn], norm, x_BTD, self.parts)

@@ -51,7 +51,6 @@ class Qwen3(LanguageModel):
         return rms_normalize(x_BTD, jnp.ones(self.cfg.n_embd), self.cfg.norm_eps)
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        """The norm after the last block."""
         return self.norm(x_BTD)
 
     def head(self) -> jax.Array:
@@ -70,7 +69,6 @@ class Qwen3Block(Block):
         self.drop = nnx.Dropout(cfg.dropout)
 
     def norms(self) -> tuple[Norm, Norm]:
-        """The norms before attention and before the MLP."""
         return self.input_layernorm, self.post_attention_layernorm
 
 
@@ -95,7 +93,6 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """(attention(norm(x_BTD)), cache), as `Block` calls it."""
         (B, T, _), H = x_BTD.shape, self.cfg.head_width
         q_BTNH, k_BTKH, v_BTKH = (
             y.reshape(B, T, -1, H)

@@ -6,8 +6,9 @@ compiler confirms is taken.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgpt.config.batch import batch_sizes
 from jaxgpt.config.resolved import Resolved
@@ -28,12 +29,17 @@ SHAPES = (
 Measure = Callable[[Resolved], Need]
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitting:
-    """A configuration that fits, and what it needs."""
+class Fitting(NamedTuple):
+    """A run, what it needs, and the loss that is predicted for it."""
 
     cfg: Resolved
     need: Need
+    loss: float | None = None
+
+
+def loss_of(run: Fitting) -> float:
+    """The predicted loss, to sort by."""
+    return math.inf if run.loss is None else run.loss
 
 
 def best_fit(

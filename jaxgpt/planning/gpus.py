@@ -126,28 +126,28 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
     )
 
 
-FLOAT16_TIER = "t4"  # of 16 GB without bfloat16
+FLOAT16_PRESET = "t4"  # of 16 GB without bfloat16
 
 
 def presets_for(dtype: str) -> list[str]:
-    """The presets to choose among on a card that computes in `dtype`: a T4's in float16 only."""
+    """The presets to choose among on a card that computes in `dtype`; those of a T4 in float16."""
     return [
         name
         for name in preset_names()
-        if dtype == "float16" or name.partition("-")[0] != FLOAT16_TIER
+        if dtype == "float16" or name.partition("-")[0] != FLOAT16_PRESET
     ]
 
 
-def tier(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
-    """The default preset of a card: the tier of the largest size that fits its memory.
+def preset_of_card(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
+    """The default preset of a card: that of the largest size that its memory reaches.
 
-    `t4` for 16 GB without bfloat16; below 8 GB `12gb`, the tier that needs the least.
+    `t4` for 16 GB without bfloat16; below 8 GB `12gb`, which needs the least.
     """
     sizes = (80, 48, 24, 16, 12, 10, 8)
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).
     size = next((size for size in sizes if memory_bytes >= 0.93 * size * GIB), 12)
     float16_only = FLOAT16_FROM <= compute_capability < BFLOAT16_FROM
-    return FLOAT16_TIER if size == 16 and float16_only else f"{size}gb"
+    return FLOAT16_PRESET if size == 16 and float16_only else f"{size}gb"
 
 
 def unnamed_card(gigabytes: float) -> Gpu:

@@ -9,7 +9,7 @@ import re
 import subprocess
 
 from jaxgpt.config.resolved import BFLOAT16_FROM
-from jaxgpt.planning.gpus import GIB, MIB, tier
+from jaxgpt.planning.gpus import GIB, MIB, preset_of_card
 
 QUERY = "name,memory.total,uuid,compute_cap,mig.mode.current"
 
@@ -116,10 +116,10 @@ def visible_card() -> LocalCard | None:
     return next(iter(visible_cards(local_cards())), None)
 
 
-def tier_of_this_machine() -> str | None:
+def preset_of_this_machine() -> str | None:
     """The preset for the card that a run would use; None without a card."""
     card = visible_card()
-    return None if card is None else tier(card.memory_bytes, card.compute_capability)
+    return None if card is None else preset_of_card(card.memory_bytes, card.compute_capability)
 
 
 def count_visible_cards() -> int:

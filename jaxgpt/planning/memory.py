@@ -1,6 +1,6 @@
 """The memory that a training step needs on a card, and a run on the host.
 
-`compiled_need` compiles the very step that `train` runs and reads XLA's figure. `estimate` is
+`need_of` reads XLA's figure of a compiled step, the very one that `train` runs. `estimate` is
 arithmetic, for machines without the compiler and for comparing a hundred shapes.
 `benchmarks/measure_memory.py` compares the two, and a test keeps them within ESTIMATE_ERROR.
 
@@ -26,9 +26,9 @@ from jaxgpt.model.remat import REMATS
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, POOL_SHARE, Gpu
 from jaxgpt.training.build import Training, build_training, compile_train_step
+from jaxgpt.training.groups import is_vector
 from jaxgpt.training.layout import Layout
 from jaxgpt.training.optimizer import OPTIMIZERS
-from jaxgpt.training.sharding import is_sharded
 
 # Left free in the pool, for cuBLAS's workspace and for fragmentation.
 RESERVE_BYTES = GIB // 2
@@ -60,23 +60,22 @@ def capacity_of(gpu: Gpu) -> int:
     return int(gpu.memory_bytes * POOL_SHARE)
 
 
-def state_bytes(cfg: Resolved) -> dict[str, int]:
-    """Bytes of what each device keeps: parameters, the optimizer's moments, the accumulator."""
-    return _state_bytes(cfg, cfg.mesh.fsdp)
-
-
 def host_bytes(cfg: Resolved) -> int:
     """Bytes of a checkpoint's copy on the host: all of the state but the empty accumulator."""
-    kept = _state_bytes(cfg, shares=1)
+    kept = state_bytes(cfg, shares=1)
     return kept["parameters"] + kept["optimizer"]
 
 
-def _state_bytes(cfg: Resolved, shares: int) -> dict[str, int]:
-    """Per device, if matrices and embeddings are sharded over `shares` devices."""
+def state_bytes(cfg: Resolved, shares: int | None = None) -> dict[str, int]:
+    """Bytes of what each device keeps: parameters, the optimizer's moments, the accumulator.
+
+    Matrices and embeddings are sharded over `shares` devices, by default those of the run's fsdp.
+    """
+    shares = shares or cfg.mesh.fsdp
     moments_of = OPTIMIZERS[cfg.optimizer.optimizer].moments
     N = moments = 0
     for path, size in parameter_sizes(cfg.model).items():
-        on_each = size // shares if is_sharded(path) else size
+        on_each = size if is_vector(path) else size // shares
         N += on_each
         moments += on_each * moments_of(path)
     width = jnp.dtype(cfg.optimizer.state_dtype).itemsize
@@ -203,11 +202,6 @@ def _bytes_of(compiled: Any) -> int:
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
     )
-
-
-def compiled_need(cfg: Resolved, device: Any, layout: Layout | None = None) -> Need:
-    """Compile the step of `cfg` for cards that need not be present, and read its memory."""
-    return need_of(cfg, compile_ahead(cfg, device, layout))
 
 
 def compile_ahead(

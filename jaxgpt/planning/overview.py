@@ -2,17 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import BFLOAT16_FROM, Resolved
 from jaxgpt.planning import fit, memory, speed
-from jaxgpt.planning.gpus import find_gpu, presets_for, tier
+from jaxgpt.planning.gpus import find_gpu, preset_of_card, presets_for
 from jaxgpt.planning.planner import Planner
-from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset
+from jaxgpt.planning.train_command import of_its_preset
 
 HOURS = 48.0  # of training, that the presets are compared for
 ASSUMED = "rtx3090"  # by whose speed presets are ranked for a card of unknown speed
+
+
+class Starter(NamedTuple):
+    """A preset as a run to start with."""
+
+    record: dict[str, Any]  # of the preset as it is
+    found: fit.Fitting | None  # it, or it with a batch_size and remat that fit
 
 
 def overview(planner: Planner, cfg: Resolved) -> dict[str, Any]:
@@ -20,66 +27,67 @@ def overview(planner: Planner, cfg: Resolved) -> dict[str, Any]:
 
     `cfg` gives the context, effective batch and steps of the largest model.
     """
-    presets = [planner.resolve(load_preset(name)) for name in presets_for(cfg.dtype)]
-    starters = [_starter(planner, preset) for preset in presets if preset.asked.vram_gb]
+    presets = [load_preset(name) for name in presets_for(cfg.dtype)]
+    starters = [_starter(planner, planner.resolve(p)) for p in presets if p.vram_gb]
     starters.sort(key=_rank)
-    recommended = planner.one(_recommended(planner, presets), ())
+    recommended = planner.one(_recommended(planner, starters), ())
     largest = fit.largest_model(cfg, planner.capacity, planner.need)
+    if largest:  # at the learning rate for its size, as a variant of its preset
+        largest = largest._replace(cfg=of_its_preset(speed.at_suggested_rates(largest.cfg)))
     return {
         "gpu": planner.gpu.key,
         "capacity_bytes": planner.capacity,
         "reasons": _reasons(planner, cfg, starters),
         "hours_given": HOURS,
-        "presets": starters,
+        "presets": [starter.record for starter in starters],
         "recommended": recommended,
-        "largest_model": _record_of_largest(planner, largest) if largest else None,
+        "largest_model": planner.record(largest) if largest else None,
         "command": recommended["command_that_fits"],
     }
 
 
-def _starter(planner: Planner, cfg: Resolved) -> dict[str, Any]:
+def _starter(planner: Planner, cfg: Resolved) -> Starter:
     """A preset in the overview: what it needs as it is, and its loss after HOURS."""
-    need = memory.estimate(cfg)
-    record = planner.record(cfg, need)
-    found = fit.Fitting(cfg, need) if record["fits"] else planner.fitting(cfg)
+    run = fit.Fitting(cfg, memory.estimate(cfg))
+    record = planner.record(run)
+    found = run if record["fits"] else planner.fitting(cfg)
     trained = planner.trained_for(HOURS, found) if found else None
-    batch_size, remat = (found.cfg.batch.batch_size, found.cfg.remat) if found else (None, None)
-    return {
-        **record,
-        "batch_size_that_fits": batch_size,
-        "remat_that_fits": remat,
+    shown = {
+        "batch_size_that_fits": found.cfg.batch.batch_size if found else None,
+        "remat_that_fits": found.cfg.remat if found else None,
         "predicted_loss": trained.loss if trained else None,
     }
+    return Starter(record | shown, found)
 
 
-def _recommended(planner: Planner, presets: Sequence[Resolved]) -> Resolved:
+def _rank(starter: Starter) -> tuple[bool, bool, float]:
+    """Sorts what fits first, and among those the least predicted loss."""
+    loss = starter.record["predicted_loss"]
+    return (not starter.record["fits"], starter.found is None, loss or math.inf)
+
+
+def _recommended(planner: Planner, starters: Sequence[Starter]) -> Resolved:
     """The preset with the least predicted loss after HOURS, trained as long.
 
-    One of those that fit as they are or, if none does, with another batch_size and remat. For a
-    card of unknown speed it is chosen as if for ASSUMED, and trained as long as it says; where
-    that tells nothing either, in float32, it is the tier of the card's memory.
+    One of those that fit as they are or, if none does, with another batch_size and remat. On a
+    card of unknown speed they are ranked as on ASSUMED, and the chosen one keeps its number of
+    steps. In float32 no speed is known at all: then it is the default for the card's memory.
     """
-    needs = [fit.Fitting(one, memory.estimate(one)) for one in presets if one.asked.vram_gb]
-    fitting = [one for one in needs if one.need.fits(planner.capacity)]
-    if not fitting:
-        fitting = [found for one in needs if (found := planner.fitting(one.cfg))]
+    found = [starter.found for starter in starters if starter.record["fits"]]
+    runs = [run for run in found or [starter.found for starter in starters] if run]
     for gpu in (planner.gpu, find_gpu(ASSUMED)):
-        pairs = [(one.cfg, planner.trained_for(HOURS, one, gpu)) for one in fitting]
-        trained = [(cfg, choice) for cfg, choice in pairs if choice]
+        trained = [
+            (choice, run) for run in runs if (choice := planner.trained_for(HOURS, run, gpu))
+        ]
         if trained:
-            cfg, choice = min(trained, key=lambda pair: pair[1].loss)
-            return choice.fitting.cfg if gpu is planner.gpu else cfg
-    name = tier(planner.gpu.memory_bytes, planner.gpu.compute_capability)
-    of_tier = [one.cfg for one in fitting if one.cfg.asked.preset == name]
-    return next(iter(of_tier), planner.resolve(load_preset(name)))
+            choice, run = min(trained, key=lambda pair: fit.loss_of(pair[0]))
+            return choice.cfg if gpu is planner.gpu else run.cfg
+    name = preset_of_card(planner.gpu.memory_bytes, planner.gpu.compute_capability)
+    default = [run.cfg for run in runs if run.cfg.asked.preset == name]
+    return next(iter(default), planner.resolve(load_preset(name)))
 
 
-def _record_of_largest(planner: Planner, found: fit.Fitting) -> dict[str, Any]:
-    """The largest model, at the learning rate for its size and as a variant of its preset."""
-    return planner.record(of_its_preset(at_suggested_rate(found.cfg)), found.need)
-
-
-def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]) -> list[str]:
+def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[Starter]) -> list[str]:
     """What somebody should know before reading the overview."""
     reasons = []
     major, minor = planner.gpu.compute_capability
@@ -88,8 +96,8 @@ def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]
             f"Compute capability {major}.{minor} has no bfloat16: it computes in float16 with loss "
             "scaling, without flash attention."
         )
-    if not any(one["fits"] for one in starters):
-        some = any(one["batch_size_that_fits"] for one in starters)
+    if not any(one.record["fits"] for one in starters):
+        some = any(one.found for one in starters)
         reasons.append(
             "No preset fits as it is. Those with a batch_size in the column 'fits' do with that, "
             "and train the same."
@@ -109,9 +117,3 @@ def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[dict[str, Any]]
     if planner.why_estimated:
         reasons.append(f"Memory is estimated, within a tenth: {planner.why_estimated}.")
     return reasons
-
-
-def _rank(starter: dict[str, Any]) -> tuple[bool, bool, float]:
-    """Sorts what fits first, and among those the least predicted loss."""
-    loss = starter["predicted_loss"]
-    return (not starter["fits"], starter["batch_size_that_fits"] is None, loss or math.inf)

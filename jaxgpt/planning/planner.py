@@ -7,7 +7,7 @@ lists are estimated, and labelled so.
 import dataclasses
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxgpt.config.checks import as_flag
 from jaxgpt.config.fields import Config, flat_values, with_fields
@@ -17,9 +17,8 @@ from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import pick_attention
 from jaxgpt.planning import fit, memory, speed, target
-from jaxgpt.planning.gpus import Gpu, tier
-from jaxgpt.planning.new_run import resolve_new
-from jaxgpt.planning.train_command import at_suggested_rate, of_its_preset, train_command
+from jaxgpt.planning.gpus import Gpu, preset_of_card
+from jaxgpt.planning.train_command import of_its_preset, resolve_new, train_command
 from jaxgpt.training.sharding import make_layout
 
 MODERN = "124m-modern"  # the preset whose recipe --hours sets beside GPT-2's
@@ -60,16 +59,16 @@ class Planner:
         layout = make_layout(self._devices, cfg.mesh)
         what = f"{cfg.asked.preset}, batch_size {cfg.batch.batch_size}, remat {cfg.remat}"
         with self._on_compile(f"compiling {what} for {self.gpu.name}"):
-            return memory.compiled_need(cfg, layout.device, layout)
+            return memory.need_of(cfg, memory.compile_ahead(cfg, layout.device, layout))
 
     def one(self, cfg: Resolved, free: Collection[str]) -> dict[str, Any]:
         """One run, itemized; `free` names which of batch_size and remat to choose."""
         if not free:
-            return self.record(cfg, self.need(cfg))
+            return self.record(fit.Fitting(cfg, self.need(cfg)))
         found = fit.best_fit(cfg, self.capacity, self.need, free)
         if found is None:
             raise UserError(fit.does_not_fit(cfg, self.gpu.name, self.capacity))
-        return self.record(found.cfg, found.need)
+        return self.record(found)
 
     def best_for_hours(self, cfg: Resolved, hours: float) -> dict[str, Any]:
         """The shape and token count with the least predicted loss after `hours` on the card.
@@ -87,11 +86,11 @@ class Planner:
         if not choices:
             raise UserError(
                 f"{hours:g} hours are too short for one step on this card: {self.gpu.name}"
-                if any(self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
+                if any(self.fitting(speed.at_suggested_rates(shape)) for shape in fit.ladder(cfg))
                 else fit.does_not_fit(cfg, self.gpu.name, self.capacity)
             )
-        for choice in sorted(choices, key=lambda choice: choice.loss):
-            found = fit.best_fit(of_its_preset(choice.fitting.cfg), self.capacity, self.need)
+        for choice in sorted(choices, key=fit.loss_of):
+            found = fit.best_fit(of_its_preset(choice.cfg), self.capacity, self.need)
             # The compiler may find another batch_size and remat, and so another speed.
             best = self.trained_for(hours, found) if found else None
             if best:
@@ -99,16 +98,15 @@ class Planner:
         else:
             raise UserError(fit.does_not_fit(cfg, self.gpu.name, self.capacity))
         return {
-            **self.record(best.fitting.cfg, best.fitting.need),
+            **self.record(best),
             "hours_given": hours,
-            "predicted_loss": best.loss,
-            "choices": [self._choice_record(choice) for choice in reversed(choices)],
+            "choices": [self._with_outlook(choice) for choice in reversed(choices)],
             "other_recipe": self._other_recipe(cfg, hours),
         }
 
-    def _choices(self, cfg: Resolved, hours: float) -> "list[Choice]":
+    def _choices(self, cfg: Resolved, hours: float) -> list[fit.Fitting]:
         """Every shape that fits, trained for `hours`."""
-        shapes = (self.fitting(at_suggested_rate(shape)) for shape in fit.ladder(cfg))
+        shapes = (self.fitting(speed.at_suggested_rates(shape)) for shape in fit.ladder(cfg))
         trained = [self.trained_for(hours, found) for found in shapes if found]
         return [choice for choice in trained if choice]
 
@@ -118,38 +116,31 @@ class Planner:
         None if none fits, or `cfg` has another tokenizer: its losses would not compare.
         """
         modern = (cfg.model.arch, cfg.optimizer.optimizer) == ("qwen3", "muon")
-        gpt2 = tier(self.gpu.memory_bytes, self.gpu.compute_capability)
+        gpt2 = preset_of_card(self.gpu.memory_bytes, self.gpu.compute_capability)
         preset = load_preset(gpt2 if modern else MODERN)
         if preset.tokenizer != cfg.tokenizer:
             return None
         same = {"block_size": cfg.model.block_size, "dtype": cfg.asked.dtype}
         other = self.resolve(with_fields(preset, **same))
-        best = min(self._choices(other, hours), key=lambda c: c.loss, default=None)
+        best = min(self._choices(other, hours), key=fit.loss_of, default=None)
         usual = flat_values(preset)
         flags = [f" {as_flag(name)} {x}" for name, x in same.items() if x != usual[name]]
         asked = f"--preset {preset.preset}{''.join(flags)}"
-        return best and {"flags": asked, **self._choice_record(best)}
+        return best and {"flags": asked, **self._with_outlook(best)}
 
-    def record(self, cfg: Resolved, need: memory.Need) -> dict[str, Any]:
+    def record(self, run: fit.Fitting) -> dict[str, Any]:
         """Everything known about one run on this card, as JSON values."""
-        m = cfg.model
-        rate = speed.tokens_per_second(cfg, self.gpu)
-        mfu = speed.mfu_of(self.gpu)
-        total = cfg.total_tokens
-        parameters = m.parameter_count()
+        cfg, need = run.cfg, run.need
+        shown = self._with_outlook(run)
+        mfu = speed.mfu_of(self.gpu) if shown["tokens_per_second"] else None
         fits, command = need.fits(self.capacity), train_command(cfg)
+        that_fits = None if fits else self.fitting(cfg)
+        capability, head_width = self.gpu.compute_capability, cfg.model.head_width
         return {
-            "preset": cfg.asked.preset,
+            **shown,
             "gpu": self.gpu.key,
             "gpu_name": self.gpu.name,
             "capacity_bytes": self.capacity,
-            "arch": m.arch,
-            "parameters": parameters,
-            "padding_parameters": m.padding_parameters,
-            "n_layer": m.n_layer,
-            "n_head": m.n_head,
-            "n_embd": m.n_embd,
-            "block_size": m.block_size,
             "peak_bytes": need.peak_bytes,
             "headroom_bytes": self.capacity - need.peak_bytes,
             "host_bytes": need.host_bytes,
@@ -157,41 +148,37 @@ class Planner:
             "fits": fits,
             "method": need.method,
             "why_estimated": self.why_estimated,
-            "devices": cfg.batch.devices,
-            "mesh": str(cfg.mesh) if cfg.mesh.devices > 1 else None,
-            "batch": str(cfg.batch),
-            "batch_size": cfg.batch.batch_size,
-            "effective_batch_size": cfg.batch.effective,
-            "gradient_accumulation_steps": cfg.batch.accumulation,
-            "remat": cfg.remat,
-            "dtype": cfg.dtype,
-            "optimizer": cfg.optimizer.optimizer,
-            "state_dtype": cfg.optimizer.state_dtype,
-            "attention": pick_attention(
-                "gpu", self.gpu.compute_capability, cfg.dtype, m.head_width
-            )[1],
-            "flops_per_token": speed.model_flops_per_token(m),
-            "tokens_per_step": cfg.tokens_per_step,
-            "total_tokens": total,
-            "tokens_per_parameter": total / parameters,
-            "tokens_per_second": rate,
-            "mfu": mfu.value if mfu and rate else None,
-            "mfu_source": mfu.source if mfu and rate else None,
-            "hours": total / rate / speed.HOUR if rate else None,
+            "attention": pick_attention("gpu", capability, cfg.dtype, head_width)[1],
+            "flops_per_token": speed.model_flops_per_token(cfg.model),
+            "mfu": mfu and mfu.value,
+            "mfu_source": mfu and mfu.source,
+            "hours": mfu and cfg.total_tokens / shown["tokens_per_second"] / speed.HOUR,
             "learning_rate": cfg.optimizer.learning_rate,
-            "suggested_learning_rate": speed.suggested_learning_rate(parameters),
+            "suggested_learning_rate": speed.suggested_learning_rate(shown["parameters"]),
             "command": command,
-            "command_that_fits": command if fits else self._command_that_fits(cfg),
+            "command_that_fits": command if fits else that_fits and train_command(that_fits.cfg),
+        }
+
+    def _with_outlook(self, run: fit.Fitting) -> dict[str, Any]:
+        """A run with its tokens, speed and loss, which are predicted without compiling."""
+        cfg, tokens = run.cfg, run.cfg.total_tokens
+        return {
+            **cfg.summary(),
+            "total_tokens": tokens,
+            "tokens_per_parameter": tokens / cfg.model.parameter_count(),
+            "tokens_per_second": speed.tokens_per_second(cfg, self.gpu),
+            "predicted_loss": run.loss,
         }
 
     def trained_for(
-        self, hours: float, found: fit.Fitting, gpu: Gpu | None = None
-    ) -> "Choice | None":
-        """`found` with as many steps as the card makes in `hours`, at most a twentieth of warm-up.
+        self, hours: float, run: fit.Fitting, gpu: Gpu | None = None
+    ) -> fit.Fitting | None:
+        """`run` with as many steps as the card makes in `hours`, and the loss it then reaches.
 
-        None if they are too short for a step, or no speed is known. `gpu`: another card.
+        At most a twentieth of them is warm-up. None if they are too short for a step, or no speed
+        is known. `gpu`: another card.
         """
-        cfg = found.cfg
+        cfg = run.cfg
         rate = speed.tokens_per_second(cfg, gpu or self.gpu)
         max_iters = int((rate or 0) * hours * speed.HOUR / cfg.tokens_per_step)
         if max_iters < 1:
@@ -204,37 +191,10 @@ class Planner:
                 cfg.optimizer, warmup_iters=warmup, lr_decay_iters=max_iters
             ),
         )
-        return Choice(fit.Fitting(cfg, found.need), speed.predicted_loss_of(cfg))
-
-    def _choice_record(self, choice: "Choice") -> dict[str, Any]:
-        cfg = choice.fitting.cfg
-        m, tokens = cfg.model, cfg.total_tokens
-        parameters = m.parameter_count()
-        return {
-            "arch": m.arch,
-            "parameters": parameters,
-            "n_layer": m.n_layer,
-            "n_head": m.n_head,
-            "n_embd": m.n_embd,
-            "total_tokens": tokens,
-            "tokens_per_parameter": tokens / parameters,
-            "tokens_per_second": speed.tokens_per_second(cfg, self.gpu),
-            "predicted_loss": choice.loss,
-        }
-
-    def _command_that_fits(self, cfg: Resolved) -> str | None:
-        found = self.fitting(cfg)
-        return train_command(found.cfg) if found else None
+        return fit.Fitting(cfg, run.need, speed.predicted_loss_of(cfg))
 
     def fitting(self, cfg: Resolved) -> fit.Fitting | None:
         """`cfg` with the batch_size and remat that fit by estimate; None if none do."""
         if cfg not in self._found:
             self._found[cfg] = fit.best_fit(cfg, self.capacity)
         return self._found[cfg]
-
-
-class Choice(NamedTuple):
-    """A run of given hours, and its predicted loss."""
-
-    fitting: fit.Fitting
-    loss: float

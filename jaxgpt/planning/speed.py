@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from jaxgpt.config.architecture import ModelConfig, parameter_sizes
 from jaxgpt.config.fields import Remat
-from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import load_preset
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.model.remat import REMATS
@@ -129,14 +128,16 @@ def suggested_learning_rate(parameters: int) -> float:
     return float(f"{rate:.1e}")
 
 
-def at_suggested_rates(cfg: Resolved) -> OptimizerConfig:
-    """The optimizer of `cfg` with the learning rates for its size.
+def at_suggested_rates(cfg: Resolved) -> Resolved:
+    """`cfg` with the learning rates for its size.
 
     Those of a preset made for Muon are known at its width; others follow the README's rule.
     """
     preset = load_preset(cfg.asked.preset)
     if cfg.optimizer.optimizer == preset.optimizer.optimizer == "muon":
         known = preset.optimizer.scaled(math.sqrt(preset.model.n_embd / cfg.model.n_embd))
-        return dataclasses.replace(cfg.optimizer, **known.rates())
-    peak = suggested_learning_rate(cfg.model.parameter_count())
-    return dataclasses.replace(cfg.optimizer, learning_rate=peak, min_lr=float(f"{peak / 10:.2g}"))
+        rates = known.rates()
+    else:
+        peak = suggested_learning_rate(cfg.model.parameter_count())
+        rates = {"learning_rate": peak, "min_lr": float(f"{peak / 10:.2g}")}
+    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **rates))

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxgpt.planning.gpus import GIB
-from jaxgpt.run.console import duration
+from jaxgpt.run.console import duration, make_table
 
 COLOURS = {
     "parameters": "blue",
@@ -39,11 +39,8 @@ def print_overview(answer: dict[str, Any]) -> None:
         console.print(reason, markup=False)
     hours = f"{answer['hours_given']:g} h"
     timed = any(record["predicted_loss"] for record in answer["presets"])
-    table = Table(box=None, pad_edge=False)
     columns = ("preset", "parameters", "GiB", "fits", "time", "tokens")
-    for column in (*columns, f"loss, {hours}") if timed else columns:
-        left = column in ("preset", "fits")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    table = _table(*columns, *([f"loss, {hours}"] if timed else []))
     for record in answer["presets"]:
         table.add_row(*_overview_row(record, timed))
     console.print(table)
@@ -67,9 +64,7 @@ def print_hours(answer: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     hours = duration(answer["hours_given"] * 3600)
     console.print(f"[bold]{hours} on {answer['gpu_name']}[/bold]: {_title(answer)}")
-    table = Table(box=None, pad_edge=False)
-    for column in ("n_layer/n_head/n_embd", "parameters", "tokens", "per parameter", "loss"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table("n_layer/n_head/n_embd", "parameters", "tokens", "per parameter", "loss")
     for choice in answer["choices"]:
         best = choice["parameters"] == answer["parameters"]
         cells = (
@@ -91,6 +86,14 @@ def print_hours(answer: dict[str, Any]) -> None:
     )
     console.print(_facts(answer))
     _print_command(console, answer)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        left = column in ("preset", "fits")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    return table
 
 
 def _other_recipe(answer: dict[str, Any]) -> str:
@@ -154,34 +157,26 @@ def _items(record: dict[str, Any]) -> Table:
 
 
 def _facts(record: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row(
-        "step",
-        f"{record['effective_batch_size']} sequences = {record['batch']}; "
-        f"{record['tokens_per_step']:,} tokens",
-    )
-    table.add_row(
-        "in total",
-        f"{record['total_tokens'] / 1e9:.2f}B tokens, {record['tokens_per_parameter']:.0f} a "
-        "parameter",
-    )
-    table.add_row("attention", f"{record['attention']}, {record['dtype']}")
-    if record["tokens_per_second"] is None:
-        table.add_row("time", "unknown: no MFU is known for this card in this dtype")
-    else:
-        table.add_row(
-            "time",
+    time = "unknown: no MFU is known for this card in this dtype"
+    if record["tokens_per_second"] is not None:
+        time = (
             f"{duration(record['hours'] * 3600)} at {record['tokens_per_second']:,.0f} tokens/s, "
             f"predicted from an MFU of {record['mfu']:.0%} without remat ({record['mfu_source']})"
-            + ("; communication between cards is not included" if record["mesh"] else ""),
+            + ("; communication between cards is not included" if record["mesh"] else "")
         )
     rate = f"{record['learning_rate']:g}"
     if record["optimizer"] == "adamw":
         rate += f"; the README's rule for this size: {record['suggested_learning_rate']:g}"
-    table.add_row("learning rate", rate)
-    return table
+    rows = {
+        "step": f"{record['effective_batch_size']} sequences = {record['batch']}; "
+        f"{record['tokens_per_step']:,} tokens",
+        "in total": f"{record['total_tokens'] / 1e9:.2f}B tokens, "
+        f"{record['tokens_per_parameter']:.0f} a parameter",
+        "attention": f"{record['attention']}, {record['dtype']}",
+        "time": time,
+        "learning rate": rate,
+    }
+    return make_table(rows)
 
 
 def _overview_row(record: dict[str, Any], timed: bool) -> list[str]:

@@ -55,16 +55,8 @@ def obstacle(gpu: Gpu) -> str | None:
     return None
 
 
-def card_device(gpu: Gpu) -> Any:
-    """A `jax.Device` for `gpu` that programs can be lowered and compiled for, not run on.
-
-    Raises NoCompilerError as `card_devices` does.
-    """
-    return card_devices(gpu, 1)[0]
-
-
-def card_devices(gpu: Gpu, count: int) -> Any:
-    """`count` devices like `card_device`'s, connected with each other.
+def card_devices(gpu: Gpu, count: int = 1) -> Any:
+    """`count` connected `jax.Device`s that programs can be lowered and compiled for, not run on.
 
     Raises:
         NoCompilerError: if the plugin is missing, does not start, or does not know the card.

@@ -1,21 +1,33 @@
-"""A planned run as the command line that trains it, named after the preset of its shape."""
+"""A new run, resolved for a card, and the command line that trains it; imports no JAX."""
 
 import dataclasses
+import functools
 import shlex
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.checks import as_flag
-from jaxgpt.config.fields import Config, flat_fields, names_with, with_fields
+from jaxgpt.config.fields import Config, Dtype, flat_fields, names_with, with_fields
+from jaxgpt.config.mesh_shape import ONE_DEVICE, MeshShape
 from jaxgpt.config.presets import load_preset
-from jaxgpt.config.resolved import Resolved
+from jaxgpt.config.resolved import Origin, Resolved, resolve
 from jaxgpt.config.roles import Role
-from jaxgpt.planning import speed
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.planning.gpus import presets_for
-from jaxgpt.planning.new_run import resolve_new
 
 TRAIN = "python -m jaxgpt.train"
 SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Resolved:
+    """`asked` as a new run with random weights. Raises ConfigError as `resolve` does."""
+    n_vocab = _n_vocab(asked.tokenizer, *filter(None, asked.mixture.folders.values()))
+    return resolve(asked, Origin.of(asked), n_vocab=n_vocab, mesh=mesh, dtype=dtype)
+
+
+@functools.cache
+def _n_vocab(tokenizer: str, *folders: Path) -> int:  # which may have a copy of the tokenizer
+    return load_tokenizer(tokenizer, *folders).n_vocab  # a tenth of a second, of many presets
 
 
 def train_command(cfg: Resolved) -> str:
@@ -42,7 +54,7 @@ def _differences(cfg: Resolved, preset: Config) -> dict[str, Any]:
 
 
 def of_its_preset(cfg: Resolved) -> Resolved:
-    """`cfg` as a variant of a preset with its shape, if one is nearer; the run is the same."""
+    """`cfg` named after the preset, its own or one of its shape, that differs from it the least."""
 
     def has_its_shape(preset: Config) -> bool:
         return all(getattr(preset.model, name) == getattr(cfg.model, name) for name in SHAPE)
@@ -53,8 +65,3 @@ def of_its_preset(cfg: Resolved) -> Resolved:
     same = [preset for preset in map(load_preset, presets_for(cfg.dtype)) if has_its_shape(preset)]
     nearest = min([*same, asked], key=lambda preset: len(_differences(cfg, preset)))
     return dataclasses.replace(cfg, asked=with_fields(cfg.asked, preset=nearest.preset))
-
-
-def at_suggested_rate(cfg: Resolved) -> Resolved:
-    """`cfg` with the learning rates for its size."""
-    return dataclasses.replace(cfg, optimizer=speed.at_suggested_rates(cfg))

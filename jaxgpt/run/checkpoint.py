@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -23,9 +23,9 @@ from jaxgpt.files import LockedError
 from jaxgpt.run import integrity, restore, retention
 from jaxgpt.run.checkpoint_state import all_finite, manifest_notes, not_finite_message, to_stored
 from jaxgpt.run.integrity import DamagedError, Manifest, checksum_files, write_manifest
-from jaxgpt.run.orbax_path import OrbaxPath
+from jaxgpt.run.orbax_path import orbax_path
 from jaxgpt.run.processes import SINGLE_PROCESS, Processes
-from jaxgpt.run.restore import CheckpointError, Restored, load_state, reason_of
+from jaxgpt.run.restore import CheckpointError, load_state, reason_of
 from jaxgpt.training.step import TrainState
 
 
@@ -64,7 +64,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} cannot be created ({error.strerror}); choose another --out-dir"
             ) from None
-        self._orbax = OrbaxPath(self.folder, processes.count)
+        self._stack = ExitStack()
+        self._path = self._stack.enter_context(orbax_path(self.folder, processes.count))
         self._keep, self._on_error, self.processes = keep, on_error, processes
         self._renew_lock = renew_lock
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -108,7 +109,7 @@ class Checkpoints:
 
         Deletes the leftovers of killed saves. Damaged checkpoints are renamed, with a call of
         `warn` for each; with `strict`, the newest must be intact. One whose configuration
-        `check_config` refuses is damaged if it accepts an older one's.
+        `check_config` refuses counts as damaged if an older one passes.
 
         Raises:
             UserError: if there are checkpoints and none can be resumed from.
@@ -162,9 +163,7 @@ class Checkpoints:
                     retention.remove_leftovers(self.folder)
                 size = sum(x.nbytes for x in jax.tree.leaves(stored))
                 retention.check_free_space(self.folder, size)
-            written = ocp.save_checkpointables_async(
-                self._orbax.path / str(step), {"state": stored}
-            )
+            written = ocp.save_checkpointables_async(self._path / str(step), {"state": stored})
         except LockedError:
             raise
         except Exception as error:
@@ -204,18 +203,17 @@ class Checkpoints:
         """What is known of a checkpoint that `recover` has verified; raises DamagedError."""
         return self._verify(self.folder / str(step))
 
-    def restore(self, step: int, like: TrainState) -> Restored:
+    def restore(self, step: int, like: TrainState) -> TrainState:
         """Read a checkpoint into the shapes, dtypes and shardings of `like`.
 
         Raises:
             CheckpointError: if there is no such step, it is damaged, or it does not fit `like`.
         """
-        folder = self.folder / str(step)
         try:
-            manifest = self._verify(folder)
+            manifest = self.manifest(step)
         except DamagedError as error:
             raise CheckpointError(f"checkpoint {step} is missing or damaged: {error}") from None
-        return load_state(folder, manifest, like)
+        return load_state(self.folder / str(step), self._path / str(step), manifest, like)
 
     def due(self, minutes: float) -> bool:
         """Whether to begin a save now, to have it on disk `minutes` after the last one began.
@@ -242,13 +240,13 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            self._stack.close()
 
     def _verify(self, folder: Path) -> Manifest:
         if folder not in self._verified:  # it takes long
             check = integrity.verify if self.processes.is_main else integrity.read_manifest
             manifest = check(folder)
-            restore.check_readable(self._orbax.path / folder.name, manifest)
+            restore.check_readable(self._path / folder.name, manifest)
             self._verified[folder] = manifest
         return self._verified[folder]
 
@@ -261,7 +259,7 @@ class Checkpoints:
             written.result()  # after all processes have written
             if not self.processes.is_main:
                 return
-            restore.check_arrays(self._orbax.path / str(step), notes["arrays"])
+            restore.check_arrays(self._path / str(step), notes["arrays"])
             files = checksum_files(folder)
             self._seconds = time.monotonic() - self._begun
             loss = _finite(val_loss.result())

@@ -68,13 +68,6 @@ def not_finite_message(step: int, folder: Path, latest: int | None) -> str:
     )
 
 
-def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as a target to restore into."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-
 def array_specs(stored: Mapping[str, Any]) -> dict[str, str]:
     """Dtype and shape of every array by path, such as 'float32(257, 128)'."""
     return {

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import zstandard
+
 from jaxgpt.errors import UserError
 from jaxgpt.files import decode_json, delete, read_file, user_path, write_json
 
@@ -152,10 +154,7 @@ def _read_checksums(folder: Path) -> dict[str, int]:
 
 
 def is_intact(entry: bytes, name: str) -> bool:
-    """Whether a program decompresses: JAX compresses with zstandard, or zlib without it.
-
-    Without the zstandard package its entries cannot be checked and count as intact.
-    """
+    """Whether a program decompresses: JAX compresses with zstandard, or zlib without it."""
     if name.startswith(AUTOTUNING):
         return bool(entry)
     if not entry.startswith(ZSTD):
@@ -163,10 +162,6 @@ def is_intact(entry: bytes, name: str) -> bool:
             zlib.decompress(entry)
         except zlib.error:
             return False
-        return True
-    try:
-        import zstandard
-    except ImportError:
         return True
     try:
         zstandard.ZstdDecompressor().decompress(entry)

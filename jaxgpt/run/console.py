@@ -5,7 +5,6 @@ User text is never printed as rich markup: a path may well contain [/b] or :cat:
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
@@ -23,43 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxgpt.errors import discard
-
-
-class Pace:
-    """Seconds per step and time left, from the steps only: evaluations and saves do not count."""
-
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
-        self._since: float | None = None
-        self._seconds_per_step = 0.0
-        self._pause = 0.0  # seconds that the last evaluation took, with its save
-
-    def lap(self) -> None:
-        """Count one step since the last lap; the first lap only starts the clock."""
-        since, self._since = self._since, time.monotonic()
-        if since is None:
-            return
-        seconds = self._since - since
-        if not self._seconds_per_step:
-            self._seconds_per_step = seconds
-        # An average over some twenty steps: steady enough to read, and soon up to date.
-        self._seconds_per_step += 0.05 * (seconds - self._seconds_per_step)
-
-    def leave_out_pause(self, evaluated: bool = True) -> None:
-        """Leave out the time since the last lap, of a save or (`evaluated`) an evaluation."""
-        now = time.monotonic()
-        if evaluated:
-            self._pause = now - (self._since or now)
-        self._since = now
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None before the second step of the process."""
-        return self._tokens_per_step / self._seconds_per_step if self._seconds_per_step else None
-
-    def eta(self, steps_left: int, pauses_left: int) -> float:
-        """Seconds to the end of the run."""
-        return steps_left * self._seconds_per_step + pauses_left * self._pause
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -111,32 +73,6 @@ class LiveConsole:
         self.console.print(text, soft_wrap=True)
 
 
-class RunConsole(LiveConsole):
-    """The progress of a run, in steps."""
-
-    def __init__(self, start: int, total: int, eval_interval: int):
-        super().__init__("step {task.completed:,}/{task.total:,}", start, total, "compiling")
-        self._eval_interval = eval_interval
-
-    def step(self, step: int, loss: float, pace: Pace) -> None:
-        """Move the bar to `step`."""
-        status = " · ".join(self._status(step, loss, pace))
-        self._bar.update(self._task, completed=step, status=status)
-
-    def log_line(self, step: int, loss: float, pace: Pace) -> None:
-        """Print a line for `step`, unless there is a bar."""
-        if not self.console.is_terminal:
-            where = f"step {step:,}/{self._total:,}"
-            self.say("  ".join([where, *self._status(step, loss, pace)]))
-
-    def _status(self, step: int, loss: float, pace: Pace) -> list[str]:
-        if pace.tokens_per_second is None:
-            return [f"loss {loss:.4f}"]
-        evaluations_left = -(-(self._total - step) // self._eval_interval)
-        eta = duration(pace.eta(self._total - step, evaluations_left))
-        return [f"loss {loss:.4f}", f"{pace.tokens_per_second:,.0f} tokens/s", f"{eta} to go"]
-
-
 class Unfailing:
     """A stream that discards what it cannot write, and writes `?` for what it cannot encode."""
 
@@ -186,17 +122,22 @@ def waiting(text: str) -> AbstractContextManager[Any]:
     return console.status(Text(text)) if console.is_terminal else nullcontext()
 
 
-def print_table(title: str, rows: dict[str, str]) -> None:
-    """Print names and values in two columns."""
+def make_table(rows: dict[str, str]) -> Table:
+    """Names and values in two columns."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """Print a title, then names and values in two columns."""
     console = make_console()
     # Not as the table's title, which rich wraps at the table's width, in the middle of a path.
     console.print(title, style="italic", soft_wrap=True)
-    console.print(table)
+    console.print(make_table(rows))
 
 
 def counted(number: int, noun: str) -> str:

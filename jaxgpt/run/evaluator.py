@@ -7,7 +7,6 @@ import numpy as np
 
 from jaxgpt.data.loader import window_numbers
 from jaxgpt.model.generate import Generator, Sampling
-from jaxgpt.run.report import task_scalars
 from jaxgpt.training.evaluation import evaluate, window_losses
 from jaxgpt.training.scoring import score_tasks
 
@@ -54,7 +53,12 @@ class Evaluator:
             data.tasks, self._score_step, params, self._block_size, self._micro_batch
         )
         by_source = by_source if len(losses) > 1 else {}
-        return {"val/loss": mean, **by_source, **task_scalars(scores)}
+        figures = {
+            f"{task}/{name}": figure.value
+            for task, of_task in scores.items()
+            for name, figure in of_task.items()
+        }
+        return {"val/loss": mean, **by_source, **figures}
 
     def losses_of_step(self, state: "TrainState", step: int) -> dict[str, float]:
         """The loss of each source's windows in a mixture's step, by 'loss/NAME', before the step.

@@ -5,9 +5,11 @@ A field's role (`config/roles.py`) says whether it may change when the run resum
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names_with
@@ -15,6 +17,9 @@ from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import write_json
 from jaxgpt.run.retention import FOLDER, finished_steps, readable_manifests
+
+if TYPE_CHECKING:  # it imports JAX
+    from jaxgpt.run.checkpoint import Checkpoints
 
 CONFIG_FILE = "config.json"
 
@@ -32,6 +37,27 @@ def check_same_run(asked: Config, origin: Origin) -> None:
     new |= {"init_from": origin.init_from, "tokenizer": origin.tokenizer}
     inherited = {name for name in names_with(Role.INHERITED) if new[name] is None}
     _refuse_differences(asked.out_dir, new, saved.flat(), names_with(Role.FIXED) - inherited)
+
+
+def find_checkpoint(
+    cfg: Resolved,
+    data: dict[str, Any],
+    checkpoints: "Checkpoints",
+    tell: Callable[[str], object],
+) -> int | None:
+    """The step to resume from, None for a new run; `data` identifies the run's data.
+
+    Raises:
+        UserError: if the checkpoints or the data are another run's, or no checkpoint is intact.
+    """
+    check_config = partial(check_checkpoint, cfg, source=str(checkpoints.folder))
+    step = checkpoints.recover(tell, cfg.asked.resume == "must", check_config)
+    if step is not None:
+        saved = checkpoints.manifest(step)
+        check_config(saved.config)  # in every process
+        check_stages(cfg, saved.config, step)
+        check_data(saved.data, data, cfg.out_dir, cfg.asked.mixture.has_several)
+    return step
 
 
 def check_checkpoint(resolved: Resolved, restored: dict[str, Any], source: str) -> None:
@@ -56,12 +82,12 @@ def check_stages(resolved: Resolved, restored: dict[str, Any], step: int) -> Non
         )
 
 
-def changes(resolved: Resolved, saved: Resolved) -> list[str]:
-    """'name old -> new' for each setting that has changed since the run was saved."""
+def changes(resolved: Resolved, saved: Resolved) -> dict[str, str]:
+    """'name old -> new', by name, for each setting that has changed since the run was saved."""
     new, old = resolved.flat(), saved.flat()
     shown = names_with(Role.TUNABLE) - names_with(Role.SILENT)
     names = [name for name in flat_fields() if name in shown and old[name] != new[name]]
-    return [f"{name} {old[name]} -> {new[name]}" for name in names]
+    return {name: f"{name} {old[name]} -> {new[name]}" for name in names}
 
 
 def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
@@ -125,6 +151,13 @@ def _check_writable(out_dir: Path) -> None:
         raise NotADirectoryError(f"{nearest} is a file; choose a folder for the run")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{nearest} cannot be written to; choose another folder")
+
+
+def restore_config(resolved: Resolved) -> None:
+    """Write `config.json` again if somebody has deleted it; if that fails, the next save tries."""
+    with suppress(ConfigError):
+        if not (resolved.out_dir / CONFIG_FILE).exists():
+            save_config(resolved)
 
 
 def save_config(resolved: Resolved) -> None:

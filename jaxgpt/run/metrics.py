@@ -95,6 +95,8 @@ class MetricsLog:
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Log a text, such as a generated sample, to TensorBoard only, as a code block."""
+        if not text:
+            return
         now = time.time()
         code_block = textwrap.indent(_as_utf8(text), "    ")
         self._add_event(step, now, summary=summary.text(tag, code_block))

@@ -7,10 +7,10 @@ for another file system.
 
 import os
 import re
-import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from tempfile import TemporaryDirectory
 
 from jaxgpt.errors import UserError
 
@@ -25,45 +25,33 @@ def is_literal(folder: Path) -> bool:
     return is_utf8 and SPECIAL.search(text) is None
 
 
-class OrbaxPath:
-    """`with OrbaxPath(folder) as orbax:` has `orbax.path`, `folder` or a symlink to it.
+@contextmanager
+def orbax_path(folder: Path, processes: int = 1) -> Iterator[Path]:
+    """`folder` or, if Orbax would not take that literally, a symlink to it in a temporary folder.
 
-    The symlink is in a private temporary folder. Several processes must all see the same path, so
-    for them it is always `folder`.
+    Several processes must all see the same path, so for them it is always `folder`.
+
+    Raises:
+        UserError: if the path cannot be used.
     """
-
-    def __init__(self, folder: Path, processes: int = 1):
-        """Raises UserError if the path cannot be used."""
-        self.path = folder
-        self._temporary: str | None = None
-        if is_literal(folder):
-            return
-        if processes > 1:
-            raise UserError(
-                f"--out-dir {folder.parent}: a run of several processes cannot save under a path "
-                "with brackets, wildcards, control characters or bytes that are not UTF-8; choose "
-                "another --out-dir"
-            )
-        self._temporary = tempfile.mkdtemp(prefix="jaxgpt-")
-        self.path = Path(self._temporary) / "checkpoints"
+    if is_literal(folder):
+        yield folder
+        return
+    if processes > 1:
+        raise UserError(
+            f"--out-dir {folder.parent}: a run of several processes cannot save under a path "
+            "with brackets, wildcards, control characters or bytes that are not UTF-8; choose "
+            "another --out-dir"
+        )
+    with TemporaryDirectory(prefix="jaxgpt-", ignore_cleanup_errors=True) as temporary:
+        link = Path(temporary) / "checkpoints"
         try:
-            if not is_literal(self.path):
-                raise OSError(f"the temporary folder {self._temporary} has them too")
-            self.path.symlink_to(folder, target_is_directory=True)
+            if not is_literal(link):
+                raise OSError(f"the temporary folder {temporary} has them too")
+            link.symlink_to(folder, target_is_directory=True)
         except OSError as error:
-            self.close()
             raise UserError(
                 f"--out-dir {folder.parent}: checkpoints cannot be saved under a path with such "
                 f"characters ({error}); choose another --out-dir"
             ) from None
-
-    def close(self) -> None:
-        """Remove the symlink."""
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        yield link

@@ -70,38 +70,33 @@ class Processes:
 
     def any_process(self, value: bool) -> bool:
         """Whether `value` is true in any process."""
-        if self.count == 1:
-            return value
-        from jax.experimental.multihost_utils import process_allgather
-
-        return bool(process_allgather(np.asarray(value)).any())
+        return any(self._gather(int(value)))
 
     def broadcast_from_main(self, value: int | None) -> int | None:
         """The `value` of the main process, in all of them; at least 0, or None."""
-        if self.count == 1:
-            return value
-        from jax.experimental.multihost_utils import broadcast_one_to_all
-
-        sent = np.asarray(-1 if value is None else value, np.int64)
-        received = int(broadcast_one_to_all(sent))
-        return None if received < 0 else received
+        return self._gather(value)[0]
 
     def min_over_processes(self, value: int | None) -> int | None:
         """The smallest `value` of all processes, None if it is None in one of them."""
+        known = [number for number in self._gather(value) if number is not None]
+        return min(known) if len(known) == self.count else None
+
+    def _gather(self, value: int | None) -> list[int | None]:
+        """The `value` of each process, in their order; at least 0, or None."""
         if self.count == 1:
-            return value
+            return [value]
         from jax.experimental.multihost_utils import process_allgather
 
         # JAX makes 32-bit integers of these, which are too short for bytes of memory.
         parts = process_allgather(np.asarray(divmod(-1 if value is None else value, 2**30)))
-        smallest = min(int(high) * 2**30 + int(low) for high, low in parts)
-        return None if smallest < 0 else smallest
+        numbers = [int(high) * 2**30 + int(low) for high, low in parts]
+        return [None if number < 0 else number for number in numbers]
 
     def in_main(self, action: Callable[[], object]) -> None:
         """Run `action` in the main process; if it fails, all raise UserError and leave together.
 
-        Before JAX has taken a device's memory, which every other exchange needs: the answer goes
-        through the service that connects the processes.
+        The answer goes through the service that connects the processes. So this works before JAX
+        has taken a device's memory, which every other exchange needs.
         """
         if self.count == 1:
             action()
@@ -178,8 +173,7 @@ def connect(
 ) -> Processes:
     """Connect to the other processes of the run, if there are any, before JAX looks for devices.
 
-    `count_cards` counts the cards that this process sees. A process that its flags or its launcher
-    make the only one uses all of them.
+    `count_cards` counts the cards that this process sees; a single process uses all of them.
 
     Raises:
         UserError: if the address is wrong or incomplete, or not all processes connect.

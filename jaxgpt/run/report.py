@@ -1,113 +1,22 @@
-"""What a run prints and logs: at its start, at each step, and at its end."""
+"""What a run prints at its start and at its end."""
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxgpt.config.command_line import without_flags
 from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.resolved import Resolved
-from jaxgpt.data.task import Figure
-from jaxgpt.planning.gpus import GIB, lookup_gpu
-from jaxgpt.planning.speed import peak_of, reached_mfu
-from jaxgpt.run import device as hardware
-from jaxgpt.run.console import Pace, RunConsole, counted, print_table
+from jaxgpt.planning.gpus import GIB
+from jaxgpt.planning.local_gpus import preset_of_this_machine
+from jaxgpt.run.console import counted, print_table
+from jaxgpt.run.folder import changes
 from jaxgpt.run.metrics_file import EVENT_FILES, METRICS_FILE, read_metrics
-from jaxgpt.run.skipped_steps import DivergedError, SkipCounter
 
-if TYPE_CHECKING:  # JAX and tensorboardX come after the command line
-    from jaxgpt.run.metrics import MetricsLog
+if TYPE_CHECKING:  # JAX comes after the command line
     from jaxgpt.run.opening import Data
     from jaxgpt.run.preflight import Compiled
-
-
-class Reporter:
-    """Shows each step's metrics on the console and writes them to the log."""
-
-    def __init__(
-        self,
-        cfg: Resolved,
-        device: Any,
-        log: "MetricsLog",
-        console: RunConsole,
-        skips: SkipCounter,
-    ):
-        self._log, self._console, self._device = log, console, device
-        self._skips = skips
-        self._log_interval = cfg.asked.log_interval
-        self._pace = Pace(cfg.tokens_per_step)
-        gpu = lookup_gpu(device.device_kind)
-        self._peak_flops = peak_of(gpu, cfg.dtype, cfg.batch.devices)
-        self._model = cfg.model
-
-    def read(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Wait for the metrics of `step`, show them, and return what is to be logged.
-
-        Raises:
-            DivergedError: if too many steps in a row were skipped.
-        """
-        values = {f"train/{name}": float(value) for name, value in metrics.items()}
-        self._pace.lap()
-        self._console.step(step, values["train/loss"], self._pace)
-        scalars = {**values, **self._speed(), **hardware.memory_in_use(self._device)}
-        try:
-            if message := self._skips.note(step, values):
-                self._console.say(message)
-        except DivergedError:
-            self._log.scalars(step, scalars)
-            raise
-        return scalars
-
-    def is_logged(self, step: int) -> bool:
-        """Whether the step is one of every log_interval."""
-        return step % self._log_interval == 0
-
-    def log_if_due(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log at every log_interval."""
-        if self.is_logged(step):
-            self._log.scalars(step, scalars)
-            self._console.log_line(step, scalars["train/loss"], self._pace)
-
-    def _speed(self) -> dict[str, float]:
-        tokens_per_second = self._pace.tokens_per_second
-        if tokens_per_second is None:
-            return {}
-        values = {"speed/tokens_per_second": tokens_per_second}
-        if self._peak_flops is not None:
-            values["speed/mfu"] = reached_mfu(tokens_per_second, self._model, self._peak_flops)
-        return values
-
-    def leave_out_pause(self, evaluated: bool) -> None:
-        """Leave the time since the last `read`, for an evaluation or a save, out of the speed."""
-        self._pace.leave_out_pause(evaluated)
-
-    def evaluated(
-        self, step: int, scores: Mapping[str, float], scalars: Mapping[str, float] | None = None
-    ) -> float:
-        """Print and log an evaluation, with the step's own `scalars`; returns the loss."""
-        others = [f"  {name} {value:.4f}" for name, value in scores.items() if name != "val/loss"]
-        self.say(f"step {step:,}  validation loss {scores['val/loss']:.4f}{''.join(others)}")
-        self._log.scalars(step, {**(scalars or {}), **scores})
-        return scores["val/loss"]
-
-    def sampled(self, step: int, text: str) -> str:
-        """Log a sampled text, unless it is empty; returns it."""
-        if text:
-            self._log.text(step, "sample", text)
-        return text
-
-    def stopped(self, step: int, signal: str) -> None:
-        """Say that a signal has stopped the run."""
-        self.say(f"{signal}: saved step {step:,}; run the same command again to resume")
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.say(text)
-
-    def close(self) -> None:
-        """Stop updating the bar."""
-        self._console.stop()
 
 
 class Result(NamedTuple):
@@ -117,17 +26,10 @@ class Result(NamedTuple):
     sample: str = ""
 
 
-def task_scalars(scores: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
-    """The figures of evaluation tasks, under their names in the log."""
-    return {
-        f"{task}/{name}": figure.value
-        for task, figures in scores.items()
-        for name, figure in figures.items()
-    }
-
-
-def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> None:
-    """Print the resolved configuration and what follows from it."""
+def print_run(
+    compiled: "Compiled", data: "Data", resumed_step: int | None, saved: Resolved | None
+) -> None:
+    """Print the resolved configuration, what follows from it, and how it differs from `saved`."""
     cfg, need, device = compiled.cfg, compiled.need, compiled.layout.device
     m, o, asked = cfg.model, cfg.optimizer, cfg.asked
     tokens, windows = cfg.tokens_per_step, sum(map(len, data.validation.values()))
@@ -166,6 +68,8 @@ def print_run(compiled: "Compiled", data: "Data", resumed_step: int | None) -> N
         f"{EVENT_FILES} for TensorBoard",
     }
     print_table(f"jaxgpt {asked.preset}", rows)
+    if saved is not None and (changed := changes(cfg, saved)):
+        print(f"Changed since the run was saved: {', '.join(changed.values())}")
 
 
 def _data_rows(cfg: Resolved, data: "Data") -> dict[str, str]:
@@ -195,12 +99,6 @@ def _mesh_prefix(cfg: Resolved) -> str:
     return f"{cfg.mesh.devices} x ({cfg.mesh}) " if cfg.mesh.devices > 1 else ""
 
 
-def print_changes(changes: Sequence[str]) -> None:
-    """Print the settings that have changed since the run was saved."""
-    if changes:
-        print(f"Changed since the run was saved: {', '.join(changes)}")
-
-
 def print_finished(
     cfg: Resolved, prog: str, argv: Sequence[str], best: tuple[int, float] | None, result: Result
 ) -> None:
@@ -218,19 +116,19 @@ def print_finished_before(
     argv: Sequence[str],
     step: int,
     best: tuple[int, float] | None,
-    changes: Sequence[str],
+    without_effect: Iterable[str],
 ) -> None:
     """Print the result of a run that had finished before, and how to continue or start anew.
 
-    `changes` are the settings that were given and differ from the run's.
+    `without_effect` are the changed settings that were given.
     """
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
     if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
     print(f"{cfg.out_dir} is finished: {step:,} steps{_source_end(cfg)}{result}{_best(best)}")
-    if changes:
-        print(f"No step is left to train, so these had no effect: {', '.join(changes)}")
+    if listed := ", ".join(without_effect):
+        print(f"No step is left to train, so these had no effect: {listed}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
 
 
@@ -263,5 +161,7 @@ def _next_commands(cfg: Resolved, prog: str, argv: Sequence[str], step: int) -> 
         ),
     }
     if cfg.asked.vram_gb is None:
-        commands[f"{prog} --preset 24gb"] = "a real model, on a GPU"
+        preset = preset_of_this_machine()
+        where = "for this machine's GPU" if preset else "on a GPU of 24 GB"
+        commands[f"{prog} --preset {preset or '24gb'}"] = f"a real model, {where}"
     return "\n".join(f"  {command}\n      {what}" for command, what in commands.items())

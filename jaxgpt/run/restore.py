@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from orbax.checkpoint import PyTreeCheckpointHandler, RestoreArgs
@@ -20,7 +20,6 @@ from jaxgpt.errors import UserError, device_is_full, first_line
 from jaxgpt.model.blocks import Params
 from jaxgpt.run import retention
 from jaxgpt.run.checkpoint_state import (
-    abstract,
     array_specs,
     differences,
     from_stored,
@@ -28,7 +27,7 @@ from jaxgpt.run.checkpoint_state import (
     with_loss_scale_as,
 )
 from jaxgpt.run.integrity import DamagedError, Manifest
-from jaxgpt.run.orbax_path import OrbaxPath
+from jaxgpt.run.orbax_path import orbax_path
 from jaxgpt.run.processes import is_lost_connection
 from jaxgpt.training.step import TrainState
 
@@ -50,34 +49,27 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names it and the remedy."""
 
 
-class Restored(NamedTuple):
-    """The content of a checkpoint."""
-
-    state: TrainState
-    config: dict[str, Any]  # flat, as `config.flat_values` returns it
-    data: dict[str, Any]  # lengths and fingerprints that identify the run's data
-
-
-def load_state(folder: Path, manifest: Manifest, like: TrainState) -> Restored:
+def load_state(folder: Path, path: Path, manifest: Manifest, like: TrainState) -> TrainState:
     """Read a verified checkpoint into the shapes, dtypes and shardings of `like`.
+
+    `path` leads to `folder`, and Orbax takes it literally.
 
     Raises:
         CheckpointError: if it does not fit `like`, or Orbax cannot read it.
     """
-    target = to_stored(with_loss_scale_as(manifest.arrays, abstract(like)))
+    target = to_stored(with_loss_scale_as(manifest.arrays, like))
     if differing := differences(manifest.arrays, array_specs(target)):
         raise CheckpointError(
             f"checkpoint {folder} is of another model; if the run's config.json was edited, delete "
             f"it: the run then takes its configuration from the checkpoint\n{differing}"
         )
     try:
-        with OrbaxPath(folder.parent, jax.process_count()) as orbax:
-            stored = ocp.load_checkpointables(orbax.path / folder.name, {"state": target})["state"]
+        stored = ocp.load_checkpointables(path, {"state": target})["state"]
     except Exception as error:
         if _is_out_of_memory(error) or is_lost_connection(error):
             raise
         raise _unreadable(folder, _other_versions(manifest, error)) from error
-    return Restored(from_stored(stored, like), manifest.config, manifest.data)
+    return from_stored(stored, like)
 
 
 def load_params(out_dir: Path, step: int, like: Params) -> Params:
@@ -90,8 +82,8 @@ def load_params(out_dir: Path, step: int, like: Params) -> Params:
     """
     folder = (out_dir / retention.FOLDER / str(step)).absolute()
     try:
-        with OrbaxPath(folder.parent) as orbax:
-            params = _load_part(orbax.path / folder.name, {"params": like})["params"]
+        with orbax_path(folder.parent) as path:
+            params = _load_part(path / folder.name, {"params": like})["params"]
         return jax.tree.map(_check_shape, params, like)
     except Exception as error:  # see the top of the file
         if _is_out_of_memory(error):

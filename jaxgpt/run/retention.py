@@ -105,8 +105,8 @@ def remove_failed(folder: Path, step: int) -> None:
                 remove(path)
 
 
-def remove_unfinished(folder: Path) -> list[str]:
-    """Delete the leftovers of killed saves and deletions; returns their names.
+def remove_unfinished(folder: Path) -> None:
+    """Delete the leftovers of killed saves and deletions.
 
     Needs the run's lock. What cannot be deleted, but no longer counts, stays.
 
@@ -121,11 +121,9 @@ def remove_unfinished(folder: Path) -> list[str]:
             f"{missing} is missing, so the checkpoint may be incomplete; copy the whole folder "
             "again, or start a new run with another --out-dir"
         )
-    names = sorted({path.name for path in [*_leftovers(folder), *unfinished]})
     for path in unfinished:
         _set_aside(path)
     remove_leftovers(folder)
-    return names
 
 
 def refuse_other_runs(folder: Path) -> None:
@@ -154,8 +152,8 @@ def newest_intact(
     the run will reach these steps again. Nothing is renamed unless an intact one is found.
 
     Raises:
-        UserError: if none is intact, or, with `strict`, if the newest is not; that of `check`, if
-            it is no DamagedError: the newest then is another run's, as all before it are.
+        UserError: if none is intact, or, with `strict`, if the newest is not. The error of `check`
+            for the newest, if it is no DamagedError and no older one passes: all are another run's.
     """
     damaged: list[tuple[int, UserError]] = []
     for step in reversed(finished_steps(folder)):

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
 from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
 from jaxgpt.data.tokenizer_json import tokenizer_from_files, with_config
-from jaxgpt.errors import UserError, run_command
+from jaxgpt.errors import UserError, make_main
 from jaxgpt.files import user_path
 from jaxgpt.preparation.documents import LongText, ReadOptions
 from jaxgpt.preparation.flags import Inputs, parse_number
@@ -71,11 +70,6 @@ class TokenizerFlags:
         except UserError as error:
             errors.append(str(error))
         return errors
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(PROG, partial(run, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -203,6 +197,8 @@ def compare(tokenizer: Any, held_out: Sequence[str]) -> dict[str, str]:
         "bytes per token": f"{own:.2f} on {decimal(n_bytes)} held out; with GPT-2: {gpt2:.2f}",
     }
 
+
+main = make_main(PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -62,7 +62,7 @@ def measure_text(
         losses_WT = np.asarray(score_step(params, padded_BT1)[0], np.float64)[:W]
         lengths_WT = byte_lengths_V[windows_WT1[:, 1:]]
         means.append(losses_WT.mean(axis=1))
-        nats += losses_WT[lengths_WT > 0].sum()
+        nats += float(losses_WT[lengths_WT > 0].sum())
         byte_count += int(lengths_WT.sum())
         tokens += losses_WT.size
     means_W = np.concatenate(means)

@@ -21,14 +21,12 @@ def group_of(path: str) -> Group:
     return "vector"
 
 
-def is_orthogonalized(path: str) -> bool:
-    """Whether Muon orthogonalizes a parameter: the matrices inside blocks."""
-    return group_of(path) == "matrix"
+def is_vector(path: str) -> bool:
+    """Whether a parameter is a norm or a bias, which is neither decayed nor sharded along `fsdp`.
 
-
-def is_decayed(path: str) -> bool:
-    """Whether weight decay applies to a parameter: to all but norms and biases."""
-    return group_of(path) != "vector"
+    Sharded, it would be too small to be worth a collective.
+    """
+    return group_of(path) == "vector"
 
 
 def peak_rates(cfg: OptimizerConfig) -> dict[Group, float]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxgpt.model.blocks import AllGather
-from jaxgpt.training.step import LocalGradients, StepGradients, on_single_device
+from jaxgpt.training.step import Gradients
 
 
 class Layout:
@@ -37,9 +37,9 @@ class Layout:
         """Arguments of `jax.jit` that place the outputs; None replicates them on every device."""
         return {}
 
-    def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
+    def data_parallel_gradients(self, gradients: Gradients) -> Gradients:
         """`gradients` on each device's rows, averaged over the devices."""
-        return on_single_device(gradients)
+        return gradients
 
     def data_parallel_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(params, tokens_BT1)` on each device's rows; its outputs have an axis B."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.config.optimizer import Optimizer, OptimizerConfig
-from jaxgpt.training.groups import group_of, is_decayed, is_orthogonalized, joined, peak_rates
+from jaxgpt.training.groups import group_of, is_vector, joined, peak_rates
 from jaxgpt.training.muon import MapStack, on_one_device, scale_by_muon
 
 GRAD_NORM = "grad_norm"  # the key in the chain's state of the norm before clipping
@@ -61,7 +61,7 @@ def decay_and_scale(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.Gra
 
         def decayed(path: Any, direction: jax.Array, param: jax.Array) -> jax.Array:
             name = joined(path)
-            if cfg.weight_decay and is_decayed(name):
+            if cfg.weight_decay and not is_vector(name):
                 towards_zero = decay * param
                 if cfg.cautious_weight_decay:  # Chen et al., "Cautious Weight Decay" (2025)
                     towards_zero = jnp.where(direction * param >= 0, towards_zero, 0)
@@ -87,7 +87,7 @@ def scale_by_muon_and_adam(
     return optax.partition(
         {"muon": scale_by_muon(cfg, dtype, map_stack), "adam": scale_by_adam(cfg)},
         lambda params: jax.tree.map_with_path(
-            lambda path, _: "muon" if is_orthogonalized(joined(path)) else "adam", params
+            lambda path, _: "muon" if group_of(joined(path)) == "matrix" else "adam", params
         ),
     )
 
@@ -103,7 +103,7 @@ class OptimizerKind(NamedTuple):
 OPTIMIZERS: dict[Optimizer, OptimizerKind] = {
     "adamw": OptimizerKind(lambda cfg, *_: scale_by_adam(cfg), moments=lambda path: 2),
     "muon": OptimizerKind(
-        scale_by_muon_and_adam, moments=lambda path: 1 if is_orthogonalized(path) else 2
+        scale_by_muon_and_adam, moments=lambda path: 1 if group_of(path) == "matrix" else 2
     ),
 }
 

@@ -16,14 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config.mesh_shape import MeshShape
-from jaxgpt.training.groups import joined
+from jaxgpt.training.groups import is_vector, joined
 from jaxgpt.training.layout import Layout
-from jaxgpt.training.step import Factor, LocalGradients, StepGradients
+from jaxgpt.training.step import Factor, Gradients
 
 AXES = ("data", "fsdp")
-# Last parts of the paths of sharded leaves: matrices and embeddings, along their first axis, in
-# parameters, moments and accumulator. Norms and biases are too small to be worth a collective.
-SHARDED = ("kernel", "embedding")
 # Gradients in one reduce-scatter: enough to keep a link busy, but no more than a few layers'.
 COMBINED_BYTES = 64 * 2**20
 
@@ -36,7 +33,7 @@ def make_layout(devices: Sequence[Any], shape: MeshShape) -> Layout:
 
 
 class MeshLayout(Layout):
-    """Replicated along `data`, sharded along `fsdp`."""
+    """Replicated along `data`, sharded along `fsdp`. `Layout` says what each method is for."""
 
     def __init__(self, devices: Sequence[Any], shape: MeshShape):
         """`devices` are ordered by process, so that each process has adjacent rows."""
@@ -54,15 +51,12 @@ class MeshLayout(Layout):
             self.gpu_options = {threshold: COMBINED_BYTES // shape.fsdp}
 
     def state_shardings(self, state: Any) -> Any:
-        """A sharding for each leaf of a TrainState, or of a part of it, by its path."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs_of(state))
 
     def tokens_sharding(self, leading: int) -> NamedSharding:
-        """The sharding of windows with `leading` axes before the batch axis."""
         return NamedSharding(self.mesh, _rows(leading))
 
     def jit_options(self, out_shardings: Any = None) -> dict[str, Any]:
-        """Arguments of `jax.jit` that place the outputs; None replicates them on every device."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return {
             "out_shardings": jax.tree.map(
@@ -70,7 +64,7 @@ class MeshLayout(Layout):
             )
         }
 
-    def data_parallel_gradients(self, gradients: LocalGradients) -> StepGradients:
+    def data_parallel_gradients(self, gradients: Gradients) -> Gradients:
         """`gradients` on each device's rows, averaged over the devices.
 
         Micro-batch a of device d has index a * count + d, as its rows would have on a single
@@ -78,24 +72,14 @@ class MeshLayout(Layout):
         """
 
         def on_each(
-            params: Any,
-            empty: Any,
-            tokens_ABT1: jax.Array,
-            key: jax.Array,
-            factor: Factor,
+            params: Any, empty: Any, tokens_ABT1: jax.Array, key: jax.Array, factor: Factor
         ) -> Any:
             first_A = jnp.arange(len(tokens_ABT1)) * self.count
             indices_A = first_A + jax.lax.axis_index(AXES)
-            means, loss = gradients(params, empty, tokens_ABT1, indices_A, key, factor)
+            means, loss = gradients(params, empty, tokens_ABT1, key, factor, indices_A)
             return jax.tree.map_with_path(self._all_reduce, means), jax.lax.pmean(loss, AXES)
 
-        def step_gradients(
-            params: Any,
-            empty: Any,
-            tokens_ABT1: jax.Array,
-            key: jax.Array,
-            factor: Factor,
-        ) -> Any:
+        def step_gradients(params: Any, empty: Any, *others: Any) -> Any:
             param_specs, replicated = specs_of(params), PartitionSpec()
             return jax.shard_map(
                 on_each,
@@ -103,18 +87,16 @@ class MeshLayout(Layout):
                 in_specs=(param_specs, specs_of(empty), _rows(1), replicated, replicated),
                 out_specs=(param_specs, replicated),
                 check_vma=False,
-            )(params, empty, tokens_ABT1, key, factor)
+            )(params, empty, *others)
 
         return step_gradients
 
     def _all_reduce(self, path: Any, gradient: jax.Array) -> jax.Array:
         # Along fsdp a sharded gradient has been averaged already, by `all_gather`'s backward pass.
-        scattered = self.shape.fsdp > 1 and is_sharded(joined(path))
+        scattered = self.shape.fsdp > 1 and not is_vector(joined(path))
         return jax.lax.pmean(gradient, "data" if scattered else AXES)
 
     def data_parallel_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(params, tokens_BT1)` on each device's rows; its outputs have an axis B."""
-
         def on_all(params: Any, tokens_BT1: jax.Array) -> Any:
             return jax.shard_map(
                 function,
@@ -148,21 +130,18 @@ class MeshLayout(Layout):
         return jax.make_array_from_callback(shape, sharding, lambda index: read((index or ())[-2]))
 
     def with_sharded_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step(params, tokens_BT1)` for a NumPy batch that every process has in full."""
         return lambda params, tokens_BT1: step(
             params, self.load_batch(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
         )
 
 
-def is_sharded(path: str) -> bool:
-    """Whether a parameter is sharded along `fsdp`, by its path: 'blocks/0/attn/c_attn/kernel'."""
-    return path.rsplit("/", 1)[-1] in SHARDED
-
-
 def specs_of(tree: Any) -> Any:
-    """A PartitionSpec for each leaf, by its path: of parameters, or of moments shaped like them."""
+    """A PartitionSpec for each leaf, by its path: of parameters, or of moments shaped like them.
+
+    Matrices and embeddings are sharded along their first axis (`is_vector`).
+    """
     return jax.tree.map_with_path(
-        lambda path, _: PartitionSpec("fsdp") if is_sharded(joined(path)) else PartitionSpec(), tree
+        lambda path, _: PartitionSpec() if is_vector(joined(path)) else PartitionSpec("fsdp"), tree
     )
 
 
@@ -173,7 +152,7 @@ def all_gather(shards: Any, dtype: Any) -> Any:
     is, so that the sum over devices equals a single device's accumulation.
     """
     return jax.tree.map_with_path(
-        lambda path, leaf: _all_gather(leaf, dtype) if is_sharded(joined(path)) else leaf, shards
+        lambda path, leaf: leaf if is_vector(joined(path)) else _all_gather(leaf, dtype), shards
     )
 
 

@@ -9,7 +9,7 @@ while the loop runs.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,9 @@ TrainStep = Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, ArrayLike], jax.Array]
 ScoreStep = Callable[[Params, ArrayLike], tuple[jax.Array, jax.Array]]
 Factor = jax.Array | None  # of the loss, (), float32; None is 1
-# (params, empty accumulator, tokens_ABT1, indices_A of the micro-batches within the step, key,
-# factor of the loss) -> (mean gradient, mean loss), of the rows on one device, without the factor.
-LocalGradients = Callable[..., tuple[Params, jax.Array]]
-# (params, empty accumulator, tokens_ABT1, key, factor) -> (mean gradient, mean loss), of the whole
-# step.
-StepGradients = Callable[..., tuple[Params, jax.Array]]
+# (params, empty accumulator, tokens_ABT1, key, factor of the loss, indices_A of the micro-batches
+# within the step: 0, 1, ... unless given) -> (mean gradient, mean loss), without the factor.
+Gradients = Callable[..., tuple[Params, jax.Array]]
 
 
 def init_state(
@@ -62,20 +59,9 @@ def init_state(
     return TrainState(step, skipped, params, opt_state, key, empty_history(), loss_scale)
 
 
-def on_single_device(gradients: LocalGradients) -> StepGradients:
-    """`gradients` of a step whose micro-batches all run on one device."""
-
-    def step_gradients(
-        params: Params, empty: Any, tokens_ABT1: jax.Array, key: jax.Array, factor: Factor
-    ) -> Any:
-        return gradients(params, empty, tokens_ABT1, jnp.arange(len(tokens_ABT1)), key, factor)
-
-    return step_gradients
-
-
 def make_gradients(
     graphdef: nnx.GraphDef, accumulator: optax.MultiSteps, all_gather: AllGather | None
-) -> LocalGradients:
+) -> Gradients:
     """Make the function that averages loss and gradients over the micro-batches of one device."""
 
     def loss_fn(params: Params, tokens_BT1: jax.Array, key: jax.Array) -> jax.Array:
@@ -85,10 +71,12 @@ def make_gradients(
         params: Params,
         empty: optax.MultiStepsState,
         tokens_ABT1: jax.Array,
-        indices_A: jax.Array,
         step_key: jax.Array,
         factor: Factor,
+        indices_A: jax.Array | None = None,
     ) -> tuple[Params, jax.Array]:
+        indices_A = jnp.arange(len(tokens_ABT1)) if indices_A is None else indices_A
+
         def add(
             carry: tuple[jax.Array, Params], micro_batch: tuple[jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, Params], jax.Array]:
@@ -116,7 +104,7 @@ def make_train_step(
     schedule: optax.Schedule,
     skip_spikes: float = 0.0,
     all_gather: AllGather | None = None,
-    data_parallel: Callable[[LocalGradients], StepGradients] = on_single_device,
+    data_parallel: Callable[[Gradients], Gradients] = lambda gradients: gradients,
 ) -> TrainStep:
     """Make `train_step(state, tokens_ABT1) -> (state, metrics)`, to be jitted with state donated.
 

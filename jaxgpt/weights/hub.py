@@ -6,9 +6,8 @@ Nothing here imports JAX, so that a wrong name or folder is reported at once.
 import dataclasses
 from pathlib import Path
 
-from jaxgpt.config.architecture import ModelConfig
+from jaxgpt.config.architecture import ModelConfig, padded_vocab_size
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.config.resolved import padded_vocab_size
 from jaxgpt.data.hub import download_repository, is_repository
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import open_tokenizer, recognize_tokenizer

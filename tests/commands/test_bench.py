@@ -12,9 +12,9 @@ from helpers.configs import resolved
 import jaxgpt
 from jaxgpt import bench
 from jaxgpt.config.fields import Config
-from jaxgpt.planning import bench_record as bench_report
 from jaxgpt.planning.gpus import find_gpu
 from jaxgpt.planning.speed import model_flops_per_token
+from jaxgpt.run import bench_record as bench_report
 from jaxgpt.training.layout import Layout
 
 ROOT = Path(jaxgpt.__file__).parents[1]

@@ -175,7 +175,7 @@ def test_an_incomplete_character_waits_and_the_text_ends_at_the_stop() -> None:
         (["--out-dir", "x", "--prompt", "--- a"], ["--out-dir x: no such folder"]),
         (["--out-dir", "x", "--prompt"], ["--prompt needs a value", "--prompt='-- ...'"]),
         (["--prompt", "-hi", "--out-dir", "x"], ["--prompt needs a value", "--prompt='-- ...'"]),
-        (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be from 0"]),
+        (["--out-dir", "x", "--seed", "-1"], ["--seed -1 must be at least 0"]),
         (["--out-dir", "x", "--temperature", "-1"], ["--temperature -1 must be at least 0"]),
         (["--out-dir", "x", "--temperature", "1e39"], ["--temperature 1e+39 must", "float32"]),
         (["--out-dir", "x", "--temperature", "nan"], ["--temperature nan must be at least 0"]),

@@ -183,10 +183,10 @@ def test_a_tilde_means_the_home_folder_wherever_the_shell_left_it(monkeypatch):
     ("gigabytes", "preset"),
     [(80, "80gb"), (47.99, "48gb"), (23.99, "24gb"), (15.99, "16gb"), (11.99, "12gb")],
 )
-def test_no_preset_takes_the_tier_of_the_first_card_found(monkeypatch, gigabytes, preset):
+def test_no_preset_takes_that_of_the_first_card_found(monkeypatch, gigabytes, preset):
     cards = [LocalCard(name=f"card {g}", memory_bytes=int(g * GIB)) for g in (gigabytes, 4)]
     monkeypatch.setattr(local_gpus, "local_cards", lambda: cards)
-    cfg = parse("--n-layer=2", default=local_gpus.tier_of_this_machine)
+    cfg = parse("--n-layer=2", default=local_gpus.preset_of_this_machine)
     assert (cfg.preset, cfg.model.n_layer) == (preset, 2)
 
 

@@ -33,7 +33,7 @@ def mistake(capsys, monkeypatch):
 
 def test_no_preset_and_no_card_lists_the_presets(mistake, monkeypatch):
     monkeypatch.setattr(local_gpus, "local_cards", list)
-    assert local_gpus.tier_of_this_machine() is None
+    assert local_gpus.preset_of_this_machine() is None
     answer = mistake("--n-layer=2")
     assert "--preset NAME" in answer
     assert " ".join(describe_presets().split()) in answer

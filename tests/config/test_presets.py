@@ -14,7 +14,7 @@ COLUMNS = (
     *("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps"),
     *("effective_batch_size", "block_size", "learning_rate", "min_lr", "max_iters", "vram_gb"),
 )
-TIERS = {
+BY_SIZE = {
     "80gb": (12, 12, 768, 64, 8, 512, 1024, 6e-4, 6e-5, 60000, 80),
     "48gb": (12, 12, 672, 32, 16, 512, 1024, 6e-4, 6e-5, 50000, 48),
     "24gb": (10, 10, 640, 32, 16, 512, 1024, 6e-4, 6e-5, 50000, 24),
@@ -46,12 +46,12 @@ def refusal(name: str) -> str:
 # ---------------------------------------------------------------- the presets of the package
 
 
-@pytest.mark.parametrize("name", TIERS)
-def test_a_tier_is_what_its_row_of_the_table_says(name):
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_a_preset_of_a_size_is_what_its_row_of_the_table_says(name):
     values = flat_values(load_preset(name))
     B, effective = values["batch_size"], values["effective_batch_size"]
     values["gradient_accumulation_steps"] = effective // B
-    assert tuple(values[column] for column in COLUMNS) == TIERS[name]
+    assert tuple(values[column] for column in COLUMNS) == BY_SIZE[name]
     assert {key: values[key] for key in ALL_TIERS} == ALL_TIERS
     assert values["preset"] == name
 
@@ -75,14 +75,14 @@ MODERN = (
 )
 
 
-@pytest.mark.parametrize("tier", ["12gb", "16gb", "24gb", "48gb", "80gb"])
-def test_a_tier_has_a_modern_sibling_on_a_fifth_of_its_steps(tier):
-    cfg, modern, base = (load_preset(name) for name in (tier, f"{tier}-modern", "124m-modern"))
+@pytest.mark.parametrize("preset", ["12gb", "16gb", "24gb", "48gb", "80gb"])
+def test_a_preset_of_a_size_has_a_modern_sibling_on_a_fifth_of_its_steps(preset):
+    cfg, modern, base = (load_preset(name) for name in (preset, f"{preset}-modern", "124m-modern"))
     values = flat_values(modern)
     assert {key: values[key] for key in MODERN} == MODERN
     for name in ("n_layer", "n_embd"):
         assert getattr(modern.model, name) == getattr(cfg.model, name)
-    assert modern.model.head_width == (112 if tier == "48gb" else 128)
+    assert modern.model.head_width == (112 if preset == "48gb" else 128)
     assert (modern.vram_gb, modern.max_iters) == (cfg.vram_gb, cfg.max_iters // 5)
     by_width = base.optimizer.scaled((768 / modern.model.n_embd) ** 0.5)
     for name in ("learning_rate", *GROUP_RATES):
@@ -117,7 +117,7 @@ def test_presets_are_listed_largest_card_first_with_true_sizes():
     sized |= {"24gb-350m", "24gb-774m", "24gb-1558m"}
     modern = {f"{name}-modern" for name in ("12gb", "16gb", "24gb", "48gb", "80gb", "124m", "demo")}
     small = {"10gb", *(f"{name}{kind}" for name in ("8gb", "t4") for kind in ("", "-modern"))}
-    assert set(names) == {*TIERS, *sized, *modern, *small, "gpt2-124m", "demo"}
+    assert set(names) == {*BY_SIZE, *sized, *modern, *small, "gpt2-124m", "demo"}
     for name in sized:  # a preset that is named after its size has it
         millions = load_preset(name).model.parameter_count() / 1e6
         assert abs(millions / int(name.rpartition("-")[2][:-1]) - 1) < 0.015
@@ -125,7 +125,7 @@ def test_presets_are_listed_largest_card_first_with_true_sizes():
     lines = {line.split()[0]: line for line in describe_presets().splitlines()}
     assert list(lines) == names
     sizes = {name: line.split()[1] for name, line in lines.items()}
-    assert [sizes[name] for name in TIERS] == [
+    assert [sizes[name] for name in BY_SIZE] == [
         *("124.4M", "99.5M", "82.0M", "124.4M", "51.5M", "30.3M")
     ]
 

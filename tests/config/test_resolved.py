@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from helpers.configs import resolved
 
+from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.config.batch import Batch
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, flat_fields, flat_values
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.mixture import End
 from jaxgpt.config.presets import load_preset, preset_names
-from jaxgpt.config.resolved import Origin, load_config, padded_vocab_size, resolve
+from jaxgpt.config.resolved import Origin, load_config, resolve
 
 GOLDEN = Path(__file__).parent / "config-0.1.json"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from jaxgpt.config.resolved import padded_vocab_size
+from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.data import embedded
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError

@@ -185,7 +185,7 @@ def main(folder: Path) -> None:
         run = runs[now]
         with Checkpoints(folder / saved, keep=1) as checkpoints:
             restored = checkpoints.restore(SAVED_AT, run.training.state_like)
-        _, losses = run.train(restored.state, range(SAVED_AT, STEPS))
+        _, losses = run.train(restored, range(SAVED_AT, STEPS))
         answer["resumed"][f"{saved} to {now}"] = losses
     print(json.dumps(answer))
 

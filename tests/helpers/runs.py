@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxgpt
 from jaxgpt.run.metrics_file import read_metrics
-from jaxgpt.run.orbax_path import OrbaxPath
+from jaxgpt.run.orbax_path import orbax_path
 from jaxgpt.run.retention import finished_steps
 
 ROOT = Path(jaxgpt.__file__).parents[1]
@@ -34,8 +34,8 @@ def last_params(out_dir: Path) -> dict[str, bytes]:
     from orbax.checkpoint import v1 as ocp
 
     newest = finished_steps(out_dir / "checkpoints")[-1]
-    with OrbaxPath((out_dir / "checkpoints").absolute()) as orbax:
-        tree = ocp.load_checkpointables(orbax.path / str(newest))["state"]
+    with orbax_path((out_dir / "checkpoints").absolute()) as path:
+        tree = ocp.load_checkpointables(path / str(newest))["state"]
     tree.pop("key")
     return {
         jax.tree_util.keystr(path): np.asarray(leaf).tobytes()

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxgpt.config.presets import load_preset
-from jaxgpt.planning.gpus import GIB, GPUS, find_gpu, lookup_gpu, tier
+from jaxgpt.planning.gpus import GIB, GPUS, find_gpu, lookup_gpu, preset_of_card
 
 # Dense TFLOP/s with float32 accumulation that NVIDIA publishes: bfloat16, float16 before 8.0.
 PUBLISHED = {
@@ -149,20 +149,20 @@ def test_a_drivers_name_is_the_right_card_or_none(named, key) -> None:
         *(("rtx2070", "8gb"), ("rtx2060", "12gb"), ("gtx1650", "12gb")),
     ],
 )
-def test_a_card_gets_the_tier_of_its_size_although_drivers_report_less(key, name) -> None:
+def test_a_card_gets_the_preset_of_its_size_although_drivers_report_less(key, name) -> None:
     card = find_gpu(key)
-    assert tier(card.memory_bytes, card.compute_capability) == name
+    assert preset_of_card(card.memory_bytes, card.compute_capability) == name
     assert load_preset(name).vram_gb is not None
 
 
-def test_a_tier_begins_a_little_below_its_size() -> None:
+def test_a_preset_of_a_size_begins_a_little_below_its_size() -> None:
     sizes = [80, 79.6, 45, 40, 22.5, 20, 15.99, 11.2, 11, 9.4, 9, 7.96, 7, 0.1]
-    found = [tier(int(gigabytes * GIB), (8, 6)) for gigabytes in sizes]
+    found = [preset_of_card(int(gigabytes * GIB), (8, 6)) for gigabytes in sizes]
     assert found == [
         *("80gb", "80gb", "48gb", "24gb", "24gb", "16gb", "16gb", "12gb", "10gb", "10gb"),
         *("8gb", "8gb", "12gb", "12gb"),
     ]
-    assert tier(16 * GIB, (6, 0)) == "16gb"  # a P100, in float32
+    assert preset_of_card(16 * GIB, (6, 0)) == "16gb"  # a P100, in float32
 
 
 NAMES = {

@@ -62,7 +62,7 @@ def test_without_a_working_driver_there_are_no_cards(monkeypatch, fault) -> None
 
     monkeypatch.setattr(local_gpus.subprocess, "run", run)
     assert local_gpus.local_cards() == []
-    assert local_gpus.tier_of_this_machine() is None
+    assert local_gpus.preset_of_this_machine() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert local_gpus.count_visible_cards() == 2  # a container without nvidia-smi
 
@@ -112,7 +112,7 @@ def test_of_a_card_in_mig_mode_a_program_sees_one_slice(machine, visible, name, 
     assert (card.name, card.memory_bytes) == (name, gigabytes * GIB)
 
 
-@pytest.mark.parametrize(("visible", "tier"), [("0", "24gb"), ("GPU-c", "t4"), ("", None)])
-def test_the_tier_is_the_visible_cards(machine, visible, tier) -> None:
+@pytest.mark.parametrize(("visible", "preset"), [("0", "24gb"), ("GPU-c", "t4"), ("", None)])
+def test_the_preset_is_the_visible_cards(machine, visible, preset) -> None:
     machine(visible=visible)
-    assert local_gpus.tier_of_this_machine() == tier
+    assert local_gpus.preset_of_this_machine() == preset

@@ -20,7 +20,7 @@ from jaxgpt.training.build import compile_eval_step, compile_train_step
 ROOT = Path(jaxgpt.__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_memory.py"))
 ROWS = json.loads(SCRIPT["RESULTS"].read_text())["rows"]
-# Of each preset, the row of the last card in its tier's list.
+# Of each preset, the row of the last card in its list.
 BEST_KNOWN = {row["preset"]: row for row in ROWS if row["list"] == "presets"}
 CFG = resolved(Config(model=TINY), batch_size=2, effective_batch_size=4, max_iters=10)
 
@@ -131,7 +131,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("row", BEST_KNOWN.values(), ids=name)
 def test_presets_still_need_what_was_written_down(row) -> None:
-    device = target.card_device(find_gpu(row["gpu"]))
-    need = memory.compiled_need(SCRIPT["config_from"](row), device)
+    cfg, device = SCRIPT["config_from"](row), target.card_devices(find_gpu(row["gpu"]))[0]
+    need = memory.need_of(cfg, memory.compile_ahead(cfg, device))
     assert need.method == "compiled"
     assert abs(need.peak_bytes / row["peak_bytes"] - 1) < 0.05

@@ -98,7 +98,7 @@ def test_learning_rates_fall_with_size_and_meet_the_rule() -> None:
 
 def test_the_rates_of_a_muon_preset_fall_with_the_square_root_of_the_width() -> None:
     cfg = resolved(load_preset("124m-modern"), n_embd=3072, n_head=24, warmup_iters=7)
-    found, base = speed.at_suggested_rates(cfg), load_preset("124m-modern").optimizer
+    found, base = speed.at_suggested_rates(cfg).optimizer, load_preset("124m-modern").optimizer
     assert (found.learning_rate, found.embedding_lr) == (2.7e-3, 7e-3)
     assert (found.head_lr, found.vector_lr, found.min_lr) == (2e-3, 7.5e-3, 0.0)
     assert (found.warmup_iters, found.beta2) == (7, base.beta2)
@@ -107,6 +107,6 @@ def test_the_rates_of_a_muon_preset_fall_with_the_square_root_of_the_width() -> 
 @pytest.mark.parametrize(("preset", "optimizer"), [("24gb", "muon"), ("24gb-modern", "adamw")])
 def test_other_rates_follow_the_rule_for_the_size(preset: str, optimizer: str) -> None:
     cfg = resolved(load_preset(preset), optimizer=optimizer)
-    found = speed.at_suggested_rates(cfg)
+    found = speed.at_suggested_rates(cfg).optimizer
     assert found.learning_rate == speed.suggested_learning_rate(cfg.model.parameter_count())
     assert found.min_lr == pytest.approx(found.learning_rate / 10)

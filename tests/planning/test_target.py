@@ -21,4 +21,4 @@ def test_every_card_is_described_or_known_to_be_too_old(monkeypatch) -> None:
 def test_without_the_plugin_the_answer_is_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(target, "CUDA_PLUGINS", ("no_such_module",))
     with pytest.raises(target.NoCompilerError, match=r"pip install -e '\.\[plan\]'"):
-        target.card_device(find_gpu("rtx4090"))
+        target.card_devices(find_gpu("rtx4090"))[0]

@@ -42,8 +42,9 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
         assert checkpoints.latest_step == 6
         for step, expected in saved.items():
             restored = checkpoints.restore(step, training.state_like)
-            assert_trees_equal(restored.state, expected)
-            assert (restored.config, restored.data) == ({"a": 1}, {"b": [2]})
+            assert_trees_equal(restored, expected)
+            saved = checkpoints.manifest(step)
+            assert (saved.config, saved.data) == ({"a": 1}, {"b": [2]})
 
 
 def test_a_restored_state_trains_on_bit_for_bit(training, tmp_path) -> None:
@@ -53,7 +54,7 @@ def test_a_restored_state_trains_on_bit_for_bit(training, tmp_path) -> None:
         straight = take_steps(training, state, 3)
         checkpoints.wait()
         restored = checkpoints.restore(3, training.state_like)
-    assert_trees_equal(take_steps(training, restored.state, 3), straight)
+    assert_trees_equal(take_steps(training, restored, 3), straight)
 
 
 def test_the_newest_and_the_best_are_kept_by_two_rules(training, tmp_path) -> None:
@@ -140,7 +141,7 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_checkpoint_before_is_gone_on
             restored = checkpoints.restore(1, training.state_like)
         shutil.rmtree(newest.with_name("2.damaged"))
         shutil.copytree(tmp_path / "good", newest)
-    assert_trees_equal(restored.state, first)
+    assert_trees_equal(restored, first)
 
 
 def test_another_shape_or_dtype_is_named_before_anything_is_read(training, tmp_path) -> None:
@@ -251,7 +252,7 @@ devices = np.array(jax.devices())
 assert len(devices) == 4
 training = build()
 with Checkpoints(Path(sys.argv[1]), keep=9) as checkpoints:
-    one = checkpoints.restore(1, training.state_like).state
+    one = checkpoints.restore(1, training.state_like)
     for count in (4, 2):
         mesh = Mesh(devices[:count], "d")
         def spread(x):
@@ -259,13 +260,13 @@ with Checkpoints(Path(sys.argv[1]), keep=9) as checkpoints:
             spec = PartitionSpec("d") if rows else PartitionSpec()
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         like = jax.tree.map(spread, training.state_like)
-        many = checkpoints.restore(1, like).state
+        many = checkpoints.restore(1, like)
         assert len(many.params["wte"]["embedding"].sharding.device_set) == count
         assert_trees_equal(many, one)
         again = many._replace(step=many.step + count)
         save(checkpoints, again)
         checkpoints.wait()
-        back = checkpoints.restore(1 + count, training.state_like).state
+        back = checkpoints.restore(1 + count, training.state_like)
         assert_trees_equal(back._replace(step=one.step), one)
 """
 

@@ -163,14 +163,6 @@ def test_a_zstandard_entry_that_does_not_decompress_is_removed(home: Path) -> No
     assert sorted(remove_damaged(home)) == names[1:]
 
 
-def test_without_the_zstandard_package_its_entries_are_kept(home: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    truncated = zstandard.ZstdCompressor().compress(b"x" * 1000)[:-3]
-    (home / f"jit_f-{'a' * 64}-cache").write_bytes(truncated)
-    (home / f"jit_f-{'b' * 64}-cache").write_bytes(zlib.compress(b"x" * 1000)[:-3])
-    assert remove_damaged(home) == [f"jit_f-{'b' * 64}-cache"]
-
-
 def add_entry(folder: Path, digit: str, content: bytes = b"x" * 1000) -> Path:
     path = folder / f"jit_f-{digit * 64}-cache"
     path.write_bytes(zlib.compress(content))

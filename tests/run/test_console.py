@@ -2,14 +2,17 @@ import re
 import shlex
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers.configs import parse, resolved
 
 from jaxgpt.config.fields import Config
 from jaxgpt.config.presets import load_preset
-from jaxgpt.run import console, report
-from jaxgpt.run.console import Pace, RunConsole, duration, print_table
+from jaxgpt.run import console, report, reporter
+from jaxgpt.run.console import duration, print_table
+from jaxgpt.run.metrics import NoLog
+from jaxgpt.run.reporter import Pace, Reporter, SkipCounter
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def clock(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: now)
     return turn
 
 
@@ -97,6 +100,15 @@ def test_durations_are_told_in_the_two_units_that_matter(seconds, text):
 
 # ---------------------------------------------------------------- lines and the bar
 
+METRICS = {"loss": 4.56789, "grad_norm": 1.0, "skipped_steps": 0}
+
+
+def make_reporter() -> Reporter:
+    """Of a run of 2,000 steps of 768 tokens, logged every ten."""
+    cfg = resolved(load_preset("demo"), max_iters=2000)
+    device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
+    return Reporter(cfg, device, NoLog(), SkipCounter(0), start=0)
+
 
 def pretend_terminal(monkeypatch) -> None:
     """Have what pytest captures count as a terminal."""
@@ -118,16 +130,16 @@ def test_where_no_bar_can_be_drawn_a_run_prints_plain_lines(clock, capsys, monke
     if "notebook" in where:
         monkeypatch.setenv("JPY_PARENT_PID", "1")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: "terminal" in where)
-    pace = pace_of(clock, 2.0)
-    with RunConsole(0, 2000, 500) as lines:
-        lines.log_line(1, 5.0, Pace(100))
-        lines.step(100, 4.56789, pace)
-        lines.log_line(100, 4.56789, pace)
+    with make_reporter() as lines:
+        lines.log_if_due(10, lines.read(10, METRICS))
+        clock(2)
+        lines.log_if_due(100, lines.read(100, METRICS))
+        lines.log_if_due(101, lines.read(101, METRICS))
         lines.say("step 100  [bold]not markup[/bold]")
     out = capsys.readouterr().out
     assert out.splitlines() == [
-        "step 1/2,000  loss 5.0000",
-        "step 100/2,000  loss 4.5679  50 tokens/s  1:03 h to go",
+        "step 10/2,000  loss 4.5679",
+        "step 100/2,000  loss 4.5679  384 tokens/s  1:03 h to go",
         "step 100  [bold]not markup[/bold]",
     ]
 
@@ -136,16 +148,15 @@ def test_on_a_terminal_a_run_shows_a_bar_with_step_loss_speed_and_time_to_go(
     clock, capsys, monkeypatch
 ):
     pretend_terminal(monkeypatch)
-    pace = pace_of(clock, 2.0)
-    with RunConsole(10, 2000, 500) as bar:
-        assert bar.console.is_terminal
-        bar.log_line(100, 4.5, pace)  # the bar says it already
-        bar.step(100, 4.5, pace)
+    with make_reporter() as bar:
+        bar.read(99, METRICS)
+        clock(2)
+        bar.log_if_due(100, bar.read(100, METRICS))  # the bar says it already
         bar.say("step 100  validation loss 4.4")
     out = plain(capsys.readouterr().out)
     assert "step 100  validation loss 4.4\n" in out
     last = out.strip().splitlines()[-1]
-    for part in ("step 100/2,000", "loss 4.5000", "50 tokens/s", "1:03 h to go"):
+    for part in ("step 100/2,000", "loss 4.5679", "384 tokens/s", "1:03 h to go"):
         assert part in last
 
 
@@ -154,15 +165,15 @@ NAME = "runs/[/x] [red]a[/] :cat:"
 
 def test_names_of_the_users_are_shown_as_they_are(capsys, monkeypatch):
     pretend_terminal(monkeypatch)
-    bar = console.make_bar(RunConsole(0, 1, 1).console, "left")
+    bar = console.make_bar(console.make_console(), "left")
     bar.add_task("", total=1, status=NAME)
     bar.start()
     bar.stop()
     assert NAME in plain(capsys.readouterr().out)
     print_table(NAME, {NAME: NAME})
     assert plain(capsys.readouterr().out).count(NAME) == 3
-    with RunConsole(0, 1, 1) as run_console:
-        run_console.say(NAME)
+    with make_reporter() as lines:
+        lines.say(NAME)
     assert NAME in plain(capsys.readouterr().out)
     with console.waiting(NAME):
         time.sleep(0.2)

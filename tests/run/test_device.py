@@ -24,7 +24,7 @@ from jaxgpt.run.device import (
     prepare_environment,
 )
 
-DEMO, TIER = load_preset("demo"), load_preset("24gb")
+DEMO, FOR_GPU = load_preset("demo"), load_preset("24gb")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_asking_for_a_gpu_stops_without_gpu_support_whatever_the_preset():
 
 @pytest.mark.usefixtures("no_plugin")
 def test_the_way_out_works_and_keeps_jax_on_the_cpu():
-    prepare_environment(on("cpu", TIER))
+    prepare_environment(on("cpu", FOR_GPU))
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
 
@@ -84,7 +84,7 @@ def test_a_preset_for_any_machine_leaves_the_choice_to_jax():
 
 @pytest.mark.usefixtures("plugin")
 def test_most_of_the_cards_memory_is_taken():
-    prepare_environment(TIER)
+    prepare_environment(FOR_GPU)
     assert os.environ["XLA_CLIENT_MEM_FRACTION"] == str(POOL_SHARE)
 
 
@@ -92,7 +92,7 @@ def test_most_of_the_cards_memory_is_taken():
 @pytest.mark.usefixtures("plugin")
 def test_the_users_own_memory_settings_win(monkeypatch, name):
     monkeypatch.setenv(name, "0.5")
-    prepare_environment(TIER)
+    prepare_environment(FOR_GPU)
     assert {setting: os.environ.get(setting) for setting in MEMORY_SETTINGS} == {
         **dict.fromkeys(MEMORY_SETTINGS),
         name: "0.5",
@@ -202,7 +202,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
 
 
-@pytest.mark.parametrize("cfg", [TIER, on("gpu", DEMO)], ids=["tier", "asked for"])
+@pytest.mark.parametrize("cfg", [FOR_GPU, on("gpu", DEMO)], ids=["for a GPU", "asked for"])
 @pytest.mark.usefixtures("no_gpu")
 def test_a_run_that_needs_a_gpu_never_falls_back_to_the_cpu(cfg):
     with pytest.raises(ConfigError) as refused:
@@ -215,15 +215,15 @@ def test_a_run_that_needs_a_gpu_never_falls_back_to_the_cpu(cfg):
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_other_runs_take_what_there_is():
     assert choose_devices(DEMO)[0].platform == "cpu"
-    assert choose_devices(on("cpu", TIER))[0].platform == "cpu"
+    assert choose_devices(on("cpu", FOR_GPU))[0].platform == "cpu"
 
 
 def test_a_gpu_that_is_there_is_taken(monkeypatch):
     found = {"gpu": [SimpleNamespace(platform="gpu")], "cpu": [SimpleNamespace(platform="cpu")]}
     monkeypatch.setattr(jax, "devices", lambda platform="gpu": found[platform])
-    assert choose_devices(TIER)[0].platform == "gpu"
+    assert choose_devices(FOR_GPU)[0].platform == "gpu"
     assert choose_devices(DEMO)[0].platform == "gpu"
-    assert choose_devices(on("cpu", TIER))[0].platform == "cpu"
+    assert choose_devices(on("cpu", FOR_GPU))[0].platform == "cpu"
 
 
 @pytest.mark.parametrize(

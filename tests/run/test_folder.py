@@ -210,7 +210,9 @@ def test_only_stages_that_a_run_has_not_reached_may_change():
     saved = dataclasses.replace(SAVED, asked=asked)
     same = dataclasses.replace(SAVED, asked=with_fields(asked, mixture_at=((40, "a:5,b:5"),)))
     check_stages(same, saved.flat(), 60)
-    assert changes(same, saved) == ["mixture_at [[40, 'a:1,b:1'], [60, 'a']] -> [[40, 'a:5,b:5']]"]
+    assert [*changes(same, saved).values()] == [
+        "mixture_at [[40, 'a:1,b:1'], [60, 'a']] -> [[40, 'a:5,b:5']]"
+    ]
     reordered = dataclasses.replace(SAVED, asked=with_fields(asked, mixture_at=((40, "b:1,a:1"),)))
     for step, cfg in ((61, same), (41, SAVED), (41, reordered)):
         with pytest.raises(ConfigError, match=f"at step {step}, and stages before that cannot"):
@@ -228,8 +230,11 @@ def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
 
 def test_what_has_changed_is_told_with_both_values():
     cfg = resume(with_fields(ASKED, max_iters=200, learning_rate=1e-4, out_dir=Path("moved")))
-    assert changes(SAVED, SAVED) == []
-    assert changes(cfg, SAVED) == ["max_iters 100 -> 200", "learning_rate 0.0006 -> 0.0001"]
+    assert changes(SAVED, SAVED) == {}
+    assert changes(cfg, SAVED) == {
+        "max_iters": "max_iters 100 -> 200",
+        "learning_rate": "learning_rate 0.0006 -> 0.0001",
+    }
 
 
 @pytest.mark.parametrize("name", ["demo", "24gb"])

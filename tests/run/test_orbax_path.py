@@ -9,24 +9,24 @@ from helpers.runs import assert_same_end, train
 
 from jaxgpt import evaluate
 from jaxgpt.errors import UserError
-from jaxgpt.run.orbax_path import OrbaxPath, is_literal
+from jaxgpt.run.orbax_path import is_literal, orbax_path
 
 NAMES = ["lr[1e-3]", "a*b?", "{x}", "100%", "back\\slash", "new\nline", os.fsdecode(b"caf\xe9")]
 
 
 @pytest.mark.parametrize("name", ["runs", "with space", "größe", "a-b_c.d", "lr=3e-4,b=2"])
 def test_ordinary_names_are_used_as_they_are(tmp_path: Path, name: str):
-    with OrbaxPath(tmp_path / name) as orbax:
-        assert orbax.path == tmp_path / name
+    with orbax_path(tmp_path / name) as path:
+        assert path == tmp_path / name
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_special_name_gets_a_link_that_goes_again(tmp_path: Path, name: str):
     (tmp_path / name).mkdir()
-    with OrbaxPath(tmp_path / name) as orbax:
-        assert is_literal(orbax.path)
-        assert orbax.path.samefile(tmp_path / name)
-    assert not orbax.path.parent.exists()
+    with orbax_path(tmp_path / name) as path:
+        assert is_literal(path)
+        assert path.samefile(tmp_path / name)
+    assert not path.parent.exists()
 
 
 def test_a_locale_that_is_not_utf_8_does_not_change_a_name():
@@ -37,8 +37,11 @@ def test_a_locale_that_is_not_utf_8_does_not_change_a_name():
 
 
 def test_several_processes_refuse_a_special_name(tmp_path: Path):
-    with pytest.raises(UserError, match="several processes"):
-        OrbaxPath(tmp_path / "lr[1e-3]", processes=2)
+    with (
+        pytest.raises(UserError, match="several processes"),
+        orbax_path(tmp_path / "lr[1e-3]", processes=2),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("place", ["lr[1e-3]/run", os.fsdecode(b"caf\xe9 [2]")])

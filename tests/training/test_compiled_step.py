@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def program(request) -> str:
     cfg = resolved(Config(model=request.param), "bfloat16", batch_size=B, effective_batch_size=B)
-    return memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+    return memory.compile_ahead(cfg, target.card_devices(H100)[0]).as_text()
 
 
 def made_by(operation: str, program: str) -> list[tuple[str, int]]:
@@ -67,13 +67,13 @@ def test_a_deterministic_step_holds_one_backward_pass_of_attention() -> None:
     """XLA fails to run a deterministic program that holds it twice."""
     asked = Config(model=GPT2, deterministic=True)
     cfg = resolved(asked, "bfloat16", batch_size=B, effective_batch_size=2 * B)
-    program = memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+    program = memory.compile_ahead(cfg, target.card_devices(H100)[0]).as_text()
     assert program.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
 
 
 def test_gpt2s_gelu_and_its_queries_keys_and_values_need_no_pass_of_their_own() -> None:
     cfg = resolved(Config(model=GPT2), "bfloat16", batch_size=B, effective_batch_size=B)
-    program = memory.compile_ahead(cfg, target.card_device(H100)).as_text()
+    program = memory.compile_ahead(cfg, target.card_devices(H100)[0]).as_text()
     assert program.count('"epilogue":"GELU_AUX"') == GPT2.n_layer
     sizes = re.findall(r" = \(bf16\[(\d+),(\d+)\]\S* s8\[\d+\]\S*\) custom-call", program)
     assert sizes.count((str(B * T), str(D))) >= 3 * GPT2.n_layer
@@ -87,6 +87,6 @@ def test_no_array_has_the_scores_of_all_queries_where_flash_attention_is_missing
     T = 1280  # no other axis is as long
     cfg = Config(model=dataclasses.replace(GPT2, block_size=T))
     cfg = resolved(cfg, dtype, batch_size=2, effective_batch_size=2)
-    program = memory.compile_ahead(cfg, target.card_device(find_gpu(card))).as_text()
+    program = memory.compile_ahead(cfg, target.card_devices(find_gpu(card))[0]).as_text()
     shapes = [dims.split(",") for dims in re.findall(r"\w\[([\d,]+)\]", program)]
     assert max(dims.count(str(T)) for dims in shapes) == 1

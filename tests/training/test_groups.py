@@ -7,7 +7,7 @@ from jaxgpt.config.architecture import ModelConfig, parameter_shapes
 from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import load_preset
 from jaxgpt.model.network import init_params
-from jaxgpt.training.groups import group_of, is_decayed, joined, peak_rates
+from jaxgpt.training.groups import group_of, is_vector, joined, peak_rates
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=64)
 GPT2 = {
@@ -58,7 +58,7 @@ def test_the_decayed_tensors_are_those_of_nanogpt(preset: str, decayed, spared) 
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     sizes: dict[bool, list[int]] = {True: [], False: []}
     for path, leaf in jax.tree.leaves_with_path(params):
-        sizes[is_decayed(joined(path))].append(leaf.size)
+        sizes[not is_vector(joined(path))].append(leaf.size)
     assert [(len(group), sum(group)) for group in sizes.values()] == [decayed, spared]
 
 

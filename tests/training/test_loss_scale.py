@@ -102,7 +102,7 @@ def test_a_resumed_run_continues_bit_for_bit_with_its_scale(training, dropout, t
         save(checkpoints, state)
     expected, _ = training.train_step(state, tokens(3))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        restored = checkpoints.restore(3, training.state_like).state
+        restored = checkpoints.restore(3, training.state_like)
     assert numbers(restored.loss_scale)[2] == 3
     assert_trees_equal(training.train_step(restored, tokens(3))[0], expected)
 
@@ -114,7 +114,7 @@ def test_a_run_may_change_its_dtype(before: str, after: str, tmp_path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         save(checkpoints, state)
         checkpoints.wait()
-        restored = checkpoints.restore(1, new.state_like).state
+        restored = checkpoints.restore(1, new.state_like)
     assert_trees_equal(restored.params, state.params)
     assert jax.tree.structure(restored) == jax.tree.structure(new.state_like)
     resumed, metrics = new.train_step(restored, tokens(1))

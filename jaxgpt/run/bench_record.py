@@ -16,32 +16,12 @@ MFU_FORMULA = "nanoGPT's: 6 N + 12 L D T FLOPs a token, on the card's dense half
 
 def describe_run(cfg: Resolved, device: Any) -> dict[str, Any]:
     """The settings of a benchmark: the run, the device, the versions and the date."""
-    m = cfg.model
-    shape = {name: getattr(m, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device.device_kind,
         "platform": device.platform,
         "versions": hardware.versions(),
-        "preset": cfg.asked.preset,
-        "arch": m.arch,
-        "parameters": m.parameter_count(),
-        "padding_parameters": m.padding_parameters,
-        **shape,
-        "vocab_size": m.vocab_size,
-        "bias": m.bias,
-        "dropout": m.dropout,
-        "mesh": str(cfg.mesh) if cfg.mesh.devices > 1 else None,
-        "batch_size": cfg.batch.batch_size,
-        "gradient_accumulation_steps": cfg.batch.accumulation,
-        "batch": str(cfg.batch),
-        "tokens_per_step": cfg.tokens_per_step,
-        "dtype": cfg.dtype,
-        "optimizer": cfg.optimizer.optimizer,
-        "state_dtype": cfg.optimizer.state_dtype,
-        "remat": cfg.remat,
-        "scan_layers": cfg.scan_layers,
-        "deterministic": cfg.asked.deterministic,
+        **cfg.summary(),
     }
 
 

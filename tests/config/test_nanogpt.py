@@ -68,8 +68,8 @@ max_iters = 20
 learning_rate = 3e-5
 decay_lr = False
 """
-TIER_24GB = """
-'''The tier 24gb in nanoGPT's names.'''
+PRESET_24GB = """
+'''The preset 24gb in nanoGPT's names.'''
 dataset = 'fineweb'
 n_layer = n_head = 10
 n_embd = 64 * n_head
@@ -86,7 +86,7 @@ FACTS = {
     GPT2: (50304, 12, 768, 1024, 480, 600000, (6e-4, 6e-5, 2000, 600000)),
     CHARACTERS: (65, 6, 384, 256, 64, 5000, (1e-3, 1e-4, 100, 5000)),
     FINE_TUNING: (50304, 12, 768, 1024, 32, 20, (3e-5, 3e-5, None, None)),
-    TIER_24GB: (50304, 10, 640, 1024, 512, 50000, (6e-4, 6e-5, 2000, 50000)),
+    PRESET_24GB: (50304, 10, 640, 1024, 512, 50000, (6e-4, 6e-5, 2000, 50000)),
 }
 
 
@@ -137,9 +137,12 @@ def test_a_config_file_gives_the_model_the_batch_and_the_schedule_of_nanogpt(con
     )
 
 
-def test_the_24_gb_tier_is_the_same_run_as_a_config_file(config_file):
-    tier, ours = flat_values(load_preset("24gb")), flat_values(load_preset(config_file(TIER_24GB)))
-    assert {name for name in tier if tier[name] != ours[name]} == {
+def test_the_24_gb_preset_is_the_same_run_as_a_config_file(config_file):
+    preset, ours = (
+        flat_values(load_preset("24gb")),
+        flat_values(load_preset(config_file(PRESET_24GB))),
+    )
+    assert {name for name in preset if preset[name] != ours[name]} == {
         *("preset", "vram_gb", "vocab_size", "gelu", "lr_decay_iters")
     }
 

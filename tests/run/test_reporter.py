@@ -1,6 +1,6 @@
 import pytest
 
-from jaxgpt.run.skipped_steps import IN_A_ROW, DivergedError, SkipCounter
+from jaxgpt.run.reporter import IN_A_ROW, DivergedError, SkipCounter
 
 
 def note(counter: SkipCounter, step: int, skipped: int) -> str | None:
