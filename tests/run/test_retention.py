@@ -1,3 +1,4 @@
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_a_manifest_that_links_to_a_missing_file_is_damage_and_no_leftover(tmp_p
     assert newest_intact(tmp_path, verify, told.append, strict=False) == 1
     assert names(tmp_path) == ["1", "2.damaged"]
     assert "integrity.json cannot be read (No such file or directory)" in told[0]
+
+
+def test_what_cannot_be_read_is_neither_unfinished_nor_absent(tmp_path, monkeypatch) -> None:
+    for step in (1, 2):
+        add(tmp_path, step)
+
+    def fails(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.lstat", fails)
+        assert finished_steps(tmp_path) == [1, 2]
+    monkeypatch.setattr("os.listdir", fails)
+    with pytest.raises(PermissionError):
+        finished_steps(tmp_path)
 
 
 def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:
