@@ -7,6 +7,7 @@ that the last good one is never deleted in favour of one that is not on disk yet
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -73,10 +74,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises OSError if fewer than `needed` bytes are free.
+    """Raises OSError if fewer than `needed` bytes are free, or no folder can be made there.
 
-    The write would fail as well, but would leave no space for the metrics.
+    The write would fail as well, but would leave no space for the metrics, and for a folder that it
+    cannot make Orbax waits 20 minutes.
     """
+    tempfile.TemporaryDirectory(suffix=DELETED, dir=folder).cleanup()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
