@@ -164,8 +164,8 @@ def test_what_cannot_be_read_is_neither_unfinished_nor_absent(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("os.lstat", partial(fails, errno.EIO))
         assert finished_steps(tmp_path) == [1, 2]
-    with monkeypatch.context() as patch, pytest.raises(PermissionError):
-        patch.setattr("os.listdir", partial(fails, errno.EACCES))
+    monkeypatch.setattr("os.listdir", partial(fails, errno.EACCES))
+    with pytest.raises(PermissionError):
         finished_steps(tmp_path)
 
 
