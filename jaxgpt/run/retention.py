@@ -7,6 +7,7 @@ that the last good one is never deleted in favour of one that is not on disk yet
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -73,10 +74,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises OSError if fewer than `needed` bytes are free.
+    """Raises OSError if fewer than `needed` bytes are free, or no folder can be made there.
 
-    The write would fail as well, but would leave no space for the metrics.
+    The write would fail as well, but would leave no space for the metrics, and for a folder that it
+    cannot make Orbax waits 20 minutes.
     """
+    tempfile.TemporaryDirectory(suffix=DELETED, dir=folder).cleanup()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
@@ -201,17 +204,31 @@ def _leftovers(folder: Path) -> list[Path]:
     return [
         path
         for pattern in ("*.orbax-checkpoint-tmp*", f"*{DELETED}")
-        for path in folder.glob(pattern)
-        if path.is_dir()
+        for path in _entries(folder)
+        if path.match(pattern) and path.is_dir()
     ]
 
 
+def _entries(folder: Path) -> list[Path]:
+    # A folder that cannot be listed is not an empty one, as `glob` has it.
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _has_manifest(path: Path) -> bool:
-    # A link to a missing file is a damaged manifest, not a save that was killed.
-    return os.path.lexists(path / MANIFEST)
+    # A link to a missing file, or one that cannot be read, is a damaged manifest, not a save that
+    # was killed, which would be deleted.
+    with suppress(OSError):
+        try:
+            os.lstat(path / MANIFEST)
+        except FileNotFoundError:
+            return False
+    return True
 
 
 def _committed(folder: Path) -> list[Path]:
     """Folders that Orbax has renamed from their temporary name to a step, in no order."""
-    named = [p for p in folder.glob("*") if p.name.isdecimal() and p.name == str(int(p.name))]
+    named = [p for p in _entries(folder) if p.name.isdecimal() and p.name == str(int(p.name))]
     return [path for path in named if path.is_dir()]  # not a file of the user's with such a name

@@ -1,5 +1,8 @@
+import errno
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run.integrity import MANIFEST, verify
 from jaxgpt.run.retention import (
     best_step,
+    check_free_space,
     finished_steps,
     newest_intact,
     prune,
@@ -148,6 +152,32 @@ def test_a_manifest_that_links_to_a_missing_file_is_damage_and_no_leftover(tmp_p
     assert newest_intact(tmp_path, verify, told.append, strict=False) == 1
     assert names(tmp_path) == ["1", "2.damaged"]
     assert "integrity.json cannot be read (No such file or directory)" in told[0]
+
+
+def fails(number: int, path: Path, *_: object) -> None:
+    raise OSError(number, os.strerror(number), str(path))
+
+
+def test_what_cannot_be_read_is_neither_unfinished_nor_absent(tmp_path, monkeypatch) -> None:
+    for step in (1, 2):
+        add(tmp_path, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.lstat", partial(fails, errno.EIO))
+        assert finished_steps(tmp_path) == [1, 2]
+    monkeypatch.setattr("os.listdir", partial(fails, errno.EACCES))
+    with pytest.raises(PermissionError):
+        finished_steps(tmp_path)
+
+
+def test_a_folder_that_takes_no_checkpoint_is_known_before_orbax_waits_for_it(
+    tmp_path, monkeypatch
+) -> None:
+    check_free_space(tmp_path, 1)
+    assert names(tmp_path) == []
+    monkeypatch.setattr("os.mkdir", partial(fails, errno.EROFS))
+    with pytest.raises(OSError, match="Read-only"):
+        check_free_space(tmp_path, 1)
 
 
 def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:
