@@ -36,9 +36,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # when `\s+(?!\S)` backtracks over a million, so longer texts are searched for runs of it.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 SPACE_PROBES = 500_000  # characters between two positions that are searched
-WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
-# A cut that the tokenizer confirms: characters searched, cuts tried, characters on each side.
+# Cutting a long text: characters searched first, cuts tried, characters on each side of a cut.
 SEARCHED, CUTS_TRIED, CUT_CONTEXT = 10_000, 100, 100
 # The second for scripts without spaces, the third where newlines belong to the word before them.
 WORD_ENDS = re.compile(r"(?<=\S)(?=\s)|(?<=\w)(?=\W)|(?<=\n)(?=[^\n])")
@@ -85,23 +84,20 @@ class Tokenizer(ABC):
         return np.concatenate([part for text in texts for part in (eot, self.encode(text))])
 
     def cut(self, text: str, start: int, limit: int) -> int:
-        """The last position in (start, limit] where cutting does not change the tokens.
+        """The last end of a word in (start, limit] where cutting does not change the tokens.
 
-        GPT-2's pattern ends a word before every space or newline that follows another character.
-        `limit` itself if there is no such place.
+        That is tried on the characters around it. `limit` itself if there is no such place.
         """
-        word_end = WORD_END.match(text, start, limit)
-        return word_end.end() if word_end else limit
-
-    def checked_cut(self, text: str, start: int, limit: int) -> int:
-        """`cut` for any tokenizer: at an end of a word where it makes a cut itself."""
-        near = max(start, limit - SEARCHED)
-        ends = [match.end() for match in WORD_ENDS.finditer(text, near, limit)]
-        for end in reversed(ends[-CUTS_TRIED:]):
-            left, right = text[max(start, end - CUT_CONTEXT) : end], text[end : end + CUT_CONTEXT]
-            apart = [*self.encode(left), *self.encode(right)]
-            if end > start and apart == self.encode(left + right).tolist():
-                return end
+        for near in dict.fromkeys((max(start, limit - SEARCHED), start)):
+            ends = [match.end() for match in WORD_ENDS.finditer(text, near, limit)]
+            for end in reversed(ends[-CUTS_TRIED:]):
+                left, right = (
+                    text[max(start, end - CUT_CONTEXT) : end],
+                    text[end : end + CUT_CONTEXT],
+                )
+                apart = [*self.encode(left), *self.encode(right)]
+                if end > start and apart == self.encode(left + right).tolist():
+                    return end
         return limit
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -169,11 +165,6 @@ class TiktokenTokenizer(Tokenizer):
             self.bpe.encode_to_numpy(part, disallowed_special=()) for part in _cut_long_spaces(text)
         ]
         return np.concatenate(parts).astype(self.dtype)
-
-    def cut(self, text: str, start: int, limit: int) -> int:
-        # Patterns newer than GPT-2's join a newline to the punctuation before it.
-        is_gpt2s = self.bpe._pat_str == GPT2_PATTERN
-        return (super().cut if is_gpt2s else self.checked_cut)(text, start, limit)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.bpe.decode_bytes([int(id) for id in ids])

@@ -77,11 +77,6 @@ class JsonTokenizer(Tokenizer):
                 raise
             raise UserError(f"tokenizer {self.name!r}: {first_line(error)}; fix it") from None
 
-    def cut(self, text: str, start: int, limit: int) -> int:
-        if self._id_of_character is not None:
-            return limit
-        return self.checked_cut(text, start, limit)
-
     @cached_property
     def pieces(self) -> list[bytes] | None:
         """The bytes of each id; None for a tokenizer whose ids have bytes only in context."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import sha256_of
@@ -31,17 +31,10 @@ PARQUET_COPY = "the Hub has a parquet copy of most data sets: --revision refs/co
 DOWNLOADS = "downloads"  # the folder for files while they are read
 
 
-class Listing(NamedTuple):
-    """The files of one split at one commit."""
-
-    commit: str
-    inputs: list[Input]
-
-
 def list_dataset(
     repo: str, name: str | None, split: str, revision: str | None, say: Callable[[str], object]
-) -> Listing:
-    """The files of a data set's configuration `name`; raises UserError."""
+) -> tuple[str, list[Input]]:
+    """(commit, files) of a split of a data set's configuration `name`; raises UserError."""
     commit = find_commit(repo, revision, say)
     if repo in (*FINEWEB.values(), CLIMBMIX_TOKENS) and name is not None:
         if split != "train":
@@ -50,7 +43,7 @@ def list_dataset(
     else:
         paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit), say)
         found = _request(repo, lambda: _paths_info(repo, paths, commit), say)
-    return Listing(commit, _inputs(found, repo))
+    return commit, _inputs(found, repo)
 
 
 def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -> str:

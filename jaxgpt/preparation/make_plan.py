@@ -37,6 +37,7 @@ from jaxgpt.preparation.work_files import (
     Plan,
     Record,
     Settings,
+    Source,
     nothing_finished,
     refuse_differences,
     with_inputs,
@@ -59,9 +60,34 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
         raise UserError(f"{folder.out}: contains ready-made shards; choose another --out for text")
     # A plan without results may have been a mistake, such as a wrong column, and is replaced.
     old = None if nothing_finished(folder.work) else Plan.load(path)
-    if is_hub_name(flags.inputs):
-        return _plan_for_hub(flags, folder, tokenizer, old, path)
-    _refuse_hub_flags(flags)
+    source: Source
+    if not is_hub_name(flags.inputs):
+        source, inputs = FileSource(), _find_files(flags, folder, old)
+    elif old is None:
+        source, inputs = _list_hub(flags, _hub_source(flags))
+    else:  # it keeps its commit and files, without a request to the Hub
+        source, inputs = _hub_source(flags), old.inputs
+    settings = _settings(flags, folder, tokenizer, old, inputs)
+    if old is None:
+        plan = Plan(source=source, settings=settings, rounds=[inputs])
+    else:
+        refuse_differences(old, source, settings, folder.out)
+        plan = with_inputs(old, inputs, folder.out)
+    if plan != old:
+        plan.save(path)
+    return plan
+
+
+def _find_files(flags: PrepareFlags, folder: OutputFolder, old: Plan | None) -> list[Input]:
+    """The inputs on this machine, and hints about flags that are missing."""
+    given = {"--name": flags.name, "--revision": flags.revision}
+    if flags.split != "train":
+        given["--split"] = flags.split
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"{' and '.join(names)}: only for data sets of the Hub, which {flags.inputs[0]} is "
+            "not; leave them out"
+        )
     val = named_validation(flags, old)
     inputs = find_text(flags.inputs, val)
     if val is None and (unused := unused_split(flags.inputs)):
@@ -72,48 +98,25 @@ def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -
         print(f"{text}: if {EOT_TEXT} ends its documents, give --sample-by '{EOT_TEXT}'")
     if any(folder.out.resolve() in (Path(i.path), Path(i.path).parent) for i in inputs):
         raise UserError(f"{folder.out}: contains the text itself; choose another folder with --out")
-    source, settings = FileSource(), _settings(flags, folder, tokenizer, old, inputs)
-    if old is not None:
-        refuse_differences(old, source, settings, folder.out)
-        plan = with_inputs(old, inputs, folder.out)
-    else:
-        plan = Plan(source=source, settings=settings, rounds=[inputs])
-    return _save_if_new(plan, old, path)
+    return inputs
 
 
-def _plan_for_hub(
-    flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer, old: Plan | None, path: Path
-) -> Plan:
-    """As `make_plan`; a resumed plan keeps its commit, without a request to the Hub."""
-    source = _hub_source(flags)
-    if old is not None:
-        settings = _settings(flags, folder, tokenizer, old, [])
-        refuse_differences(old, source, settings, folder.out)
-        return old
-    listing = list_dataset(
-        source.repo,
-        source.name or None,
-        source.split,
-        flags.revision,
-        lambda text: print(text, flush=True),
-    )
-    settings = _settings(flags, folder, tokenizer, old, listing.inputs)
-    source = msgspec.structs.replace(source, commit=listing.commit)
-    own: list[Input] = []
+def _list_hub(flags: PrepareFlags, source: HubSource) -> tuple[HubSource, list[Input]]:
+    """The source, with its commit, and the files of its split after those of --val."""
+
+    def list_split(split: str, revision: str | None) -> tuple[str, list[Input]]:
+        return list_dataset(source.repo, source.name or None, split, revision, say)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    commit, inputs = list_split(source.split, flags.revision)
     if flags.val is not None:
         if flags.val == source.split:
             raise UserError(f"--val {flags.val}: is the split to train on; name another")
-        own = list_dataset(
-            source.repo, source.name or None, flags.val, listing.commit, print
-        ).inputs
-    inputs = [*(replace(item, split="val") for item in own), *listing.inputs]
-    return _save_if_new(Plan(source=source, settings=settings, rounds=[inputs]), old, path)
-
-
-def _save_if_new(plan: Plan, old: Plan | None, path: Path) -> Plan:
-    if plan != old:
-        plan.save(path)
-    return plan
+        _, own = list_split(flags.val, commit)
+        inputs = [*(replace(item, split="val") for item in own), *inputs]
+    return msgspec.structs.replace(source, commit=commit), inputs
 
 
 def _hub_source(flags: PrepareFlags) -> HubSource:
@@ -212,17 +215,6 @@ def _prefix(flags: PrepareFlags, out: Path) -> str:
         return "edu_fineweb" if flags.inputs[0].endswith("-edu") else "fineweb"
     name = out.resolve().name[:50]  # of 255 bytes, with room for _train_000000.bin.tmp
     return "".join(c if c.isalnum() else "_" for c in name) or "text"
-
-
-def _refuse_hub_flags(flags: PrepareFlags) -> None:
-    given = {"--name": flags.name, "--revision": flags.revision}
-    if flags.split != "train":
-        given["--split"] = flags.split
-    if names := [name for name, value in given.items() if value is not None]:
-        raise UserError(
-            f"{' and '.join(names)}: only for data sets of the Hub, which {flags.inputs[0]} is "
-            "not; leave them out"
-        )
 
 
 def refuse_bad_splits(

@@ -5,7 +5,7 @@ A reader yields batches and never has a complete file in memory.
 
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,6 +35,7 @@ from jaxgpt.preparation.line_readers import (
 )
 
 ROWS = 1024  # documents per batch, 4 MB of web text: overhead is small
+ARROWS = ("parquet", "arrow")  # the kinds that pyarrow reads
 BATCH_BYTES = 1 << 24  # fewer rows if they are long
 
 
@@ -49,7 +50,8 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     }[slice.input.kind]
     try:
         _check_size(slice)
-        yield from read(slice, options)
+        with _named_if_corrupt(slice) if slice.input.kind in ARROWS else nullcontext():
+            yield from read(slice, options)
         _check_size(slice)  # most readers take a cut for the end of the file
     except OSError as error:
         raise UserError(
@@ -128,10 +130,7 @@ def _read_row_groups(source: Any, slice: Slice, options: ReadOptions) -> Iterato
     import pyarrow.parquet as pq
 
     # Without a buffer, a file of one row group would be read into memory completely.
-    with (
-        _named_if_corrupt(slice),
-        pq.ParquetFile(source, buffer_size=CHUNK, pre_buffer=False) as file,
-    ):
+    with pq.ParquetFile(source, buffer_size=CHUNK, pre_buffer=False) as file:
         groups = range(*slice.share_of(file.metadata.num_row_groups))
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
         n_bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
@@ -162,11 +161,6 @@ def _open_saved_dataset(path: str) -> Any:
 def _read_saved_dataset(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     if not slice.input.rows:
         return
-    with _named_if_corrupt(slice):
-        yield from _read_saved_rows(slice, options)
-
-
-def _read_saved_rows(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     dataset = _open_saved_dataset(slice.path)
     columns = _columns(slice, dataset.column_names, options)
     dataset = dataset.select_columns(columns).with_format("arrow")
