@@ -11,7 +11,7 @@ import signal
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -164,6 +164,13 @@ def warn(message: str) -> None:
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, at most `limit` characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
+def first_few(names: Iterable[str]) -> str:
+    """At most eight of the names, shortened, and how many more there are; 'none' if none."""
+    found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
+    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
+    return ", ".join(found[:8]) + more or "none"
 
 
 def device_is_full(error: BaseException) -> bool:

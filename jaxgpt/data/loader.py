@@ -173,7 +173,11 @@ def prefetch(
 
     def work() -> None:
         for step in range(start, stop):
-            future = _make_future(make_batch, step)
+            future: Future[Batch] = Future()
+            try:
+                future.set_result(make_batch(step))
+            except BaseException as error:
+                future.set_exception(error)
             ready.put(future)
             if closed.is_set() or future.exception():
                 return
@@ -190,12 +194,3 @@ def prefetch(
             while True:  # the thread may be waiting to put a batch
                 ready.get_nowait()
         thread.join(JOIN_SECONDS)
-
-
-def _make_future(make_batch: Callable[[int], Batch], step: int) -> Future[Batch]:
-    future: Future[Batch] = Future()
-    try:
-        future.set_result(make_batch(step))
-    except BaseException as error:
-        future.set_exception(error)
-    return future

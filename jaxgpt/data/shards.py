@@ -21,6 +21,7 @@ from jaxgpt.data.token_file import (
     refuse,
     token_dtype,
 )
+from jaxgpt.errors import first_few
 
 # FineWeb 100B has 1,030 shards, and macOS allows 256 open files; opening one again takes 20 us.
 OPEN_AT_ONCE = 100
@@ -253,7 +254,4 @@ def _folder_contents(folder: Path) -> str:
         return "does not exist either"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if not names:
-        return "is empty"
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return "contains " + ", ".join(names[:8]) + more
+    return f"contains {first_few(names)}" if names else "is empty"

@@ -40,11 +40,9 @@ class Cluster:
         return sum(threads.values())
 
     def submit(self, fn: Callable[..., T], /, *args: Any) -> Future[T]:
-        """As `Engine.submit`."""
         return self._executor.submit(fn, *args)
 
     def result(self, future: Future[T]) -> T:
-        """As `Engine.result`."""
         from distributed.scheduler import KilledWorker
 
         try:

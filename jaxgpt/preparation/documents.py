@@ -181,31 +181,21 @@ def _refuse_utf16(head: bytes, path: str) -> None:
         )
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that is read in chunks."""
-    pending: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if others:
-            yield b"".join(pending)
-            yield from others[:-1]
-            pending = others[-1:]
-    if any(pending):
-        yield b"".join(pending)
-
-
 def split_at(separator: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The texts between separators, without the newlines around them."""
-    pending = bytearray()
+    """The texts between separators, such as newlines, in a file that is read in chunks."""
+    pending: list[bytes] = []
+    held = b""  # the beginning of a separator, perhaps
     for chunk in chunks:
-        searched = max(0, len(pending) - len(separator) + 1)
-        pending += chunk
-        while (end := pending.find(separator, searched)) >= 0:
-            yield bytes(pending[:end]).strip(b"\r\n")
-            del pending[: end + len(separator)]
-            searched = 0
-    yield bytes(pending).strip(b"\r\n")
+        *texts, rest = (held + chunk).split(separator)
+        if texts:
+            yield b"".join([*pending, texts[0]])
+            yield from texts[1:]
+            pending = []
+        end = max(0, len(rest) - len(separator) + 1)
+        pending.append(rest[:end])
+        held = rest[end:]
+    if last := b"".join([*pending, held]):
+        yield last
 
 
 def lines_between(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:

@@ -108,7 +108,12 @@ class PrepareFlags:
 
     def errors(self) -> list[str]:
         """A sentence for each error in the flags."""
-        errors = [error for name in COUNTS if (error := self._number_error(name))]
+        errors = []
+        for name in COUNTS:
+            try:
+                self.number_of(name)
+            except UserError as error:
+                errors.append(str(error))
         ways = [name for name in ("val", *VAL_RULES) if getattr(self, name) is not None]
         if len(ways) > 1:
             names = " and ".join(map(as_flag, ways))
@@ -136,13 +141,6 @@ class PrepareFlags:
         if self.tokens is not None:
             errors.append("--tokens belongs to --ready; use --limit-tokens when tokenizing")
         return errors
-
-    def _number_error(self, name: str) -> str | None:
-        try:
-            self.number_of(name)
-        except UserError as error:
-            return str(error)
-        return None
 
     def _inspect_errors(self) -> list[str]:
         errors = []

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,30 @@ DOWNLOADS = "downloads"  # the folder for files while they are read
 
 
 def list_dataset(
-    repo: str, name: str | None, split: str, revision: str | None, say: Callable[[str], object]
+    repo: str, name: str | None, split: str, revision: str | None
 ) -> tuple[str, list[Input]]:
     """(commit, files) of a split of a data set's configuration `name`; raises UserError."""
-    commit = find_commit(repo, revision, say)
+    commit = find_commit(repo, revision)
     if repo in (*FINEWEB.values(), CLIMBMIX_TOKENS) and name is not None:
         if split != "train":
             raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
-        found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit, say)
+        found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit)
     else:
-        paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit), say)
-        found = _request(repo, lambda: _paths_info(repo, paths, commit), say)
+        paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit))
+        found = _request(repo, lambda: _paths_info(repo, paths, commit))
     return commit, _inputs(found, repo)
 
 
-def find_commit(repo: str, revision: str | None, say: Callable[[str], object]) -> str:
+def find_commit(repo: str, revision: str | None) -> str:
     """The commit of a data set's `revision`; raises UserError."""
     from huggingface_hub import HfApi
 
-    info = _request(repo, lambda: HfApi().dataset_info(repo, revision=revision, timeout=20), say)
+    info = _request(repo, lambda: HfApi().dataset_info(repo, revision=revision, timeout=20))
     assert info.sha is not None
     return info.sha
 
 
-def list_files(
-    repo: str, folder: str | None, commit: str, say: Callable[[str], object]
-) -> list[Any]:
+def list_files(repo: str, folder: str | None, commit: str) -> list[Any]:
     """The files in a folder of a data set, with path, size and lfs, sorted; raises UserError."""
     from huggingface_hub import HfApi
 
@@ -65,12 +64,12 @@ def list_files(
         options: dict[str, Any] = {"revision": commit, "repo_type": "dataset"}
         return list(HfApi().list_repo_tree(repo, folder, recursive=True, **options))
 
-    found = _request(repo, tree, say)
+    found = _request(repo, tree)
     return sorted((file for file in found if hasattr(file, "size")), key=lambda file: file.path)
 
 
-def _request(repo: str, request: Callable[[], T], say: Callable[[str], object]) -> T:
-    return retry_request(request, f"data set {repo!r}", say, first=True)
+def _request(repo: str, request: Callable[[], T]) -> T:
+    return retry_request(request, f"data set {repo!r}", partial(print, flush=True), first=True)
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:

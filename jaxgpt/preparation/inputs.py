@@ -248,16 +248,16 @@ def _texts_under(folder: Path) -> Iterator[Path]:
             continue
         walked.add((stat.st_dev, stat.st_ino))
         here = [Path(parent, name) for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in here if not _contains_tokens(path)]
+        folders[:] = [
+            path.name
+            for path in here
+            if not (path / WORK_FOLDER).is_dir() and not token_files(path.glob("*"))
+        ]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         texts = [path for path in paths if is_readable(path.name)]
         if missing := [path for path in texts if not path.exists()]:
             raise UserError(f"{missing[0]}: its target is missing; restore it, or delete this link")
         yield from (path for path in texts if path.is_file())
-
-
-def _contains_tokens(folder: Path) -> bool:
-    return (folder / WORK_FOLDER).is_dir() or bool(token_files(folder.glob("*")))
 
 
 def _unreadable_error(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from jaxgpt.errors import UserError, first_line
+from jaxgpt.errors import UserError, first_few, first_line
 from jaxgpt.preparation.archives import open_input
 from jaxgpt.preparation.documents import (
     PARTS,
@@ -20,7 +20,6 @@ from jaxgpt.preparation.documents import (
     paragraphs,
     read_chunks,
     split_at,
-    split_lines,
     to_document,
     to_ids,
 )
@@ -62,19 +61,12 @@ def check_column(
         )
 
 
-def first_few(names: Iterable[str]) -> str:
-    """At most eight of the names, shortened, for a message."""
-    found = [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
-    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
-    return ", ".join(found[:8]) + more or "none"
-
-
 def read_jsonl(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     with open_input(slice.path) as file:
         if slice.input.divisible:
             lines = lines_between(file, *slice.share_of(slice.input.size))
         else:
-            lines = split_lines(read_chunks(file, slice.path))
+            lines = split_at(b"\n", read_chunks(file, slice.path))
         first = slice.part == 0
         position = slice.share_of(slice.input.size)[0]
         for group in in_groups(lines):
@@ -129,7 +121,7 @@ def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
     """The documents of a column; the first line has the names."""
     csv.field_size_limit(1 << 31)
     with open_input(slice.path) as file:
-        lines = split_lines(read_chunks(file, slice.path))
+        lines = split_at(b"\n", read_chunks(file, slice.path))
         # What is not UTF-8 is found where it is: in a text, or in another column.
         rows = csv.reader(line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
         try:
@@ -157,12 +149,12 @@ def read_text(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
             yield Batch([_file_as_document(chunks, slice.path, options)], slice.size, None)
             return
         if options.sample_by in PARTS:
-            lines, position = split_lines(chunks), 0
+            lines = split_at(b"\n", chunks)
+            lines = paragraphs(lines) if options.sample_by == "paragraph" else lines
         else:
             separator = options.sample_by.encode(errors="surrogateescape")
-            lines, position = split_at(separator, chunks), 0
-        if options.sample_by == "paragraph":
-            lines = paragraphs(lines)
+            lines = (text.strip(b"\r\n") for text in split_at(separator, chunks))
+        position = 0
         for group in in_groups(lines):
             before, position = position, file.tell()
             yield Batch([to_document(text, options) for text in group], position - before, None)

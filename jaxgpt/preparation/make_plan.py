@@ -103,18 +103,12 @@ def _find_files(flags: PrepareFlags, folder: OutputFolder, old: Plan | None) -> 
 
 def _list_hub(flags: PrepareFlags, source: HubSource) -> tuple[HubSource, list[Input]]:
     """The source, with its commit, and the files of its split after those of --val."""
-
-    def list_split(split: str, revision: str | None) -> tuple[str, list[Input]]:
-        return list_dataset(source.repo, source.name or None, split, revision, say)
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    commit, inputs = list_split(source.split, flags.revision)
+    name = source.name or None
+    commit, inputs = list_dataset(source.repo, name, source.split, flags.revision)
     if flags.val is not None:
         if flags.val == source.split:
             raise UserError(f"--val {flags.val}: is the split to train on; name another")
-        _, own = list_split(flags.val, commit)
+        _, own = list_dataset(source.repo, name, flags.val, commit)
         inputs = [*(replace(item, split="val") for item in own), *inputs]
     return msgspec.structs.replace(source, commit=commit), inputs
 

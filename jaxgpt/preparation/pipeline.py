@@ -47,22 +47,17 @@ def prepare_text(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     refuse(list(size_errors(out, assembler.shards, tokenizer.dtype)))
     manifest = load_manifest(out)
     if assembler.finished and manifest is not None:
-        _delete_temporary_files(folder, assembler)
         print(f"{out}: is complete; there is nothing to do")
-        return manifest
-    (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
-    _tokenize(flags, folder, plan, tokenizer, assembler, limit)
-    records = assembler.used_records()
-    refuse_bad_splits(out, plan.settings, assembler.shards, records)
-    manifest = text_manifest(plan, tokenizer, assembler.shards, records)
-    manifest.save(out / MANIFEST)
-    _delete_temporary_files(folder, assembler)
-    return manifest
-
-
-def _delete_temporary_files(folder: OutputFolder, assembler: Assembler) -> None:
+    else:
+        (out / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is complete
+        _tokenize(flags, folder, plan, tokenizer, assembler, limit)
+        records = assembler.used_records()
+        refuse_bad_splits(out, plan.settings, assembler.shards, records)
+        manifest = text_manifest(plan, tokenizer, assembler.shards, records)
+        manifest.save(out / MANIFEST)
     assembler.delete_parts()  # a limit leaves parts and downloads
     shutil.rmtree(folder.work / DOWNLOADS, ignore_errors=True)
+    return manifest
 
 
 def _tokenize(
@@ -73,7 +68,10 @@ def _tokenize(
     assembler: Assembler,
     limit: int | None,
 ) -> None:
-    with _open_engine(flags) as engine:
+    opened: AbstractContextManager[Engine] = (
+        connect(flags.cluster) if flags.cluster else Pool(flags.workers or available_cpus())
+    )
+    with opened as engine:
         workers = engine.workers()
         estimate = estimate_work(plan, tokenizer, limit, workers)
         remaining = max(0, estimate.shard_bytes - tokenizer.dtype.itemsize * assembler.tokens_done)
@@ -91,10 +89,6 @@ def _tokenize(
         with PreparationConsole(estimate.needed_bytes, done_bytes) as console:
             loop = UnitLoop(engine, assembler, plan, folder.work, console, estimate.bytes_per_token)
             loop.run()
-
-
-def _open_engine(flags: PrepareFlags) -> AbstractContextManager[Engine]:
-    return connect(flags.cluster) if flags.cluster else Pool(flags.workers or available_cpus())
 
 
 def available_cpus() -> int:

@@ -1,7 +1,7 @@
 """`--ready`: ready-made shards of GPT-2 tokens of FineWeb, downloaded and checked."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def download_ready(flags: PrepareFlags, folder: OutputFolder) -> Manifest:
     tokens = flags.number_of("tokens")
     repo = ready_repository(flags.inputs[0], flags.name, tokens)
     _refuse_other_source(work, repo, out)
-    commit, files = list_shards(repo, tokens, flags.revision, print)
+    commit, files = list_shards(repo, tokens, flags.revision)
     write_json(work / "ready.json", {"repo": repo})
     tokenizer = load_tokenizer("gpt2")
     shards = _download_missing(repo, commit, files, folder, tokenizer)
@@ -103,16 +103,14 @@ def ready_repository(dataset: str, name: str | None, tokens: int | None) -> str:
     return READY[dataset, name]
 
 
-def list_shards(
-    repo: str, tokens: int | None, revision: str | None, say: Callable[[str], object]
-) -> tuple[str, list[Any]]:
+def list_shards(repo: str, tokens: int | None, revision: str | None) -> tuple[str, list[Any]]:
     """(commit, files) with at least `tokens` training tokens, validation first.
 
     Raises UserError.
     """
     what = f"data set {repo!r}"
-    commit = find_commit(repo, revision, say)
-    shards = [f for f in list_files(repo, None, commit, say) if f.path.endswith(".bin")]
+    commit = find_commit(repo, revision)
+    shards = [f for f in list_files(repo, None, commit) if f.path.endswith(".bin")]
     val = [f for f in shards if split_of(Path(f.path)) == "val"]
     train = [f for f in shards if split_of(Path(f.path)) == "train"]
     if not val or not train:
@@ -127,7 +125,7 @@ def list_shards(
         needed.append(file)
         total += (file.size - HEADER_BYTES) // 2
     if tokens is not None and total < tokens:
-        say(f"{what}: has only {total:,} training tokens, not {tokens:,}")
+        print(f"{what}: has only {total:,} training tokens, not {tokens:,}")
     return commit, [*val, *needed]
 
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from jaxgpt.data.tokenizer import EOT_TEXT
-from jaxgpt.errors import UserError, first_line
+from jaxgpt.errors import UserError, first_few, first_line
 from jaxgpt.preparation.archives import archive_of, open_input, size_of
 from jaxgpt.preparation.documents import (
     CHUNK,
@@ -27,7 +27,6 @@ from jaxgpt.preparation.documents import (
 from jaxgpt.preparation.inputs import Input, Slice
 from jaxgpt.preparation.line_readers import (
     check_column,
-    first_few,
     read_csv,
     read_jsonl,
     read_text,

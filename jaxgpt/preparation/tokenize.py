@@ -143,13 +143,14 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> Record:
             parts["train"].move_end(s.val_fraction, parts["val"])
         for part in parts.values():
             part.write()
+    known = [count for count in token_counts if count is not None]
     return Record(
         number=job.number,
         tokens={stream: part.tokens for stream, part in parts.items()},
         documents=counts.pop("documents", 0),
         skipped=dict(sorted(counts.items())),
         examples=examples,
-        token_count=_sum_if_all_known(token_counts),
+        token_count=sum(known) if known and len(known) == len(token_counts) else None,
         bytes=sum(slice.size for slice in job.unit),
     )
 
@@ -182,11 +183,6 @@ def _stream_of(document: Text, slice: Slice, s: Settings) -> str:
     if s.val_at_end:
         return "train"  # until the unit is complete
     return "val" if fraction_of(document) < s.val_fraction else "train"
-
-
-def _sum_if_all_known(counts: list[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known and len(known) == len(counts) else None
 
 
 def iterate_tokens(

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -87,11 +88,7 @@ class Plan:
 
     def round_ends(self) -> list[int]:
         """After how many units each round ends."""
-        ends, total = [], 0
-        for units in self._rounds_of_units():
-            total += len(units)
-            ends.append(total)
-        return ends
+        return [*accumulate(len(units) for units in self._rounds_of_units())]
 
     def _rounds_of_units(self) -> list[list[Unit]]:
         return [work_units(inputs, self.settings.unit_bytes) for inputs in self.rounds]

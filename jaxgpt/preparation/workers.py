@@ -70,7 +70,6 @@ class Pool(Executor):
         resource_tracker.ensure_running()
 
     def workers(self) -> int:
-        """The number of processes."""
         return self._workers
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -87,7 +86,6 @@ class Pool(Executor):
                     pool = None
 
     def result(self, future: Future[T]) -> T:
-        """As `Engine.result`."""
         try:
             return future.result()
         except BrokenProcessPool:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_few
 from jaxgpt.files import FormatError, decode_json, open_file, read_file
 from jaxgpt.weights import gpt2, llama
 from jaxgpt.weights.deploy import (
@@ -213,7 +213,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     found = sorted(path.name for path in folder.iterdir())
     raise FolderError(
-        f"{folder} has no {WEIGHTS_FILE} (it has {', '.join(found[:8])}); to convert a "
+        f"{folder} has no {WEIGHTS_FILE} (it has {first_few(found)}); to convert a "
         "pytorch_model.bin, load it with transformers and call save_pretrained"
     )
 

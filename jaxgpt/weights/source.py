@@ -17,7 +17,7 @@ from jaxgpt.config.fields import Config, Device, Dtype
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved, choose_dtype, load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import warn
+from jaxgpt.errors import first_few, warn
 from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -105,11 +105,18 @@ def open_weights(flags: WeightsFlags) -> Weights:
         raise ConfigError(f"--init-from {flags.init_from}: no such folder{runs}")
     folder = find_folder(flags.init_from)
     model, tokenizer = read_folder(folder)
+
+    def load(device: Any) -> Any:
+        import jax
+
+        # A copy, never an alias of host memory, because a training step donates its parameters.
+        return jax.device_put(huggingface.load_params(folder, model), device, may_alias=False)
+
     return Weights(
         name=flags.init_from,
         model=model,
         tokenizer=tokenizer,
-        load=lambda device: _copy_to(device, huggingface.load_params(folder, model)),
+        load=load,
     )
 
 
@@ -185,7 +192,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
 def _runs_beside(folder: Path) -> str:
     """The end of a message about a run that is not there: the runs beside it, if there are any."""
     near = sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
-    return f"; runs beside it: {', '.join(near[:8])}" if near else ""
+    return f"; runs beside it: {first_few(near)}" if near else ""
 
 
 def _choose_step(out_dir: Path, which: str, losses: dict[int, float]) -> int:
@@ -221,10 +228,3 @@ def _named_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, f
     if which not in saved:
         raise ConfigError(f"--checkpoint {which}: {out_dir} has no such checkpoint; {listed}")
     return saved[which]
-
-
-def _copy_to(device: Any, params: Any) -> Any:
-    import jax
-
-    # A copy, never an alias of host memory, because a training step donates its parameters.
-    return jax.device_put(params, device, may_alias=False)
