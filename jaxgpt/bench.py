@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxgpt.config.checks import bad_counts
+from jaxgpt.config.checks import bad_amounts, bad_counts
 from jaxgpt.config.command_line import RunFlags, parse_run
 from jaxgpt.config.fields import Config
 from jaxgpt.config.flag_types import PathIfSet
@@ -82,9 +82,7 @@ def run(argv: Sequence[str]) -> int:
 
 def errors_of(asked: Config, flags: BenchFlags) -> list[str]:
     """A sentence for each error in the command's own flags."""
-    errors = bad_counts(flags, "windows")
-    if not 0 < flags.window_seconds < math.inf:
-        errors.append(f"window_seconds {flags.window_seconds:g} must be finite and above 0")
+    errors = bad_counts(flags, "windows") + bad_amounts(flags, "window_seconds", zero=False)
     if asked.init_from is not None:
         errors.append(
             f"init_from {asked.init_from}: speed does not depend on the weights; give their "

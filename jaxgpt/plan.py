@@ -7,14 +7,13 @@ run folders are read.
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.config.checks import ConfigError, as_flag
+from jaxgpt.config.checks import ConfigError, as_flag, bad_amounts
 from jaxgpt.config.command_line import RunFlags, given_flags, parse_run
-from jaxgpt.config.fields import Config, flat_fields, names_with
+from jaxgpt.config.fields import CHOICES, Config, flat_fields, names_with
 from jaxgpt.config.flag_types import FloatIfSet, IntIfSet, TextIfSet
 from jaxgpt.config.mesh_shape import MeshShape, parse_mesh
 from jaxgpt.config.roles import Role
@@ -102,7 +101,7 @@ def _answer(
     if set(given) - own or flags.fit or planner.mesh.devices > 1:
         free = asked.open_choices
         if flags.fit:
-            free |= {"batch_size", "remat"} - set(given)
+            free |= CHOICES - set(given)
         return planner.one(cfg, free), tables.print_one
     from jaxgpt.planning.overview import overview
 
@@ -113,8 +112,8 @@ def _check_hours(flags: PlanFlags, given: Collection[str], mesh: MeshShape) -> N
     """Raises ConfigError for flags that cannot be given with --hours."""
     if flags.hours is None:
         return
-    if not 0 < flags.hours < math.inf:
-        raise ConfigError(f"hours {flags.hours:g} must be finite and above 0")
+    if errors := bad_amounts(flags, "hours", zero=False):
+        raise ConfigError(errors[0])
     if chosen := sorted({*names_with(Role.PLANNED), "fit"} & set(given)):
         names = ", ".join(as_flag(name) for name in chosen)
         raise ConfigError(f"--hours chooses {names} itself; leave out one or the other")

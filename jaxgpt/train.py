@@ -89,8 +89,8 @@ def run(argv: Sequence[str]) -> int:
         resumed_step = folder.find_checkpoint(cfg, data.identity, checkpoints, tell)
         if resumed_step is not None and resumed_step >= cfg.max_iters:
             changes = folder.changes(cfg, origin.saved) if origin.saved else {}
-            useless = [changes[name] for name in changes if name in given - asked.open_choices]
-            report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best, useless)
+            no_effect = [changes[name] for name in changes if name in given - asked.open_choices]
+            report.print_finished_before(cfg, PROG, argv, resumed_step, checkpoints.best, no_effect)
             return 0
         compiled = stack.enter_context(compile_to_fit(cfg, asked.open_choices, layout, processes))
         note_new_entries()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from tyro.conf import Suppress
 
 from jaxgpt.config.batch import nearest_multiple
-from jaxgpt.config.checks import bad_counts, bad_shares
+from jaxgpt.config.checks import bad_amounts, bad_counts, bad_shares
 from jaxgpt.config.flag_types import IntIfSet, TrueOrFalse
 from jaxgpt.config.roles import Role
 
@@ -94,9 +94,7 @@ class ModelConfig:
         errors = bad_counts(self, "n_layer", "n_head", "n_embd", "block_size")
         errors += self._misplaced() or bad_counts(self, "n_kv_head", "head_dim", "mlp_width")
         errors = errors or self._bad_heads()
-        for name in ("rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                errors.append(f"{name} {getattr(self, name):g} must be finite and above 0")
+        errors += bad_amounts(self, "rope_theta", "norm_eps", zero=False)
         if self.embedding_norm and self.tied_head:
             errors.append("embedding_norm needs an untied head: set tied_head to False")
         errors += bad_shares(self, "dropout")

@@ -31,13 +31,13 @@ def bad_counts(
     ]
 
 
-def bad_amounts(section: Any, *names: str) -> list[str]:
-    """A sentence for each number that is negative or not finite."""
+def bad_amounts(section: Any, *names: str, zero: bool = True) -> list[str]:
+    """A sentence for each number that is negative or not finite, or 0 unless `zero` is allowed."""
     values = {name: getattr(section, name) for name in names}
     return [
-        f"{name} {value:g} must be finite and at least 0"
+        f"{name} {value:g} must be finite and {'at least' if zero else 'above'} 0"
         for name, value in values.items()
-        if not 0 <= value < math.inf
+        if value is not None and not (0 <= value < math.inf and (zero or value))
     ]
 
 

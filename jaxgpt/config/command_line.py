@@ -7,6 +7,7 @@ suggests and prints `--help`; this module adds answers to flags that other progr
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -211,10 +212,8 @@ def _empty_values(flags: Mapping[str, str | None]) -> list[str]:
 
 def _cut_off_prompts(argv: Sequence[str]) -> list[str]:
     """A sentence if a prompt begins with a hyphen and is one word, and so looks like a flag."""
-    cut_off = any(
-        words[0] == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value or "--")
-        for words, _, value in _arguments(argv)
-    )
+    pairs = zip_longest(argv, argv[1:], fillvalue="--")
+    cut_off = any(arg == "--prompt" and re.fullmatch(r"-[^\d\s]\S*", value) for arg, value in pairs)
     answer = "--prompt needs a value; if that begins with a hyphen: --prompt='-- ...'"
     return [answer] if cut_off else []
 

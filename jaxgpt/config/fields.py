@@ -8,7 +8,6 @@ nanoGPT's.
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +30,7 @@ Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer", "tasks")
 DEFAULT_BATCH_SIZE = 32
+CHOICES = frozenset({"batch_size", "remat"})  # fields that the available memory can choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,12 +150,9 @@ class Config:
             # Training waits for the text, which the first Ctrl-C does not end.
             *bad_counts(self, "sample_tokens", least=0, most=100_000),
             *bad_amounts(self, "skip_spikes"),
+            *bad_amounts(self, "checkpoint_minutes", zero=False),
             *self._batch_errors(),
         ]
-        if not 0 < self.checkpoint_minutes < math.inf:
-            errors.append(
-                f"checkpoint_minutes {self.checkpoint_minutes:g} must be finite and above 0"
-            )
         errors += [
             f"{name} {str(path)!r} contains a NUL byte, which no file system allows"
             for name, path in {"out_dir": self.out_dir, "data_dir": self.data_dir}.items()
@@ -214,8 +211,8 @@ class Config:
 
     @property
     def open_choices(self) -> frozenset[str]:
-        """Which of batch_size and remat are chosen by the available memory."""
-        return frozenset(name for name in ("batch_size", "remat") if getattr(self, name) == "auto")
+        """Which of CHOICES are left to the available memory."""
+        return frozenset(name for name in CHOICES if getattr(self, name) == "auto")
 
     @property
     def tokens_per_step(self) -> int:

@@ -91,11 +91,7 @@ class OptimizerConfig:
         return errors
 
     def _rate_errors(self) -> list[str]:
-        errors = []
-        for name in ("learning_rate", *GROUP_RATES):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                errors.append(f"{name} {rate:g} must be finite and above 0")
+        errors = bad_amounts(self, "learning_rate", *GROUP_RATES, zero=False)
         peak, end = self.learning_rate, self.min_lr
         if not errors and self.decay_lr and peak < end < math.inf:
             errors.append(

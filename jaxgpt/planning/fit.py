@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from jaxgpt.config.batch import batch_sizes
+from jaxgpt.config.fields import CHOICES
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.model.remat import REMATS
 from jaxgpt.planning.gpus import GIB
 from jaxgpt.planning.memory import ESTIMATE_ERROR, RESERVE_BYTES, Need, estimate
 from jaxgpt.planning.speed import relative_step_time
 
-CHOICES = frozenset({"batch_size", "remat"})  # fields that can be chosen by the available memory
 # GPT-2's own sizes and steps between and beyond them: (n_layer, n_head, n_embd), heads of 64. A
 # network whose heads may have any width has half as many, of 128.
 SHAPES = (

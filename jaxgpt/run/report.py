@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxgpt.config.command_line import without_flags
@@ -116,19 +116,19 @@ def print_finished_before(
     argv: Sequence[str],
     step: int,
     best: tuple[int, float] | None,
-    without_effect: Iterable[str],
+    no_effect: Sequence[str],
 ) -> None:
     """Print the result of a run that had finished before, and how to continue or start anew.
 
-    `without_effect` are the changed settings that were given.
+    `no_effect` are the changes that were asked for, for which no step is left.
     """
     records = [r for r in read_metrics(cfg.out_dir / METRICS_FILE) if "val/loss" in r]
     result = f", validation loss {records[-1]['val/loss']:.4f}" if records else ""
     if records and records[-1]["step"] != step:  # stopped at that step, which was not evaluated
         result += f" at step {records[-1]['step']:,}"
     print(f"{cfg.out_dir} is finished: {step:,} steps{_source_end(cfg)}{result}{_best(best)}")
-    if listed := ", ".join(without_effect):
-        print(f"No step is left to train, so these had no effect: {listed}")
+    if no_effect:
+        print(f"No step is left to train, so these had no effect: {', '.join(no_effect)}")
     print(f"Next:\n{_next_commands(cfg, prog, argv, step)}")
 
 

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,8 @@ from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.folder import CONFIG_FILE
-from jaxgpt.run.integrity import DamagedError, verify
-from jaxgpt.run.metrics_file import METRICS_FILE, read_metrics
-from jaxgpt.run.retention import FOLDER, finished_steps, newest_intact
+from jaxgpt.run.integrity import DamagedError, read_manifest, verify
+from jaxgpt.run.retention import FOLDER, best_step, finished_steps, newest_intact
 from jaxgpt.weights import huggingface
 from jaxgpt.weights.hub import find_folder, read_folder
 
@@ -66,7 +64,7 @@ class Weights:
     load: Callable[[Any], Any]  # jax.Device -> Params on that device; imports JAX
     run: Resolved | None = None  # the configuration, if the model is a run's
     step: int | None = None  # of the checkpoint, if the model is a run's
-    val_loss: float | None = None  # logged by the run at that step
+    val_loss: float | None = None  # at that step, if the run evaluated there
 
     def with_context(self, block_size: int) -> "Weights":
         """The same weights with a shorter context.
@@ -158,12 +156,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
             f"and evaluate with --init-from {out_dir}"
         )
     cfg = load_config(out_dir / CONFIG_FILE)
-    losses = {
-        record["step"]: record["val/loss"]
-        for record in read_metrics(out_dir / METRICS_FILE)
-        if math.isfinite(record.get("val/loss", math.nan))
-    }
-    step = _choose_step(out_dir, which, losses)
+    step = _choose_step(out_dir, which)
 
     def load(device: Any) -> Any:
         import jax
@@ -185,7 +178,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         load=load,
         run=cfg,
         step=step,
-        val_loss=losses.get(step),
+        val_loss=read_manifest(out_dir / FOLDER / str(step)).val_loss,
     )
 
 
@@ -195,13 +188,13 @@ def _runs_beside(folder: Path) -> str:
     return f"; runs beside it: {first_few(near)}" if near else ""
 
 
-def _choose_step(out_dir: Path, which: str, losses: dict[int, float]) -> int:
+def _choose_step(out_dir: Path, which: str) -> int:
     """The step of the checkpoint to use, verified; only for `latest` may it be an older one."""
     folder = out_dir / FOLDER
     step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
     if step is not None:
         return step
-    step = _named_step(out_dir, which, finished_steps(folder), losses)
+    step = _named_step(out_dir, which)
     try:
         verify(folder / str(step))
     except DamagedError as error:
@@ -211,20 +204,20 @@ def _choose_step(out_dir: Path, which: str, losses: dict[int, float]) -> int:
     return step
 
 
-def _named_step(out_dir: Path, which: str, steps: list[int], losses: dict[int, float]) -> int:
-    if not steps:
+def _named_step(out_dir: Path, which: str) -> int:
+    saved = {str(step): step for step in finished_steps(out_dir / FOLDER)}
+    if not saved:
         raise ConfigError(
             f"{out_dir} has no checkpoint yet; run its python -m jaxgpt.train command again"
         )
-    saved = {str(step): step for step in steps}
     listed = f"it has checkpoints of steps {', '.join(saved)}"
     if which == "best":
-        scored = [(losses[step], step) for step in steps if step in losses]
-        if not scored:
+        best = best_step(out_dir / FOLDER)
+        if best is None:
             raise ConfigError(
-                f"--checkpoint best: {out_dir} logged no validation loss at a checkpoint; {listed}"
+                f"--checkpoint best: {out_dir} has no checkpoint with a validation loss; {listed}"
             )
-        return min(scored)[1]
+        return best[0]
     if which not in saved:
         raise ConfigError(f"--checkpoint {which}: {out_dir} has no such checkpoint; {listed}")
     return saved[which]

@@ -7,6 +7,7 @@ import pytest
 from helpers.checkpoints import sign
 
 from jaxgpt.config.checks import ConfigError
+from jaxgpt.config.resolved import Resolved, load_config
 from jaxgpt.run.metrics_file import read_metrics
 from jaxgpt.run.restore import CheckpointError
 from jaxgpt.weights.source import WeightsFlags, open_weights
@@ -30,13 +31,11 @@ def test_a_checkpoint_is_chosen_by_step_or_by_its_loss(tiny_run: Path) -> None:
 
 
 def test_the_best_checkpoint_need_not_be_the_latest(tiny_run: Path, tmp_path: Path) -> None:
-    for step in (4, 8):
+    for step, loss in ((4, 2.0), (8, None)):
         folder = tmp_path / "checkpoints" / str(step)
         folder.mkdir(parents=True)
-        sign(folder)
+        sign(folder, loss)
     (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
-    lines = [{"step": s, "val/loss": loss} for s, loss in ((0, 1.0), (4, 2.0), (8, None))]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert open_weights(WeightsFlags(out_dir=tmp_path, checkpoint="best")).step == 4
     assert open_weights(WeightsFlags(out_dir=tmp_path)).step == 8
 
@@ -76,10 +75,11 @@ def test_a_checkpoint_or_a_run_deleted_meanwhile_is_named_as_such(tiny_run, tmp_
     with pytest.raises(CheckpointError, match=r"checkpoints/8 has been deleted since .* run it"):
         weights.load(jax.devices("cpu")[0])
 
-    def read_while_deleted(path: Path) -> list:
+    def load_and_delete(path: Path) -> Resolved:
+        cfg = load_config(path)
         shutil.rmtree(run)
-        return read_metrics(path)
+        return cfg
 
-    monkeypatch.setattr("jaxgpt.weights.source.read_metrics", read_while_deleted)
+    monkeypatch.setattr("jaxgpt.weights.source.load_config", load_and_delete)
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         open_weights(WeightsFlags(out_dir=run))
