@@ -84,8 +84,8 @@ def read_file(path: Path) -> bytes:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder with its contents, or only the link if `path` is one. Raises OSError."""
-    if path.is_symlink():
+    """Delete a file, a folder with its contents, or only the link if it is one. Raises OSError."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path)

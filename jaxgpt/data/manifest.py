@@ -190,8 +190,8 @@ def unfinished_error(data_dir: Path) -> str | None:
         )
     if any((data_dir / WORK_FOLDER).rglob("*.json")):
         return (
-            f"{data_dir}: is not finished; run its {PREPARE} command again to resume, or delete "
-            f"{data_dir / WORK_FOLDER} to train on the shards that are there"
+            f"{data_dir}: is not finished; unless it is running, run its {PREPARE} command again "
+            f"to resume, or delete {data_dir / WORK_FOLDER} to train on the shards that are there"
         )
     return None
 

@@ -12,7 +12,9 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +28,7 @@ from jaxgpt.files import decode_json, delete, read_file, user_path, write_json
 FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting, kept if the user has set it
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"  # JAX's own limit
+LEAST_FREE = 2**25  # bytes on its disk; the program of a step takes a few MB
 LARGEST = 2**29  # bytes; of more, those that were written first are removed
 # JAX's suffixes of an entry, and of the file with its last use. JAX 0.10 stores nothing more if the
 # latter is missing, and where the user has no name (in containers) if MAX_SIZE is set.
@@ -55,6 +58,9 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
             warn(f"{folder} {reason}; without a cache every start compiles again")
             return
         remove_damaged(folder)
+        if shutil.disk_usage(folder).free < LEAST_FREE:
+            warn(f"{folder}: the disk is full, so what is compiled now is not kept")
+            warnings.filterwarnings("ignore", "Error writing persistent comp")  # for each program
         if not named:
             remove_oldest(folder)
     except (OSError, UserError, UnicodeError) as error:

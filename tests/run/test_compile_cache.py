@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -138,6 +139,19 @@ def test_a_folder_that_cannot_be_made_is_said_and_done_without(home: Path, monke
     prepare_compile_cache(said.append)
     assert compile_cache.FOLDER not in os.environ
     assert "every start compiles again" in said[0]
+
+
+def test_a_full_disk_is_said_once_not_for_each_program(home: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compile_cache, "LEAST_FREE", 2**62)
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        prepare_compile_cache(said.append)
+        warnings.warn(
+            "Error writing persistent compilation cache entry for 'jit_step'", stacklevel=1
+        )
+    assert [line for line in said if "the disk is full" in line] == said
+    assert warned == []
+    assert compile_cache.FOLDER in os.environ  # what is there is used
 
 
 def test_the_users_settings_stand(home: Path, monkeypatch) -> None:

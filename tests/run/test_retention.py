@@ -89,6 +89,14 @@ def test_what_killed_saves_and_deletions_left_is_removed(tmp_path: Path) -> None
     assert names(tmp_path) == ["10", "15.damaged", "notes.txt"]
 
 
+def test_a_file_with_the_name_of_a_leftover_stops_no_start(tmp_path: Path) -> None:
+    add(tmp_path, 1)
+    add_unfinished(tmp_path, 2)
+    (tmp_path / "2.deleted").touch()
+    assert remove_unfinished(tmp_path) == ["2"]
+    assert names(tmp_path) == ["1"]
+
+
 def test_a_killed_first_save_is_removed(tmp_path: Path) -> None:
     add_unfinished(tmp_path, 0)
     remove_unfinished(tmp_path)
