@@ -62,7 +62,8 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> np.ndarray:
         if self._id_of_character is not None:
-            return self._encode_characters(text)
+            points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+            return self._id_of_character[points].astype(self.dtype)
         (one,) = self._encode_batch([text])
         return np.array(one.ids, self.dtype)
 
@@ -146,11 +147,6 @@ class JsonTokenizer(Tokenizer):
         table = np.full(0x110000, unknown)
         table[list(map(ord, characters))] = list(characters.values())
         return table
-
-    def _encode_characters(self, text: str) -> np.ndarray:
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        assert self._id_of_character is not None
-        return self._id_of_character[points].astype(self.dtype)
 
 
 FIELDS = tuple(JsonTokenizer.__dataclass_fields__)

@@ -22,7 +22,7 @@ INSTALL = "pip install 'jaxgpt[cluster]'"
 class Cluster:
     """The workers of a Dask cluster. Implements `Engine`; raises UserError without a scheduler."""
 
-    tries = 1  # Dask has tried several workers before it gives a call up
+    tries = 1  # Dask tries several workers before it gives up a call
     waiting = 0.25
 
     def __init__(self, address: str, client: Any):

@@ -25,7 +25,7 @@ DATASETS = FINEWEB | {
     "climbmix": "OptimalScale/ClimbMix",  # as text
 }
 CLIMBMIX_TOKENS = "nvidia/Nemotron-ClimbMix"  # GPT-2's, a list in the column `tokens` of each row
-LICENCES = {"climbmix": "CC BY-NC 4.0: for research, not for commercial use"}  # of the restricted
+LICENCES = {"climbmix": "CC BY-NC 4.0: for research, not for commercial use"}  # where restricted
 SHARD_TOKENS = 100_000_000  # as in llm.c
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

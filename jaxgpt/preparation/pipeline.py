@@ -147,7 +147,7 @@ class UnitLoop:
             self._show(note)
 
     def _start_units(self) -> str:
-        """Submit pending units in order, as many as there is room for; returns why not more."""
+        """Submit pending units in order while there is room; returns what it waits for."""
         started = set(self._running.values())
         pending = [number for number in self._assembler.pending_units() if number not in started]
         workers = self._engine.workers()

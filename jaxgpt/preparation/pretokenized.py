@@ -129,10 +129,6 @@ def list_shards(repo: str, tokens: int | None, revision: str | None) -> tuple[st
     return commit, [*val, *needed]
 
 
-def _file_name(file: Any) -> str:
-    return str(file.path).rsplit("/", 1)[-1]
-
-
 def _download_missing(
     repo: str, commit: str, files: Sequence[Any], folder: OutputFolder, tokenizer: Tokenizer
 ) -> list[ShardEntry]:
@@ -145,7 +141,7 @@ def _download_missing(
     entries = {entry.file: entry for entry in journal.entries}  # the newest of each
     total, missing = 0, []
     for file in files:
-        path = out / _file_name(file)
+        path = out / Path(file.path).name
         total += file.size
         if not path.is_file() or path.stat().st_size != file.size:
             entries.pop(path.name, None)
@@ -158,7 +154,7 @@ def _download_missing(
     remove_leftover_downloads(downloads)
     with PreparationConsole(total, total - needed) as console:
         for file in files:
-            name = _file_name(file)
+            name = Path(file.path).name
             if file in missing:
                 console.update(total - needed, 0, 0, f"downloading {name}")
                 sha256 = file.lfs.sha256 if file.lfs else None

@@ -51,7 +51,7 @@ def read_slice(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
         _check_size(slice)
         with _named_if_corrupt(slice) if slice.input.kind in ARROWS else nullcontext():
             yield from read(slice, options)
-        _check_size(slice)  # most readers take a cut for the end of the file
+        _check_size(slice)  # most readers take a truncated file for a complete one
     except OSError as error:
         raise UserError(
             f"{slice.path}: cannot be read ({error.strerror or error}); copy or download it again"

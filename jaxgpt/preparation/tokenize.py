@@ -79,7 +79,7 @@ class Part:
         self._encoded, self._n_encoded = [], 0
 
     def move_end(self, fraction: float, other: "Part") -> None:
-        """Move this fraction of the tokens, at least two, to an empty part; none of under four."""
+        """Move this fraction of the tokens, at least two, to an empty part; none if under four."""
         self.write()
         # The smallest window is two tokens, an input and its target.
         count = max(round(self.tokens * fraction), 2) if self.tokens >= 4 else 0

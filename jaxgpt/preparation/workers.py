@@ -41,7 +41,7 @@ class Engine(Protocol):
     """What runs units: worker processes here (`Pool`) or on a cluster (`cluster.py`)."""
 
     tries: int  # submit a call this often if its worker dies
-    waiting: float  # calls that may wait for each worker, so that none of them waits for us
+    waiting: float  # queued calls per worker, so that it need not wait for the next one
 
     def submit(self, fn: Callable[..., T], /, *args: Any) -> Future[T]:
         """As of any Executor; `fn` and `args` are pickled."""
@@ -66,7 +66,7 @@ class Pool(Executor):
         self._others = set(multiprocessing.active_children())
         self._pools: dict[ProcessPoolExecutor, Future[Any] | None] = {}  # with its last call
         _allow_open_files(FILES_PER_WORKER * workers)
-        # Now, as starting it unblocks SIGINT, which the start of a worker needs blocked.
+        # Now, because its start unblocks SIGINT, which must stay blocked while a worker starts.
         resource_tracker.ensure_running()
 
     def workers(self) -> int:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxgpt.config.architecture import ModelConfig, parameter_shapes
 from jaxgpt.errors import UserError, first_few
-from jaxgpt.files import FormatError, decode_json, open_file, read_file
+from jaxgpt.files import FormatError, decode_json, open_file, read_file, write_json
 from jaxgpt.weights import gpt2, llama
 from jaxgpt.weights.deploy import (
     deployed_config,
@@ -122,7 +122,7 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
     """
     form = format_of(cfg)
     deployed = deployed_config(cfg)
-    _write_json(folder / CONFIG_FILE, form.config_values(deployed, eot))
+    write_json(folder / CONFIG_FILE, form.config_values(deployed, eot))
     if read_model_config(folder) != deployed:
         raise FolderError(
             f"this network has an option that {form.class_name} lacks, so it cannot be exported"
@@ -136,7 +136,7 @@ def save_model(folder: Path, cfg: ModelConfig, params: Mapping[str, Any], eot: i
     except SafetensorError as error:  # raised for a full disk, too
         raise OSError(str(error)) from None
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
-    _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
+    write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
 
 
 # ---------------------------------------------------------------- tensors
@@ -239,7 +239,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, FormatError) as error:
         raise FolderError(f"{path} cannot be read: {error}") from None
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

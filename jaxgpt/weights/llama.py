@@ -82,14 +82,6 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _write_qwen3(cfg: ModelConfig) -> dict[str, Any]:
-    return _write(cfg) | {"use_sliding_window": False, "sliding_window": None}
-
-
-def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
-    return _write(cfg) | {"mlp_bias": False}
-
-
 def _add_gguf_keys(writer: Any, cfg: ModelConfig) -> None:
     writer.add_feed_forward_length(cfg.mlp_hidden)
     writer.add_head_count_kv(cfg.kv_heads)
@@ -130,7 +122,7 @@ QWEN3 = Format(
     title="Qwen3",
     class_name="Qwen3ForCausalLM",
     read=partial(_read, "qwen3", {"num_key_value_heads": 32, "head_dim": 128}),
-    write=_write_qwen3,
+    write=lambda cfg: _write(cfg) | {"use_sliding_window": False, "sliding_window": None},
     **SHARED,
 )
 LLAMA = Format(
@@ -138,7 +130,7 @@ LLAMA = Format(
     title="Llama",
     class_name="LlamaForCausalLM",
     read=partial(_read, "llama", {"num_key_value_heads": None, "head_dim": None}),
-    write=_write_llama,
+    write=lambda cfg: _write(cfg) | {"mlp_bias": False},
     paired_rope=True,
     **SHARED,
 )
