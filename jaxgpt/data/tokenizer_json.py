@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ FILES = (MAIN_FILE, *OTHER_FILES, "chat_template.jinja")
 KNOWN_EOS = (EOT_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 
 MOST_IDS = 1 << 24  # the largest known vocabularies have a million
+UNKNOWN = "\ufffd"  # what a character becomes that a character tokenizer does not have
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's, for bytes without another token
 
 
@@ -281,3 +282,12 @@ def with_config(main: bytes, **config: object) -> dict[str, bytes]:
         **config,
     }
     return {MAIN_FILE: main, "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+
+
+def character_tokenizer(characters: Iterable[str]) -> Tokenizer:
+    """A tokenizer with an id for each character, in their order, for others and for end of text."""
+    known = {c for c in characters if not "\ud800" <= c <= "\udfff"} - {UNKNOWN}
+    vocabulary = [*sorted(known), UNKNOWN]
+    ids = {character: id for id, character in enumerate(vocabulary)}
+    main = bpe_json(ids, len(ids), unk_token=UNKNOWN, decoder={"type": "Fuse"})
+    return tokenizer_from_files(with_config(main, unk_token=UNKNOWN), "char")

@@ -1,4 +1,4 @@
-"""From flags to a plan: the inputs, the settings, and whether they match the folder's old plan."""
+"""From flags to a plan: tokenizer, inputs and settings, compared with the folder's old plan."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 
 from jaxgpt.data.manifest import ShardEntry
-from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer
+from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer_json import MAIN_FILE, character_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import user_path
 from jaxgpt.preparation.flags import (
@@ -29,7 +30,7 @@ from jaxgpt.preparation.inputs import (
     splits_of,
 )
 from jaxgpt.preparation.output_folder import OutputFolder, is_hub_name
-from jaxgpt.preparation.readers import find_separators, has_documents
+from jaxgpt.preparation.readers import characters_of, find_separators, has_documents
 from jaxgpt.preparation.text_manifest import total_splits
 from jaxgpt.preparation.work_files import (
     FileSource,
@@ -48,6 +49,22 @@ SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of
 # empty in one of 20,000 texts.
 EXPECTED_VAL_DOCUMENTS = 10
 VAL_SPLITS = ("validation", "valid", "val", "test")
+
+
+def tokenizer_of_flags(flags: PrepareFlags, folder: OutputFolder) -> Tokenizer:
+    """The tokenizer that the flags name; 'char' is made of the text. Raises UserError."""
+    if flags.tokenizer != "char":
+        return load_tokenizer(flags.tokenizer)
+    if not nothing_finished(folder.work) and (folder.out / MAIN_FILE).is_file():
+        return load_tokenizer("char", folder.out)
+    if is_hub_name(flags.inputs):
+        raise UserError(
+            "--tokenizer char reads the text twice, so it needs files; use --tokenizer byte for a "
+            "data set of the Hub"
+        )
+    return character_tokenizer(
+        characters_of(find_text(flags.inputs, flags.val), flags.read_options)
+    )
 
 
 def make_plan(flags: PrepareFlags, folder: OutputFolder, tokenizer: Tokenizer) -> Plan:

@@ -18,13 +18,12 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation.assemble import Assembler
-from jaxgpt.preparation.characters import tokenizer_of_flags
 from jaxgpt.preparation.cluster import connect
 from jaxgpt.preparation.estimate import downloads_ahead, estimate_rows, estimate_work
 from jaxgpt.preparation.flags import PrepareFlags
 from jaxgpt.preparation.hub import DOWNLOADS, Downloads
 from jaxgpt.preparation.inputs import Input, Unit
-from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits
+from jaxgpt.preparation.make_plan import make_plan, refuse_bad_splits, tokenizer_of_flags
 from jaxgpt.preparation.output_folder import OutputFolder, check_free_space
 from jaxgpt.preparation.progress import PreparationConsole
 from jaxgpt.preparation.text_manifest import text_manifest

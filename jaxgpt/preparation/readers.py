@@ -18,6 +18,7 @@ from jaxgpt.preparation.documents import (
     CHUNK,
     Batch,
     Document,
+    LongText,
     ReadOptions,
     Skip,
     read_chunks,
@@ -78,6 +79,19 @@ def has_documents(inputs: Iterable[Input], options: ReadOptions, least: int) -> 
             if count >= least:
                 return True
     return count >= least
+
+
+def characters_of(inputs: Iterable[Input], options: ReadOptions) -> set[str]:
+    """Every character in the inputs; reads all of them."""
+    found = set[str]()
+    for item in inputs:
+        for batch in read_slice(Slice(item, item.path, 0, 1), options):
+            for document in batch.documents:
+                if isinstance(document, LongText):
+                    found.update(*document.chunks())
+                elif not isinstance(document, Skip):
+                    found.update(document)
+    return found
 
 
 def find_separators(inputs: Iterable[Input]) -> str | None:

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from jaxgpt.data.text_stream import TextStream
 from jaxgpt.data.tokenizer import EOT_TEXT, Tokenizer, load_tokenizer
 from jaxgpt.data.tokenizer_files import open_tokenizer, write_tokenizer
-from jaxgpt.data.tokenizer_json import open_json_tokenizer
+from jaxgpt.data.tokenizer_json import character_tokenizer, open_json_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.preparation import documents
-from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import pieces
 from jaxgpt.tokenizer.__main__ import save, train_bpe
 

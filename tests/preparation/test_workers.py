@@ -13,11 +13,11 @@ from helpers.preparing import SMALL, contents, start, wait_for, wait_until, work
 
 from jaxgpt.data.token_file import token_dtype
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.data.tokenizer_json import character_tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.files import sha256_of
 from jaxgpt.preparation import workers
 from jaxgpt.preparation.assemble import Assembler
-from jaxgpt.preparation.characters import character_tokenizer
 from jaxgpt.preparation.documents import ReadOptions
 from jaxgpt.preparation.inputs import find_inputs
 from jaxgpt.preparation.pipeline import UnitLoop
