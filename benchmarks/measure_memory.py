@@ -23,7 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Config, flat_fields, with_fields
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import all_presets, load_preset
 from jaxgpt.config.resolved import Resolved, choose_dtype
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GIB, Gpu, find_gpu
@@ -108,8 +108,7 @@ SHAPES = (
 
 def runs() -> Iterator[tuple[str, str, Resolved]]:
     """(list, card, configuration) of every measurement."""
-    for name in preset_names():
-        cfg = load_preset(name)
+    for cfg in all_presets():
         for gpu in CARDS.get(cfg.vram_gb or 0, ()):
             yield "presets", gpu, resolved_for(cfg, find_gpu(gpu))
     for name, gpu in TIERS.items():
@@ -197,8 +196,8 @@ def measure_all(path: Path, only: str | None) -> None:
 def preset_rows(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Resolved, Gpu, int]]:
     """(configuration, best-known card of its tier, bytes a step needs there), small cards first."""
     peaks = {(r["preset"], r["gpu"]): r["peak_bytes"] for r in rows if r["list"] == "presets"}
-    asked = [load_preset(name) for name in preset_names()]
-    pairs = [(one, find_gpu(CARDS[one.vram_gb][-1])) for one in asked if one.vram_gb is not None]
+    asked = [cfg for cfg in all_presets() if cfg.vram_gb is not None]
+    pairs = [(one, find_gpu(CARDS[one.vram_gb][-1])) for one in asked]
     configs = [(resolved_for(one, gpu), gpu) for one, gpu in pairs]
     for cfg, gpu in sorted(configs, key=_by_memory_and_size):
         yield cfg, gpu, peaks[cfg.asked.preset, gpu.key]

@@ -41,7 +41,6 @@ from jaxgpt.data.token_file import write_shard
 from jaxgpt.planning.gpus import find_gpu
 from jaxgpt.planning.speed import mfu_of, tokens_per_second
 from jaxgpt.planning.train_command import resolve_new
-from jaxgpt.run.console import make_console
 from jaxgpt.run.device import versions
 from jaxgpt.run.metrics import MetricsLog
 from jaxgpt.run.reporter import Reporter, SkipCounter
@@ -136,14 +135,17 @@ def measure_host(cfg: Resolved, folder: Path, steps: int = 2000) -> tuple[float,
     """(seconds per step for metrics, log and bar, share of a core for drawing the bar)."""
     device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
     metrics = {"loss": np.float32(3), "grad_norm": 1.0, "learning_rate": 1e-3, "skipped_steps": 0}
-    os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
+    os.environ["TERM"] = "xterm"
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         MetricsLog(folder / "run") as log,
-        Reporter(cfg, device, log, SkipCounter(0), start=0) as reporter,
+        contextlib.ExitStack() as stack,
     ):
-        assert make_console().is_terminal
+        nowhere.isatty = lambda: True  # the bar is drawn as on a terminal
+        reporter = Reporter(cfg, device, log, SkipCounter(0), start=0)
+        assert reporter.console.is_terminal
+        stack.enter_context(reporter)
         seconds = []
         for first in range(0, steps, cfg.asked.log_interval):
             begin = time.perf_counter()

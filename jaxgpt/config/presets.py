@@ -38,14 +38,10 @@ def presets_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def preset_names() -> list[str]:
+def all_presets() -> list[Config]:
     """The presets of the package, largest card first, those without a card last."""
-    return [str(cfg.preset) for cfg in _by_card()]
-
-
-def _by_card() -> list[Config]:
     presets = map(load_preset, packaged_presets())
-    return sorted(presets, key=lambda cfg: (-(cfg.vram_gb or 0), str(cfg.preset)))
+    return sorted(presets, key=lambda cfg: (-(cfg.vram_gb or 0), cfg.preset))
 
 
 def load_preset(
@@ -92,7 +88,7 @@ def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
 def describe_presets() -> str:
     """One line for each preset: name, true size, shape, and the card it is made for."""
     lines = []
-    for cfg in _by_card():
+    for cfg in all_presets():
         m = cfg.model
         card = f"{cfg.vram_gb} GB card" if cfg.vram_gb else "CPU or any GPU"
         rows = m.vocab_size or padded_vocab_size(BYTE_IDS)

@@ -26,7 +26,8 @@ import difflib
 import re
 from pathlib import Path
 
-from jaxgpt.config.presets import preset_names
+from jaxgpt.config.fields import Config
+from jaxgpt.config.presets import all_presets
 from jaxgpt.config.resolved import BFLOAT16_FROM, FLOAT16_FROM
 from jaxgpt.errors import UserError
 
@@ -129,12 +130,12 @@ def find_gpu(name: str, memory_bytes: int | None = None) -> Gpu:
 FLOAT16_PRESET = "t4"  # of 16 GB without bfloat16
 
 
-def presets_for(dtype: str) -> list[str]:
+def presets_for(dtype: str) -> list[Config]:
     """The presets to choose among on a card that computes in `dtype`; those of a T4 in float16."""
     return [
-        name
-        for name in preset_names()
-        if dtype == "float16" or name.partition("-")[0] != FLOAT16_PRESET
+        cfg
+        for cfg in all_presets()
+        if dtype == "float16" or cfg.preset.partition("-")[0] != FLOAT16_PRESET
     ]
 
 

@@ -27,8 +27,8 @@ def overview(planner: Planner, cfg: Resolved) -> dict[str, Any]:
 
     `cfg` gives the context, effective batch and steps of the largest model.
     """
-    presets = [load_preset(name) for name in presets_for(cfg.dtype)]
-    starters = [_starter(planner, planner.resolve(p)) for p in presets if p.vram_gb]
+    presets = [planner.resolve(asked) for asked in presets_for(cfg.dtype) if asked.vram_gb]
+    starters = [_starter(planner, preset) for preset in presets]
     starters.sort(key=_rank)
     recommended = planner.one(_recommended(planner, starters), ())
     largest = fit.largest_model(cfg, planner.capacity, planner.need)

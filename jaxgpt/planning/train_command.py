@@ -62,6 +62,6 @@ def of_its_preset(cfg: Resolved) -> Resolved:
     asked = load_preset(cfg.asked.preset)
     if has_its_shape(asked):
         return cfg
-    same = [preset for preset in map(load_preset, presets_for(cfg.dtype)) if has_its_shape(preset)]
+    same = [preset for preset in presets_for(cfg.dtype) if has_its_shape(preset)]
     nearest = min([*same, asked], key=lambda preset: len(_differences(cfg, preset)))
     return dataclasses.replace(cfg, asked=with_fields(cfg.asked, preset=nearest.preset))

@@ -16,7 +16,7 @@ from jaxgpt.config.fields import Config, Device, Dtype
 from jaxgpt.config.flag_types import PathIfSet, TextIfSet
 from jaxgpt.config.resolved import Resolved, choose_dtype, load_config
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.errors import first_few, warn
+from jaxgpt.errors import warn
 from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
@@ -185,7 +185,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
 def _runs_beside(folder: Path) -> str:
     """The end of a message about a run that is not there: the runs beside it, if there are any."""
     near = sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
-    return f"; runs beside it: {first_few(near)}" if near else ""
+    return f"; runs beside it: {', '.join(near[:8])}" if near else ""
 
 
 def _choose_step(out_dir: Path, which: str) -> int:

@@ -5,7 +5,7 @@ import pytest
 from helpers.configs import parse
 
 from jaxgpt import plan
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import all_presets
 from jaxgpt.planning import target
 from jaxgpt.planning.gpus import GPUS
 from jaxgpt.planning.local_gpus import LocalCard
@@ -129,7 +129,7 @@ def test_fit_or_auto_keeps_the_effective_batch_and_what_is_given(answer) -> None
 def test_the_overview_lists_every_preset_for_a_card_and_what_to_run(answer, shown) -> None:
     got = answer("--gpu", "rtx4090")
     presets = got["presets"]
-    card = {n for n in preset_names() if load_preset(n).vram_gb}
+    card = {cfg.preset for cfg in all_presets() if cfg.vram_gb}
     assert {p["preset"] for p in presets} == card - {"t4", "t4-modern"}  # it has bfloat16
     fits = [p["fits"] for p in presets]
     assert fits == sorted(fits, reverse=True)  # what fits is first, and of that the best

@@ -5,9 +5,9 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import flat_values
 from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.presets import (
+    all_presets,
     describe_presets,
     load_preset,
-    preset_names,
 )
 
 COLUMNS = (
@@ -112,7 +112,7 @@ def test_demos_run_anywhere_and_from_the_package_alone(name):
 
 
 def test_presets_are_listed_largest_card_first_with_true_sizes():
-    names = preset_names()
+    names = [cfg.preset for cfg in all_presets()]
     sized = {"80gb-350m", "48gb-280m", "24gb-180m", "16gb-124m", "12gb-82m"}
     sized |= {"24gb-350m", "24gb-774m", "24gb-1558m"}
     modern = {f"{name}-modern" for name in ("12gb", "16gb", "24gb", "48gb", "80gb", "124m", "demo")}
@@ -128,6 +128,7 @@ def test_presets_are_listed_largest_card_first_with_true_sizes():
     assert [sizes[name] for name in BY_SIZE] == [
         *("124.4M", "99.5M", "82.0M", "124.4M", "51.5M", "30.3M")
     ]
+    assert sizes["demo"] == "0.8M"  # with bytes, since it leaves the vocabulary to the tokenizer
 
 
 def test_presets_are_found_inside_an_installed_wheel(tmp_path, monkeypatch):
@@ -135,7 +136,7 @@ def test_presets_are_found_inside_an_installed_wheel(tmp_path, monkeypatch):
     inside = tmp_path / "jaxgpt" / "configs"
     inside.mkdir(parents=True)
     (inside / "tiny.toml").write_text("n_layer = 3")
-    assert preset_names() == ["tiny"]
+    assert [cfg.preset for cfg in all_presets()] == ["tiny"]
     assert load_preset("tiny").model.n_layer == 3
 
 

@@ -11,7 +11,7 @@ from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, flat_fields, flat_values
 from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.config.mixture import End
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import all_presets, load_preset
 from jaxgpt.config.resolved import Origin, load_config, resolve
 
 GOLDEN = Path(__file__).parent / "config-0.1.json"
@@ -68,8 +68,8 @@ def test_rows_are_padded_to_what_suits_a_gpu(ids, rows):
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):
     path = tmp_path / "config.json"
-    for name in preset_names():
-        cfg = resolved(load_preset(name), n_vocab=257, out_dir=tmp_path, lr_decay_iters=77)
+    for preset in all_presets():
+        cfg = resolved(preset, n_vocab=257, out_dir=tmp_path, lr_decay_iters=77)
         path.write_text(json.dumps(cfg.flat()))
         again = load_config(path)
         assert again.flat() == cfg.flat()

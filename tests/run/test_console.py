@@ -224,6 +224,13 @@ def test_a_finished_run_says_its_result_and_a_sample(capsys):
     assert "Once upon\na time" in out
 
 
+@pytest.mark.parametrize(("card", "named"), [("80gb", "80gb"), (None, "24gb")])
+def test_a_finished_demo_names_the_preset_of_this_machines_card(capsys, monkeypatch, card, named):
+    monkeypatch.setattr(report, "preset_of_this_machine", lambda: card)
+    _, out, _ = finished(["--preset=demo"], capsys)
+    assert f"  train --preset {named}\n      a real model, " in out
+
+
 @pytest.mark.parametrize(
     "argv",
     [

@@ -10,7 +10,7 @@ from helpers.configs import resolved
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, with_fields
-from jaxgpt.config.presets import load_preset, preset_names
+from jaxgpt.config.presets import all_presets, load_preset
 from jaxgpt.config.resolved import choose_dtype
 from jaxgpt.model.attention import compute_capability
 from jaxgpt.planning.gpus import POOL_SHARE
@@ -51,7 +51,7 @@ def on(device: str, cfg: Config) -> Config:
 # ---------------------------------------------------------------- before JAX is imported
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if load_preset(name).vram_gb])
+@pytest.mark.parametrize("name", [cfg.preset for cfg in all_presets() if cfg.vram_gb])
 @pytest.mark.usefixtures("no_plugin")
 def test_a_preset_for_a_card_stops_without_gpu_support_and_names_two_ways_out(name):
     cfg = load_preset(name)
