@@ -108,6 +108,7 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         raise ConfigError(f"--out-dir {out_dir}: {error}") from None
     _check_mode(out_dir, mode, steps)
     if not steps:
+        _check_not_others(path)
         return None
     if not has_config:
         return _config_of_newest(out_dir / FOLDER)
@@ -117,6 +118,17 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         raise ConfigError(
             f"{error}\nDelete {path}: the run then resumes with the configuration in its newest "
             "checkpoint, and the file is written again. Or start anew with another --out-dir."
+        ) from None
+
+
+def _check_not_others(path: Path) -> None:
+    """Raises ConfigError if a new run would overwrite a config.json that is no run's."""
+    try:
+        if path.exists():
+            load_config(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nIt is not overwritten: delete it, or choose another --out-dir."
         ) from None
 
 
