@@ -254,6 +254,11 @@ def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
     assert load_saved(tmp_path) is None
 
 
+def test_a_run_within_a_checkpoint_which_would_be_deleted_is_refused(run):
+    with pytest.raises(ConfigError, match=r"is a checkpoint, which its run deletes; choose"):
+        load_saved(next((run / "checkpoints").iterdir()) / "mine")
+
+
 def test_a_config_json_that_is_no_runs_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match=r"(?s)config\.json: .* choose another --out-dir"):
