@@ -104,6 +104,8 @@ def _explain(error: BaseException) -> str | None:
         return str(error) if _current_folder_exists() else f"{error}\n{NO_CURRENT_FOLDER}"
     if isinstance(error, MemoryError):
         return "out of memory; close other programs, or process less at a time"
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return "the system allows no more threads; raise the limit (ulimit -u), or free memory"
     if device_is_full(error):
         return f"the device's memory is full: {first_line(error)}; close other programs that use it"
     if isinstance(error, DECODE_ERRORS):

@@ -30,6 +30,7 @@ def decoding(decode, *arguments):
         (raising(UserError("no such preset\nthere are: a, b")), "no such preset\n  there are: a"),
         (raising(MemoryError()), "out of memory; close other programs"),
         (raising(RuntimeError("RESOURCE_EXHAUSTED: 9 bytes")), "the device's memory is full: "),
+        (raising(RuntimeError("can't start new thread")), "allows no more threads; raise the"),
         (raising(RecursionError("maximum recursion depth exceeded")), "cannot be decoded: maximum"),
         (decoding(b"\xff".decode), "cannot be decoded: 'utf-8' codec"),
         (decoding(json.loads, "{"), "cannot be decoded: Expecting"),

@@ -123,6 +123,8 @@ def _named_if_corrupt(slice: Slice) -> Iterator[None]:
 
     try:
         yield
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise UserError(
             f"{slice.path}: is no {slice.input.kind} file, or is corrupt ({first_line(error)}); "

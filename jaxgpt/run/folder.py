@@ -16,6 +16,7 @@ from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names
 from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import write_json
+from jaxgpt.run.integrity import MANIFEST
 from jaxgpt.run.retention import FOLDER, finished_steps, readable_manifests
 
 if TYPE_CHECKING:  # it imports JAX
@@ -108,6 +109,7 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         raise ConfigError(f"--out-dir {out_dir}: {error}") from None
     _check_mode(out_dir, mode, steps)
     if not steps:
+        _check_not_others(path)
         return None
     if not has_config:
         return _config_of_newest(out_dir / FOLDER)
@@ -117,6 +119,17 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         raise ConfigError(
             f"{error}\nDelete {path}: the run then resumes with the configuration in its newest "
             "checkpoint, and the file is written again. Or start anew with another --out-dir."
+        ) from None
+
+
+def _check_not_others(path: Path) -> None:
+    """Raises ConfigError if a new run would overwrite a config.json that is no run's."""
+    try:
+        if path.exists():
+            load_config(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nIt is not overwritten: delete it, or choose another --out-dir."
         ) from None
 
 
@@ -149,6 +162,9 @@ def _check_writable(out_dir: Path) -> None:
     nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; choose a folder for the run")
+    for path in (out_dir, *out_dir.absolute().parents):
+        if (path / MANIFEST).exists():
+            raise OSError(f"{path} is a checkpoint, which its run deletes; choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{nearest} cannot be written to; choose another folder")
 

@@ -138,6 +138,17 @@ def test_a_text_too_long_for_the_memory_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def test_a_parquet_file_that_memory_does_not_hold_is_not_called_corrupt(tmp_path, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 90304 failed")
+
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fails)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    with pytest.raises(UserError, match=r"a\.parquet: has a text that is too long for the memory"):
+        read_documents(tmp_path / "a.parquet")
+
+
 def test_two_columns_of_one_name_are_refused_and_two_counts_ignored(tmp_path: Path) -> None:
     path, column = tmp_path / "a.parquet", pa.array(["x"])
     pq.write_table(pa.table([column, column], names=["text", "text"]), path)

@@ -254,6 +254,17 @@ def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
     assert load_saved(tmp_path) is None
 
 
+def test_a_run_within_a_checkpoint_which_would_be_deleted_is_refused(run):
+    with pytest.raises(ConfigError, match=r"is a checkpoint, which its run deletes; choose"):
+        load_saved(next((run / "checkpoints").iterdir()) / "mine")
+
+
+def test_a_config_json_that_is_no_runs_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match=r"(?s)config\.json: .* choose another --out-dir"):
+        load_saved(tmp_path)
+
+
 def test_a_save_replaces_the_file_and_one_that_fails_leaves_it_and_says_why(run, monkeypatch):
     saved = moved_to(run, max_iters=200)
     save_config(saved)
