@@ -16,7 +16,7 @@ from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names
 from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import write_json
-from jaxgpt.run.integrity import MANIFEST
+from jaxgpt.run.integrity import check_outside_checkpoints
 from jaxgpt.run.retention import FOLDER, finished_steps, readable_manifests
 
 if TYPE_CHECKING:  # it imports JAX
@@ -162,9 +162,7 @@ def _check_writable(out_dir: Path) -> None:
     nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; choose a folder for the run")
-    for path in (out_dir, *out_dir.absolute().parents):
-        if (path / MANIFEST).exists():
-            raise OSError(f"{path} is a checkpoint, which its run deletes; choose another folder")
+    check_outside_checkpoints(out_dir)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{nearest} cannot be written to; choose another folder")
 

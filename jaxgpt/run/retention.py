@@ -6,6 +6,7 @@ that the last good one is never deleted in favour of one that is not on disk yet
 
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxgpt.files import delete
 from jaxgpt.run.integrity import MANIFEST, DamagedError, Manifest, read_manifest
 
 FOLDER = "checkpoints"
+STEP = re.compile(r"0|[1-9][0-9]{0,18}")  # the name of a checkpoint
 # A checkpoint is renamed before it is deleted, so that a kill leaves no partial one.
 DELETED = ".deleted"
 DAMAGED = ".damaged"
@@ -230,5 +232,5 @@ def _has_manifest(path: Path) -> bool:
 
 def _committed(folder: Path) -> list[Path]:
     """Folders that Orbax has renamed from their temporary name to a step, in no order."""
-    named = [p for p in _entries(folder) if p.name.isdecimal() and p.name == str(int(p.name))]
+    named = [path for path in _entries(folder) if STEP.fullmatch(path.name)]
     return [path for path in named if path.is_dir()]  # not a file of the user's with such a name

@@ -171,6 +171,10 @@ def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run:
     [
         ([], ["specify the run: --out-dir RUN", "specify what to write: --to FOLDER"]),
         (["--out-dir=RUN", "--to=FULL"], ["already exists; choose another name, or delete it"]),
+        (
+            ["--out-dir=RUN", "--to=RUN/checkpoints/8/hf"],
+            ["8 is a run's checkpoint; choose another"],
+        ),
         (["--out-dir=RUN", "--to=x", "--dtype=f16"], ["--dtype f16 is for .gguf files: --to x.g"]),
         (["--out-dir=RUN", "--to=x.gguf", "--dtype=q4"], ["--dtype", "q8_0"]),
         (["--out-dir=RUN", "--to=x", "--push=me"], ["--push me must be owner/name"]),

@@ -255,7 +255,7 @@ def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
 
 
 def test_a_run_within_a_checkpoint_which_would_be_deleted_is_refused(run):
-    with pytest.raises(ConfigError, match=r"is a checkpoint, which its run deletes; choose"):
+    with pytest.raises(ConfigError, match=r"is a run's checkpoint; choose"):
         load_saved(next((run / "checkpoints").iterdir()) / "mine")
 
 

@@ -47,7 +47,7 @@ def test_only_what_has_a_manifest_and_a_steps_name_is_finished(tmp_path: Path) -
     for step in (100, 20, 3):
         add(tmp_path, step)
     add_unfinished(tmp_path, 200)
-    for name in ("5.damaged", "007", "٣", "-1", "notes"):
+    for name in ("5.damaged", "007", "٣", "-1", "notes", "9" * 200):
         sign(add_unfinished(tmp_path, name), 0.0)
     assert finished_steps(tmp_path) == [3, 20, 100]
     assert best_step(tmp_path) is None
