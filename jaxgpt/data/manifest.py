@@ -141,7 +141,9 @@ def load_manifest(data_dir: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or {remedy}"
+        ) from None
     except FormatError as error:
         raise DataError(f"{path}: {error}; {remedy}") from None
     raise DataError(

@@ -174,7 +174,7 @@ class Reader:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be read ({error.strerror}); copy it again"
+    return f"{path}: cannot be read ({error.strerror}); make it readable, or copy it again"
 
 
 def _inspect_shard(path: Path, size: int, version: int, length: int, format: Format) -> TokenFile:
