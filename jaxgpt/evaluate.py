@@ -5,13 +5,14 @@ windows, as llm.c and modded-nanogpt measure it, so that their 3.28 on FineWeb i
 """
 
 import dataclasses
+import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from rich.progress import track
 
@@ -53,7 +54,8 @@ class EvaluateFlags(WeightsFlags):
     def errors(self) -> list[str]:
         errors = super().errors()
         errors += bad_counts(self, "block_size", "batch_size", as_flags=True)
-        errors += bad_counts(self, "val_tokens", least=0, as_flags=True)
+        if self.val_tokens is not None and self.val_tokens < 0:
+            errors.append(f"--val-tokens {self.val_tokens} must be at least 0")
         errors += [
             f"--as-in-training uses the run's own windows; drop {as_flag(name)}"
             for name in ("block_size", "val_tokens")
@@ -100,8 +102,7 @@ def run(argv: Sequence[str]) -> int:
         result, figures = measure(weights, texts, tasks, flags.batch_size, device, dtype)
     if flags.json:
         result |= {name: flat_figures(figures[name], len(tasks[name])) for name in tasks}
-        encoded = msgspec.json.encode(result)  # with null for NaN, which strict JSON lacks
-        print(msgspec.json.format(encoded, indent=2).decode())
+        print(json.dumps(without_nan(result), indent=2))
     else:
         rows = {name: figures_text(figures[name], len(tasks[name])) for name in tasks}
         print_table("jaxgpt evaluation", result_rows(result) | rows)
@@ -250,6 +251,13 @@ def flat_figures(figures: Mapping[str, Figure], examples: int) -> dict[str, floa
         if error is not None:
             values[f"{name}_standard_error"] = error
     return {**values, "examples": examples}
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON value with null for numbers that are not finite, which strict JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 main = make_main(PROG, run)

@@ -20,8 +20,8 @@ from jaxgpt.config.flag_types import PathIfSet, TextIfSet, unless_none
 from jaxgpt.data.tokenizer_files import has_files, write_tokenizer
 from jaxgpt.errors import make_main, warn
 from jaxgpt.files import user_path
-from jaxgpt.run.integrity import check_outside_checkpoints, read_manifest
-from jaxgpt.run.retention import FOLDER
+from jaxgpt.run.integrity import read_manifest
+from jaxgpt.run.retention import FOLDER, check_outside_checkpoints
 from jaxgpt.weights import hub, huggingface
 from jaxgpt.weights.gguf_file import GgufDtype, require_gguf, save_gguf, save_modelfile
 from jaxgpt.weights.model_card import model_card
@@ -101,9 +101,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check_is_free(target: Path) -> None:
-    """Raises ConfigError if the folder exists and is not empty, the file exists, or a run's
-    checkpoint would contain it.
-    """
+    """Raises ConfigError for a folder that is not empty, a file, or a place within a checkpoint."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to {target} already exists; choose another name, or delete it")
     try:

@@ -79,7 +79,9 @@ def read_file(path: Path) -> bytes:
     """All bytes of a file; raises OSError as `open_file` does, and for more than 2 GiB."""
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_READ:
-            raise OSError(errno.EFBIG, "is larger than 2 GiB, so it is another file", str(path))
+            raise OSError(
+                errno.EFBIG, "is larger than 2 GiB, too large to read as a whole", str(path)
+            )
         return file.read()
 
 

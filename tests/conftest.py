@@ -64,8 +64,10 @@ def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_traced_once() -> Iterator[None]:
-    """Runs of one configuration on one device share their steps: to trace and compile them takes
-    most of a run's time here. Slow tests and those of resumed runs, as above, make each anew.
+    """Runs of one configuration share their steps, which take most of a run's time to compile.
+
+    Where `.ci/run` sets JAX_DISABLE_MOST_OPTIMIZATIONS=false, for slow tests and resumed runs, each
+    run traces and compiles its own.
     """
     from jaxgpt.planning import memory
     from jaxgpt.training.layout import Layout

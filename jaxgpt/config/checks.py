@@ -17,17 +17,15 @@ class ConfigError(UserError):
     """An invalid configuration; the message names the field, the reason and the remedy."""
 
 
-def bad_counts(
-    section: Any, *names: str, least: int = 1, most: int = LARGEST, as_flags: bool = False
-) -> list[str]:
+def bad_counts(section: Any, *names: str, least: int = 1, as_flags: bool = False) -> list[str]:
     """A sentence for each integer that is out of range; one that is None is unset."""
     values = {as_flag(name) if as_flags else name: getattr(section, name) for name in names}
     return [
         f"{name} {value} must be at least {least}"
         if value < least
-        else f"{name} {value} must be at most {most}"
+        else f"{name} {value} must be at most {LARGEST}"
         for name, value in values.items()
-        if value is not None and not least <= value <= most
+        if value is not None and not least <= value <= LARGEST
     ]
 
 

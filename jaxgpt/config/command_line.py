@@ -22,6 +22,7 @@ from jaxgpt.config.presets import describe_presets, load_preset, packaged_preset
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path
 
+MOST_SAMPLE_TOKENS = 100_000  # not even the first Ctrl-C ends a sample
 HIGHEST_USUAL_RATE = 0.1  # learning rates above it are warned of
 # `--batch-size 16`, `--batch_size=16` and `--bias=True`, without sections and `--no-` twins.
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -94,6 +95,11 @@ def parse_run(
         config=STYLE,
     )
     cfg = _to_config(draft, base, flags)
+    if cfg.sample_tokens > MOST_SAMPLE_TOKENS:
+        raise ConfigError(
+            f"--sample-tokens {cfg.sample_tokens} must be at most {MOST_SAMPLE_TOKENS}; training "
+            "waits for the text"
+        )
     if cfg.optimizer.learning_rate > HIGHEST_USUAL_RATE:
         warn(
             f"learning_rate {cfg.optimizer.learning_rate:g} is far above what is usual, 2e-4 to "

@@ -146,9 +146,7 @@ class Config:
             *(error for part in (self.model, self.optimizer, self) for error in bad_floats(part)),
             *bad_counts(self, "max_iters", "eval_interval", "eval_iters", "log_interval"),
             *bad_counts(self, "keep_checkpoints", "vram_gb"),
-            *bad_counts(self, "seed", least=0),
-            # Training waits for the text, which the first Ctrl-C does not end.
-            *bad_counts(self, "sample_tokens", least=0, most=100_000),
+            *bad_counts(self, "sample_tokens", "seed", least=0),
             *bad_amounts(self, "skip_spikes"),
             *bad_amounts(self, "checkpoint_minutes", zero=False),
             *self._batch_errors(),

@@ -192,8 +192,9 @@ def unfinished_error(data_dir: Path) -> str | None:
         )
     if any((data_dir / WORK_FOLDER).rglob("*.json")):
         return (
-            f"{data_dir}: is not finished; unless it is running, run its {PREPARE} command again "
-            f"to resume, or delete {data_dir / WORK_FOLDER} to train on the shards that are there"
+            f"{data_dir}: is not finished; unless its {PREPARE} command is still running, run that "
+            f"again to resume, or delete {data_dir / WORK_FOLDER} to train on the shards that are "
+            "there"
         )
     return None
 

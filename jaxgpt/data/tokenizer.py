@@ -98,6 +98,8 @@ class Tokenizer(ABC):
                 apart = [*self.encode(left), *self.encode(right)]
                 if end > start and apart == self.encode(left + right).tolist():
                     return end
+            if len(ends) >= CUTS_TRIED:  # a search from `start` would try them again
+                break
         return limit
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

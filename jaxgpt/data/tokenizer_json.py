@@ -77,7 +77,9 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:
             if type(error) is not Exception:  # the library's own are bare
                 raise
-            raise UserError(f"tokenizer {self.name!r}: {first_line(error)}; fix it") from None
+            raise UserError(
+                f"tokenizer {self.name!r}: {first_line(error)}; correct its {MAIN_FILE}"
+            ) from None
 
     @cached_property
     def pieces(self) -> list[bytes] | None:

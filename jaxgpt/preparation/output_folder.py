@@ -53,10 +53,14 @@ def _refuse_foreign_tokens(out: Path) -> None:
             f"{out}: was begun with --rank and --world-size ({was.name}), which are gone; choose "
             "another folder with --out, or delete this one"
         )
-    if (out / "config.json").exists():
-        raise UserError(f"{out}: is a run's or a model's; choose another folder with --out")
     plans = [out / WORK_FOLDER / name for name in ("plan.json", "ready.json")]
-    if token_files(out.glob("*")) and not any(plan.exists() for plan in plans):
+    if any(plan.exists() for plan in plans):
+        return
+    if (out / "config.json").exists():
+        raise UserError(
+            f"{out}: has a config.json, so it is a run or a model; choose another folder with --out"
+        )
+    if token_files(out.glob("*")):
         raise UserError(
             f"{out}: already contains tokens that {PROG} did not write; choose another folder with "
             "--out"

@@ -145,7 +145,10 @@ class Checkpoints:
         """
         self.settle()
         step = int(state.step)
-        if step == self.processes.broadcast_from_main(self.latest_step):
+        latest = None
+        with suppress(OSError):  # the save will fail, and say so
+            latest = self.latest_step if self.processes.is_main else None
+        if step == self.processes.broadcast_from_main(latest):
             return
         stored = to_stored(state)
         if not all_finite(stored):
@@ -162,7 +165,7 @@ class Checkpoints:
                     self._renew_lock()
                     retention.remove_leftovers(self.folder)
                 size = sum(x.nbytes for x in jax.tree.leaves(stored))
-                retention.check_free_space(self.folder, size)
+                retention.check_writable(self.folder, size)
             written = ocp.save_checkpointables_async(self._path / str(step), {"state": stored})
         except LockedError:
             raise

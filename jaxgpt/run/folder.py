@@ -16,8 +16,12 @@ from jaxgpt.config.fields import Config, Resume, flat_fields, flat_values, names
 from jaxgpt.config.resolved import Origin, Resolved, load_config, resolved_from
 from jaxgpt.config.roles import Role
 from jaxgpt.files import write_json
-from jaxgpt.run.integrity import check_outside_checkpoints
-from jaxgpt.run.retention import FOLDER, finished_steps, readable_manifests
+from jaxgpt.run.retention import (
+    FOLDER,
+    check_outside_checkpoints,
+    finished_steps,
+    readable_manifests,
+)
 
 if TYPE_CHECKING:  # it imports JAX
     from jaxgpt.run.checkpoint import Checkpoints
@@ -129,7 +133,7 @@ def _check_not_others(path: Path) -> None:
             load_config(path)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\nIt is not overwritten: delete it, or choose another --out-dir."
+            f"{error}\nIt will not be overwritten: delete it, or choose another --out-dir."
         ) from None
 
 

@@ -48,13 +48,6 @@ class _SignedManifest(msgspec.Struct):
     manifest: Manifest
 
 
-def check_outside_checkpoints(path: Path) -> None:
-    """Raises OSError if `path` is a checkpoint or within one, which would no longer be intact."""
-    for folder in (path, *path.absolute().parents):
-        if (folder / MANIFEST).exists():
-            raise OSError(f"{folder} is a run's checkpoint; choose another folder")
-
-
 def checksum_files(folder: Path) -> Files:
     """Flush every file under `folder` to disk; returns size and SHA-256 of each."""
     own = {folder / MANIFEST, folder / f"{MANIFEST}.tmp"}

@@ -25,6 +25,14 @@ DELETED = ".deleted"
 DAMAGED = ".damaged"
 
 
+def check_outside_checkpoints(path: Path) -> None:
+    """Raises OSError if `path` is a checkpoint or within one, which would no longer be intact."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        is_named_so = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
+        if is_named_so and (folder / MANIFEST).exists():
+            raise OSError(f"{folder} is a run's checkpoint; choose another folder")
+
+
 def finished_steps(folder: Path) -> list[int]:
     """The steps with a finished checkpoint in `folder`, ascending."""
     return sorted(int(path.name) for path in _committed(folder) if _has_manifest(path))
@@ -75,7 +83,7 @@ def remove_leftovers(folder: Path) -> None:
             delete(path)
 
 
-def check_free_space(folder: Path, needed: int) -> None:
+def check_writable(folder: Path, needed: int) -> None:
     """Raises OSError if fewer than `needed` bytes are free, or no folder can be made there.
 
     The write would fail as well, but would leave no space for the metrics, and for a folder that it

@@ -91,7 +91,7 @@ def load_params(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
     for file in _weight_files(folder):
         for name, tensor in _read_tensors(file, form.ignored):
             if tensors.setdefault(name.removeprefix(form.prefix), tensor) is not tensor:
-                raise FolderError(f"{file}: tensor {name} is there twice; download {folder} again")
+                raise FolderError(f"{file}: tensor {name} occurs twice; download {folder} again")
     if cfg.n_layer > len(tensors):
         raise FolderError(
             f"{folder}: {form.sizes['n_layer'][0]} is {cfg.n_layer} in config.json, but the "

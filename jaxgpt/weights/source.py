@@ -21,7 +21,7 @@ from jaxgpt.files import user_path
 from jaxgpt.run import device as hardware
 from jaxgpt.run.compile_cache import prepare_compile_cache
 from jaxgpt.run.folder import CONFIG_FILE
-from jaxgpt.run.integrity import DamagedError, read_manifest, verify
+from jaxgpt.run.integrity import DamagedError, Manifest, read_manifest, verify
 from jaxgpt.run.retention import FOLDER, best_step, finished_steps, newest_intact
 from jaxgpt.weights import huggingface
 from jaxgpt.weights.hub import find_folder, read_folder
@@ -156,7 +156,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
             f"and evaluate with --init-from {out_dir}"
         )
     cfg = load_config(out_dir / CONFIG_FILE)
-    step = _choose_step(out_dir, which)
+    step, val_loss = _choose_step(out_dir, which)
 
     def load(device: Any) -> Any:
         import jax
@@ -178,7 +178,7 @@ def _open_run(out_dir: Path, which: str) -> Weights:
         load=load,
         run=cfg,
         step=step,
-        val_loss=read_manifest(out_dir / FOLDER / str(step)).val_loss,
+        val_loss=val_loss,
     )
 
 
@@ -188,20 +188,29 @@ def _runs_beside(folder: Path) -> str:
     return f"; runs beside it: {', '.join(near[:8])}" if near else ""
 
 
-def _choose_step(out_dir: Path, which: str) -> int:
-    """The step of the checkpoint to use, verified; only for `latest` may it be an older one."""
+def _choose_step(out_dir: Path, which: str) -> tuple[int, float | None]:
+    """(step, validation loss) of the checkpoint to use, verified.
+
+    Only for `latest` may it be an older one.
+    """
     folder = out_dir / FOLDER
     step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
     if step is not None:
-        return step
+        return step, _check(folder / str(step), read_manifest).val_loss
+    if which == "best":  # which one with a damaged manifest might be
+        for other in finished_steps(folder):
+            _check(folder / str(other), read_manifest)
     step = _named_step(out_dir, which)
+    return step, _check(folder / str(step), verify).val_loss
+
+
+def _check(checkpoint: Path, check: Callable[[Path], Manifest]) -> Manifest:
     try:
-        verify(folder / str(step))
+        return check(checkpoint)
     except DamagedError as error:
         raise ConfigError(
-            f"checkpoint {step} is damaged: {error}; choose another with --checkpoint"
+            f"checkpoint {checkpoint.name} is damaged: {error}; choose another with --checkpoint"
         ) from None
-    return step
 
 
 def _named_step(out_dir: Path, which: str) -> int:

@@ -9,6 +9,7 @@ from helpers import configs
 import jaxgpt
 from jaxgpt import COMMANDS
 from jaxgpt.config.architecture import ARCHITECTURES
+from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, flat_fields, flat_values
 from jaxgpt.config.optimizer import OptimizerConfig
 from jaxgpt.config.presets import describe_presets
@@ -205,6 +206,11 @@ def test_a_learning_rate_far_above_what_is_usual_is_warned_of(capsys):
     for rate, warned in (("0.1", False), ("6", True)):
         assert parse("--preset=24gb", f"--learning-rate={rate}").optimizer.learning_rate
         assert ("learning_rate 6 is far above what is usual" in capsys.readouterr().err) == warned
+
+
+def test_a_text_that_would_hold_up_training_is_refused():
+    with pytest.raises(ConfigError, match="--sample-tokens 100001 must be at most 100000"):
+        parse("--preset=demo", "--sample-tokens=100001")
 
 
 def test_the_installed_command_runs_each_module(capsys):

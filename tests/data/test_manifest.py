@@ -113,7 +113,7 @@ def test_another_tokenizer_than_the_data_s_is_refused(folder: Path) -> None:
 
 def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="is not finished; unless it is running, run its"):
+    with pytest.raises(DataError, match="is not finished; unless its"):
         check_manifest(folder, BYTE)
     shutil.rmtree(folder / ".prepare")
     assert check_manifest(folder, BYTE) is None

@@ -26,7 +26,7 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     ]
     assert len(load_split(out, "train", 50257)) == 10_000
     kill_at_first_file(hub, environment, "fineweb", "--ready", "--out", str(out))
-    with pytest.raises(UserError, match="is not finished; unless it is running, run its"):
+    with pytest.raises(UserError, match="is not finished; unless its"):
         check_manifest(out, load_tokenizer("gpt2"))
     hub.requests.clear()
     more = run(environment, "fineweb", "--ready", "--out", out)

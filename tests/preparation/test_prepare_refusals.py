@@ -32,7 +32,7 @@ def test_each_mistake_gives_one_sentence(
         ([empty], "empty.txt: is empty; name a file that has text"),
         ([texts, "--tokenizer", "tok/"], "'tok/': no such folder or file"),
         ([texts, "--out", texts / "01.txt"], "is a file; choose a folder with --out"),
-        ([texts, "--out", tmp_path / "run"], "is a run's or a model's; choose another folder"),
+        ([texts, "--out", tmp_path / "run"], "so it is a run or a model; choose another"),
         ([texts, "--val-fraction", "2"], "must be between 0 and 1"),
         ([texts, "--val-fraction", "0.1", "--val-tokens", "5"], "are 2 ways to choose validation"),
         (

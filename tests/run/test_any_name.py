@@ -47,7 +47,7 @@ def test_any_name_goes_through_every_command(tmp_path: Path, capsys) -> None:
     assert train(tmp_path / "plain", *flags, "--max-iters", "8") == 0
     assert_same_end(run, tmp_path / "plain")
     done(sample.main, "--out-dir", run, "--prompt", "A", "--max-new-tokens", "3")
-    done(evaluate.main, "--out-dir", run, "--val-tokens", "64")
+    done(evaluate.main, "--out-dir", run, "--val-tokens", "64", "--json")
     done(export.main, "--out-dir", run, "--to", exported)
     done(sample.main, "--init-from", exported, "--prompt", "A", "--max-new-tokens", "3")
     done(export.main, "--out-dir", run, "--to", place / ("m" * 255))

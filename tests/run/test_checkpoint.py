@@ -43,8 +43,8 @@ def test_a_state_comes_back_bit_for_bit_though_it_was_donated_while_being_saved(
         for step, expected in saved.items():
             restored = checkpoints.restore(step, training.state_like)
             assert_trees_equal(restored, expected)
-            saved = checkpoints.manifest(step)
-            assert (saved.config, saved.data) == ({"a": 1}, {"b": [2]})
+            manifest = checkpoints.manifest(step)
+            assert (manifest.config, manifest.data) == ({"a": 1}, {"b": [2]})
 
 
 def test_a_restored_state_trains_on_bit_for_bit(training, tmp_path) -> None:

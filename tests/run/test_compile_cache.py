@@ -149,7 +149,8 @@ def test_a_full_disk_is_said_once_not_for_each_program(home: Path, monkeypatch) 
         warnings.warn(
             "Error writing persistent compilation cache entry for 'jit_step'", stacklevel=1
         )
-    assert [line for line in said if "the disk is full" in line] == said
+    assert len(said) == 1
+    assert "the disk is full" in said[0]
     assert warned == []
     assert compile_cache.FOLDER in os.environ  # what is there is used
 

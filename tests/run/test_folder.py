@@ -254,17 +254,6 @@ def test_there_is_no_run_before_its_first_checkpoint(tmp_path):
     assert load_saved(tmp_path) is None
 
 
-def test_a_run_within_a_checkpoint_which_would_be_deleted_is_refused(run):
-    with pytest.raises(ConfigError, match=r"is a run's checkpoint; choose"):
-        load_saved(next((run / "checkpoints").iterdir()) / "mine")
-
-
-def test_a_config_json_that_is_no_runs_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match=r"(?s)config\.json: .* choose another --out-dir"):
-        load_saved(tmp_path)
-
-
 def test_a_save_replaces_the_file_and_one_that_fails_leaves_it_and_says_why(run, monkeypatch):
     saved = moved_to(run, max_iters=200)
     save_config(saved)
@@ -288,18 +277,6 @@ def test_a_damaged_file_is_answered_with_its_path_and_two_ways_out(run, content)
     assert message.startswith(str(run / CONFIG_FILE))
     assert f"Delete {run / CONFIG_FILE}" in message
     assert "--out-dir" in message
-
-
-def test_a_folder_that_cannot_be_made_or_written_to_is_named(tmp_path, monkeypatch):
-    (tmp_path / "taken").write_text("")
-    for out_dir in (tmp_path / "taken", tmp_path / "taken" / "run"):
-        with pytest.raises(ConfigError, match="taken is a file; choose a folder"):
-            load_saved(out_dir)
-    with pytest.raises(ConfigError, match="too long"):
-        load_saved(Path("x" * 300))
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ConfigError, match="cannot be written to"):
-        load_saved(tmp_path / "a" / "b")
 
 
 # ---------------------------------------------------------------- the run's data

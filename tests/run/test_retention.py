@@ -12,7 +12,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run.integrity import MANIFEST, verify
 from jaxgpt.run.retention import (
     best_step,
-    check_free_space,
+    check_writable,
     finished_steps,
     newest_intact,
     prune,
@@ -181,11 +181,11 @@ def test_what_cannot_be_read_is_neither_unfinished_nor_absent(tmp_path, monkeypa
 def test_a_folder_that_takes_no_checkpoint_is_known_before_orbax_waits_for_it(
     tmp_path, monkeypatch
 ) -> None:
-    check_free_space(tmp_path, 1)
+    check_writable(tmp_path, 1)
     assert names(tmp_path) == []
     monkeypatch.setattr("os.mkdir", partial(fails, errno.EROFS))
     with pytest.raises(OSError, match="Read-only"):
-        check_free_space(tmp_path, 1)
+        check_writable(tmp_path, 1)
 
 
 def test_no_checkpoint_at_all_is_a_new_run(tmp_path: Path) -> None:

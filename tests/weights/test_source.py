@@ -61,6 +61,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_falls_back_to_an_older_o
         with pytest.raises(ConfigError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
             open_weights(WeightsFlags(out_dir=broken, checkpoint=which))
     assert sorted(broken.rglob("*")) == before
+    (broken / "checkpoints" / "8" / "integrity.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"checkpoint 8 is damaged: .*--checkpoint"):
+        open_weights(WeightsFlags(out_dir=broken, checkpoint="best"))  # which 8 may be
     values = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**values, "n_layer": 3}))
     weights = open_weights(WeightsFlags(out_dir=broken, checkpoint="4"))
