@@ -253,7 +253,7 @@ def test_an_unsupported_model_is_refused_with_every_reason(folder, values, answe
         (lambda t: {**t, "score.weight": np.ones(3)}, "tensor score.weight does not belong"),
         (lambda t: {**t, "transformer.ln_f.weight": np.ones(9)}, "tensor ln_f.weight is (9,)"),
         (lambda t: {k: np.asarray(x, int) for k, x in t.items()}, "is int64; only floats"),
-        (lambda t: {**t, "ln_f.weight": t["transformer.ln_f.weight"]}, "ln_f.weight is there twi"),
+        (lambda t: {**t, "ln_f.weight": t["transformer.ln_f.weight"]}, "ln_f.weight occurs twi"),
         (
             lambda t: {**t, "lm_head.weight": 1 + t["transformer.wte.weight"]},
             "lm_head.weight is not wte.weight",
