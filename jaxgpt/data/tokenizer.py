@@ -84,9 +84,9 @@ class Tokenizer(ABC):
         return np.concatenate([part for text in texts for part in (eot, self.encode(text))])
 
     def cut(self, text: str, start: int, limit: int) -> int:
-        """The last end of a word in (start, limit] where cutting does not change the tokens.
+        """The last end of a word in (start, limit] where a cut leaves the tokens as they are.
 
-        That is tried on the characters around it. `limit` itself if there is no such place.
+        Only the characters around it are encoded to find out. `limit` if there is no such place.
         """
         for near in dict.fromkeys((max(start, limit - SEARCHED), start)):
             ends = [match.end() for match in WORD_ENDS.finditer(text, near, limit)]

@@ -1,6 +1,7 @@
 """A pre-norm block, and how a list of them runs: unrolled or by `lax.scan`, with
 rematerialization and all-gathers."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,9 @@ class Block(nnx.Module):
     mlp: nnx.Module
     drop: nnx.Dropout
 
+    @abstractmethod
     def norms(self) -> tuple[Norm, Norm]:
         """The norms before attention and before the MLP."""
-        raise NotImplementedError
 
     def __call__(
         self,

@@ -1,5 +1,7 @@
 """What all networks have in common: features, logits, losses and cached generation."""
 
+from abc import abstractmethod
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,17 +32,17 @@ class LanguageModel(nnx.Module):
         self.all_gather: AllGather | None = None  # set by `merge_model` for sharded parameters
         self.drop = nnx.Dropout(cfg.dropout)
 
+    @abstractmethod
     def embed(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
         """The first block's input x_BTD in `stream_dtype`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """The norm after the last block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self) -> jax.Array:
         """The output matrix head_VD, float32: logits are h_BTD @ head_VD.T."""
-        raise NotImplementedError
 
     def features(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The final normed hidden state h_BTD in `dtype`; a `key` turns dropout on."""

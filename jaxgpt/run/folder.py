@@ -113,7 +113,7 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         raise ConfigError(f"--out-dir {out_dir}: {error}") from None
     _check_mode(out_dir, mode, steps)
     if not steps:
-        _check_not_others(path)
+        _check_config_file(path)
         return None
     if not has_config:
         return _config_of_newest(out_dir / FOLDER)
@@ -126,8 +126,8 @@ def load_saved(out_dir: Path, mode: Resume = "auto") -> Resolved | None:
         ) from None
 
 
-def _check_not_others(path: Path) -> None:
-    """Raises ConfigError if a new run would overwrite a config.json that is no run's."""
+def _check_config_file(path: Path) -> None:
+    """Raises ConfigError if a new run would overwrite a config.json that is not of a run."""
     try:
         if path.exists():
             load_config(path)

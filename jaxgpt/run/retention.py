@@ -28,8 +28,8 @@ DAMAGED = ".damaged"
 def check_outside_checkpoints(path: Path) -> None:
     """Raises OSError if `path` is a checkpoint or within one, which would no longer be intact."""
     for folder in (path.absolute(), *path.absolute().parents):
-        is_named_so = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
-        if is_named_so and (folder / MANIFEST).exists():
+        is_step = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
+        if is_step and (folder / MANIFEST).exists():
             raise OSError(f"{folder} is a run's checkpoint; choose another folder")
 
 
@@ -86,8 +86,8 @@ def remove_leftovers(folder: Path) -> None:
 def check_writable(folder: Path, needed: int) -> None:
     """Raises OSError if fewer than `needed` bytes are free, or no folder can be made there.
 
-    The write would fail as well, but would leave no space for the metrics, and for a folder that it
-    cannot make Orbax waits 20 minutes.
+    The save would fail anyway: with no space left for the metrics, or, since Orbax keeps trying to
+    make its folder, after 20 minutes.
     """
     tempfile.TemporaryDirectory(suffix=DELETED, dir=folder).cleanup()
     free = shutil.disk_usage(folder).free
@@ -204,7 +204,7 @@ def _rename_damaged(path: Path) -> str:
     aside = path.with_name(f"{path.name}{DAMAGED}")
     with suppress(FileNotFoundError):
         delete(aside)
-    with suppress(FileNotFoundError):  # it may have been deleted, too
+    with suppress(FileNotFoundError):  # somebody may have deleted it
         path.rename(aside)
     return aside.name
 
@@ -220,7 +220,7 @@ def _leftovers(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    # A folder that cannot be listed is not an empty one, as `glob` has it.
+    # `glob` would take a folder that cannot be listed for an empty one.
     try:
         return [folder / name for name in os.listdir(folder)]
     except (FileNotFoundError, NotADirectoryError):

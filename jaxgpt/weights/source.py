@@ -197,7 +197,7 @@ def _choose_step(out_dir: Path, which: str) -> tuple[int, float | None]:
     step = newest_intact(folder, verify, warn, rename=False) if which == "latest" else None
     if step is not None:
         return step, _check(folder / str(step), read_manifest).val_loss
-    if which == "best":  # which one with a damaged manifest might be
+    if which == "best":  # a checkpoint with a damaged manifest might be the best one
         for other in finished_steps(folder):
             _check(folder / str(other), read_manifest)
     step = _named_step(out_dir, which)

@@ -28,7 +28,7 @@ def test_a_run_within_a_checkpoint_which_would_be_deleted_is_refused(run):
     assert load_saved(run / "mine") is None
 
 
-def test_a_config_json_that_is_no_runs_is_not_overwritten(tmp_path):
+def test_a_config_json_that_is_not_of_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match=r"(?s)config\.json: .* choose another --out-dir"):
         load_saved(tmp_path)
