@@ -44,6 +44,8 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
     for name, r in result["shapes"].items():
         shape = r["shape"]
         low, high = r["speed_ratio_range"]
+        flags = next(run["setting"] for run in r["runs"] if run["program"] == "jaxgpt")
+        flags = "" if flags == "default" else f", with `{flags}`"
         mfu = "" if r["jaxgpt_mfu"] is None else f", MFU {r['jaxgpt_mfu']:.1%}"
         cards = [r.get("jaxgpt_card_bytes"), r.get("nanogpt_card_bytes")]
         on_card = (
@@ -54,7 +56,7 @@ def speed(result: Mapping[str, Any]) -> Iterator[Row]:
         yield (
             f"training, {name}: {shape['n_layer']}L/{shape['n_head']}H/{shape['n_embd']}, "
             f"{shape['accumulation']} x {shape['batch_size']} x {shape['block_size']} tokens, "
-            f"vocabulary {shape['vocab_size']:,}",
+            f"vocabulary {shape['vocab_size']:,}{flags}",
             where(r, result.get("processor")),
             f"{r['jaxgpt_tokens_per_second']:,.0f} tokens/s{mfu}, "
             f"{r['jaxgpt_peak_bytes'] / GIB:.2f} GiB",

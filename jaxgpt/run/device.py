@@ -7,11 +7,13 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config
+from jaxgpt.config.mesh_shape import parse_mesh
 from jaxgpt.config.resolved import Resolved
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.files import read_file
@@ -37,6 +39,7 @@ SETTINGS = {
     "JAX_NUMPY_RANK_PROMOTION": ("allow", "warn"),
     **dict.fromkeys(("JAX_TRANSFER_GUARD", *GUARDS), ("allow", "log", "log_explicit")),
 }
+MOST_CPU_DEVICES = 64  # XLA starts threads for each, and aborts where the system allows no more
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
@@ -154,6 +157,7 @@ def choose_devices(cfg: Config) -> Any:
         ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
     """
     jax = import_jax()
+    _divide_cpu(jax, parse_mesh(cfg.mesh).devices)
     if cfg.device == "cpu":
         return jax.devices("cpu")
     try:
@@ -168,6 +172,15 @@ def choose_devices(cfg: Config) -> Any:
             f"JAX finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
             f"({first_line(error)}); unset it, or use --device cpu"
         ) from None
+
+
+def _divide_cpu(jax: Any, devices: int) -> None:
+    """Have JAX treat the CPU as `devices` devices, unless the user or several processes decide."""
+    flagged = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    decided = flagged or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized()
+    if 1 < devices <= MOST_CPU_DEVICES and not decided:
+        with suppress(RuntimeError):  # JAX has started before; `choose_mesh` compares
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def memory_in_use(device: Any) -> dict[str, float]:

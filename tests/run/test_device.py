@@ -226,6 +226,18 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
     assert choose_devices(on("cpu", FOR_GPU))[0].platform == "cpu"
 
 
+@pytest.mark.parametrize(("setting", "devices"), [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
+def test_a_cpu_is_divided_as_the_mesh_says_unless_the_user_has_said_otherwise(setting, devices):
+    code = (
+        "from jaxgpt.run.device import choose_devices; from jaxgpt.config.fields import Config; "
+        "cfg = Config(mesh='data=3', device='cpu', batch_size=1, effective_batch_size=3); "
+        "print(len(choose_devices(cfg)))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **setting}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(devices), done.stderr
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((0, 0), "float32")],
