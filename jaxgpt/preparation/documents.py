@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `prepare --help` does without it
     import numpy as np
 
 CHUNK = 1 << 20  # bytes read at a time
+UTF32_BYTES = 4  # of one character; the longest byte order mark
 ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
 PIECE = 1 << 20  # characters encoded at a time
 
@@ -158,13 +159,13 @@ def read_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
     """A file's bytes, decompressed, about 1 MB at a time.
 
     Without a byte order mark, and with Windows' line ends as newlines. Raises UserError if the file
-    is corrupt, or UTF-16.
+    is corrupt, or UTF-16 or UTF-32.
     """
     chunks = _decompress(file, path)
     head = b""
-    while len(head) < len(codecs.BOM_UTF8) and (chunk := next(chunks, None)) is not None:
+    while len(head) < UTF32_BYTES and (chunk := next(chunks, None)) is not None:
         head += chunk
-    _refuse_utf16(head, path)
+    _refuse_wide(head, path)
     held = b""  # the first half of a line end, perhaps
     for chunk in chain([head.removeprefix(codecs.BOM_UTF8)], chunks):
         whole = held + chunk
@@ -173,11 +174,14 @@ def read_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
     yield held
 
 
-def _refuse_utf16(head: bytes, path: str) -> None:
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+def _refuse_wide(head: bytes, path: str) -> None:
+    """Raises UserError for UTF-16 and UTF-32, with a byte order mark or beginning with ASCII."""
+    first = head[:UTF32_BYTES]
+    zeros = len(first) == UTF32_BYTES and any(first) and b"\0\0" in (first[::2], first[1::2])
+    if zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UserError(
-            f"{path}: is UTF-16, as PowerShell's > writes it; convert it to UTF-8 (iconv -f UTF-16 "
-            "-t UTF-8, or Set-Content -Encoding utf8)"
+            f"{path}: is UTF-16, as PowerShell's > writes it, or UTF-32; convert it to UTF-8 "
+            "(iconv -f UTF-16 -t UTF-8, or Set-Content -Encoding utf8)"
         )
 
 
@@ -204,9 +208,9 @@ def lines_between(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
         file.seek(start - 1)
         file.readline()
     else:
-        head = file.read(len(codecs.BOM_UTF8))
-        _refuse_utf16(head, file.name)
-        file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
+        head = file.read(UTF32_BYTES)
+        _refuse_wide(head, file.name)
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
     position = file.tell()
     while position < stop and (line := file.readline()):
         position += len(line)

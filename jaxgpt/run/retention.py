@@ -184,8 +184,8 @@ def newest_intact(
             continue
         for bad, reason in damaged:
             done = f", so checkpoint {step} is used"
-            if rename:
-                done = f" and was renamed to {_rename_damaged(folder / str(bad))}"
+            if rename and (name := _rename_damaged(folder / str(bad))):
+                done = f" and was renamed to {name}"
             other = "" if isinstance(reason, DamagedError) else "its config is not the run's: "
             warn(f"checkpoint {bad} is damaged{done}: {other}{reason}")
         return step
@@ -200,12 +200,15 @@ def newest_intact(
     return None
 
 
-def _rename_damaged(path: Path) -> str:
+def _rename_damaged(path: Path) -> str | None:
+    """The checkpoint's new name; None if somebody has deleted it meanwhile."""
     aside = path.with_name(f"{path.name}{DAMAGED}")
     with suppress(FileNotFoundError):
         delete(aside)
-    with suppress(FileNotFoundError):  # somebody may have deleted it
+    try:
         path.rename(aside)
+    except FileNotFoundError:
+        return None
     return aside.name
 
 

@@ -102,11 +102,12 @@ def test_windows_line_ends_make_the_same_documents(tmp_path: Path, sample_by: st
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_by_its_mark(tmp_path: Path, name: str, encoding: str) -> None:
-    content = '\ufeff{"text": "one"}\n'.encode(encoding)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_utf_16_and_utf_32_are_refused(tmp_path: Path, name: str, encoding: str, mark: str) -> None:
+    content = (mark + '{"text": "one"}\n').encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(UserError, match=rf"{name}: is UTF-16, .*; convert it to UTF-8"):
+    with pytest.raises(UserError, match=rf"{name}: is UTF-16.* or UTF-32; convert it to UTF-8"):
         read_documents(tmp_path / name)
 
 
