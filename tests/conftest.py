@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,9 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # Most of the time is XLA's, for programs that run for microseconds, and a third of that is LLVM's
 # optimizations. `.ci/run` sets it to false for the slow tests, which compile as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true" and version("jaxlib") < "0.11":
+    # A third of the compile time; newer versions have no such flag, and compile faster.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # Many runs of the tests are of the same shapes: each program is compiled once, as for a user who
 # starts a run again. The folder is new each time, so that all of them are compiled, and shared by
@@ -64,7 +68,7 @@ def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_traced_once() -> Iterator[None]:
-    """Runs of one configuration share their steps, which take most of a run's time to compile.
+    """Runs of one configuration, of any length, share their steps, whose compilation takes longest.
 
     Where `.ci/run` sets JAX_DISABLE_MOST_OPTIMIZATIONS=false, for slow tests and resumed runs, each
     run traces and compiles its own.
@@ -78,10 +82,13 @@ def steps_traced_once() -> Iterator[None]:
     def build_once(*args, **kwargs):
         return build(*args, **kwargs)
 
-    def build_training(*args, layout=None, compiler_options=None, **kwargs):
+    def build_training(model, optimizer, layout=None, compiler_options=None, **kwargs):
         if compiler_options or type(layout) not in (Layout, type(None)):
-            return build(*args, layout=layout, compiler_options=compiler_options, **kwargs)
-        return build_once(*args, **kwargs)
+            kwargs |= {"layout": layout, "compiler_options": compiler_options}
+            return build(model, optimizer, **kwargs)
+        # The steps depend on the end of the decay, and on the end of the run only where that is it.
+        kwargs["max_iters"] = optimizer.lr_decay_iters or kwargs["max_iters"]
+        return build_once(model, optimizer, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true":

@@ -1,5 +1,6 @@
 """Which devices a run uses: settings that JAX reads when it starts, then the devices themselves."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -98,6 +99,7 @@ def check_determinism(cfg: Resolved, platform: str) -> None:
         )
 
 
+@functools.cache
 def _try_flags(flags: str) -> None:
     """Raises ConfigError for flags that XLA refuses, for which it would end this process."""
     code = "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options"

@@ -1,19 +1,15 @@
 """The command line from end to end, on the text in the package."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.configs import resolved
 from helpers.events import tags_by_step
-from helpers.runs import SMALL, last_params, losses, train
+from helpers.runs import last_params, losses, started, train, wait_for
 
 from jaxgpt.config.fields import Config
 from jaxgpt.data.token_file import write_shard
@@ -53,8 +49,7 @@ def test_the_event_files_hold_the_same_numbers(straight: Path) -> None:
 @pytest.mark.parametrize("stops", [[4], [3, 7], [1, 8, 9]])
 def test_stopping_and_resuming_changes_no_bit(straight: Path, tmp_path: Path, stops) -> None:
     for stop in stops:
-        # A run that is meant to be longer decays its learning rate as the longer one does.
-        assert train(tmp_path, "--max-iters", str(stop), "--lr-decay-iters", "10") == 0
+        assert train(tmp_path, "--max-iters", str(stop)) == 0
     assert train(tmp_path, "--max-iters", "10") == 0
     resumed, expected = losses(tmp_path), losses(straight)
     assert [train for train, _ in resumed.values()] == [train for train, _ in expected.values()]
@@ -72,8 +67,9 @@ def test_muon_and_a_state_in_bfloat16_are_restored_to_the_bit_too(tmp_path: Path
 
 
 def test_a_resumed_run_keeps_the_end_of_its_decay(tmp_path: Path) -> None:
-    train(tmp_path, "--max-iters", "4", "--warmup-iters", "1")
-    train(tmp_path, "--max-iters", "6", "--warmup-iters", "1")
+    flags = ("--lr-decay-iters", "None", "--warmup-iters", "1")
+    train(tmp_path, *flags, "--max-iters", "4")
+    train(tmp_path, *flags, "--max-iters", "6")
     rates = {
         r["step"]: r.get("train/learning_rate") for r in read_metrics(tmp_path / "metrics.jsonl")
     }
@@ -83,7 +79,7 @@ def test_a_resumed_run_keeps_the_end_of_its_decay(tmp_path: Path) -> None:
 def test_a_run_that_has_decayed_to_zero_is_not_made_longer_without_a_longer_decay(
     tmp_path: Path, capsys
 ) -> None:
-    run = ("--min-lr", "0", "--warmup-iters", "1")
+    run = ("--lr-decay-iters", "None", "--min-lr", "0", "--warmup-iters", "1")
     assert train(tmp_path, *run, "--max-iters", "2") == 0
     assert "the learning rate stays at" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
@@ -216,30 +212,24 @@ def test_no_step_is_logged_twice_after_a_crash(straight: Path, tmp_path: Path) -
     assert len(event_files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(number, tmp_path: Path) -> None:
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     # Enough steps that the signal finds the run at work; their pace does not matter.
     flags = ["--eval-interval", "100000", "--max-iters", "100000", "--log-interval", "100"]
-    command = [sys.executable, "-m", "jaxgpt.train", *SMALL, "--out-dir", str(tmp_path), *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
-    deadline = time.monotonic() + 120
-    log = tmp_path / "metrics.jsonl"
-    while time.monotonic() < deadline and not (log.exists() and len(read_metrics(log)) > 3):
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    stopped = int(re.search(rf"{number.name}: saved step ([\d,]+)", out)[1].replace(",", ""))
-    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
-    longer = str(stopped + 5)
-    last = [*flags, "--max-iters", longer, "--eval-interval", "100000", "--log-interval", "1"]
-    assert train(tmp_path, *last, "--lr-decay-iters", "100000") == 0
-    assert train(tmp_path / "b", *last, "--lr-decay-iters", "100000") == 0
-    a, b = (list(losses(out_dir).items())[-5:] for out_dir in (tmp_path, tmp_path / "b"))
+    log = tmp_path / "a" / "metrics.jsonl"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        logged = len(read_metrics(log)) if log.exists() else 0
+        process = started(tmp_path / "a", *flags)
+        wait_for(lambda had=logged: log.exists() and len(read_metrics(log)) > had + 3)
+        process.send_signal(number)
+        said = "".join(process.communicate(timeout=60))
+        assert process.returncode == 0, said
+        stopped = int(re.search(rf"{number.name}: saved step ([\d,]+)", said)[1].replace(",", ""))
+        assert (tmp_path / "a" / "checkpoints" / str(stopped)).is_dir()
+    last = (*flags, "--max-iters", str(stopped + 5), "--log-interval", "1")
+    assert train(tmp_path / "a", *last) == train(tmp_path / "b", *last) == 0
+    a, b = (list(losses(tmp_path / name).items())[-5:] for name in "ab")
     assert a == b
-    assert last_params(tmp_path) == last_params(tmp_path / "b")
+    assert last_params(tmp_path / "a") == last_params(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ SMALL = [
     *("--preset", "demo", "--optimizer", "adamw", "--n-layer", "1", "--n-head", "2"),
     *("--n-embd", "16", "--block-size", "16", "--batch-size", "4", "--effective-batch-size", "8"),
     *("--eval-iters", "2", "--log-interval", "1", "--eval-interval", "4", "--sample-tokens", "0"),
+    *("--lr-decay-iters", "10"),  # the same for runs of any length, which so share compiled steps
 ]
 
 

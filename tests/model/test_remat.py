@@ -115,8 +115,8 @@ def test_gelu_and_its_gradient_equal_jax_nn_gelu(dtype, name, on_a_gpu, monkeypa
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     ours = GELUS.get(name, gelu_of_product)
     x = jnp.linspace(-6, 6, 1001).astype(dtype)
-    # In float32 1 + tanh is off by 3.5e-6 in JAX's slope, where the sigmoid is exact.
-    tolerance = {"rtol": 1e-5, "atol": 4e-6} if dtype == jnp.float32 else {"atol": 0.02}
+    # In float32 1 + tanh is off by up to 4.4e-6 in JAX's slope, where the sigmoid is exact.
+    tolerance = {"rtol": 1e-5, "atol": 5e-6} if dtype == jnp.float32 else {"atol": 0.02}
     got, vjp = jax.vjp(ours, x)
     expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=name != "erf"), x)
     assert got.dtype == dtype

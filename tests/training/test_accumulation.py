@@ -1,5 +1,7 @@
 """Accumulating through optax.MultiSteps changes no bit and costs no time."""
 
+import functools
+import os
 import runpy
 import statistics
 from pathlib import Path
@@ -17,9 +19,12 @@ SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "measure_accumulation.py"))
 
 # No fusion: in a different program XLA fuses the same sums and products differently, which rounds
 # them differently.
-AS_WRITTEN = {"xla_backend_optimization_level": 0}
+AS_WRITTEN: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
+if "use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):  # conftest.py turns them off
+    AS_WRITTEN["xla_cpu_use_fusion_emitters"] = True
 
 
+@functools.cache
 def trained(name: str, accumulation: int, steps: int = 2):
     """(params, state of MultiSteps) after `steps` steps on the same tokens."""
     step, init = SCRIPT["build"](TINY, accumulation)[name]
