@@ -5,7 +5,7 @@
 Runs the real command line on the demo's text, with a small model and many checkpoints. Of four
 kills one hits the start of a process, one any moment of its training, and two a save. Half of the
 processes also save between evaluations, while they train. A killed run must resume from its newest
-finished checkpoint, repeat at most one checkpoint interval, and end with the bits and losses of an
+finished checkpoint, repeat at most one evaluation interval, and end with the bits and losses of an
 undisturbed run. Otherwise the exit code is 1.
 """
 
