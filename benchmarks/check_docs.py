@@ -161,7 +161,8 @@ def _purpose(path: Path) -> str:
     """The first sentence of a module's docstring or of a script's comment."""
     text = path.read_text()
     if path.suffix == ".sh":
-        paragraph = " ".join(line[2:] for line in text.splitlines()[1:] if line.startswith("# "))
+        comment = text.partition("\n#\n")[0].splitlines()[1:]
+        paragraph = " ".join(line.removeprefix("# ") for line in comment)
     else:
         paragraph = text.split('"""')[1].partition("\n\n")[0].replace("\n", " ")
     return re.split(r"(?<=\.)\s|:$|: *(?=#)", paragraph.strip(), maxsplit=1)[0]

@@ -52,8 +52,8 @@ ODDITIES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="an exported folder with GPT-2's tokenizer")
-    parser.add_argument("--examples", type=int, default=300, help="number of made examples")
-    parser.add_argument("--file", type=Path, help="hellaswag_val.jsonl, instead of made examples")
+    parser.add_argument("--examples", type=int, default=300, help="number of made-up examples")
+    parser.add_argument("--file", type=Path, help="hellaswag_val.jsonl, in place of made-up ones")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -80,7 +80,7 @@ def losses(results: Results, part: str) -> list[float]:
 
 
 def differences_to_float32(results: Results) -> list[float]:
-    """Of the loss, at each step that both runs have."""
+    """How far the losses in bfloat16 are from float32's, at each step that both runs have."""
     pairs = zip(losses(results, "train"), losses(results, "float32"), strict=False)
     return [abs(a - b) for a, b in pairs]
 

@@ -1,6 +1,6 @@
 """Check and measure jaxgpt in a quarter of an hour on one GPU, on a machine without network.
 
-    python benchmarks/gpu/quarter_hour.py first 450    # right? how fast beside nanoGPT? on what?
+    python benchmarks/gpu/quarter_hour.py first 450    # right? how fast? where does the time go?
     python benchmarks/gpu/quarter_hour.py second 240   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
