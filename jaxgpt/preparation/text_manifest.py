@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.data.manifest import (
     Documents,
     Manifest,
@@ -30,6 +31,7 @@ AT_END = "end of the text"  # the rule for few documents
 OWN = "text of its own"  # the rule of --val
 SMALL_DATA = 5_000_000  # training tokens below which the demo's model is large enough
 DEMO_BLOCK_SIZE = 64  # configs/demo.toml
+CARDS_VOCABULARY = 50_304  # rows of the presets for cards
 
 # With more ids than this the demo's 1,000 steps take a CPU far longer than the minute they should.
 DEMO_VOCABULARY = 5_000
@@ -182,6 +184,8 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
         if manifest.tokenizer.n_vocab > DEMO_VOCABULARY:
             words += SHORT_RUN
         words += ["--out-dir", str(_free_folder(Path("runs") / out.name))]
+    elif (rows := padded_vocab_size(manifest.tokenizer.n_vocab)) != CARDS_VOCABULARY:
+        words += ["--vocab-size", str(rows)]
     return shlex.join(words)
 
 

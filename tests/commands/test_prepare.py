@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from helpers.preparing import RESULTS, SMALL, build, contents, prepare, stream
@@ -11,6 +12,7 @@ from helpers.preparing import RESULTS, SMALL, build, contents, prepare, stream
 from jaxgpt import train
 from jaxgpt.data.manifest import load_manifest
 from jaxgpt.data.tokenizer import load_tokenizer
+from jaxgpt.preparation.text_manifest import SMALL_DATA, train_command
 
 
 def test_two_commands_go_from_parquet_files_to_a_trained_model(
@@ -186,6 +188,21 @@ def test_the_train_command_names_the_folder(
     tokens = stream(out, "train")
     assert tokens[0] == 256
     assert bytes(tokens[1:7].astype(np.uint8)) == b"Text n"
+
+
+def test_the_train_command_has_the_tokenizers_vocabulary(prepared: Path) -> None:
+    """The presets for cards have GPT-2's, too large for other tokenizers, or too small."""
+    manifest = load_manifest(prepared)
+    assert manifest is not None
+    size = msgspec.structs.replace(manifest.splits.train, tokens=SMALL_DATA)
+    of_gpt2 = msgspec.structs.replace(
+        manifest, splits=msgspec.structs.replace(manifest.splits, train=size)
+    )
+    other = msgspec.structs.replace(manifest.tokenizer, name="mine", n_vocab=32_001)
+    of_another = msgspec.structs.replace(of_gpt2, tokenizer=other)
+    plain = "python -m jaxgpt.train --dataset mine"
+    assert train_command(Path("data/mine"), of_gpt2, True) == plain
+    assert train_command(Path("data/mine"), of_another, True) == f"{plain} --vocab-size 32064"
 
 
 # Other trainers
