@@ -101,7 +101,7 @@ class ModelConfig:
         if self.vocab_size is not None and 0 < self.vocab_size < (self.n_vocab or 1):
             errors.append(
                 f"vocab_size {self.vocab_size} has fewer rows than the tokenizer has ids "
-                f"({self.n_vocab}); leave it out to derive it from the tokenizer"
+                f"({self.n_vocab}); use --vocab-size {padded_vocab_size(self.n_vocab or 1)}"
             )
         return errors + bad_counts(self, "vocab_size")
 
