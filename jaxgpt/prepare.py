@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jaxgpt.errors import Stopped, run_command
 from jaxgpt.files import user_path
-from jaxgpt.preparation.flags import PROG, PrepareFlags, parse_flags
+from jaxgpt.preparation.flags import PROG, parse_flags
 from jaxgpt.run.console import unfailing_output
 from jaxgpt.run.signals import StopRequest
 
@@ -19,16 +19,16 @@ from jaxgpt.run.signals import StopRequest
 @unfailing_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
     # An ignored signal stays ignored: a script's background jobs must not react to Ctrl-C.
     handled = [
         number for number in StopRequest.STOPPING if signal.getsignal(number) is not signal.SIG_IGN
     ]
     previous = {number: signal.signal(number, _raise_stopped) for number in handled}
     try:
-        return run_command(PROG, lambda: run(flags))
+        return run_command(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
     finally:
-        if argv is not None:  # a command ends here, and a second Ctrl-C must not change its answer
+        # Not where the process ends: a second Ctrl-C must not change its exit code.
+        if argv is not None:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -39,8 +39,9 @@ def _raise_stopped(number: int, _: object) -> None:
     raise Stopped(number, "stopped; run the same command again to resume")
 
 
-def run(flags: PrepareFlags) -> int:
+def run(argv: Sequence[str]) -> int:
     """Do what the flags say; returns the exit code. Raises UserError."""
+    flags = parse_flags(argv)
     from jaxgpt.planning.local_gpus import visible_card
     from jaxgpt.preparation.inspect_folder import inspect_folder
     from jaxgpt.preparation.output_folder import open_output_folder

@@ -1,8 +1,10 @@
 """The flags of `jaxgpt.prepare`."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.preparing import prepare
@@ -73,3 +75,15 @@ def test_a_mistake_is_reported_before_anything_heavy_is_imported() -> None:
     for flag, exit_code in (("--help", "0"), ("--limt-tokens", "2"), ("--workers=many", "2")):
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == exit_code, done
+
+
+def test_a_closed_output_or_a_deleted_folder_is_no_bug_while_flags_are_parsed(
+    tmp_path: Path,
+) -> None:
+    command = f"{sys.executable} -m jaxgpt.prepare"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for script, code in ((f"{command} --help >&-", 0), (f"rmdir $PWD; {command} --out ./~x", 2)):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        done = subprocess.run(["bash", "-c", script], cwd=folder, env=env, capture_output=True)
+        assert (done.returncode, b"Traceback" in done.stderr) == (code, False), done.stderr
