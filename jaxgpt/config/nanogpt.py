@@ -10,11 +10,10 @@ import ast
 import operator
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from jaxgpt.config.checks import ConfigError
-from jaxgpt.files import read_file
+from jaxgpt.files import read_file, user_path
 
 # Settings of nanoGPT that have no effect here, and what to use instead.
 NANOGPT_SETTINGS = {
@@ -141,7 +140,7 @@ def read_settings(path: str, known: Collection[str]) -> dict[str, Any]:
         ConfigError: for a file that cannot be read, and with file and line for anything else in it.
     """
     try:
-        tree = ast.parse(read_file(Path(path)))
+        tree = ast.parse(read_file(user_path(path, "--preset")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one of nanoGPT's config files") from None
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:

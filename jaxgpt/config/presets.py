@@ -26,7 +26,7 @@ from jaxgpt.config.nanogpt import (
     unused_settings,
 )
 from jaxgpt.config.roles import Role
-from jaxgpt.files import named_path, read_file
+from jaxgpt.files import named_path, read_file, user_path
 
 BYTE_IDS = 257  # of the byte tokenizer, which the presets without a vocab_size have
 
@@ -74,7 +74,7 @@ def _read_toml(name: str) -> tuple[str, dict[str, Any]]:
     is_path = name.endswith(".toml")
     if not is_path and name not in packaged_presets():
         raise ConfigError(_no_such_preset(name))
-    path = Path(name) if is_path else presets_dir() / f"{name}.toml"
+    path = user_path(name, "--preset") if is_path else presets_dir() / f"{name}.toml"
     source = name if is_path else path.name
     try:
         text = read_file(path).decode("utf-8-sig")  # without a BOM, which Windows writes

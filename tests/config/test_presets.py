@@ -1,7 +1,6 @@
 import pytest
 
 from jaxgpt.config import presets
-from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import flat_values
 from jaxgpt.config.optimizer import GROUP_RATES
 from jaxgpt.config.presets import (
@@ -9,6 +8,7 @@ from jaxgpt.config.presets import (
     describe_presets,
     load_preset,
 )
+from jaxgpt.errors import UserError
 
 COLUMNS = (
     *("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps"),
@@ -38,7 +38,7 @@ LLMC = (
 
 
 def refusal(name: str) -> str:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         load_preset(name)
     return str(refused.value)
 
@@ -138,6 +138,15 @@ def test_presets_are_found_inside_an_installed_wheel(tmp_path, monkeypatch):
     (inside / "tiny.toml").write_text("n_layer = 3")
     assert [cfg.preset for cfg in all_presets()] == ["tiny"]
     assert load_preset("tiny").model.n_layer == 3
+
+
+@pytest.mark.parametrize("name", ["own.toml", "own.py"])
+def test_a_config_file_in_the_home_folder_is_found(tmp_path, monkeypatch, name):
+    """The shell leaves the ~ of --preset=~/own.toml alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / name).write_text("n_layer = 3")
+    assert load_preset(f"~/{name}").model.n_layer == 3
+    assert "is a URL" in refusal(f"https://example.com/{name}")
 
 
 @pytest.mark.parametrize("typed", ["24bg", "24GB", "24gb.", "24g"])
