@@ -26,13 +26,13 @@ ONE_DEVICE = MeshShape()
 
 
 def parse_mesh(text: str | None) -> MeshShape:
-    """The shape that `text` names, one device if it is None; ValueError if it names none."""
+    """The shape that `text` names, one device if it is None; ConfigError if it names none."""
     if text is None:
         return ONE_DEVICE
     parts = [FORM.fullmatch(part.strip()) for part in text.split(",")]
     sizes = {part[1]: int(part[2]) for part in parts if part}
     if not all(parts) or len(sizes) < len(parts):
-        raise ValueError(
+        raise ConfigError(
             f"mesh {text!r} is not of the form data=2,fsdp=4 (or one of the two); data: "
             "replicas of the state, fsdp: devices that each replica is sharded over"
         )

@@ -229,7 +229,7 @@ def _undivided(model: ModelConfig, mesh: MeshShape) -> list[str]:
     sizes = {name: size for name, size in first_axes(model).items() if size % mesh.fsdp}
     return [
         f"--mesh fsdp={mesh.fsdp} does not divide {name} {size}; the nearest that do: "
-        + ", ".join(str(d) for d in divisors(size) if mesh.fsdp / 3 < d < mesh.fsdp * 3)
+        + ", ".join(map(str, sorted(divisors(size), key=lambda d: abs(d - mesh.fsdp))[:3]))
         for name, size in sizes.items()
     ]
 
