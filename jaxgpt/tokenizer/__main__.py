@@ -18,6 +18,7 @@ from rich.filesize import decimal
 
 from jaxgpt.config.command_line import parse_command
 from jaxgpt.config.flag_types import PathIfSet
+from jaxgpt.data.token_file import PREPARE
 from jaxgpt.data.tokenizer import EOT_TEXT, load_tokenizer
 from jaxgpt.data.tokenizer_json import tokenizer_from_files, with_config
 from jaxgpt.errors import UserError, make_main
@@ -36,7 +37,7 @@ DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or
 SLICE_BYTES = 1 << 24  # the sample takes the beginning of each slice of this size
 PIECE = 10_000  # characters that are used for training or held out together
 HELD_OUT = 20  # every 20th piece is held out
-HELD_OUT_BYTES = 5_000_000  # at most; enough to measure
+MOST_HELD_OUT = 500  # pieces, enough to measure
 # Ids: 256 bytes, the end of text, and some merges; the library takes memory for all at once.
 SMALLEST, LARGEST = 512, 2**22
 
@@ -104,8 +105,8 @@ def run(argv: Sequence[str]) -> int:
         **compare(tokenizer, held_out),
     }
     print_table(str(out), rows)
-    words = ["python", "-m", "jaxgpt.prepare", *flags.inputs[:3], "--tokenizer", str(out)]
-    print(f"use it: {shlex.join(words)}")
+    inputs = shlex.join(flags.inputs[:3]) + " ..." * (len(flags.inputs) > 3)
+    print(f"use it: {PREPARE} {inputs} --tokenizer {shlex.quote(str(out))}")
     return 0
 
 
@@ -120,12 +121,10 @@ def read_sample(
     share = n_bytes / max(sum(slice.input.text_bytes / slice.parts for slice in slices), 1)
     training: list[str] = []
     held_out: list[str] = []
-    held_out_bytes = 0
     pieces = (piece for slice in slices for piece in _beginning_of(slice, share, options))
     for number, piece in enumerate(pieces):
-        if number % HELD_OUT == HELD_OUT - 1 and held_out_bytes < HELD_OUT_BYTES:
+        if number % HELD_OUT == HELD_OUT - 1 and len(held_out) < MOST_HELD_OUT:
             held_out.append(piece)
-            held_out_bytes += len(piece)
         else:
             training.append(piece)
     if not training:

@@ -30,9 +30,10 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_tokenizer_travels_from_its_folder_to_the_exported_model(
     book: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(book), "--vocab-size", "600", "--out", "tok"]) == 0
+    assert main([*[str(book)] * 4, "--vocab-size", "600", "--out", "tok"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "600 ids trained on" in told
+    assert "jaxgpt.prepare book.txt book.txt book.txt ... --tokenizer tok" in told
     assert "held out; with GPT-2: " in told
     flags = (book, "--workers", "1", "--out", "data/mine", "--tokenizer")
     assert prepare(*flags, "tok") == 0
