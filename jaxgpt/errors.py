@@ -148,10 +148,10 @@ def discard(descriptor: int) -> None:
         os.dup2(nowhere.fileno(), descriptor)
 
 
-def fail(prog: str, message: str, code: int = USER_ERROR) -> NoReturn:
-    """Print a message to standard error and exit with `code`."""
+def fail(prog: str, message: str) -> NoReturn:
+    """Print a message to standard error and exit with code 2."""
     _print_message(prog, message)
-    sys.exit(code)
+    sys.exit(USER_ERROR)
 
 
 def _print_message(prog: str, message: str) -> None:

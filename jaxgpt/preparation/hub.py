@@ -75,22 +75,23 @@ def _request(repo: str, request: Callable[[], T]) -> T:
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
     """Files of the Hub as inputs, sorted by path."""
     files = sorted(found, key=lambda file: file.path)
-    known = [file for file in files if kind_of(file.path)]
-    if not known:
+    inputs = [
+        Input(
+            path=file.path,
+            size=file.size,
+            kind=kind,
+            check=file.lfs.sha256 if file.lfs else file.blob_id,
+        )
+        for file in files
+        if (kind := kind_of(file.path))
+    ]
+    if not inputs:
         raise UserError(
             f"data set {repo!r}: has no readable text files "
             f"({', '.join(f.path for f in files[:3]) or 'it has no files'}; expected {READABLE}); "
             + PARQUET_COPY
         )
-    return [
-        Input(
-            path=file.path,
-            size=file.size,
-            kind=kind_of(file.path) or "text",
-            check=file.lfs.sha256 if file.lfs else file.blob_id,
-        )
-        for file in known
-    ]
+    return inputs
 
 
 def _files_of_configuration(repo: str, name: str | None, split: str, commit: str) -> list[str]:

@@ -99,6 +99,7 @@ def check_free_space(out: Path, needed: int) -> str:
     if needed > free:
         raise UserError(
             f"{out}: needs about {decimal(needed)} of disk and has {decimal(free)} free; make "
-            "room, choose a folder on another disk (--out), or take fewer tokens (--limit-tokens)"
+            "room, choose a folder on another disk (--out), or take fewer tokens (--limit-tokens, "
+            "or --tokens with --ready)"
         )
     return decimal(free)

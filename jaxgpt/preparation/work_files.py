@@ -160,7 +160,8 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
     # A preparation keeps its first commit, unit sizes change no token, and options are listed one
     # by one.
     hidden = {"commit", "options", "unit_bytes", "prefix", "val_at_end", "ids"}
-    return {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
+    shown = {k: v for k, v in {**flat, **flat["options"]}.items() if k not in hidden}
+    return {k: "unset" if v in (None, "") else v for k, v in shown.items()}
 
 
 def _flag_name(name: str) -> str:

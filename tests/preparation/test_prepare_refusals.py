@@ -74,7 +74,7 @@ def test_another_source_or_other_settings_are_refused(
         ([fineweb_like, "--unit-bytes", "100K"], "--shard-tokens 30000, not 100000000"),
         ([fineweb_like, *SMALL, "--text-column", "url"], "--text-column text, not url"),
         ([fineweb_like, *SMALL, "--tokenizer", "byte"], "--tokenizer gpt2, not byte"),
-        ([fineweb_like, *SMALL, "--val-tokens", "9"], "--val-tokens None, not 9"),
+        ([fineweb_like, *SMALL, "--val-tokens", "9"], "--val-tokens unset, not 9"),
     ):
         message = refusal(capsys, *arguments, "--out", prepared)
         assert said in message
@@ -232,6 +232,7 @@ def test_a_full_disk_is_reported_before_anything_is_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     message = refusal(capsys, texts, "--out", tmp_path / "out")
     assert "of disk and has 1.0 kB free" in message
+    assert "fewer tokens (--limit-tokens, or --tokens with --ready)" in message
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
