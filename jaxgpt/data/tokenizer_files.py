@@ -29,7 +29,7 @@ from jaxgpt.data.tokenizer_json import (
 from jaxgpt.errors import UserError
 from jaxgpt.files import read_file
 
-RECOGNIZED = {"gpt2": 50_257, "byte": 257}  # with their sizes
+RECOGNIZED = {"gpt2": (50_257, 50_304), "byte": (257,)}  # their ids, and rows when padded
 SAME_AS_GPT2 = ("gpt2", "r50k_base")  # two names for the same vocabulary
 
 
@@ -134,8 +134,8 @@ def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
     """
     found = _vocabularies_in(folder)
     if not found:
-        return {50_257: "gpt2", 50_304: "gpt2", 257: "byte"}.get(n_vocab)
-    for name, size in RECOGNIZED.items():
+        return next((name for name, sizes in RECOGNIZED.items() if n_vocab in sizes), None)
+    for name, (size, *_) in RECOGNIZED.items():
         if {len(ids) for ids in found} == {size}:
             known = vocabulary(load_tokenizer(name))
             return name if all(ids == known for ids in found) else None

@@ -26,7 +26,6 @@ DATASETS = FINEWEB | {
 }
 CLIMBMIX_TOKENS = "nvidia/Nemotron-ClimbMix"  # GPT-2's, a list in the column `tokens` of each row
 LICENCES = {"climbmix": "CC BY-NC 4.0: for research, not for commercial use"}  # where restricted
-SHARD_TOKENS = 100_000_000  # as in llm.c
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 COUNTS = ("limit_tokens", "tokens", "val_tokens", "shard_tokens", "unit_bytes")
@@ -47,6 +46,7 @@ Hub, or text files. Run the same command again to resume.
   python -m jaxgpt.prepare --inspect data/fineweb"""
 
 Count = Annotated[str | None, tyro.conf.arg(metavar="N", help_behavior_hint=unless_none)]
+Size = Annotated[str, tyro.conf.arg(metavar="N")]
 Inputs = tyro.conf.Positional[
     Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SOURCE ...]", help_behavior_hint="")]
 ]
@@ -94,7 +94,7 @@ class PrepareFlags:
     val_fraction: FloatIfSet = None
     """use this fraction of the documents for validation, chosen by their hash; default for all
     other text: 0.1 below 100 MB, 0.01 above"""
-    shard_tokens: Count = "100M"
+    shard_tokens: Size = "100M"
     """tokens per shard"""
     workers: IntIfSet = None
     """worker processes; by default one per CPU"""
@@ -103,7 +103,7 @@ class PrepareFlags:
     the text and write to --out by the same paths"""
     inspect: bool = False
     """show what a folder of tokens contains, and check every file"""
-    unit_bytes: Count = "256M"
+    unit_bytes: Size = "256M"
     """bytes of text in a unit of work; a kill costs each worker at most one unit"""
 
     def errors(self) -> list[str]:

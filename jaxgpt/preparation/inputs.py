@@ -41,7 +41,6 @@ READABLE = (
 TEXT_IN_PARQUET, TEXT_IN_COMPRESSED = 1.56, 3.0
 TEXT_BYTES_PER_TOKEN = 4.6  # GPT-2's BPE on FineWeb
 
-UNIT_BYTES = 256_000_000  # of text: 14 s of work, the most that a kill costs a worker
 EDGE = 1 << 16  # bytes at each end of a file that its checksum covers
 
 
@@ -180,7 +179,7 @@ def saved_dataset(path: Path) -> Input:
         rows = 0 if state.get("_data_files") == [] else len(load_from_disk(str(path)))
     except Exception as error:  # datasets wraps pyarrow's and its own
         raise UserError(
-            f"{path}: cannot be read as a saved dataset ({first_line(error)})"
+            f"{path}: cannot be read as a saved dataset ({first_line(error)}); save it again"
         ) from None
     files = sorted(path.glob("*.arrow"))
     return Input(

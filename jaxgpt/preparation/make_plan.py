@@ -16,13 +16,12 @@ from jaxgpt.preparation.flags import (
     DATASETS,
     FINEWEB,
     LICENCES,
-    SHARD_TOKENS,
     VAL_RULES,
     PrepareFlags,
+    parse_number,
 )
 from jaxgpt.preparation.hub import list_dataset
 from jaxgpt.preparation.inputs import (
-    UNIT_BYTES,
     Input,
     find_inputs,
     has_splits,
@@ -44,6 +43,7 @@ from jaxgpt.preparation.work_files import (
     with_inputs,
 )
 
+FINEWEB_VAL_TOKENS = 100_000_000  # as in llm.c
 SMALL_TEXT = 100_000_000  # bytes; validation is a tenth of less, a hundredth of more
 # Validation is chosen by document if about this many are expected to be in it: with ten, it is
 # empty in one of 20,000 texts.
@@ -157,7 +157,7 @@ def _settings(
             val_tokens, val_fraction = old.settings.val_tokens, old.settings.val_fraction
             val_at_end = old.settings.val_at_end
         elif _is_fineweb(flags):
-            val_tokens = SHARD_TOKENS
+            val_tokens = FINEWEB_VAL_TOKENS
         else:
             small = sum(item.text_bytes for item in inputs) < SMALL_TEXT
             val_fraction = 0.1 if small else 0.01
@@ -170,12 +170,12 @@ def _settings(
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
         options=flags.read_options,
-        shard_tokens=flags.number_of("shard_tokens") or SHARD_TOKENS,
+        shard_tokens=parse_number("shard_tokens", flags.shard_tokens),
         val_tokens=val_tokens,
         val_fraction=val_fraction,
         val_at_end=val_at_end,
         val=val,
-        unit_bytes=flags.number_of("unit_bytes") or UNIT_BYTES,
+        unit_bytes=parse_number("unit_bytes", flags.unit_bytes),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from jaxgpt.config.architecture import padded_vocab_size
+from jaxgpt.config.presets import load_preset
 from jaxgpt.data.manifest import (
     Documents,
     Manifest,
@@ -30,7 +31,6 @@ from jaxgpt.run.console import counted, print_table
 AT_END = "end of the text"  # the rule for few documents
 OWN = "text of its own"  # the rule of --val
 SMALL_DATA = 5_000_000  # training tokens below which the demo's model is large enough
-DEMO_BLOCK_SIZE = 64  # configs/demo.toml
 CARDS_VOCABULARY = 50_304  # rows of the presets for cards
 
 # With more ids than this the demo's 1,000 steps take a CPU far longer than the minute they should.
@@ -137,7 +137,7 @@ def summarize(manifest: Manifest) -> dict[str, str]:
     if rule.tokens:
         rows["validation"] = f"the first {rule.tokens:,} tokens, as in llm.c"
     elif rule.fraction and rule.rule == AT_END:
-        rows["validation"] = f"the last {rule.fraction:.0%} of the text, which is few documents"
+        rows["validation"] = f"the last {rule.fraction:.0%} of the text, which has few documents"
     elif rule.rule == OWN:
         more = ", ..." * (len(rule.files) > 3)
         rows["validation"] = f"{OWN}: {', '.join(rule.files[:3])}{more}"
@@ -179,7 +179,7 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
     if is_small or not has_gpu:
         # A window of the smaller split has block_size tokens and one more.
         fitting = min(splits.train.tokens, splits.val.tokens) - 1
-        if fitting < DEMO_BLOCK_SIZE:
+        if fitting < load_preset("demo").model.block_size:
             words += ["--block-size", str(1 << max(fitting, 1).bit_length() - 1)]
         if manifest.tokenizer.n_vocab > DEMO_VOCABULARY:
             words += SHORT_RUN
