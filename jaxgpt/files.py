@@ -41,7 +41,7 @@ class FormatError(UserError):
 
 
 def named_path(text: str) -> Path:
-    """`Path` drops the ./ of ./~, which does not mean the home folder."""
+    """`Path(text)`, but absolute for ./~x: `Path` drops the ./, and ~x would be a home folder."""
     path = Path(text)
     return path.absolute() if str(path).startswith("~") and not text.startswith("~") else path
 
@@ -55,8 +55,7 @@ def user_path(path: str | Path, name: str) -> Path:
     text = os.path.expanduser(path)
     if URL.match(text):
         raise UserError(
-            f"{name} {path}: is a URL; give a path of this machine, where an object store can be "
-            "mounted"
+            f"{name} {path}: is a URL; give a path on this machine; an object store can be mounted"
         )
     if text.startswith("~"):
         raise UserError(f"{name} {path}: there is no such home folder; give the whole path")

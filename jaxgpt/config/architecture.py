@@ -31,7 +31,7 @@ class ModelConfig:
     arch: Annotated[Arch, Role.FIXED] = "gpt2"
     n_layer: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # transformer blocks
     n_head: Annotated[int, Role.FIXED, Role.PLANNED] = 12  # attention heads in each block
-    # heads of keys and values, each shared by n_head / n_kv_head heads (qwen3, llama); if unset,
+    # key/value heads, each shared by n_head / n_kv_head query heads (qwen3, llama); if unset,
     # n_head
     n_kv_head: Annotated[IntIfSet, Role.FIXED, Role.PLANNED] = None
     # model width, a multiple of n_head unless head_dim is set
@@ -86,7 +86,7 @@ class ModelConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        """Hidden width of SwiGLU, whose three matrices then have GPT-2's number of parameters."""
+        """Hidden width of SwiGLU, by default with as many parameters as GPT-2's MLP."""
         return self.mlp_width or -(-8 * self.n_embd // (3 * 64)) * 64
 
     def errors(self) -> list[str]:
@@ -261,7 +261,10 @@ def parameter_shapes(cfg: ModelConfig) -> Shapes:
 
 
 def first_axes(cfg: ModelConfig) -> dict[str, int]:
-    """Length of the first axis of every matrix and embedding, by name, without '4 x n_embd'."""
+    """Length of the first axis of every matrix and embedding, by name.
+
+    '4 x n_embd' is left out: what divides n_embd divides it, too.
+    """
     firsts = {axes[0] for axes in ARCHITECTURES[cfg.arch].axes(cfg).values() if len(axes) > 1}
     return {axis: axis_sizes(cfg)[axis] for axis in firsts if not axis.endswith(" x n_embd")}
 

@@ -2,8 +2,8 @@
 
     effective_batch_size = batch_size x devices x accumulation
 
-`batch_size` is what one device processes at a time and sets memory; `effective_batch_size` is what
-one optimizer step sees and determines the training. No other module divides one by the other.
+`batch_size` is what one device processes at a time and decides the memory; `effective_batch_size`
+is what one optimizer step sees and decides the training. No other module divides one by the other.
 """
 
 import math
@@ -66,10 +66,10 @@ def batch_sizes(effective: int, devices: int = 1) -> list[int]:
 def fields_of_accumulation(
     accumulation: int | None, batch_size: int | Literal["auto"], effective: int | None
 ) -> dict[str, int | None]:
-    """Fields with nanoGPT's gradient_accumulation_steps converted to effective_batch_size.
+    """Fields that replace nanoGPT's gradient_accumulation_steps by its effective_batch_size.
 
-    It counts the micro-batches of all devices. {} if it is unset or contradicts the other two, an
-    error that `Config` reports.
+    `accumulation` counts the micro-batches of all devices. {} if it is unset, or contradicts the
+    other two, which `Config` reports.
     """
     if accumulation is None or accumulation < 1 or batch_size == "auto":
         return {}
@@ -101,7 +101,7 @@ def _nearest(effective: int, batch_size: int, devices: int) -> str:
         near += f", {other} with batch_size {smaller}"
     fewer = _largest(effective, devices)
     return (
-        f"{near}, or use {fewer} devices with --mesh and batch_size "
+        f"{near}, or use {fewer} device{'s' * (fewer > 1)} with --mesh and batch_size "
         f"{_largest(effective // fewer, batch_size)}"
     )
 

@@ -10,7 +10,7 @@ from jaxgpt.errors import UserError
 
 # JAX counts steps in 32 bits, and truncates seeds to them.
 LARGEST = 2**31 - 1
-FLOAT32 = (2.0**-126, 2.0**128)  # from the smallest normal number to below the first too large
+FLOAT32 = (2.0**-126, 2.0**128)  # the smallest normal number, and the first too large one
 
 
 class ConfigError(UserError):

@@ -22,8 +22,8 @@ from jaxgpt.config.presets import describe_presets, load_preset, packaged_preset
 from jaxgpt.errors import fail, warn
 from jaxgpt.files import user_path
 
-MOST_SAMPLE_TOKENS = 100_000  # not even the first Ctrl-C ends a sample
-HIGHEST_USUAL_RATE = 0.1  # learning rates above it are warned of
+MOST_SAMPLE_TOKENS = 100_000  # training waits for a sample, and so does Ctrl-C
+HIGHEST_USUAL_RATE = 0.1  # above it a warning is printed
 # `--batch-size 16`, `--batch_size=16` and `--bias=True`, without sections and `--no-` twins.
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 

@@ -18,21 +18,21 @@ class Launcher(NamedTuple):
     remedy: str = ""  # what else JAX needs to connect them
 
 
-# In the order in which JAX tries them. Slurm's are those of a job step, which srun starts, in an
-# array's tasks too; a batch script and a shell of salloc have only the job's: they are one process.
+# In the order in which JAX tries them. Slurm's variables are those of a job step, which srun starts
+# (in array jobs, too): a batch script or an salloc shell has only the job's, and is one process.
 LAUNCHERS = (
     Launcher(
         name="Open MPI",
         mark="OMPI_COMM_WORLD_RANK",
         size="OMPI_COMM_WORLD_SIZE",
-        remedy="; from Open MPI 5 on JAX 0.12 finds the others, with pip install mpi4py",
+        remedy="; from Open MPI 5 on, JAX 0.12 finds the others after pip install mpi4py",
     ),
     Launcher("Slurm", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"),
     Launcher(
         name="Kubernetes",
         mark="JOB_COMPLETION_INDEX",
         size=None,
-        remedy="; in an indexed Job JAX finds the others, with pip install kubernetes",
+        remedy="; in an indexed Job, JAX finds the others after pip install kubernetes",
     ),
     Launcher(
         name="JAX_COORDINATOR_ADDRESS",

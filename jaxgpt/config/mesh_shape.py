@@ -48,7 +48,7 @@ def choose_mesh(asked: str | None, devices: int, processes: int = 1) -> MeshShap
         processes: how many the run has; together they must use every device.
 
     Raises:
-        ConfigError: if --mesh has more devices than there are, or one process would be without any.
+        ConfigError: if --mesh has more devices than there are or, with several processes, fewer.
     """
     shape = parse_mesh(asked) if asked else MeshShape(data=devices)
     if shape.devices > devices or (processes > 1 and shape.devices < devices):

@@ -67,7 +67,9 @@ def make_mixture(
     stages: list[Stage] = []
     for step, text in ((0, dataset), *mixture_at):
         if stages and step <= stages[-1].start:
-            errors.append(f"mixture_at {step}: stages begin after step 0, each later than the last")
+            errors.append(
+                f"mixture_at {step}: stages begin after step 0, each later than the one before"
+            )
         try:
             alone = {text: Fraction(1)}
             stages.append(Stage(step, alone if data_dir and not step else parse_shares(text)))

@@ -262,5 +262,8 @@ def resolved_from(values: dict[str, Any], source: str) -> Resolved:
     origin = Origin(model=asked.model, tokenizer=asked.tokenizer, init_from=asked.init_from)
     missing = [name for name in ("vocab_size", "n_vocab", "eval_windows") if not values.get(name)]
     if n_vocab is None or missing:
-        raise ConfigError(f"{source}: has no {' and no '.join(missing)}, so no run has written it")
+        raise ConfigError(
+            f"{source}: has no {' and no '.join(missing)}, so it is not a run's; name a run's "
+            "folder"
+        )
     return resolve(asked, origin, n_vocab=n_vocab, mesh=mesh, dtype=asked.dtype)

@@ -81,7 +81,7 @@ class Splits(msgspec.Struct, frozen=True):
 
 
 class Documents(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of documents used, and of those skipped by reason."""
+    """How many documents were used, and how many were skipped for each reason."""
 
     used: Count
     skipped: dict[str, Count]

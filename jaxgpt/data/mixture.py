@@ -105,7 +105,7 @@ class MixtureLoader(Loader):
         return total
 
     def end(self, batch: int, max_iters: int) -> End | None:
-        """The last step of `batch` windows before a source repeats; None if none does so soon."""
+        """The last step of `batch` windows before a source repeats; None if none does."""
         limits_S = np.array([loader.windows_per_epoch for loader in self.loaders])
 
         def repeated_S(steps: int) -> np.ndarray:

@@ -230,8 +230,8 @@ def _inspect_headerless(path: Path, size: int) -> TokenFile:
     # The high half of a uint32 is zero for every id below 65,536, and for half of llama-3's.
     if len(tokens) >= 1000 and zeros_odd > zeros_even + 0.1 * len(tokens):
         raise DataError(
-            f"{path}: {2 * zeros_odd / len(tokens):.0%} of every second value is zero, as in "
-            "uint32 or int64 tokens read as uint16; write it again with .astype(np.uint16), or "
+            f"{path}: {2 * zeros_odd / len(tokens):.0%} of its odd-numbered values are zero, as "
+            "in uint32 or int64 tokens read as uint16; write it again with .astype(np.uint16), or "
             f"with {PREPARE}"
         )
     return TokenFile(path, 0, size // 2)

@@ -172,7 +172,9 @@ def open_json_tokenizer(path: Path, name: str) -> JsonTokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         ) from None
     except OSError as error:
-        raise UserError(f"tokenizer {name!r}: {main} cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"tokenizer {name!r}: {main} cannot be read ({error.strerror}); copy it again"
+        ) from None
     return tokenizer_from_files(files, name)
 
 
@@ -196,7 +198,8 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str) -> JsonTokenizer
         )
     if (last := max(ids.values())) >= MOST_IDS:
         raise UserError(
-            f"tokenizer {name!r}: a token has id {last:,}, and at most {MOST_IDS:,} are supported"
+            f"tokenizer {name!r}: has id {last:,}, and at most {MOST_IDS:,} are supported; choose "
+            "another tokenizer"
         )
     return JsonTokenizer(name, last + 1, eot, sha256, files)
 
@@ -287,7 +290,7 @@ def with_config(main: bytes, **config: object) -> dict[str, bytes]:
 
 
 def character_tokenizer(characters: Iterable[str]) -> Tokenizer:
-    """A tokenizer with an id for each character, in their order, for others and for end of text."""
+    """Ids for the characters in code point order, one for all others, one for the end of text."""
     known = {c for c in characters if not "\ud800" <= c <= "\udfff"} - {UNKNOWN}
     vocabulary = [*sorted(known), UNKNOWN]
     ids = {character: id for id, character in enumerate(vocabulary)}

@@ -30,7 +30,7 @@ UTF32_BYTES = 4  # of one character; the longest byte order mark
 ZSTD_CHUNK = 1 << 8  # of .zst; small, because 12 bytes can decompress to 128 KB
 PIECE = 1 << 20  # characters encoded at a time
 
-PARTS = ("document", "paragraph", "line")  # of a text file; any other string parts documents
+PARTS = ("document", "paragraph", "line")  # values of --sample-by; any other is a separator
 
 
 class Skip(Enum):
@@ -89,7 +89,7 @@ class Batch(NamedTuple):
     """Some documents of a slice."""
 
     documents: list[Document]
-    bytes: int  # of the file that they take
+    bytes: int  # that they take up in the file
     token_count: int | None  # the sum of FineWeb's column of this name, if there is one
 
 

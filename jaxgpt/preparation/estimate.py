@@ -78,8 +78,8 @@ def estimate_rows(
     estimate: Estimate, plan: Plan, limited: bool, workers: int, free: str
 ) -> dict[str, str]:
     """The estimate as rows of a table; `free` is the free space of the disk."""
-    on_hub, s = plan.source if isinstance(plan.source, HubSource) else None, plan.settings
-    n_inputs = sum(map(len, plan.rounds))
+    s, n_inputs = plan.settings, len(plan.inputs)
+    on_hub = plan.source if isinstance(plan.source, HubSource) else None
     return {
         "input": f"{counted(n_inputs, 'file')}, {decimal(estimate.input_bytes)}"
         + (f" of {on_hub.repo} {on_hub.name}, downloaded when needed" if on_hub else "")

@@ -44,7 +44,7 @@ def check_column(
 ) -> None:
     """Raises UserError if `names` lacks the text column, or repeats it.
 
-    `nested`: what it is nested in will do, `meta` for `meta.text`.
+    With `nested`, the column that it is nested in will do: `meta` for `meta.text`.
     """
     name = text_column
     if nested and name not in names:
@@ -138,7 +138,7 @@ def read_csv(slice: Slice, options: ReadOptions) -> Iterator[Batch]:
                 yield Batch(documents, position - before, None)
         except csv.Error as error:
             raise UserError(
-                f"{slice.path}: is not a CSV file, or is corrupt ({first_line(error)})"
+                f"{slice.path}: is not CSV, or is corrupt ({first_line(error)}); copy it again"
             ) from None
 
 

@@ -50,8 +50,8 @@ def _refuse_foreign_tokens(out: Path) -> None:
         raise UserError(f"{out}: is a file; choose a folder with --out")
     if was := next((out / WORK_FOLDER).glob("rank-*-of-*"), None):
         raise UserError(
-            f"{out}: was begun with --rank and --world-size ({was.name}), which are gone; choose "
-            "another folder with --out, or delete this one"
+            f"{out}: was begun with --rank and --world-size ({was.name}), which no longer exist; "
+            "choose another folder with --out, or delete this one"
         )
     plans = [out / WORK_FOLDER / name for name in ("plan.json", "ready.json")]
     if any(plan.exists() for plan in plans):

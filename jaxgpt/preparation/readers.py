@@ -127,7 +127,7 @@ def _named_if_corrupt(slice: Slice) -> Iterator[None]:
         raise
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise UserError(
-            f"{slice.path}: is no {slice.input.kind} file, or is corrupt ({first_line(error)}); "
+            f"{slice.path}: is not {slice.input.kind} data, or is corrupt ({first_line(error)}); "
             "copy or download it again"
         ) from None
 

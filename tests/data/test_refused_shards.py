@@ -153,7 +153,7 @@ def test_wider_integers_are_recognized(tmp_path: Path, dtype: type, largest: int
     message = refusal(tmp_path, n_vocab=2**16)
     for part in (
         f"{tmp_path / 'train.bin'}: ",
-        "of every second value is zero",
+        "of its odd-numbered values are zero",
         ".astype(np.uint16)",
     ):
         assert part in message

@@ -33,7 +33,7 @@ def test_a_parquet_file_with_a_corrupt_column_name_is_refused(tmp_path: Path) ->
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXTS, "zzzz": TEXTS}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"zz\xccz"))
-    with pytest.raises(UserError, match="is no parquet file, or is corrupt"):
+    with pytest.raises(UserError, match="is not parquet data, or is corrupt"):
         read_documents(path)
 
 
@@ -175,5 +175,5 @@ def test_a_corrupt_saved_dataset_is_named(tmp_path: Path) -> None:
     ((slice,),) = work_units(find_inputs([str(tmp_path / "saved")]), 10**9)
     (path,) = (tmp_path / "saved").glob("*.arrow")
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/saved: (cannot be read|is no arrow file)"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/saved: (cannot be read|is not arrow data)"):
         list(read_slice(slice, ReadOptions()))

@@ -49,9 +49,7 @@ def test_micro_batches_follow_from_the_devices() -> None:
 def test_a_model_that_fsdp_does_not_divide_is_refused_with_sizes_that_do() -> None:
     with pytest.raises(ConfigError, match=r"fsdp=3 does not divide n_embd 16; the nearest that do"):
         resolved(CFG, effective_batch_size=36, mesh="fsdp=3")
-    with pytest.raises(
-        ConfigError, match=r"fsdp=500 does not divide n_embd 16; .* that do: 16, 8, 4"
-    ):
+    with pytest.raises(ConfigError, match=r"fsdp=500 .* n_embd 16; .* that do: 16, 8, 4"):
         resolved(CFG, effective_batch_size=500, batch_size=1, mesh="fsdp=500")
 
 
