@@ -37,7 +37,7 @@ DESCRIPTION = "Train a byte-level BPE tokenizer on text files, for a language or
 SLICE_BYTES = 1 << 24  # the sample takes the beginning of each slice of this size
 PIECE = 10_000  # characters that are used for training or held out together
 HELD_OUT = 20  # every 20th piece is held out
-MOST_HELD_OUT = 500  # pieces, enough to measure
+MOST_HELD_OUT = 5_000_000  # characters, enough to measure
 # Ids: 256 bytes, the end of text, and some merges; the library takes memory for all at once.
 SMALLEST, LARGEST = 512, 2**22
 
@@ -121,10 +121,12 @@ def read_sample(
     share = n_bytes / max(sum(slice.input.text_bytes / slice.parts for slice in slices), 1)
     training: list[str] = []
     held_out: list[str] = []
+    characters = 0  # held out
     pieces = (piece for slice in slices for piece in _beginning_of(slice, share, options))
     for number, piece in enumerate(pieces):
-        if number % HELD_OUT == HELD_OUT - 1 and len(held_out) < MOST_HELD_OUT:
+        if number % HELD_OUT == HELD_OUT - 1 and characters < MOST_HELD_OUT:
             held_out.append(piece)
+            characters += len(piece)
         else:
             training.append(piece)
     if not training:
