@@ -130,9 +130,14 @@ class MeshLayout(Layout):
         return jax.make_array_from_callback(shape, sharding, lambda index: read((index or ())[-2]))
 
     def with_sharded_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, tokens_BT1: step(
-            params, self.load_batch(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
-        )
+        def on_rows(params: Any, tokens_BT1: np.ndarray) -> Any:
+            batch_BT1 = self.load_batch(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
+            result = step(params, batch_BT1)
+            # XLA:CPU may have just one thread per device. A device's next program, waiting in a
+            # collective, can take another device's; the program before then never ends.
+            return jax.block_until_ready(result) if self.device.platform == "cpu" else result
+
+        return on_rows
 
 
 def specs_of(tree: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from helpers.configs import resolved
 from helpers.trees import TINY
@@ -11,7 +13,7 @@ from jaxgpt.config.batch import Batch
 from jaxgpt.config.checks import ConfigError
 from jaxgpt.config.fields import Config, with_fields
 from jaxgpt.config.mesh_shape import MeshShape, choose_mesh, parse_mesh
-from jaxgpt.training.sharding import make_layout, specs_of
+from jaxgpt.training.sharding import MeshLayout, make_layout, specs_of
 
 CFG = with_fields(Config(model=TINY), batch_size=2, effective_batch_size=32)
 
@@ -68,3 +70,12 @@ def test_the_rule_is_by_the_end_of_the_path() -> None:
     c_fc = specs["blocks"][0]["mlp"]["c_fc"]
     assert specs["wte"]["embedding"] == c_fc["kernel"] == PartitionSpec("fsdp")
     assert c_fc["bias"] == PartitionSpec()
+
+
+def test_evaluation_steps_wait_for_each_other_on_a_cpu() -> None:
+    # XLA aborts after a deadlock of 40 s, but by chance only: no test can wait for that.
+    results, waited = [SimpleNamespace(block_until_ready=lambda: waited.append(1))], []
+    layout = MeshLayout(jax.devices("cpu")[:1], MeshShape())
+    step = layout.with_sharded_batch(lambda params, tokens_BT1: results)
+    assert step(None, np.zeros((2, 3), np.uint16)) is not None
+    assert waited == [1]
