@@ -83,7 +83,7 @@ def check_settings() -> None:
     if flags := _xla_flags():
         _try_flags(flags)
     else:
-        os.environ.pop("XLA_FLAGS", None)  # blanks would be a file's name
+        os.environ.pop("XLA_FLAGS", None)  # XLA would take blanks for a file's name
 
 
 def check_determinism(cfg: Resolved, platform: str) -> None:
@@ -153,10 +153,11 @@ def import_jax() -> Any:
 
 
 def choose_devices(cfg: Config) -> Any:
-    """The `jax.Device`s to train on, those of all processes.
+    """The `jax.Device`s to train on, those of all processes; --mesh divides a CPU into several.
 
     Raises:
-        ConfigError: if the run needs a GPU and JAX finds none; it never trains on the CPU instead.
+        UserError: if JAX cannot be imported or finds no device; or if the run needs a GPU and JAX
+            finds none: it never trains on the CPU instead.
     """
     jax = import_jax()
     _divide_cpu(jax, parse_mesh(cfg.mesh).devices)
@@ -177,11 +178,13 @@ def choose_devices(cfg: Config) -> Any:
 
 
 def _divide_cpu(jax: Any, devices: int) -> None:
-    """Have JAX treat the CPU as `devices` devices, unless the user or several processes decide."""
-    flagged = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    decided = flagged or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized()
-    if 1 < devices <= MOST_CPU_DEVICES and not decided:
-        with suppress(RuntimeError):  # JAX has started before; `choose_mesh` compares
+    """Make JAX treat the CPU as `devices` devices, unless the user has set their number.
+
+    Not with several processes, among which --mesh divides the devices.
+    """
+    is_set = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in _xla_flags()
+    if 1 < devices <= MOST_CPU_DEVICES and not is_set and not jax.distributed.is_initialized():
+        with suppress(RuntimeError):  # JAX has started already; `choose_mesh` refuses too few
             jax.config.update("jax_num_cpu_devices", devices)
 
 

@@ -61,7 +61,7 @@ def _compile_to_fit(
     check_determinism(cfg, device.platform)
     available = processes.min_over_processes(memory.device_limit(device))
     least = 4 * cfg.model.parameter_count()
-    if available is not None and least > available * cfg.mesh.devices:  # XLA could abort
+    if available is not None and least > available * cfg.mesh.fsdp:  # XLA could abort
         raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, available))
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))
     tried: dict[Resolved, Compiled] = {}

@@ -226,15 +226,22 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
     assert choose_devices(on("cpu", FOR_GPU))[0].platform == "cpu"
 
 
-@pytest.mark.parametrize(("setting", "devices"), [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
-def test_a_cpu_is_divided_as_the_mesh_says_unless_the_user_has_said_otherwise(setting, devices):
+@pytest.mark.parametrize(
+    ("setting", "devices"),
+    [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2), ({"XLA_FLAGS": "a file"}, 2)],
+)
+def test_a_cpu_is_divided_as_the_mesh_says_unless_the_user_has_said_otherwise(
+    tmp_path, setting, devices
+):
+    (tmp_path / "a file").write_text("--xla_force_host_platform_device_count=2")
     code = (
         "from jaxgpt.run.device import choose_devices; from jaxgpt.config.fields import Config; "
         "cfg = Config(mesh='data=3', device='cpu', batch_size=1, effective_batch_size=3); "
         "print(len(choose_devices(cfg)))"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env={**os.environ, **setting}, capture_output=True, text=True)
+    env = {**os.environ, **setting}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == str(devices), done.stderr
 
 

@@ -9,6 +9,7 @@ from helpers.trees import TINY
 
 from jaxgpt.config.batch import Batch
 from jaxgpt.config.fields import Config
+from jaxgpt.config.mesh_shape import MeshShape
 from jaxgpt.errors import UserError, explain_out_of_memory
 from jaxgpt.planning import fit, memory
 from jaxgpt.planning.gpus import GIB
@@ -65,6 +66,9 @@ def test_a_model_of_absurd_size_is_refused_before_xla_sees_it(machine, monkeypat
     for sizes in ({"n_embd": 2**31 - 2}, {"n_layer": 10**8}):
         with pytest.raises(TooLargeError, match="does not fit cpu"):
             compile_run(replace(CFG, model=replace(TINY, **sizes)))
+    machine(4 * CFG.model.parameter_count() - 1)  # of which each replica needs all
+    with pytest.raises(TooLargeError, match="does not fit cpu"):
+        compile_run(replace(CFG, mesh=MeshShape(data=8)))
 
 
 def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:
