@@ -227,7 +227,8 @@ def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> 
             f"--profile {folder}: the trace cannot be written ({error.strerror}); name another "
             "folder"
         ) from None
-    warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {folder}, or")
+    quoted = shlex.quote(str(folder))
+    warn(f"a trace of {TRACED_STEPS} steps is in {folder}: tensorboard --logdir {quoted}, or")
     warn("its perfetto_trace.json.gz in Perfetto")
 
 

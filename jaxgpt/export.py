@@ -6,6 +6,7 @@ atomically, and need neither jaxgpt nor the run.
 
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,13 @@ from jaxgpt.files import user_path
 from jaxgpt.run.integrity import read_manifest
 from jaxgpt.run.retention import FOLDER, check_outside_checkpoints
 from jaxgpt.weights import hub, huggingface
-from jaxgpt.weights.gguf_file import GgufDtype, require_gguf, save_gguf, save_modelfile
+from jaxgpt.weights.gguf_file import (
+    GgufDtype,
+    modelfile_of,
+    require_gguf,
+    save_gguf,
+    save_modelfile,
+)
 from jaxgpt.weights.model_card import model_card
 from jaxgpt.weights.source import Weights, WeightsFlags, open_weights, prepare_device
 
@@ -73,6 +80,8 @@ def run(argv: Sequence[str]) -> int:
     assert flags.to is not None
     target = user_path(flags.to, "--to")
     check_is_free(target)
+    if flags.is_gguf:
+        check_is_free(modelfile_of(target))
     if flags.push is not None:
         hub.check_login(flags.push)
     weights = open_weights(flags.weights())
@@ -149,16 +158,17 @@ def print_exported(target: Path, weights: Weights, is_gguf: bool) -> None:
         + (", the padding left out" if padding else "")
     )
     # A name without a slash could be that of a model on the Hub.
-    path = target if target.is_absolute() else f"./{target}"
+    path = str(target if target.is_absolute() else f"./{target}")
     commands = [
-        f"python -m jaxgpt.sample --init-from {path}",
+        f"python -m jaxgpt.sample --init-from {shlex.quote(path)}",
         f'transformers.AutoModelForCausalLM.from_pretrained("{path}")',
     ]
     if is_gguf:
-        modelfile = target.with_suffix(".Modelfile")
+        files = (target.stem, target, modelfile_of(target))
+        name, model, modelfile = (shlex.quote(str(file)) for file in files)
         commands = [
-            f"ollama create {target.stem} -f {modelfile} && ollama run {target.stem}",
-            f'llama-completion -m {target} -no-cnv -p "Once upon a time"'
+            f"ollama create {name} -f {modelfile} && ollama run {name}",
+            f'llama-completion -m {model} -no-cnv -p "Once upon a time"'
             "    # before December 2025: llama-cli",
         ]
     elif not has_files(weights.tokenizer):

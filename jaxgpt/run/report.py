@@ -155,7 +155,9 @@ def _next_commands(cfg: Resolved, prog: str, argv: Sequence[str], step: int) -> 
         del commands[f"{prog} {longer}"]
     commands |= {
         f"{prog} {anew}": "start anew",
-        f"tensorboard --logdir {cfg.out_dir.parent}": "see the curves (pip install tensorboard)",
+        f"tensorboard --logdir {shlex.quote(str(cfg.out_dir.parent))}": (
+            "see the curves (pip install tensorboard)"
+        ),
         f"python -m jaxgpt.sample --out-dir {shlex.quote(str(cfg.out_dir))} --interactive": (
             "sample from it; jaxgpt.evaluate measures it, jaxgpt.export writes it for transformers"
         ),

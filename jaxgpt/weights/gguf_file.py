@@ -27,16 +27,16 @@ GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 BLOCK = 32  # elements of a row that share a scale in q8_0
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-# llama.cpp refuses a vocabulary without merges. No byte is written as this character, so that this
-# one joins nothing; "Ġ Ġ" would lose double spaces.
+# llama.cpp refuses a vocabulary without merges. This one never applies, because no byte is written
+# as "€"; "Ġ Ġ" would lose double spaces.
 NO_MERGES = ["€ €"]
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|\p{N}%s| ?[^\s%s\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The one that suits most scripts: marks belong to the letter before them, which those of India
-# need, and each digit is a word.
+# The one that suits most scripts: combining marks stay with the letter before them, as Indian
+# scripts need, and each digit is a word.
 WORDS_WITH_MARKS = _WORDS % (r"[\p{L}\p{M}]", "", r"\p{L}\p{M}")
 # The regular expression that splits a text, by llama.cpp's name.
 PATTERNS = {
@@ -108,9 +108,14 @@ def save_gguf(
     return fallen_back
 
 
+def modelfile_of(path: Path) -> Path:
+    """Where Ollama's Modelfile is, beside the model at `path`."""
+    return path.with_suffix(".Modelfile")
+
+
 def save_modelfile(path: Path) -> Path:
     """Write Ollama's Modelfile beside the model at `path`; returns its own path."""
-    modelfile = path.with_suffix(".Modelfile")
+    modelfile = modelfile_of(path)
     with atomic_write(modelfile) as file:
         file.write(f"FROM ./{path.name}\n".encode())
     return modelfile
@@ -200,7 +205,7 @@ def _of_json(tokenizer: JsonTokenizer) -> GgufVocabulary:
 
 
 def _name_of_split(pre_tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for the way in which a text is split, None if it has none."""
+    """llama.cpp's name for the way a text is split into words, None if it has none."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

@@ -88,14 +88,18 @@ def test_the_current_folder_can_be_written_and_a_failed_export_leaves_nothing(
 
 
 def test_a_gguf_file_has_a_modelfile_beside_it(tiny_run: Path, tmp_path: Path, capsys) -> None:
-    path = tmp_path / "new" / "my-model.gguf"
+    path = tmp_path / "a new one" / "my-model.gguf"
     assert main(["--out-dir", str(tiny_run), "--to", str(path), "--dtype", "q8_0"]) == 0
     assert {file.name for file in path.parent.iterdir()} == {"my-model.gguf", "my-model.Modelfile"}
     assert (path.parent / "my-model.Modelfile").read_text() == "FROM ./my-model.gguf\n"
     out, err = capsys.readouterr()
-    assert f"ollama create my-model -f {path.with_suffix('.Modelfile')}" in out
-    assert f"llama-completion -m {path}" in out
+    assert f"ollama create my-model -f '{path.with_suffix('.Modelfile')}'" in out
+    assert f"llama-completion -m '{path}'" in out
     assert "tensors are f16, because q8_0 needs rows of a multiple of 32" in err
+    path.unlink()
+    with pytest.raises(SystemExit):  # the user may have edited it
+        main(["--out-dir", str(tiny_run), "--to", str(path)])
+    assert "my-model.Modelfile already exists" in capsys.readouterr().err
 
 
 def test_a_failed_gguf_export_leaves_nothing(tiny_run, tmp_path, monkeypatch, capsys) -> None:
