@@ -137,7 +137,7 @@ def measure(
             loss = measure_text(score_step, params, batches, weights.tokenizer.byte_lengths())
             losses[name] = {"text": text.name, **loss._asdict()}
         if len(losses) == 1:
-            result["validation"] = losses[name]
+            (result["validation"],) = losses.values()
         elif losses:
             mean = sum(texts[name].share * loss["loss"] for name, loss in losses.items())
             result["mixture"] = {"loss": mean, "sources": losses}

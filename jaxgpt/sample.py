@@ -29,7 +29,7 @@ FROM_FILE = "FILE:"
 LONGEST_PROMPT = 10_000_000  # characters from standard input, which may never end
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 SEPARATOR = "---------------"  # nanoGPT's, between two samples
-CACHE_STEP = 1024  # tokens of which the cache has a multiple
+CACHE_STEP = 1024  # the cache's length in tokens is a multiple of this
 STREAM_CHUNK = 8  # tokens generated between two writes
 INSTEAD = {
     "start": "here it is --prompt",
@@ -164,7 +164,7 @@ def typed_prompts() -> Iterator[str]:
 
 
 def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
-    """The prompt's ids, with the end-of-text token for its name and for an empty prompt."""
+    """The prompt's ids; the name of the end-of-text token, or an empty prompt, is that token."""
     tokenizer = weights.tokenizer
     end_of_text = tokenizer.decode([tokenizer.eot])
     first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(end_of_text))

@@ -79,7 +79,7 @@ def run_unrolled(
     remat: Remat,
     all_gather: AllGather | None,
 ) -> jax.Array:
-    """x through the blocks, unrolled: each is compiled separately, with products in `dtype`."""
+    """x through the blocks, unrolled: XLA compiles each one; matrix products are in `dtype`."""
     for block, key in zip(blocks, keys, strict=True):
         run = block if all_gather is None else _gathered_when_run(block, dtype, all_gather)
         x_BTD, _ = rematerialized(run, remat)(x_BTD, key)

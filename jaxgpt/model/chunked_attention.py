@@ -1,8 +1,7 @@
 """Causal attention over chunks of queries: memory linear in T on devices without a flash kernel.
 
-A chunk's scores are computed with the keys up to the end of its part (`Part`), and again in the
-backward pass, for which only the output and the log-sum-exp of each row are kept. So T x T scores
-never exist.
+A chunk's scores are computed against the keys up to the end of its `Part`, and recomputed in the
+backward pass: only the output and each row's log-sum-exp are saved. So T x T scores never exist.
 
 Axes besides those of gpt.py: K key heads, G query heads per key head (N = K * G), C queries in a
 chunk, S keys that they can see, L chunks with the same S.
@@ -23,7 +22,7 @@ PARTS = 8  # at most; each is a loop over its chunks, so that the program does n
 
 
 class Part(NamedTuple):
-    """L consecutive chunks, each multiplied with all keys that the last of them can see."""
+    """L consecutive chunks, each scored against all keys that the last of them can see."""
 
     first: int  # index of the first query
     chunks: int  # L

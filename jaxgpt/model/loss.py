@@ -1,8 +1,8 @@
 """Next-token cross-entropy fused with the output head, so that [B, T, V] logits never exist.
 
-The rows of a batch are processed in chunks. For each chunk the forward pass computes the logits,
-the loss, and the gradients of the hidden state and of the head; the backward pass only scales them.
-So the head's matrix product runs once, and the largest array is one chunk's logits.
+The rows of a batch are processed in chunks of C. For each chunk the forward pass computes the
+logits, the loss, and the gradients of the hidden state and of the head; the backward pass only
+scales them. So the head's matrix product runs once, and the largest array is one chunk's logits.
 Padded vocabulary rows (`n_vocab` and up) are excluded from the softmax.
 """
 

@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) over the last axis in float32, in the dtype of x, * scale."""
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, in float32; * scale in the dtype of x."""
     return _forward(x, scale, epsilon)[0]
 
 

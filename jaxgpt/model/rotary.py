@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles of T positions, float32."""
+    """Cosines and sines of the angles of T positions, float32; I is H / 2."""
 
     cos_TI: jax.Array
     sin_TI: jax.Array
 
 
 def rotation(positions_T: jax.Array, head_width: int, theta: float) -> Rotation:
-    """Angles position * theta^(-2i / head_width) for i < head_width / 2 (Su et al. 2021)."""
+    """For angles position * theta^(-2i / head_width), i < head_width / 2 (Su et al. 2021)."""
     exponents_I = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     angles_TI = positions_T.astype(jnp.float32)[:, None] / theta**exponents_I
     return Rotation(jnp.cos(angles_TI), jnp.sin(angles_TI))

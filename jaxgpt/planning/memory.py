@@ -141,7 +141,7 @@ def _kept_beyond_gpt2(m: ModelConfig, remat: Remat) -> int:
     D, H, F = m.n_embd, m.head_width, m.mlp_hidden
     both = (m.n_head + m.kv_heads) * H  # queries and keys
     products = 2 * both - 4 * D + 2 * F - 4 * D  # q, k, v, attention's output; gate, up
-    # Besides, queries and keys once more, rotated, and the MLP's activation.
+    # `none` also keeps the rotated queries and keys, and the MLP's activation.
     return products if remat == "light" else products + both + F - 4 * D
 
 

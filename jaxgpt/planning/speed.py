@@ -42,11 +42,11 @@ HOUR = 3600.0
 # L = E + A / N^alpha + B / D^beta, nats per token, N parameters, D tokens (Besiroglu et al. 2024,
 # table 1).
 SCALING_LAW = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
-# Tokens that GPT-2 with AdamW needs for the loss that others reach with one, at 124M on FineWeb, by
-# modded-nanogpt: 10.3B for llm.c's recipe (record 1), 2.95B for the modern block with Adam, 1.77B
-# with Muon (track 3, results 2 and 6), here 1.9B, because parts that no other program loads are
-# left out; for GPT-2 with rotary positions 5.0B with AdamW, 3.25B with Muon (records 2 and 4). For
-# llama nothing is published: it counts as GPT-2 with AdamW.
+# How many tokens of GPT-2 with AdamW one token of another recipe is worth: ratios of the tokens
+# that modded-nanogpt's runs at 124M need for a loss of 3.28 on FineWeb. llm.c's recipe needs 10.3B
+# (record 1), the modern block 2.95B with Adam and 1.77B with Muon (track 3, results 2 and 6), here
+# 1.9B, without the parts that no other program loads. GPT-2 with rotary positions needs 5.0B with
+# AdamW and 3.25B with Muon (records 2 and 4). Nothing is published for llama: it counts as 1.
 TOKENS_WORTH = {("gpt2", "muon"): 5.0 / 3.25, ("qwen3", "adamw"): 10.3 / 2.95}
 TOKENS_WORTH |= {("qwen3", "muon"): 10.3 / 1.9}
 # Peak learning rates by parameters: the rule in the README, continued with GPT-3's for 1.3B.
@@ -103,7 +103,7 @@ def tokens_per_second(cfg: Resolved, gpu: Gpu) -> float | None:
 
 
 def predicted_loss_of(cfg: Resolved) -> float:
-    """`predicted_loss` of a run, its tokens multiplied by what its network and optimizer save."""
+    """`predicted_loss` of a run, its tokens weighted by TOKENS_WORTH."""
     worth = TOKENS_WORTH.get((cfg.model.arch, cfg.optimizer.optimizer), 1.0)
     return predicted_loss(cfg.model.parameter_count(), worth * cfg.total_tokens)
 

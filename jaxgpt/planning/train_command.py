@@ -27,7 +27,7 @@ def resolve_new(asked: Config, dtype: Dtype, mesh: MeshShape = ONE_DEVICE) -> Re
 
 @functools.cache
 def _n_vocab(tokenizer: str, *folders: Path) -> int:  # which may have a copy of the tokenizer
-    return load_tokenizer(tokenizer, *folders).n_vocab  # a tenth of a second, of many presets
+    return load_tokenizer(tokenizer, *folders).n_vocab  # a tenth of a second, for many presets
 
 
 def train_command(cfg: Resolved) -> str:

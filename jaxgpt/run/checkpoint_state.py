@@ -36,7 +36,7 @@ def from_stored(stored: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 def with_loss_scale_as(saved: Collection[str], like: TrainState) -> TrainState:
-    """Shapes like `like`, with a loss scale exactly if the arrays `saved`, by path, have one."""
+    """`like`, with a loss scale only if the saved arrays, whose paths are `saved`, have one."""
     if not any(path.startswith(f"{LOSS_SCALE}/") for path in saved):
         return like._replace(loss_scale=())
     shapes = jax.eval_shape(LossScale.initial)

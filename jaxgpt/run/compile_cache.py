@@ -29,9 +29,9 @@ FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own setting, kept if the user has 
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"  # JAX's own limit
 LEAST_FREE = 2**25  # bytes on its disk; the program of a step takes a few MB
-LARGEST = 2**29  # bytes; of more, those that were written first are removed
-# JAX's suffixes of an entry, and of the file with its last use. JAX 0.10 stores nothing more if the
-# latter is missing, and where the user has no name (in containers) if MAX_SIZE is set.
+LARGEST = 2**29  # bytes of all entries; beyond that the oldest are removed
+# JAX's suffixes for an entry and for the file with the time of its last use. With MAX_SIZE set, JAX
+# 0.10 stores nothing more if that file is missing, or if the user has no name (in containers).
 ENTRY, USED = "-cache", "-atime"
 NAME = re.compile(r".+-[0-9a-f]{64}-cache")  # the user's folder may contain other files
 AUTOTUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # XLA's own entries, in text
@@ -52,7 +52,7 @@ def prepare_compile_cache(warn: Callable[[str], object]) -> None:
         return
     try:
         folder = user_path(named, FOLDER) if named else default_folder()
-        str(folder).encode()  # XLA takes no other names
+        str(folder).encode()  # raises unless it is UTF-8, which XLA needs
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not named and (reason := _not_private(folder)):
             warn(f"{folder} {reason}; without a cache every start compiles again")
@@ -122,7 +122,7 @@ def note_new_entries() -> None:
 
 
 def remove_oldest(folder: Path) -> None:
-    """Remove the entries that were written first, of more than LARGEST bytes."""
+    """Remove the oldest entries, until the others have at most LARGEST bytes."""
     stats = [(path, path.stat()) for path in _entries(folder)]
     total = 0
     for path, stat in sorted(stats, key=lambda item: item[1].st_mtime_ns, reverse=True):

@@ -258,7 +258,7 @@ def _drop_lines_after(last_step: int, path: Path) -> None:
 def _rewrite(path: Path, old: bytes, new: bytes) -> None:
     if not new:
         path.unlink(missing_ok=True)
-    elif old.startswith(new):  # as a rule; and a full disk has room for it
+    elif old.startswith(new):  # the usual case; truncating works on a full disk, too
         os.truncate(path, len(new))
     else:
         # TensorBoard reads every file with 'tfevents' in its name, so this one has another.

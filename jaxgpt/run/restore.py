@@ -37,7 +37,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _without_failed_saves(unraisable: Any) -> None:
-    # What TensorStore still writes for a save that has failed, it reports to Orbax's ended loop.
+    # After a failed save TensorStore still reports to Orbax's event loop, which has ended.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

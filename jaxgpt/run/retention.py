@@ -66,7 +66,7 @@ def prune(folder: Path, keep: int) -> None:
         if best is None or step != best[0]:
             try:
                 remove(folder / str(step))
-            except OSError as error:  # one that cannot be deleted must not keep the others
+            except OSError as error:  # the others can still be deleted
                 failed = error
     if failed is not None:
         raise failed

@@ -92,8 +92,8 @@ class WandbLog(MetricsLog):
     def _give_up(self, error: Exception) -> None:
         self._run = None
         self._on_error(
-            "Weights & Biases gets no more metrics, training continues and its files have them "
-            f"all: {first_line(error)}"
+            "Weights & Biases gets no more metrics; training continues, and the run's own files "
+            f"have them all: {first_line(error)}"
         )
 
 

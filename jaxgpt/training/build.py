@@ -38,8 +38,8 @@ GPU_OPTIONS = {
     "xla_allow_excess_precision": False,
     # Merging products of one input (q, k and v; gate and up) costs copies that split the result.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # Percent of 80 % of the card: above that XLA rematerializes on its own, the head's products for
-    # instance. JAX's pool has 92 %, of which `plan` keeps a reserve.
+    # XLA's own limit is 80 % of the card; above it XLA rematerializes by itself, for instance the
+    # head's products. 112 % of that is 90 %: JAX's pool has 92 %, of which `plan` keeps a reserve.
     "xla_gpu_memory_limit_slop_factor": 112,
 }
 

@@ -22,9 +22,9 @@ def group_of(path: str) -> Group:
 
 
 def is_vector(path: str) -> bool:
-    """Whether a parameter is a norm or a bias, which is neither decayed nor sharded along `fsdp`.
+    """Whether a parameter is a norm's scale or a bias: neither decayed nor sharded along `fsdp`.
 
-    Sharded, it would be too small to be worth a collective.
+    It is too small for sharding to be worth a collective.
     """
     return group_of(path) == "vector"
 

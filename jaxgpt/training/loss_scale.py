@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 START = 2.0**16
 GROWTH_INTERVAL = 2000  # good steps in a row before the scale doubles
-LARGEST = 2.0**24  # above it, gradients that still fit float16 would be lost at the first doubling
+LARGEST = 2.0**24  # as in NVIDIA's Apex
 
 
 class LossScale(NamedTuple):

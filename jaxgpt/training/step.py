@@ -159,7 +159,8 @@ def make_train_step(
 def _update(
     optimizer: optax.MultiSteps, state: TrainState, mean_grads: Params, accumulation: int
 ) -> tuple[Params, optax.MultiStepsState]:
-    # As the last of A micro-batches, the mean leaves MultiSteps' running mean unchanged.
+    # The accumulator holds the mean already: adding it once more, as micro-batch A of A, leaves
+    # MultiSteps' running mean as it is.
     opt_state = state.opt_state._replace(mini_step=accumulation - 1, acc_grads=mean_grads)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), mean_grads)
     updates, opt_state = optimizer.update(grads, opt_state, state.params)

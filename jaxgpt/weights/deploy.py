@@ -32,8 +32,8 @@ def deployed_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Each parameter's path and its value in float32; the logits are those of `params`.
 
-    Embedding rows that are padding are cut. Biases that GPT-2 has elsewhere, and this one does not,
-    are zeros. The norm after the token embedding is applied to its rows.
+    Padding rows of embeddings are cut. Biases that other programs' GPT-2 has, and this model has
+    not, are zeros. The norm after the token embedding is applied to its rows.
     """
     needed = rows_needed(cfg)
     for path in parameter_shapes(cfg):

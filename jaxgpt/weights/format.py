@@ -25,7 +25,7 @@ class Format:
     prefix: str  # of the names of all tensors except the head's
     parts: Mapping[str, str]  # parts of a parameter's path that have another name in transformers
     transposed: bool  # whether kernels are stored as (out, in); Flax has (in, out)
-    ignored: tuple[str, ...]  # how the names of tensors end that hold no weights
+    ignored: tuple[str, ...]  # endings of the names of tensors that hold no weights
     sizes: Mapping[str, tuple[str, int | None]]  # our field: its key, and the default if missing
     fixed: Mapping[str, Any]  # keys of which only this value, the default, is supported
     # The fields from all other keys; the second argument has the sizes, unless they are wrong.

@@ -35,7 +35,7 @@ class WeightsFlags:
     # or other weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
     # Hugging Face Hub, or a folder: a run's, or one with config.json and model.safetensors
     init_from: TextIfSet = None
-    # which of the run's: latest (the newest that is intact), best (by validation loss), or a step
+    # of the run: latest (the newest that is intact), best (by validation loss), or a step
     checkpoint: str = "latest"
     device: Device = "auto"  # auto: a GPU if there is one
     # of the matrix products; auto: bfloat16 on a GPU that has it, float16 on one of compute

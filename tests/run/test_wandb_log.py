@@ -93,7 +93,7 @@ def test_wandb_may_take_half_a_minute_to_answer_or_as_long_as_the_user_says(star
 def test_a_failure_of_wandb_is_said_once_and_ends_nothing(start, tmp_path, fails):
     recorder, said = start(None, range(3), frozenset({fails}))
     assert len(said) == 1
-    assert f"training continues and its files have them all: {fails} failed" in said[0]
+    assert f"training continues, and the run's own files have them all: {fails} failed" in said[0]
     assert [record["step"] for record in read_metrics(tmp_path / "mine/metrics.jsonl")] == [0, 1, 2]
     assert bool(recorder.logged) == (fails == "finish")
 
