@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxgpt.preparation.documents import (
 )
 from jaxgpt.preparation.inputs import Input, Slice
 
+ANY_NUMBERS = json.JSONDecoder(parse_int=float)  # `int` refuses those of over 4,300 digits
 CSV_ROWS = 64  # in a batch
 MAX_TOKEN_COUNT = 1 << 53  # of one document
 IN_MEMORY = 1 << 24  # bytes of text; a longer file is read as a stream, twice
@@ -94,11 +96,13 @@ def _check_first_lines(records: list[Any], line: bytes, slice: Slice, options: R
 
 def _parse_line(line: bytes, options: ReadOptions) -> Any:
     try:
-        return json.loads(line.decode(errors=options.decode_errors))
+        text = line.decode(errors=options.decode_errors)
     except UnicodeDecodeError:
         return Skip.NOT_UTF8
-    except (ValueError, RecursionError):  # RecursionError: deeply nested
-        return Skip.MALFORMED
+    for parse in (json.loads, ANY_NUMBERS.decode):
+        with suppress(ValueError, RecursionError):  # RecursionError: deeply nested
+            return parse(text)
+    return Skip.MALFORMED
 
 
 def _text_of(record: Any, options: ReadOptions) -> Document:

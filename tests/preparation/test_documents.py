@@ -107,10 +107,11 @@ def test_documents_that_cannot_be_used_are_skipped_with_a_reason(tmp_path: Path)
         b'["text"]',
         b'{"other": "x"}',
         b'{"text": " "}',
+        b'{"text": "long", "number": ' + b"1" * 5000 + b"}",
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     bad = [Skip.NULL, Skip.EMPTY, Skip.NOT_UTF8, Skip.MALFORMED, Skip.NO_TEXT, Skip.MALFORMED]
-    assert read_documents(tmp_path / "a.jsonl") == ["good", *bad, Skip.NULL, " "]
+    assert read_documents(tmp_path / "a.jsonl") == ["good", *bad, Skip.NULL, " ", "long"]
     replaced = read_documents(tmp_path / "a.jsonl", encoding_errors="replace")
     assert replaced[3] == "caf\N{REPLACEMENT CHARACTER}"
 
