@@ -19,16 +19,24 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """`jaxgpt train ...`, which is `python -m jaxgpt.train ...`; returns its exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name not in COMMANDS:
+        from jaxgpt.errors import run_command
+
+        return run_command("jaxgpt", lambda: _print_usage(name))
+    command = import_module(f"jaxgpt.{'tokenizer.__main__' if name == 'tokenizer' else name}").main
+    if argv is None:
+        sys.argv[1:] = rest  # the command reads them itself, as with `python -m`
+    code: int = command() if argv is None else command(rest)
+    return code
+
+
+def _print_usage(name: str) -> int:
     lines = [f"  jaxgpt {command:<9} {what}" for command, what in COMMANDS.items()]
     text = "\n".join(("usage: jaxgpt COMMAND --help", *lines))
-    if name in ("-h", "--help"):
-        print(text)
-        return 0
-    if name not in COMMANDS:
+    if name not in ("-h", "--help"):
         from jaxgpt.config.checks import did_you_mean
-        from jaxgpt.errors import fail
+        from jaxgpt.errors import UserError
 
-        fail("jaxgpt", f"no command {name!r}{did_you_mean(name, COMMANDS)}\n{text}")
-    module = "tokenizer.__main__" if name == "tokenizer" else name
-    code: int = import_module(f"jaxgpt.{module}").main(rest)
-    return code
+        raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}\n{text}")
+    print(text)
+    return 0
