@@ -109,6 +109,8 @@ def _explain(error: BaseException, status: int | None) -> str:
         # LocalEntryNotFoundError only wraps the one that explains it.
         if isinstance(error, kind) and not isinstance(error, errors.LocalEntryNotFoundError):
             return explanation
+    if status in (401, 403):
+        return f"{_reason(error, status)}; set HF_TOKEN to a token that may read it"
     if status is not None:
         token = "set HF_TOKEN, which raises the limit, or " if status == 429 else ""
         return f"{_reason(error, status)}; {token}run the same command again later to resume"

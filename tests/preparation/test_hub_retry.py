@@ -51,6 +51,6 @@ def test_the_last_retry_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     assert "run the same command again later to resume" in message
     message, waits = retry_until(monkeypatch, [RefusedError(403)])
     assert waits == []
-    assert "the Hub returned status 403" in message
+    assert message == "it: the Hub returned status 403; set HF_TOKEN to a token that may read it"
     message, waits = retry_until(monkeypatch, [ConnectionError()] * 99, first=True)
     assert sum(waits) < 3
