@@ -126,7 +126,20 @@ def list_shards(repo: str, tokens: int | None, revision: str | None) -> tuple[st
         total += (file.size - HEADER_BYTES) // 2
     if tokens is not None and total < tokens:
         print(f"{what}: has only {total:,} training tokens, not {tokens:,}")
+    _refuse_equal_names(what, [*val, *needed])
     return commit, [*val, *needed]
+
+
+def _refuse_equal_names(what: str, files: Sequence[Any]) -> None:
+    """Raises UserError if two files would have one place: shards are stored without folders."""
+    paths: dict[str, str] = {}
+    for path in (file.path for file in files):
+        other = paths.setdefault(Path(path).name, path)
+        if other != path:
+            raise UserError(
+                f"{what}: {other} and {path} have one name; download one of their folders, and "
+                "train on it with --data-dir"
+            )
 
 
 def _download_missing(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxgpt.data.shards import load_split
 from jaxgpt.data.token_file import write_shard
 from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.preparation import pretokenized
 
 
 def test_ready_made_shards_are_downloaded_checked_and_added_to(
@@ -41,6 +43,16 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     assert shards(out) == shards(original), "what is gone is fetched again"
     other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
     assert "contains shards of kjj0/fineweb10B-gpt2" in other.stderr
+
+
+def test_ready_made_shards_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a/x_train_000001.bin", "a/x_val_000000.bin", "b/x_train_000001.bin")
+    files = [SimpleNamespace(path=name, size=4096) for name in names]
+    monkeypatch.setattr(pretokenized, "find_commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(pretokenized, "list_files", lambda *_: files)
+    with pytest.raises(UserError, match=r"a/x_train_000001.bin and b/x_train_000001.bin have one"):
+        pretokenized.list_shards("someone/tokens", None, None)
+    assert len(pretokenized.list_shards("someone/tokens", 1000, None)[1]) == 2
 
 
 def test_a_ready_made_shard_with_foreign_ids_is_refused(
