@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_command("jaxgpt", lambda: _print_usage(name))
     command = import_module(f"jaxgpt.{'tokenizer.__main__' if name == 'tokenizer' else name}").main
-    if argv is None:
-        sys.argv[1:] = rest  # the command reads them itself, as with `python -m`
+    if argv is None:  # the whole process, which `prepare` tells by it
+        sys.argv[1:] = rest
     code: int = command() if argv is None else command(rest)
     return code
 

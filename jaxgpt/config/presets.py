@@ -55,7 +55,7 @@ def load_preset(
     each setting in it that has no effect here.
 
     Raises:
-        ConfigError: if there is no such preset or file, or a key, type or value in it is wrong.
+        UserError: if there is no such preset or file, or a key, type or value in it is wrong.
     """
     known = flat_fields().keys() - names_with(Role.DERIVED)
     if is_config_file(name):

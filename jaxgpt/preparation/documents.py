@@ -175,7 +175,10 @@ def read_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
 
 
 def _refuse_wide(head: bytes, path: str) -> None:
-    """Raises UserError for UTF-16 and UTF-32, with a byte order mark or beginning with ASCII."""
+    """Raises UserError for UTF-16 and UTF-32.
+
+    They are known by a byte order mark, or by ASCII in the first four bytes.
+    """
     first = head[:UTF32_BYTES]
     zeros = len(first) == UTF32_BYTES and any(first) and b"\0\0" in (first[::2], first[1::2])
     if zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):

@@ -137,8 +137,8 @@ def _refuse_equal_names(what: str, files: Sequence[Any]) -> None:
         other = paths.setdefault(Path(path).name, path)
         if other != path:
             raise UserError(
-                f"{what}: {other} and {path} have one name; download one of their folders, and "
-                "train on it with --data-dir"
+                f"{what}: {other} and {path} have the same name; download one of their "
+                "folders, and train on it with --data-dir"
             )
 
 

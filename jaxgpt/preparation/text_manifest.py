@@ -25,13 +25,13 @@ from jaxgpt.data.manifest import (
 )
 from jaxgpt.data.token_file import UINT16
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_files import RECOGNIZED
 from jaxgpt.preparation.work_files import HubSource, Plan, Record
 from jaxgpt.run.console import counted, print_table
 
 AT_END = "end of the text"  # the rule for few documents
 OWN = "text of its own"  # the rule of --val
 SMALL_DATA = 5_000_000  # training tokens below which the demo's model is large enough
-CARDS_VOCABULARY = 50_304  # rows of the presets for cards
 
 # With more ids than this the demo's 1,000 steps take a CPU far longer than the minute they should.
 DEMO_VOCABULARY = 5_000
@@ -184,8 +184,8 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
         if manifest.tokenizer.n_vocab > DEMO_VOCABULARY:
             words += SHORT_RUN
         words += ["--out-dir", str(_free_folder(Path("runs") / out.name))]
-    elif (rows := padded_vocab_size(manifest.tokenizer.n_vocab)) != CARDS_VOCABULARY:
-        words += ["--vocab-size", str(rows)]
+    elif manifest.tokenizer.n_vocab not in RECOGNIZED["gpt2"]:  # whose size those presets have
+        words += ["--vocab-size", str(padded_vocab_size(manifest.tokenizer.n_vocab))]
     return shlex.join(words)
 
 

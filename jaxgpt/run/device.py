@@ -180,12 +180,12 @@ def choose_devices(cfg: Config) -> Any:
 def _divide_cpu(jax: Any, devices: int) -> None:
     """Make JAX treat the CPU as `devices` devices, unless the user has set their number.
 
-    Not with several processes, among which --mesh divides the devices.
+    Not with several processes: --mesh counts the devices of all of them.
     """
     is_set = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in _xla_flags()
-    if 1 < devices <= MOST_CPU_DEVICES and not is_set and not jax.distributed.is_initialized():
+    if devices > 1 and not is_set and not jax.distributed.is_initialized():
         with suppress(RuntimeError):  # JAX has started already; `choose_mesh` refuses too few
-            jax.config.update("jax_num_cpu_devices", devices)
+            jax.config.update("jax_num_cpu_devices", min(devices, MOST_CPU_DEVICES))
 
 
 def memory_in_use(device: Any) -> dict[str, float]:

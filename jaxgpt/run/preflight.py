@@ -60,7 +60,8 @@ def _compile_to_fit(
     device = layout.device
     check_determinism(cfg, device.platform)
     available = processes.min_over_processes(memory.device_limit(device))
-    least = 4 * cfg.model.parameter_count()
+    sharing = len(layout.local_devices) if device.platform == "cpu" else 1  # of one memory
+    least = 4 * cfg.model.parameter_count() * sharing
     if available is not None and least > available * cfg.mesh.fsdp:  # XLA could abort
         raise memory.TooLargeError(fit.does_not_fit(cfg, device.device_kind, available))
     limit = processes.min_over_processes(_limit(cfg, layout.local_devices))

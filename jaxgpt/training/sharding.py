@@ -133,8 +133,8 @@ class MeshLayout(Layout):
         def on_rows(params: Any, tokens_BT1: np.ndarray) -> Any:
             batch_BT1 = self.load_batch(tokens_BT1.shape, lambda rows: tokens_BT1[rows])
             result = step(params, batch_BT1)
-            # XLA:CPU may have just one thread per device. A device's next program, waiting in a
-            # collective, can take another device's; the program before then never ends.
+            # XLA:CPU may have just one thread per device. A program that waits in a collective
+            # holds one, and if that was the last, the program that it waits for cannot run.
             return jax.block_until_ready(result) if self.device.platform == "cpu" else result
 
         return on_rows

@@ -212,13 +212,16 @@ def test_no_step_is_logged_twice_after_a_crash(straight: Path, tmp_path: Path) -
     assert len(event_files(tmp_path)) == 2
 
 
-def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(
+    tmp_path: Path, children
+) -> None:
     # Enough steps that the signal finds the run at work; their pace does not matter.
     flags = ["--eval-interval", "100000", "--max-iters", "100000", "--log-interval", "100"]
     log = tmp_path / "a" / "metrics.jsonl"
     for number in (signal.SIGTERM, signal.SIGINT):
         logged = len(read_metrics(log)) if log.exists() else 0
         process = started(tmp_path / "a", *flags)
+        children.append(process)
         wait_for(lambda had=logged: log.exists() and len(read_metrics(log)) > had + 3)
         process.send_signal(number)
         said = "".join(process.communicate(timeout=60))

@@ -1,4 +1,5 @@
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_text_that_would_hold_up_training_is_refused():
         parse("--preset=demo", "--sample-tokens=100001")
 
 
-def test_the_installed_command_runs_each_module(capsys):
+def test_the_installed_command_runs_each_module(capsys, monkeypatch):
     for name in COMMANDS:
         with pytest.raises(SystemExit) as left:
             jaxgpt.main([name, "--help"])
@@ -225,6 +226,10 @@ def test_the_installed_command_runs_each_module(capsys):
         jaxgpt.main(["trian"])
     assert left.value.code == 2
     assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    monkeypatch.setattr("jaxgpt.prepare.main", lambda *given: len(given) + sys.argv.count("a.txt"))
+    monkeypatch.setattr(sys, "argv", ["jaxgpt", "prepare", "a.txt"])
+    assert jaxgpt.main() == 1, "prepare tells by no arguments that it is the whole process"
+    assert sys.argv[1:] == ["a.txt"]
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"jaxgpt": "jaxgpt:main"}
 

@@ -18,6 +18,7 @@ from jaxgpt.run import device as hardware
 from jaxgpt.run.device import (
     DETERMINISTIC,
     MEMORY_SETTINGS,
+    MOST_CPU_DEVICES,
     check_determinism,
     choose_devices,
     memory_in_use,
@@ -228,7 +229,11 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("setting", "devices"),
-    [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2), ({"XLA_FLAGS": "a file"}, 2)],
+    [
+        ({}, MOST_CPU_DEVICES),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, 2),
+        ({"XLA_FLAGS": "a file"}, 2),
+    ],
 )
 def test_a_cpu_is_divided_as_the_mesh_says_unless_the_user_has_said_otherwise(
     tmp_path, setting, devices
@@ -236,7 +241,7 @@ def test_a_cpu_is_divided_as_the_mesh_says_unless_the_user_has_said_otherwise(
     (tmp_path / "a file").write_text("--xla_force_host_platform_device_count=2")
     code = (
         "from jaxgpt.run.device import choose_devices; from jaxgpt.config.fields import Config; "
-        "cfg = Config(mesh='data=3', device='cpu', batch_size=1, effective_batch_size=3); "
+        "cfg = Config(mesh='data=65', device='cpu', batch_size=1, effective_batch_size=65); "
         "print(len(choose_devices(cfg)))"
     )
     command = [sys.executable, "-c", code]

@@ -24,8 +24,8 @@ CFG = resolved(Config(model=TINY), batch_size=4, effective_batch_size=8, max_ite
 ONE = Layout(CPU)
 
 
-def compile_run(cfg=CFG, free=(), processes=SINGLE_PROCESS) -> Compiled:
-    with compile_to_fit(cfg, free, ONE, processes) as compiled:
+def compile_run(cfg=CFG, free=(), processes=SINGLE_PROCESS, layout=ONE) -> Compiled:
+    with compile_to_fit(cfg, free, layout, processes) as compiled:
         return compiled
 
 
@@ -66,9 +66,14 @@ def test_a_model_of_absurd_size_is_refused_before_xla_sees_it(machine, monkeypat
     for sizes in ({"n_embd": 2**31 - 2}, {"n_layer": 10**8}):
         with pytest.raises(TooLargeError, match="does not fit cpu"):
             compile_run(replace(CFG, model=replace(TINY, **sizes)))
-    machine(4 * CFG.model.parameter_count() - 1)  # of which each replica needs all
+    # Each replica needs all parameters, and a CPU's devices share one memory.
+    machine(2 * 4 * CFG.model.parameter_count() - 1)
+    layout = Layout(CPU)
+    layout.local_devices = (CPU, CPU)
     with pytest.raises(TooLargeError, match="does not fit cpu"):
-        compile_run(replace(CFG, mesh=MeshShape(data=8)))
+        compile_run(replace(CFG, mesh=MeshShape(data=2)), layout=layout)
+    with pytest.raises(pytest.fail.Exception):
+        compile_run(replace(CFG, mesh=MeshShape(fsdp=2)), layout=layout)
 
 
 def test_a_checkpoint_that_does_not_fit_the_host_is_refused(machine) -> None:

@@ -148,6 +148,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_damaged_ones_are_put_aside(tm
         return verify(folder)
 
     assert newest_intact(tmp_path, delete_and_verify, told.append) == 2
+    assert told[-1].startswith("checkpoint 3 is damaged, so checkpoint 2 is used: ")
 
 
 def test_a_manifest_that_links_to_a_missing_file_is_damage_and_no_leftover(tmp_path: Path) -> None:
