@@ -236,3 +236,11 @@ def test_a_shard_cut_short_while_it_is_open_is_named(tmp_path: Path) -> None:
     assert tokens.window(290, 10)[-1] == 299
     with pytest.raises(DataError, match=f"^{path}: has become shorter"):
         tokens.window(290, 11)
+
+
+@pytest.mark.usefixtures("few_descriptors")
+def test_a_window_spans_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    for number in range(300):
+        write_shard(tmp_path / f"x_train_{number:06d}.bin", np.full(10, number, np.uint16))
+    stream = load_split(tmp_path, "train", N_VOCAB)
+    assert stream.window(5, 2990).tolist() == np.repeat(np.arange(300), 10)[5:2995].tolist()
