@@ -5,6 +5,7 @@ uint16 or, for a vocabulary above 65,536 as Llama 3's, a uint32. nanoGPT's `trai
 have no header; only files with exactly those two names may have none.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -174,7 +175,10 @@ class Reader:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be read ({error.strerror}); make it readable, or copy it again"
+    remedy = "make it readable, or copy it again"
+    if error.errno == errno.EMFILE:
+        remedy = "allow more open files (ulimit -n 1024)"
+    return f"{path}: cannot be read ({error.strerror}); {remedy}"
 
 
 def _inspect_shard(path: Path, size: int, version: int, length: int, format: Format) -> TokenFile:

@@ -6,6 +6,7 @@ import re
 import resource
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from jaxgpt.data import shards
 from jaxgpt.data.shards import TokenStream, load_split
-from jaxgpt.data.token_file import DataError, write_shard
+from jaxgpt.data.token_file import DataError, inspect_file, write_shard
 
 N_VOCAB = 50_257
 
@@ -244,3 +245,15 @@ def test_a_window_spans_more_shards_than_files_may_be_open(tmp_path: Path) -> No
         write_shard(tmp_path / f"x_train_{number:06d}.bin", np.full(10, number, np.uint16))
     stream = load_split(tmp_path, "train", N_VOCAB)
     assert stream.window(5, 2990).tolist() == np.repeat(np.arange(300), 10)[5:2995].tolist()
+
+
+@pytest.mark.usefixtures("few_descriptors")
+def test_too_many_open_files_are_named_with_a_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "x_train_000000.bin"
+    write_shard(path, random_tokens(10))
+    with ExitStack() as held:
+        with suppress(OSError):
+            while True:
+                held.enter_context(path.open())
+        with pytest.raises(DataError, match=r"Too many open files\); allow more .*ulimit -n"):
+            inspect_file(path)
