@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_command("jaxgpt", lambda: _print_usage(name))
     command = import_module(f"jaxgpt.{'tokenizer.__main__' if name == 'tokenizer' else name}").main
-    if argv is None:  # the whole process, which `prepare` tells by it
+    # Without arguments a command knows that it is the whole process; `prepare` depends on that.
+    if argv is None:
         sys.argv[1:] = rest
     code: int = command() if argv is None else command(rest)
     return code

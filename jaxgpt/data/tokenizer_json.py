@@ -198,8 +198,8 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str) -> JsonTokenizer
         )
     if (last := max(ids.values())) >= MOST_IDS:
         raise UserError(
-            f"tokenizer {name!r}: has id {last:,}, and at most {MOST_IDS:,} are supported; choose "
-            "another tokenizer"
+            f"tokenizer {name!r}: a token has id {last:,}, and at most {MOST_IDS:,} ids are "
+            "supported; choose another tokenizer"
         )
     return JsonTokenizer(name, last + 1, eot, sha256, files)
 

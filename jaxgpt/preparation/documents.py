@@ -175,17 +175,19 @@ def read_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
 
 
 def _refuse_wide(head: bytes, path: str) -> None:
-    """Raises UserError for UTF-16 and UTF-32.
-
-    They are known by a byte order mark, or by ASCII in the first four bytes.
-    """
+    """Raises UserError for UTF-16 and UTF-32 with a byte order mark, or beginning with ASCII."""
     first = head[:UTF32_BYTES]
     zeros = len(first) == UTF32_BYTES and any(first) and b"\0\0" in (first[::2], first[1::2])
-    if zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        raise UserError(
-            f"{path}: is UTF-16, as PowerShell's > writes it, or UTF-32; convert it to UTF-8 "
-            "(iconv -f UTF-16 -t UTF-8, or Set-Content -Encoding utf8)"
-        )
+    if first in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) or (zeros and first.count(0) == 3):
+        encoding = "UTF-32"
+    elif zeros or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "UTF-16"
+    else:
+        return
+    raise UserError(
+        f"{path}: is {encoding}, as PowerShell's > may write it; convert it to UTF-8 "
+        f"(iconv -f {encoding} -t UTF-8, or Set-Content -Encoding utf8)"
+    )
 
 
 def split_at(separator: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:

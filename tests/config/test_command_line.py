@@ -228,7 +228,7 @@ def test_the_installed_command_runs_each_module(capsys, monkeypatch):
     assert "no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
     monkeypatch.setattr("jaxgpt.prepare.main", lambda *given: len(given) + sys.argv.count("a.txt"))
     monkeypatch.setattr(sys, "argv", ["jaxgpt", "prepare", "a.txt"])
-    assert jaxgpt.main() == 1, "prepare tells by no arguments that it is the whole process"
+    assert jaxgpt.main() == 1, "prepare must know that it is the whole process"
     assert sys.argv[1:] == ["a.txt"]
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"jaxgpt": "jaxgpt:main"}
