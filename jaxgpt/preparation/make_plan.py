@@ -271,6 +271,7 @@ def _empty_split_error(
     if settings.val_at_end:
         return f"{out}: the text has only {tokens} tokens; prepare more into another --out"
     return (
-        f"{out}: no document is in one of the splits, because there are few of them; choose "
-        "another --out and leave out --val-fraction: validation is then the end of the text"
+        f"{out}: no document is in one of the splits, because there are few of them, or all are "
+        "equal; choose another --out, and leave out --val-fraction, or take the first tokens with "
+        f"--val-tokens {max(tokens // 10, 1)}"
     )

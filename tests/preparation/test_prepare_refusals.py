@@ -197,6 +197,15 @@ def test_a_split_without_documents_is_reported_with_the_remedy(
     assert "all tokens are validation" in refusal(capsys, *arguments)
 
 
+def test_equal_documents_are_refused_with_a_way_out(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "always the same"}\n' * 200)
+    command = (tmp_path / "a.jsonl", "--tokenizer", "byte", "--workers", "1", "--out")
+    message = refusal(capsys, *command, tmp_path / "one")
+    advice = re.search(r"or all are equal; .* (--val-tokens \d+)$", message)
+    assert advice, message
+    assert prepare(*command, tmp_path / "other", *advice[1].split()) == 0
+
+
 def test_names_and_paths_are_printed_as_they_are(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
