@@ -7,7 +7,8 @@
 
 Commands are the lines of fenced `sh` blocks, in the order of the pages. Each one runs, or the
 reason why it does not is printed: from RULES, or from a comment before its block, `<!-- check:
-skip: reason -->`. Flags of jaxgpt commands that do not run are parsed all the same.
+skip: reason -->`. Flags of jaxgpt commands that do not run are parsed all the same. A run of 1,000
+steps is stopped with Ctrl-C after LONG_RUN_STEPS.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,9 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"--interactive|^tensorboard", "runs until somebody ends it"),
     (r"^kill ", "needs a run in progress"),
 )
+# Runs of 1,000 steps take one to two minutes each.
+LONG_RUN = re.compile(r"jaxgpt\.train (?!.*--(max-iters|help)).*--preset demo")
+LONG_RUN_STEPS = 50
 # Files that a reader brings: name -> how to make one.
 READERS_FILES: dict[str, Callable[[Path], object]] = {
     "book.txt": lambda path: path.write_text(_novel()[:300_000]),
@@ -210,7 +215,9 @@ def commands(here: bool) -> Iterator[str]:
         for command in listed:
             begin = time.monotonic()
             text, what = _as_run(command, here)
-            code, output = _run(text, folder) if text else (0, "")
+            stop_at = f"step {LONG_RUN_STEPS}/" if LONG_RUN.search(text or "") else None
+            code, output = _run(text, folder, stop_at) if text else (0, "")
+            what += f" to {stop_at.rstrip('/')}" if stop_at else ""
             seconds = time.monotonic() - begin
             what += f", {seconds:.0f} s" if text else ""
             print(f"{command}\n    {what}", flush=True)
@@ -238,21 +245,31 @@ def _as_run(command: Command, here: bool) -> tuple[str | None, str]:
     return None, f"skipped: {command.skip}"
 
 
-def _run(text: str, folder: Path) -> tuple[int, str]:
+def _run(text: str, folder: Path, stop_at: str | None) -> tuple[int, str]:
+    """(exit code, output) of a command, which gets Ctrl-C at a line that begins with `stop_at`."""
     hidden = ("XLA_FLAGS", "COLUMNS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"PATH": path, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        ["timeout", str(TIMEOUT), "bash", "-c", text],
+    output = []
+    with subprocess.Popen(
+        # In the foreground, a signal reaches the command once.
+        ["timeout", *(["--foreground"] if stop_at else []), str(TIMEOUT), "bash", "-c", text],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    return done.returncode, done.stdout
+        # .ci/run starts this script in the background, where Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            output.append(line)
+            if stop_at and line.startswith(stop_at):
+                process.send_signal(signal.SIGINT)
+    return process.returncode, "".join(output)
 
 
 def _not_in_a_clone(folder: str, names: list[str]) -> list[str]:
