@@ -192,7 +192,7 @@ def open_text(
 
 
 def find_mixture(flags: EvaluateFlags, weights: Weights) -> Mixture:
-    """The data sets that the flags name, by default the run's own."""
+    """The datasets that the flags name, by default the run's own."""
     run = weights.run
     if flags.data_dir is not None:
         return make_mixture("data_dir", user_path(flags.data_dir, "--data-dir"))

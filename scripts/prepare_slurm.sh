@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # FineWeb's 350B-token sample on the cores of eight machines that share a disk, with Dask under Slurm:
 #
-#     pip install 'jaxgpt[cluster]'
+#     pip install -e '.[cluster]'
 #     sbatch scripts/prepare_slurm.sh data/fineweb350B
 #
 # The scheduler and the command run on the first machine, workers on all of them. After a time limit,

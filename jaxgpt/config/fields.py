@@ -204,7 +204,7 @@ class Config:
 
     @property
     def mixture(self) -> Mixture:
-        """The data sets to train on, and their shares."""
+        """The datasets to train on, and their shares."""
         return make_mixture(self.dataset, self.data_dir, self.mixture_at)
 
     @property

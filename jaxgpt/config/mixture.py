@@ -1,4 +1,4 @@
-"""Which data sets a run reads, how much of each, and where they are.
+"""Which datasets a run reads, how much of each, and where they are.
 
 `--dataset fineweb:0.7,mine:0.3` is a mixture; `fineweb` alone is one of a single source. The shares
 are fractions, because a sum of floats would depend on the version of Python.

@@ -16,7 +16,7 @@ from jaxgpt.preparation.workers import DeadWorkerError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 20
-INSTALL = "pip install 'jaxgpt[cluster]'"
+INSTALL = "pip install -e '.[cluster]'"
 
 
 class Cluster:

@@ -36,7 +36,7 @@ VAL_RULES = ("val_tokens", "val_fraction")
 OF_READY = frozenset({"inputs", "out", "name", "revision", "ready", "tokens", "workers"})
 OF_INSPECT = frozenset({"inputs", "inspect", "tokenizer"})
 
-DESCRIPTION = """Make token shards for training from FineWeb, another data set of the Hugging Face \
+DESCRIPTION = """Make token shards for training from FineWeb, another dataset of the Hugging Face \
 Hub, or text files. Run the same command again to resume.
 
   python -m jaxgpt.prepare fineweb --name sample-10BT
@@ -57,18 +57,18 @@ class PrepareFlags:
     """The command line; None means that the default depends on other values."""
 
     inputs: Inputs = ()
-    """fineweb, fineweb-edu, fineweb-2, dclm, climbmix, or owner/name of a Hub data set; or files,
+    """fineweb, fineweb-edu, fineweb-2, dclm, climbmix, or owner/name of a Hub dataset; or files,
     patterns, a folder of text, a save_to_disk folder (.parquet, .jsonl, .csv, .txt, .md; compressed
     too)"""
     out: PathIfSet = None
     """folder for the shards; by default data/ and the source's name"""
     name: TextIfSet = None
-    """configuration of a Hub data set; for FineWeb a sample (sample-10BT, sample-100BT, ...), for
+    """configuration of a Hub dataset; for FineWeb a sample (sample-10BT, sample-100BT, ...), for
     fineweb-2 a language (arb_Arab, hin_Deva, ...)"""
     split: str = "train"
-    """split of a Hub data set"""
+    """split of a Hub dataset"""
     revision: TextIfSet = None
-    """branch, tag or commit of a Hub data set"""
+    """branch, tag or commit of a Hub dataset"""
     limit_tokens: Count = None
     """stop after this many training tokens (27B, 500M); with a larger limit the same command
     continues from there"""
@@ -88,7 +88,7 @@ class PrepareFlags:
     """skip documents that are not UTF-8, or replace the invalid bytes with U+FFFD"""
     val: TextIfSet = None
     """validation text of your own: files or a folder, which are then not trained on; or a split of
-    the data set, such as validation"""
+    the dataset, such as validation"""
     val_tokens: Count = None
     """use the first N tokens for validation; default for FineWeb: 100M, as in llm.c"""
     val_fraction: FloatIfSet = None
@@ -133,7 +133,7 @@ class PrepareFlags:
             return errors + self._inspect_errors()
         if not self.inputs:
             errors.append(
-                "name what to prepare: fineweb, a data set of the Hub (owner/name), or text files; "
+                "name what to prepare: fineweb, a dataset of the Hub (owner/name), or text files; "
                 "--help has examples"
             )
         if self.ready:

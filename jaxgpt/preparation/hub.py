@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face Hub: listing their files and downloading them.
+"""Datasets on the Hugging Face Hub: listing their files and downloading them.
 
 Everything is pinned to one commit, so that a run resumed next week reads the same files.
 """
@@ -28,18 +28,18 @@ FOLDERS = {
     "climbmix_small": "climbmix_small",
 }
 
-PARQUET_COPY = "the Hub has a parquet copy of most data sets: --revision refs/convert/parquet"
+PARQUET_COPY = "the Hub has a parquet copy of most datasets: --revision refs/convert/parquet"
 DOWNLOADS = "downloads"  # the folder for files while they are read
 
 
 def list_dataset(
     repo: str, name: str | None, split: str, revision: str | None
 ) -> tuple[str, list[Input]]:
-    """(commit, files) of a split of a data set's configuration `name`; raises UserError."""
+    """(commit, files) of a split of a dataset's configuration `name`; raises UserError."""
     commit = find_commit(repo, revision)
     if repo in (*FINEWEB.values(), CLIMBMIX_TOKENS) and name is not None:
         if split != "train":
-            raise UserError(f"data set {repo!r}: has no split {split!r}, only 'train'")
+            raise UserError(f"dataset {repo!r}: has no split {split!r}, only 'train'")
         found = list_files(repo, FOLDERS.get(name, f"data/{name}"), commit)
     else:
         paths = _request(repo, lambda: _files_of_configuration(repo, name, split, commit))
@@ -48,7 +48,7 @@ def list_dataset(
 
 
 def find_commit(repo: str, revision: str | None) -> str:
-    """The commit of a data set's `revision`; raises UserError."""
+    """The commit of a dataset's `revision`; raises UserError."""
     from huggingface_hub import HfApi
 
     info = _request(repo, lambda: HfApi().dataset_info(repo, revision=revision, timeout=20))
@@ -57,7 +57,7 @@ def find_commit(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, folder: str | None, commit: str) -> list[Any]:
-    """The files in a folder of a data set, with path, size and lfs, sorted; raises UserError."""
+    """The files in a folder of a dataset, with path, size and lfs, sorted; raises UserError."""
     from huggingface_hub import HfApi
 
     def tree() -> list[Any]:
@@ -69,7 +69,7 @@ def list_files(repo: str, folder: str | None, commit: str) -> list[Any]:
 
 
 def _request(repo: str, request: Callable[[], T]) -> T:
-    return retry_request(request, f"data set {repo!r}", partial(print, flush=True), first=True)
+    return retry_request(request, f"dataset {repo!r}", partial(print, flush=True), first=True)
 
 
 def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
@@ -87,7 +87,7 @@ def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
     ]
     if not inputs:
         raise UserError(
-            f"data set {repo!r}: has no readable text files "
+            f"dataset {repo!r}: has no readable text files "
             f"({', '.join(f.path for f in files[:3]) or 'it has no files'}; expected {READABLE}); "
             + PARQUET_COPY
         )
@@ -95,22 +95,22 @@ def _inputs(found: Sequence[Any], repo: str) -> list[Input]:
 
 
 def _files_of_configuration(repo: str, name: str | None, split: str, commit: str) -> list[str]:
-    """The files that `datasets` finds by the data set's card or by its conventions."""
+    """The files that `datasets` finds by the dataset's card or by its conventions."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DataFilesNotFoundError
 
     try:
         builder = load_dataset_builder(repo, name, revision=commit)
     except DataFilesNotFoundError:
-        raise UserError(f"data set {repo!r}: has no data files; check the name") from None
+        raise UserError(f"dataset {repo!r}: has no data files; check the name") from None
     except ValueError as error:  # an unknown configuration, or none where one must be chosen
-        raise UserError(f"data set {repo!r}: {' '.join(str(error).split())}; use --name") from None
+        raise UserError(f"dataset {repo!r}: {' '.join(str(error).split())}; use --name") from None
     except RuntimeError as error:  # it needs a loading script, which datasets no longer supports
-        raise UserError(f"data set {repo!r}: {first_line(error)}; {PARQUET_COPY}") from None
+        raise UserError(f"dataset {repo!r}: {first_line(error)}; {PARQUET_COPY}") from None
     splits = builder.config.data_files or {}
     if split not in splits:
         raise UserError(
-            f"data set {repo!r}: has no split {split!r}; choose with --split "
+            f"dataset {repo!r}: has no split {split!r}; choose with --split "
             f"({', '.join(map(str, splits)) or 'it lists none'})"
         )
     marker = f"@{commit}/"
@@ -136,7 +136,7 @@ def download(
     folder: Path,
     say: Callable[[str], object],
 ) -> Path:
-    """Download one file of a data set into `folder` and check its size and SHA-256.
+    """Download one file of a dataset into `folder` and check its size and SHA-256.
 
     Raises UserError, also for a path outside `folder`.
     """
@@ -145,8 +145,8 @@ def download(
     # The server chooses the names, and some versions of the client do not check them.
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(
-            f"data set {repo!r}: has a file {path!r}, which is outside the data set's folder and "
-            "is not downloaded; prepare another data set or local files"
+            f"dataset {repo!r}: has a file {path!r}, which is outside the dataset's folder and "
+            "is not downloaded; prepare another dataset or local files"
         )
 
     def fetch() -> Path:
@@ -161,7 +161,7 @@ def download(
             raise ConnectionError("the download is corrupt")
         return got
 
-    return retry_request(fetch, f"{path} of data set {repo!r}", say, first=False)
+    return retry_request(fetch, f"{path} of dataset {repo!r}", say, first=False)
 
 
 def remove_leftover_downloads(folder: Path) -> None:

@@ -101,7 +101,7 @@ def _explain(error: BaseException, status: int | None) -> str:
         errors.RepositoryNotFoundError: "does not exist on the Hub, nor as a folder here (for a "
         "private one set HF_TOKEN)",
         errors.RevisionNotFoundError: "has no such --revision",
-        errors.HFValidationError: "is not a valid name of a data set; write owner/name",
+        errors.HFValidationError: "is not a valid name of a dataset; write owner/name",
         errors.EntryNotFoundError: "has no files there; check --name (sample-10BT, sample-100BT, "
         "...)",
     }

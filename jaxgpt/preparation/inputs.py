@@ -205,7 +205,7 @@ def _files_of(argument: str) -> list[Path]:
     else:
         raise UserError(
             f"{argument}: no such file or folder; name text ({READABLE}), a folder of it, or a "
-            "data set of the Hub as fineweb, fineweb-edu or owner/name"
+            "dataset of the Hub as fineweb, fineweb-edu or owner/name"
         )
     for file in files:
         if not is_readable(str(file)) or not file.is_file():  # a pipe can be read only once

@@ -60,7 +60,7 @@ def tokenizer_of_flags(flags: PrepareFlags, folder: OutputFolder) -> Tokenizer:
     if is_hub_name(flags.inputs):
         raise UserError(
             "--tokenizer char reads the text twice, so it needs files; use --tokenizer byte for a "
-            "data set of the Hub"
+            "dataset of the Hub"
         )
     return character_tokenizer(
         characters_of(find_text(flags.inputs, flags.val), flags.read_options)
@@ -102,7 +102,7 @@ def _find_files(flags: PrepareFlags, folder: OutputFolder, old: Plan | None) -> 
         given["--split"] = flags.split
     if names := [name for name, value in given.items() if value is not None]:
         raise UserError(
-            f"{' and '.join(names)}: only for data sets of the Hub, which {flags.inputs[0]} is "
+            f"{' and '.join(names)}: only for datasets of the Hub, which {flags.inputs[0]} is "
             "not; leave them out"
         )
     val = named_validation(flags, old)

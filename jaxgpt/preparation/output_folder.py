@@ -68,7 +68,7 @@ def _refuse_foreign_tokens(out: Path) -> None:
 
 
 def default_out(flags: PrepareFlags) -> Path:
-    """data/ and the name of the source: of the data set, of the only file, or of its folder."""
+    """data/ and the name of the source: of the dataset, of the only file, or of its folder."""
     first = user_path(flags.inputs[0], "input")
     if is_hub_name(flags.inputs):
         return Path("data") / flags.inputs[0].rpartition("/")[2]
@@ -83,7 +83,7 @@ def default_out(flags: PrepareFlags) -> Path:
 
 
 def is_hub_name(inputs: Sequence[str]) -> bool:
-    """Whether the only input is a data set of the Hub: an alias, or owner/name and no file."""
+    """Whether the only input is a dataset of the Hub: an alias, or owner/name and no file."""
     if len(inputs) != 1:
         return False
     only = inputs[0]

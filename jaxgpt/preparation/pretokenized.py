@@ -89,7 +89,7 @@ def _refuse_other_source(work: Path, repo: str, out: Path) -> None:
 
 
 def ready_repository(dataset: str, name: str | None, tokens: int | None) -> str:
-    """The repository for a data set's name and number of tokens; raises UserError."""
+    """The repository for a dataset's name and number of tokens; raises UserError."""
     if "/" in dataset:
         return dataset
     if name is None:
@@ -108,7 +108,7 @@ def list_shards(repo: str, tokens: int | None, revision: str | None) -> tuple[st
 
     Raises UserError.
     """
-    what = f"data set {repo!r}"
+    what = f"dataset {repo!r}"
     commit = find_commit(repo, revision)
     shards = [f for f in list_files(repo, None, commit) if f.path.endswith(".bin")]
     val = [f for f in shards if split_of(Path(f.path)) == "val"]

@@ -32,10 +32,10 @@ class FileSource(msgspec.Struct, frozen=True, tag_field="kind", tag="files"):
 
 
 class HubSource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="Hub"):
-    """A data set of the Hub at one commit."""
+    """A dataset of the Hub at one commit."""
 
     repo: str
-    name: str  # of the configuration, "" for the data set's only one
+    name: str  # of the configuration, "" for the dataset's only one
     split: str
     revision: str
     commit: str = ""  # what the revision was when the preparation began
@@ -165,7 +165,7 @@ def _flags_of(source: Source, settings: Settings) -> dict[str, Any]:
 
 
 def _flag_name(name: str) -> str:
-    names = {"kind": "source", "repo": "data set", "tokenizer_sha256": "a tokenizer of SHA-256"}
+    names = {"kind": "source", "repo": "dataset", "tokenizer_sha256": "a tokenizer of SHA-256"}
     return names.get(name, as_flag(name))
 
 

@@ -22,7 +22,7 @@ INIT_SECONDS = "30"  # to answer at the start, unless WANDB_INIT_TIMEOUT is set;
 FINISH_SECONDS = 60.0  # to upload what is left at the end; `wandb sync` can do it later
 MISSING = (
     "wandb is not installed, so metrics go to TensorBoard and metrics.jsonl alone; install it with "
-    "pip install 'jaxgpt[wandb]'"
+    "pip install -e '.[wandb]'"
 )
 
 

@@ -1,4 +1,4 @@
-"""A run of several data sets: its losses by source, and resuming it across a stage's border."""
+"""A run of several datasets: its losses by source, and resuming it across a stage's border."""
 
 from pathlib import Path
 

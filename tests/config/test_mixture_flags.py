@@ -1,4 +1,4 @@
-"""--dataset as one data set or a mixture."""
+"""--dataset as one dataset or a mixture."""
 
 from fractions import Fraction
 from pathlib import Path

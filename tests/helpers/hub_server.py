@@ -28,7 +28,7 @@ NO_FAULT = Fault("")
 
 
 class Hub:
-    """The data sets in a folder, as `owner/name/...`, with its requests and its coming faults."""
+    """The datasets in a folder, as `owner/name/...`, with its requests and its coming faults."""
 
     def __init__(self, folder: Path):
         self.folder = folder

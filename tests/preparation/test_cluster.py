@@ -109,4 +109,4 @@ def test_without_dask_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     message = refusal(capsys, texts, "--out", tmp_path / "out", "--cluster", "tcp://a:1")
-    assert "needs Dask; install it: pip install 'jaxgpt[cluster]'" in message
+    assert "needs Dask; install it: pip install -e '.[cluster]'" in message

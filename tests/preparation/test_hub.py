@@ -83,9 +83,7 @@ def test_a_corrupt_download_is_repeated(
     hub.faults += [Fault("GET .*001_00000.parquet", flip=True)]
     done = run(environment, "fineweb", "--out", tmp_path / "fineweb", *SMALL)
     assert done.returncode == 0, done.stderr
-    told = (
-        "001_00000.parquet of data set 'HuggingFaceFW/fineweb': the download is corrupt; retrying"
-    )
+    told = "001_00000.parquet of dataset 'HuggingFaceFW/fineweb': the download is corrupt; retrying"
     assert told in done.stdout
     assert shards(tmp_path / "fineweb") == expected
 
@@ -182,7 +180,7 @@ def test_a_data_set_by_its_short_name(
         (["someone/pictures"], "--revision refs/convert/parquet"),
         (
             ["someone/scripted"],
-            "but found scripted.py; the Hub has a parquet copy of most data sets",
+            "but found scripted.py; the Hub has a parquet copy of most datasets",
         ),
     ],
 )
@@ -241,5 +239,5 @@ def test_a_file_outside_the_folder_is_not_downloaded(
 ) -> None:
     """huggingface_hub 1.0 would write where it points."""
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(UserError, match="is outside the data set's folder"):
+    with pytest.raises(UserError, match="is outside the dataset's folder"):
         download("someone/jokes", name, 9, None, COMMIT, tmp_path / "downloads", print)

@@ -43,7 +43,7 @@ def test_each_mistake_gives_one_sentence(
         ([texts, "--tokens", "3"], "--tokens belongs to --ready"),
         (
             [texts, "--name", "x", "--split", "dev"],
-            "--name and --split: only for data sets of the Hub",
+            "--name and --split: only for datasets of the Hub",
         ),
         ([texts, "--out", texts], "contains the text itself; choose another folder with --out"),
         (["fineweb", "--ready", "--tokenizer", "byte"], "tokens; leave out --tokenizer"),

@@ -104,7 +104,7 @@ def test_a_missing_wandb_is_answered_with_how_to_install_it(tmp_path, monkeypatc
     with WandbLog("books", tmp_path / "run", None, said.append, lambda: True) as log:
         log.scalars(0, {"train/loss": 1.0})
     assert len(said) == 1
-    assert "pip install 'jaxgpt[wandb]'" in said[0]
+    assert "pip install -e '.[wandb]'" in said[0]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
@@ -121,7 +121,7 @@ def offline_records(path: Path) -> list[bytes]:
 
 @pytest.mark.slow  # 10 s, most of it for wandb's start and end
 def test_wandb_itself_has_every_step_once_after_a_resume(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="needs pip install 'jaxgpt[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="needs pip install -e '.[wandb]'")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
