@@ -24,6 +24,7 @@ MODELS = {
 }
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("compiled step"),  # tests share the programs
     pytest.mark.skipif(
         target.obstacle(H100) is not None,
         reason=f"XLA's compiler for cards: {target.obstacle(H100)}",

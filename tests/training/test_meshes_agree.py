@@ -14,7 +14,8 @@ from jaxgpt.config.mesh_shape import parse_mesh
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4")
 SAVED_AT = 20
-pytestmark = pytest.mark.slow  # 40 s of compiling for eight devices
+# 40 s of compiling for eight devices, once for all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("meshes")]
 
 
 @pytest.fixture(scope="module")
