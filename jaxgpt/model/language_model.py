@@ -52,7 +52,8 @@ class LanguageModel(nnx.Module):
         x_BTD = dropout(self.drop, x_BTD, keys[-1])
         run = run_scanned if self.scan_layers else run_unrolled
         x_BTD = run(self.blocks, x_BTD, keys[:-1], self.dtype, self.remat, self.all_gather)
-        return self.final_norm(x_BTD).astype(self.dtype)
+        # Recomputed in the backward pass: XLA would keep its output in float32.
+        return jax.checkpoint(self.final_norm)(x_BTD).astype(self.dtype)
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Next-token logits (..., V) of features (..., D): float32, minus infinity for padding."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -70,40 +69,16 @@ def linears_of_norm(
         return [y for linear in linears for y in jnp.split(linear(normed), parts, axis=-1)]
     kernels = [norm.scale[...][:, None] * linear.kernel[...] for linear in linears]
     normed = norm.without_gain(x_BTD).astype(linears[0].dtype)
-    multiply = products_by_rows if parts > 1 else _products
-    ys = [y for kernel in kernels for y in multiply(normed, kernel.astype(normed.dtype), parts)]
+    ys = [
+        dot_general_by_rows(normed, part)
+        for kernel in kernels
+        for part in jnp.split(kernel.astype(normed.dtype), parts, axis=1)
+    ]
     if norm.bias is None:
         return ys
     biases = [linear.bias[...] + norm.bias[...] @ linear.kernel[...] for linear in linears]
     cut = [part for bias in biases for part in jnp.split(bias, parts)]
     return [y + bias.astype(y.dtype) for y, bias in zip(ys, cut, strict=True)]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def products_by_rows(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
-    """x (..., d_in) times each of `parts` equal parts of the kernel's columns.
-
-    The backward pass has one product for each gradient, of all parts together.
-    """
-    return _products(x, kernel, parts)
-
-
-def _products(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
-    return [dot_general_by_rows(x, part) for part in jnp.split(kernel, parts, axis=1)]
-
-
-def _products_forward(x: jax.Array, kernel: jax.Array, parts: int) -> tuple[list[jax.Array], Any]:
-    return _products(x, kernel, parts), (x, kernel)
-
-
-def _products_backward(
-    parts: int, residuals: tuple[jax.Array, jax.Array], dys: list[jax.Array]
-) -> tuple[jax.Array, ...]:
-    _, pull_back = jax.vjp(dot_general_by_rows, *residuals)
-    return pull_back(jnp.concatenate(dys, axis=-1))
-
-
-products_by_rows.defvjp(_products_forward, _products_backward)
 
 
 def add_by_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""RMSNorm with a hand-written gradient that saves only x and one float32 number per row."""
+"""RMSNorm with a hand-written gradient that saves only x."""
 
 from functools import partial
 
@@ -29,24 +29,40 @@ def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return _forward(x, scale, epsilon)[0]
 
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array]
+def _inverse_rms(x32: jax.Array, epsilon: float) -> jax.Array:
+    return jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
 
 
-def _forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, Residuals]:
+def _forward(
+    x: jax.Array, scale: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x32 = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
-    normed = (x32 * inverse_rms).astype(x.dtype)
-    return normed * scale.astype(x.dtype), (x, inverse_rms, scale)
+    normed = (x32 * _inverse_rms(x32, epsilon)).astype(x.dtype)
+    return normed * scale.astype(x.dtype), (x, scale)
 
 
-def _backward(epsilon: float, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, inverse_rms, scale = residuals
-    dy = dy.astype(jnp.float32)
-    normed = x.astype(jnp.float32) * inverse_rms
-    dnormed = dy * scale
+def _backward(
+    epsilon: float, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The barrier makes XLA compute the root mean square again. It would keep it otherwise, and read
+    # x once more for it in a kernel of its own.
+    x, scale = jax.lax.optimization_barrier(residuals[0]), residuals[1]
+    x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    inverse_rms = _inverse_rms(x32, epsilon)
+    normed = x32 * inverse_rms
+    dnormed = jax.lax.platform_dependent(dy * scale, cuda=_start_fusion, default=lambda x: x)
     dx = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdims=True))
     dscale = (dy * normed).reshape(-1, x.shape[-1]).sum(0)
     return dx.astype(x.dtype), dscale
+
+
+def _start_fusion(x: jax.Array) -> jax.Array:
+    """x, in a form around which XLA fuses a row's sums and what uses them.
+
+    XLA starts such a kernel at the pattern x - mean(x), which LayerNorm has and RMSNorm does not.
+    Without it, the backward pass is three kernels that read seven arrays instead of three.
+    """
+    return x - 0 * x.mean(-1, keepdims=True)
 
 
 rms_normalize.defvjp(_forward, _backward)

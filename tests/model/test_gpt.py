@@ -209,25 +209,31 @@ def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_queries_keys_and_values_of_three_products_equal_those_of_one(
-    dtype, bias, tokens_BT1, monkeypatch
+    bias, tokens_BT1, monkeypatch
 ) -> None:
-    """As cuDNN's attention gets them: the same loss and gradients."""
+    """As cuDNN's attention gets them: equal gradients, and no larger errors in bfloat16."""
     cfg = dataclasses.replace(TINY, bias=bias)
     params = init_params(cfg, jax.random.key(0))
 
-    def loss_and_gradients():
+    def loss_and_gradients(dtype: str) -> list[np.ndarray]:
         graphdef = build_model(cfg, dtype, plain_attention)
-        return jax.value_and_grad(lambda p: nnx.merge(graphdef, p).loss(tokens_BT1))(params)
+        found = jax.value_and_grad(lambda p: nnx.merge(graphdef, p).loss(tokens_BT1))(params)
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(found)]
 
-    expected = loss_and_gradients()
+    expected, rounded = loss_and_gradients("float32"), loss_and_gradients("bfloat16")
     monkeypatch.setattr(gpt, "cudnn_attention", plain_attention)
-    model = nnx.merge(build_model(cfg, dtype, plain_attention), params)
+    model = nnx.merge(build_model(cfg, "float32", plain_attention), params)
     assert model.blocks[0].attn.parts == 3
-    for a, b in zip(*map(jax.tree.leaves, (loss_and_gradients(), expected)), strict=True):
+    for a, b in zip(loss_and_gradients("float32"), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+    def error(found: list[np.ndarray]) -> float:
+        pairs = zip(found, expected, strict=True)
+        return math.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs))
+
+    assert error(loss_and_gradients("bfloat16")) < 1.03 * error(rounded)
 
 
 def test_dropout_is_a_function_of_its_key(tokens_BT1) -> None:
