@@ -7,8 +7,8 @@
 
 Commands are the lines of fenced `sh` blocks, in the order of the pages. Each one runs, or the
 reason why it does not is printed: from RULES, or from a comment before its block, `<!-- check:
-skip: reason -->`. Flags of jaxgpt commands that do not run are parsed all the same. A run of 1,000
-steps is stopped with Ctrl-C after LONG_RUN_STEPS.
+skip: reason -->`. Flags of jaxgpt commands that do not run are parsed all the same. Runs of the
+demo presets without --max-iters, 1,000 steps, get Ctrl-C after LONG_RUN_LINES.
 """
 
 import argparse
@@ -52,9 +52,10 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (r"--interactive|^tensorboard", "runs until somebody ends it"),
     (r"^kill ", "needs a run in progress"),
 )
-# Runs of 1,000 steps take one to two minutes each.
+# Runs that take one to two minutes each, and how many lines of progress they may print.
 LONG_RUN = re.compile(r"jaxgpt\.train (?!.*--(max-iters|help)).*--preset demo")
-LONG_RUN_STEPS = 50
+LONG_RUN_LINES = 5
+STOPPED = "SIGINT: saved step"
 # Files that a reader brings: name -> how to make one.
 READERS_FILES: dict[str, Callable[[Path], object]] = {
     "book.txt": lambda path: path.write_text(_novel()[:300_000]),
@@ -215,9 +216,8 @@ def commands(here: bool) -> Iterator[str]:
         for command in listed:
             begin = time.monotonic()
             text, what = _as_run(command, here)
-            stop_at = f"step {LONG_RUN_STEPS}/" if LONG_RUN.search(text or "") else None
-            code, output = _run(text, folder, stop_at) if text else (0, "")
-            what += f" to {stop_at.rstrip('/')}" if stop_at else ""
+            code, output = _run(text, folder) if text else (0, "")
+            what += ", and stopped with Ctrl-C" if STOPPED in output else ""
             seconds = time.monotonic() - begin
             what += f", {seconds:.0f} s" if text else ""
             print(f"{command}\n    {what}", flush=True)
@@ -245,16 +245,18 @@ def _as_run(command: Command, here: bool) -> tuple[str | None, str]:
     return None, f"skipped: {command.skip}"
 
 
-def _run(text: str, folder: Path, stop_at: str | None) -> tuple[int, str]:
-    """(exit code, output) of a command, which gets Ctrl-C at a line that begins with `stop_at`."""
+def _run(text: str, folder: Path) -> tuple[int, str]:
+    """(exit code, output) of a command; a long run, which must be a command alone, gets Ctrl-C."""
     hidden = ("XLA_FLAGS", "COLUMNS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= {"PATH": path, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
+    lines_left = LONG_RUN_LINES if LONG_RUN.search(text) else 0
+    # Otherwise timeout signals its process group too: a second Ctrl-C, which exits without saving.
+    options = ["--foreground"] if lines_left else []
     output = []
     with subprocess.Popen(
-        # In the foreground, a signal reaches the command once.
-        ["timeout", *(["--foreground"] if stop_at else []), str(TIMEOUT), "bash", "-c", text],
+        ["timeout", *options, str(TIMEOUT), "bash", "-c", text],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -267,8 +269,10 @@ def _run(text: str, folder: Path, stop_at: str | None) -> tuple[int, str]:
         assert process.stdout
         for line in process.stdout:
             output.append(line)
-            if stop_at and line.startswith(stop_at):
-                process.send_signal(signal.SIGINT)
+            if lines_left and re.match(r"step [\d,]+/", line):
+                lines_left -= 1
+                if not lines_left:
+                    process.send_signal(signal.SIGINT)
     return process.returncode, "".join(output)
 
 

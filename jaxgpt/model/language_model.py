@@ -52,7 +52,7 @@ class LanguageModel(nnx.Module):
         x_BTD = dropout(self.drop, x_BTD, keys[-1])
         run = run_scanned if self.scan_layers else run_unrolled
         x_BTD = run(self.blocks, x_BTD, keys[:-1], self.dtype, self.remat, self.all_gather)
-        # Recomputed in the backward pass: XLA would keep its output in float32.
+        # Recomputed in the backward pass; otherwise XLA keeps the norm's output in float32.
         return jax.checkpoint(self.final_norm)(x_BTD).astype(self.dtype)
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:

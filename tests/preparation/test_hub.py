@@ -117,7 +117,7 @@ def test_ctrl_c_during_a_download_ends_at_once(
     assert errors == "\npython -m jaxgpt.prepare: stopped; run the same command again to resume\n"
 
 
-def test_any_data_set_is_read_by_its_card(
+def test_any_dataset_is_read_by_its_card(
     hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "jokes"
@@ -139,7 +139,7 @@ def test_any_data_set_is_read_by_its_card(
         assert len(wrong.stderr.strip().splitlines()) == 1, wrong.stderr
 
 
-def test_another_split_of_the_data_set_is_the_validation(
+def test_another_split_of_the_dataset_is_the_validation(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "jokes"
@@ -157,7 +157,7 @@ def test_another_split_of_the_data_set_is_the_validation(
     ("arguments", "repo"),
     [*zip([["fineweb-2", "--name", "arb_Arab"], ["dclm"], ["climbmix"]], NAMED, strict=True)],
 )
-def test_a_data_set_by_its_short_name(
+def test_a_dataset_by_its_short_name(
     environment: dict[str, str], tmp_path: Path, arguments: list[str], repo: str
 ) -> None:
     out = tmp_path / "out"

@@ -57,7 +57,7 @@ def test_a_step_takes_no_longer_than_one_with_a_sum_written_by_hand() -> None:
     """Within 10 %, in the best of three attempts, because the machine may be busy."""
     ratios = []
     for _ in range(3):
-        seconds = SCRIPT["measure"](SCRIPT["MODEL"], 8, 2, 9, ("ours", "by hand"))
+        seconds = SCRIPT["measure"](SCRIPT["MODEL"], 8, 2, 15, ("ours", "by hand"))
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         ratios.append(medians["ours"] / medians["by hand"])
         if ratios[-1] < 1.1:

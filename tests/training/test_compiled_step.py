@@ -9,6 +9,7 @@ import re
 
 import pytest
 from helpers.configs import resolved
+from hlo import Program
 
 from jaxgpt.config.architecture import ModelConfig
 from jaxgpt.config.fields import Config, Dtype
@@ -24,7 +25,7 @@ MODELS = {
 }
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("compiled step"),  # tests share the programs
+    pytest.mark.xdist_group("compiled step"),  # one worker, because tests share programs
     pytest.mark.skipif(
         target.obstacle(H100) is not None,
         reason=f"XLA's compiler for cards: {target.obstacle(H100)}",
@@ -79,6 +80,15 @@ def test_gpt2s_gelu_and_its_queries_keys_and_values_need_no_pass_of_their_own() 
     sizes = re.findall(r" = \(bf16\[(\d+),(\d+)\]\S* s8\[\d+\]\S*\) custom-call", program)
     assert sizes.count((str(B * T), str(D))) >= 3 * GPT2.n_layer
     assert (str(B * T), str(3 * D)) not in sizes
+    assert f"bf16[{B},{T},{3 * D}]" not in program  # nor are their gradients joined
+
+
+def test_a_norms_backward_pass_is_one_kernel(program) -> None:
+    """Sums over rows have no kernel of their own, which would read activations once more."""
+    activation = 2 * B * T * D
+    kernels = [k for k in Program(program).kernels() if "Norm.without_gain" in k.sources]
+    assert len([k for k in kernels if k.read >= activation]) >= 2 * GPT2.n_layer
+    assert not [k for k in kernels if k.read >= activation and k.written < activation]
 
 
 @pytest.mark.parametrize(("card", "dtype"), [("t4", "float16"), ("rtx3090", "float32")])
