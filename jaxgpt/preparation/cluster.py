@@ -4,6 +4,7 @@ The workers read the text and write their tokens in folders that they share with
 only numbers travel through the scheduler. Dask runs the units of a worker that dies on another one.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -81,13 +82,18 @@ def connect(address: str) -> Iterator[Cluster]:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("distributed", "tornado")):  # with tracebacks of what we explain
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    reason = None
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
+        reason = first_line(error)
+    if reason is not None:
+        # Ends the client's thread. Collected while another client starts, it would deadlock.
+        gc.collect()
         raise UserError(
-            f"--cluster {address}: no scheduler answers ({first_line(error)}); give the address "
-            "that `dask scheduler` prints, as tcp://host:8786"
-        ) from None
+            f"--cluster {address}: no scheduler answers ({reason}); give the address that `dask "
+            "scheduler` prints, as tcp://host:8786"
+        )
     cluster = Cluster(address, client)
     try:
         yield cluster
