@@ -49,7 +49,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 # Where the longest files are, which begin first, so that no worker ends with one while others idle.
-LONGEST = ("commands", "training", "run", "model", "weights", "preparation")
+LONGEST = ("planning", "commands", "training", "run", "model", "weights", "preparation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -100,7 +100,6 @@ def assert_same_curve(out_dir: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two processes")  # one worker, because they share a run on one device
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
 def test_two_processes_are_one_run_and_any_number_goes_on_with_it(
     tmp_path, mixture, alone, mesh

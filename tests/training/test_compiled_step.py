@@ -25,7 +25,6 @@ MODELS = {
 }
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("compiled step"),  # one worker, because tests share programs
     pytest.mark.skipif(
         target.obstacle(H100) is not None,
         reason=f"XLA's compiler for cards: {target.obstacle(H100)}",

@@ -14,8 +14,7 @@ from jaxgpt.config.mesh_shape import parse_mesh
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4")
 SAVED_AT = 20
-# One worker for all, because they share 40 s of compiling for eight devices.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("meshes")]
+pytestmark = pytest.mark.slow  # 40 s of compiling for eight devices
 
 
 @pytest.fixture(scope="module")
