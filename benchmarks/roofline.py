@@ -1,7 +1,7 @@
 """Where a training step's time goes on a card that is not here, read from the compiled program.
 
     pip install -e '.[plan]'
-    python benchmarks/roofline.py                              # five shapes, two cards: the totals
+    python benchmarks/roofline.py                              # six shapes, two cards: the totals
     python benchmarks/roofline.py --shapes 24gb --gpus rtx4090 --optimizers adamw --groups
     python benchmarks/roofline.py --json benchmarks/results/roofline.json --label before
     python benchmarks/roofline.py --table                      # of docs/performance.md, from there
@@ -56,7 +56,7 @@ RATES = {
 }
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304}
 SHAPES = {"124m-b32": GPT2 | {"batch_size": 32}, "124m-b64": GPT2 | {"batch_size": 64}}
-PRESETS = ("24gb", "80gb-350m", "24gb-774m")
+PRESETS = ("24gb", "80gb-350m", "24gb-774m", "124m-modern")
 # Kernels in the loop over micro-batches by the functions that they come from; the first match.
 SOURCES = {
     "accumulation": r"_accumulation\.",

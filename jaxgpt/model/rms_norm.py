@@ -1,4 +1,4 @@
-"""RMSNorm with a hand-written gradient that saves only x."""
+"""RMSNorm with a hand-written gradient that saves only x and one float32 number per row."""
 
 from functools import partial
 
@@ -29,26 +29,20 @@ def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return _forward(x, scale, epsilon)[0]
 
 
-def _inverse_rms(x32: jax.Array, epsilon: float) -> jax.Array:
-    return jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
-
-
-Residuals = tuple[jax.Array, jax.Array]
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, Residuals]:
     x32 = x.astype(jnp.float32)
-    normed = (x32 * _inverse_rms(x32, epsilon)).astype(x.dtype)
-    return normed * scale.astype(x.dtype), (x, scale)
+    inverse_rms = jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
+    normed = (x32 * inverse_rms).astype(x.dtype)
+    return normed * scale.astype(x.dtype), (x, inverse_rms, scale)
 
 
 def _backward(epsilon: float, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA reuses the forward pass's inverse RMS, and computes it in a kernel of
-    # its own, which reads x once more.
-    x, scale = jax.lax.optimization_barrier(residuals[0]), residuals[1]
-    x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    inverse_rms = _inverse_rms(x32, epsilon)
-    normed = x32 * inverse_rms
+    x, inverse_rms, scale = residuals
+    dy = dy.astype(jnp.float32)
+    normed = x.astype(jnp.float32) * inverse_rms
     dnormed = jax.lax.platform_dependent(dy * scale, cuda=_start_fusion, default=lambda x: x)
     dx = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdims=True))
     dscale = (dy * normed).reshape(-1, x.shape[-1]).sum(0)
@@ -59,8 +53,8 @@ def _start_fusion(x: jax.Array) -> jax.Array:
     """x, written as x - 0 * mean(x), so that XLA fuses the backward pass into one kernel.
 
     XLA's softmax rewriter begins such a kernel at x - mean(x), which LayerNorm has and RMSNorm does
-    not. The zero stays, because 0 * mean(x) is NaN for an infinite mean. Without it three kernels
-    read five activations instead of two, as `benchmarks/roofline.py --groups` counts them.
+    not; without it, a second kernel reads the same arrays once more. The zero stays, because
+    0 * mean(x) is NaN for an infinite mean.
     """
     return x - 0 * x.mean(-1, keepdims=True)
 

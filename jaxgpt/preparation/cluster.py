@@ -88,7 +88,8 @@ def connect(address: str) -> Iterator[Cluster]:
     except (OSError, ValueError) as error:
         reason = first_line(error)
     if reason is not None:
-        # Ends the client's thread. Collected while another client starts, it would deadlock.
+        # Frees the failed client now. If that happened while another client starts, the process
+        # would deadlock.
         gc.collect()
         raise UserError(
             f"--cluster {address}: no scheduler answers ({reason}); give the address that `dask "

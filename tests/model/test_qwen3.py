@@ -65,14 +65,8 @@ def textbook_rms_norm(x, scale):
     ],
     ids=["rms_normalize", "swiglu"],
 )
-@pytest.mark.parametrize("on_a_gpu", [False, True])
-def test_hand_written_gradients_are_those_of_the_formula(
-    function, textbook, shapes, on_a_gpu, monkeypatch
-) -> None:
-    def choose(x, cuda, default):
-        return (cuda if on_a_gpu else default)(x)
-
-    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+@pytest.mark.usefixtures("either_platform")
+def test_hand_written_gradients_are_those_of_the_formula(function, textbook, shapes) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = [2 * jax.random.normal(*args) for args in zip(keys[1:], shapes, strict=True)]
     dy = jax.random.normal(keys[0], shapes[0])

@@ -1,5 +1,6 @@
 """Preparation on a Dask cluster: a real scheduler and two real workers, on this machine."""
 
+import gc
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed import Client
 from helpers.preparing import SMALL, contents, refusal, start, wait_for, wait_until
 
 from jaxgpt.preparation.cluster import connect
@@ -97,8 +99,14 @@ def test_an_address_without_a_scheduler_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("jaxgpt.preparation.cluster.CONNECT_SECONDS", 0.3)
-    message = refusal(capsys, texts, "--out", tmp_path / "out", "--cluster", address)
+    gc.disable()  # what is collected is so explicitly
+    try:
+        message = refusal(capsys, texts, "--out", tmp_path / "out", "--cluster", address)
+        left = [item for item in gc.get_objects() if isinstance(item, Client)]
+    finally:
+        gc.enable()
     assert f"--cluster {address}: no scheduler answers (" in message
+    assert not left, "freed while another client starts, it would deadlock"
 
 
 def test_without_dask_the_command_that_installs_it_is_named(
