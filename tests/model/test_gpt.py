@@ -213,7 +213,7 @@ def test_a_norm_folded_into_a_linear_layer_equals_one_after_the_other(norm, use_
 def test_queries_keys_and_values_of_three_products_equal_those_of_one(
     bias, tokens_BT1, monkeypatch
 ) -> None:
-    """As cuDNN's attention gets them: equal gradients, and errors of bfloat16 as large."""
+    """As cuDNN's attention gets them: equal gradients; in bfloat16, equally large errors."""
     cfg = dataclasses.replace(TINY, bias=bias)
     params = init_params(cfg, jax.random.key(0))
 
@@ -233,7 +233,7 @@ def test_queries_keys_and_values_of_three_products_equal_those_of_one(
         pairs = zip(found, expected, strict=True)
         return math.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs))
 
-    # 0.998 times as large in a network of six layers, 128 wide, over four seeds.
+    # Measured: 0.998 times as large, in six layers of width 128, over four seeds.
     assert error(loss_and_gradients("bfloat16")) < 1.03 * error(rounded)
 
 

@@ -137,8 +137,8 @@ def share_of_card(row: dict) -> float:
     return row["peak_bytes"] / memory.capacity_of(find_gpu(row["gpu"]))
 
 
-# The one nearest the limit, where XLA recomputes to save memory. Of the others, the configuration
-# is compared with the preset above.
+# Of each kind, the row nearest its card's limit, where XLA recomputes to save memory. The other
+# rows' configurations are compared with their presets above.
 ONE_OF_EACH_KIND = {
     kind_of_program(row): row for row in sorted(BEST_KNOWN.values(), key=share_of_card)
 }
