@@ -4,7 +4,7 @@
     python benchmarks/gpu/quarter_hour.py second 240   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
-The number is the seconds it may take. Each part is a process with its own limit; one that fails or
+The number is the seconds it may take; --skip leaves out parts by their names. Each part is a process with its own limit; one that fails or
 hangs is recorded, and the next starts. A part for which too little time is left is not started.
 After each part $OUT/NAME.json holds everything so far; a call writes at most four files to $OUT.
 
@@ -51,6 +51,19 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy"),
     *("torch", "triton", "nvidia-cudnn-cu13"),
 )
+# All of jaxgpt but `prepare`; says at once which packages the machine lacks.
+IMPORT_ALL = """
+import importlib, pkgutil, sys, jaxgpt
+missing = set()
+for found in pkgutil.walk_packages(jaxgpt.__path__, "jaxgpt."):
+    if not found.name.startswith("jaxgpt.prep") and not found.name.endswith("__main__"):
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            missing.add(error.name)
+if missing:
+    sys.exit(f"not installed: {', '.join(sorted(missing))}; QUARTER_WHEELS names a folder of wheels")
+"""
 SMI = ("name", "memory.total", "driver_version", "clocks.sm", "power.draw", "temperature.gpu")
 
 
@@ -143,11 +156,13 @@ def second(s: Session) -> None:
     """Does a killed run resume? What does each choice cost? How much memory do presets take?"""
     trial = ["--trial"] if s.trial else []
     s.run("resume", 60, 135, [sys.executable, HERE / "kill_resume.py", s.work / "resume", *trial])
-    s.run("ablations", 40, 150, steps_command(s, ABLATIONS, 4))
-    # If an item ended the process, the items after it get a new one.
-    while remaining := [name for name in ABLATIONS if not begun(s, name)]:
-        if s.run("ablations", 40, 60, steps_command(s, remaining, 1)) is None:
+    remaining, workers = list(ABLATIONS), 4
+    while remaining:
+        s.run("ablations", 40, 150, steps_command(s, remaining, workers))
+        before, remaining = remaining, [name for name in remaining if not begun(s, name)]
+        if remaining == before:  # a new process would not get further
             break
+        workers = 1  # an item ended the process; the items after it get a new one
     for name in MEMORY_ITEMS:  # memory is counted over a whole process
         s.run("memory", 45, 150, steps_command(s, [name], 1))
 
@@ -165,16 +180,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=PREDICTIONS)
     parser.add_argument("seconds", type=float)
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART")
     args = parser.parse_args(argv)
     out = Path(os.environ.get("OUT", ROOT / "runs" / "quarter-hour")).absolute()
     work = Path(os.environ.get("QUARTER_WORK", "/tmp/quarter-hour")).absolute()
     shutil.rmtree(work / args.what, ignore_errors=True)
     (work / args.what).mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
-    s = Session(args.what, args.seconds, out, work / args.what, environment_of(work))
+    s = Session(args.what, args.seconds, out, work / args.what, environment_of(work), args.skip)
     s.log.write_bytes(b"")
     install_wheels(s, work / "site")
     s.about = describe(s)
+    if s.run("imports", 0, 60, [sys.executable, "-c", IMPORT_ALL]):
+        return 1
     for part in {"first": [first], "second": [second], "trial": [first, second]}[args.what]:
         part(s)
     bundle(s)
@@ -217,7 +235,10 @@ def describe(s: Session) -> dict[str, Any]:
     s.run("versions", 0, 30, [sys.executable, "-c", script])
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/gpu/quarter_hour.py {s.name} {s.seconds:g}",
+        "command": " ".join(
+            ["python benchmarks/gpu/quarter_hour.py", s.name, f"{s.seconds:g}"]
+            + ["--skip", *s.skip] * bool(s.skip)
+        ),
         "device": nvidia_smi(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),

@@ -49,6 +49,46 @@ def test_a_part_that_hangs_keeps_what_it_printed_and_the_next_one_runs(kit, tmp_
     assert {line["measured"] for line in saved["lines"]} == {None}
 
 
+@pytest.mark.parametrize(
+    ("crashing", "processes"),
+    [
+        ((), [5]),
+        (("scheduler-on",), [5, 2]),
+        (("as-it-is", "deterministic", "attention-plain"), [5, 4, 1]),
+    ],
+)
+def test_an_item_that_ends_its_process_costs_only_itself(
+    kit, tmp_path, monkeypatch, crashing, processes
+) -> None:
+    module = kit("session")
+    session = module.Session("second", 600.0, tmp_path, tmp_path, {})
+    started = []
+
+    def run(self, name: str, least: float, limit: float, command: list) -> int:
+        if name == "ablations":
+            items = [word for word in command if word in kit("shapes").ABLATIONS]
+            started.append(len(items))
+            for item in items:
+                self.results.setdefault(name, []).append({"item": item, "begun": True})
+                if item in crashing:
+                    return 1
+        return 0
+
+    monkeypatch.setattr(module.Session, "run", run)
+    kit("quarter_hour").second(session)
+    assert started == processes
+
+
+def test_a_process_that_cannot_start_is_not_started_again(kit, tmp_path, monkeypatch) -> None:
+    skip = ["resume", "memory"]
+    session = kit("session").Session("second", 60.0, tmp_path, tmp_path, os.environ, skip)
+    session.log.touch()
+    failing = [sys.executable, "-c", "raise SystemExit(1)"]
+    monkeypatch.setattr(kit("quarter_hour"), "steps_command", lambda *_: failing)
+    kit("quarter_hour").second(session)
+    assert [part["part"] for part in session.parts] == ["ablations"]
+
+
 def test_a_prediction_is_compared_with_what_was_measured(kit) -> None:
     predictions = kit("predictions")
     results = {"bench-b32": [{"tokens_per_second": 510e3}]}
@@ -125,6 +165,23 @@ def test_all_of_it_in_small(tmp_path) -> None:
     assert all(line["low"] <= line["measured"] <= line["high"] for line in right)
     assert len(right) == len(RIGHT)
     assert len(list((tmp_path / "out").iterdir())) <= 7
+
+
+@pytest.mark.slow
+def test_a_missing_package_ends_the_call_at_once(tmp_path) -> None:
+    site = tmp_path / "work" / "site"
+    site.mkdir(parents=True)
+    for name in ("msgspec", "zstandard"):
+        text = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
+        (site / f"{name}.py").write_text(text)
+    folders = {"OUT": tmp_path / "out", "QUARTER_WORK": tmp_path / "work"}
+    environment = {**os.environ, **{k: str(v) for k, v in folders.items()}}
+    command = [sys.executable, str(KIT / "quarter_hour.py"), "trial", "900"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "not installed: msgspec, zstandard; QUARTER_WHEELS names" in done.stdout
+    saved = json.loads((tmp_path / "out" / "trial.json").read_text())
+    assert [part["part"] for part in saved["parts"]] == ["versions", "imports"]
 
 
 # Predictions that hold on a CPU too.
