@@ -4,9 +4,10 @@
     python benchmarks/gpu/quarter_hour.py second 240   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
-The number is the seconds it may take; --skip leaves out parts by their names. Each part is a process with its own limit; one that fails or
-hangs is recorded, and the next starts. A part for which too little time is left is not started.
-After each part $OUT/NAME.json holds everything so far; a call writes at most four files to $OUT.
+The number is the seconds it may take; --skip leaves out parts by their names. Each part is a
+process with its own limit; one that fails or hangs is recorded, and the next starts. A part for
+which too little time is left is not started. After each part $OUT/NAME.json holds everything so
+far; a call writes at most four files to $OUT.
 
 Settings in the environment, with their defaults:
     OUT (runs/quarter-hour)          folder for the results
@@ -62,7 +63,8 @@ for found in pkgutil.walk_packages(jaxgpt.__path__, "jaxgpt."):
         except ModuleNotFoundError as error:
             missing.add(error.name)
 if missing:
-    sys.exit(f"not installed: {', '.join(sorted(missing))}; QUARTER_WHEELS names a folder of wheels")
+    names = ", ".join(sorted(missing))
+    sys.exit(f"not installed: {names}; QUARTER_WHEELS names a folder of wheels")
 """
 SMI = ("name", "memory.total", "driver_version", "clocks.sm", "power.draw", "temperature.gpu")
 

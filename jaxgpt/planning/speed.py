@@ -30,7 +30,7 @@ MFUS = {
     (8, 0): Mfu(0.60, "published: llm.c, 124M on A100 80GB, scripts/run_gpt2_124M.sh"),
     (8, 6): Mfu(0.55, "assumed: as on the RTX 4090; no good figure is published for this chip"),
     (8, 9): Mfu(0.55, "published: 124M in PyTorch on RTX 4090, nanoGPT issue 182: 0.55"),
-    (9, 0): Mfu(0.48, "measured: five shapes on an H200, each within 7 %, docs/performance.md"),
+    (9, 0): Mfu(0.50, "measured: six shapes on an H200, each within 11 %, docs/performance.md"),
     (10, 0): Mfu(0.40, "assumed: less than on Hopper; nothing is published for this chip"),
     (10, 3): Mfu(0.40, "assumed: less than on Hopper; nothing is published for this chip"),
     (12, 0): Mfu(0.50, "assumed: a little less than on the RTX 4090"),
