@@ -94,6 +94,28 @@ def triton_gemm_on() -> None:
     build.GPU_OPTIONS["xla_gpu_enable_triton_gemm"] = True
 
 
+def fusion_tiles() -> None:
+    """Eight tilings of each Triton fusion timed by XLA, not only the one that it thinks best."""
+    from jaxgpt.training import build
+
+    build.GPU_OPTIONS["xla_gpu_fusion_autotune_top_k_configs"] = 8
+
+
+def command_buffers() -> None:
+    """cuDNN's calls and the loop over micro-batches in CUDA graphs, too."""
+    from jaxgpt.training import build
+
+    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
+    build.GPU_OPTIONS["xla_gpu_enable_command_buffer"] = kinds
+
+
+def no_command_buffers() -> None:
+    """Every kernel launched by itself, without CUDA graphs."""
+    from jaxgpt.training import build
+
+    build.GPU_OPTIONS["xla_gpu_enable_command_buffer"] = ""
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     "as-it-is": as_it_is,
     "attention-plain": attention_plain,
@@ -101,13 +123,16 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "multisteps-plain": multisteps_plain,
     "scheduler-on": scheduler_on,
     "triton-gemm-on": triton_gemm_on,
+    "fusion-tiles": fusion_tiles,
+    "command-buffers": command_buffers,
+    "no-command-buffers": no_command_buffers,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in VARIANTS:
-        described = "\n".join(f"  {name:17} {f.__doc__}" for name, f in VARIANTS.items())
+        described = "\n".join(f"  {name:18} {f.__doc__}" for name, f in VARIANTS.items())
         asked_for_help = argv[:1] in (["-h"], ["--help"])
         print(
             f"{__doc__}\nVariants:\n{described}", file=sys.stdout if asked_for_help else sys.stderr

@@ -32,13 +32,19 @@ ITEMS = {
     "scheduler-on": Item(variant="scheduler-on"),
     "deterministic": Item(deterministic=True),
     "attention-plain": Item(variant="attention-plain"),
+    "fusion-tiles": Item(variant="fusion-tiles"),
+    "command-buffers": Item(variant="command-buffers"),
+    "no-command-buffers": Item(variant="no-command-buffers"),
     # Memory hardly depends on accumulation, and a full step of these takes seconds.
     "24gb-774m": Item(None, "24gb-774m", 8),
     "80gb-350m": Item(None, "80gb-350m", 2),
 }
 # Memory is counted over a whole process, so each takes its items in ascending order.
 SPEED_ITEMS = ("24gb", "b32", "b64")
-ABLATIONS = ("as-it-is", "triton-gemm-on", "scheduler-on", "deterministic", "attention-plain")
+ABLATIONS = (
+    *("as-it-is", "fusion-tiles", "command-buffers", "no-command-buffers"),
+    *("triton-gemm-on", "scheduler-on", "deterministic", "attention-plain"),
+)
 MEMORY_ITEMS = ("80gb-350m", "24gb-774m")
 
 

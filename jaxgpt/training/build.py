@@ -26,7 +26,7 @@ from jaxgpt.training.step import (
     make_train_step,
 )
 
-GPU_OPTIONS = {
+GPU_OPTIONS: dict[str, bool | int | str] = {
     # The scheduler hides the latency of collectives, which one GPU does not have, and moves
     # recomputation forward, which undoes what rematerialization saves.
     "xla_gpu_enable_latency_hiding_scheduler": False,

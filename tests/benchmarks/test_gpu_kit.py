@@ -52,9 +52,9 @@ def test_a_part_that_hangs_keeps_what_it_printed_and_the_next_one_runs(kit, tmp_
 @pytest.mark.parametrize(
     ("crashing", "processes"),
     [
-        ((), [5]),
-        (("scheduler-on",), [5, 2]),
-        (("as-it-is", "deterministic", "attention-plain"), [5, 4, 1]),
+        ((), [8]),
+        (("scheduler-on",), [8, 2]),
+        (("as-it-is", "deterministic", "attention-plain"), [8, 7, 1]),
     ],
 )
 def test_an_item_that_ends_its_process_costs_only_itself(
