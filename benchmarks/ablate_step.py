@@ -95,17 +95,17 @@ def triton_gemm_on() -> None:
 
 
 def fusion_tiles() -> None:
-    """Eight tilings of each Triton fusion timed by XLA, not only the one that it thinks best."""
+    """Eight tilings of each Triton fusion timed by XLA, not only the one its cost model prefers."""
     from jaxgpt.training import build
 
     build.GPU_OPTIONS["xla_gpu_fusion_autotune_top_k_configs"] = 8
 
 
 def command_buffers() -> None:
-    """cuDNN's calls and the loop over micro-batches in CUDA graphs, too."""
+    """The loop over micro-batches as a CUDA graph, too."""
     from jaxgpt.training import build
 
-    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
+    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
     build.GPU_OPTIONS["xla_gpu_enable_command_buffer"] = kinds
 
 

@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 
 # Below the data sheets' peaks (989 and 165 TFLOP/s, 3.35 and 1.01 TB/s) as far as cuBLAS and cuDNN
 # are known to stay. Attention on Hopper at a head width of 64 and the H200's bandwidth: measured,
-# results/trace-124m-b32-h200.json (products: 668 and 710) and quarter-hour-first-h200.json.
+# results/trace-124m-b32-h200.json (products: 668 and 710) and quarter-hour-first-h200-before.json.
 RATES = {
     "h100": Rates(675e12, 350e12, 260e12, 200e12, 3.0e12),
     "h200": Rates(675e12, 350e12, 260e12, 200e12, 4.1e12),

@@ -1,10 +1,10 @@
 """Check and measure jaxgpt in a quarter of an hour on one GPU, on a machine without network.
 
     python benchmarks/gpu/quarter_hour.py first 450    # right? how fast? where does the time go?
-    python benchmarks/gpu/quarter_hour.py second 240   # kill -9 and resume, ablations, memory
+    python benchmarks/gpu/quarter_hour.py second 300   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
-The number is the seconds it may take; --skip leaves out parts by their names. Each part is a
+The number is the seconds it may take; --skip leaves out some of PARTS. Each part is a
 process with its own limit; one that fails or hangs is recorded, and the next starts. A part for
 which too little time is left is not started. After each part $OUT/NAME.json holds everything so
 far; a call writes at most four files to $OUT.
@@ -52,7 +52,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy"),
     *("torch", "triton", "nvidia-cudnn-cu13"),
 )
-# All of jaxgpt but `prepare`; says at once which packages the machine lacks.
+# Imports everything except `prepare`, and names the packages that are missing.
 IMPORT_ALL = """
 import importlib, pkgutil, sys, jaxgpt
 missing = set()
@@ -60,12 +60,16 @@ for found in pkgutil.walk_packages(jaxgpt.__path__, "jaxgpt."):
     if not found.name.startswith("jaxgpt.prep") and not found.name.endswith("__main__"):
         try:
             importlib.import_module(found.name)
-        except ModuleNotFoundError as error:
-            missing.add(error.name)
+        except ImportError as error:
+            missing.add(error.name or str(error))
 if missing:
     names = ", ".join(sorted(missing))
     sys.exit(f"not installed: {names}; QUARTER_WHEELS names a folder of wheels")
 """
+PARTS = (
+    *("attention", "train", "float32", "bench-b32", "nanogpt-b32", "windows", "nanogpt-train"),
+    *("trace", "steps", "nanogpt-b64", "ceilings", "resume", "ablations", "memory"),
+)
 SMI = ("name", "memory.total", "driver_version", "clocks.sm", "power.draw", "temperature.gpu")
 
 
@@ -125,7 +129,9 @@ def train_nanogpt(s: Session, run: Sequence[str]) -> None:
 
 
 def nanogpt_can_run(s: Session, name: str) -> bool:
-    reasons = []
+    reasons: list[str] = []
+    if name in s.skip:
+        return True  # `run` records it
     if not (nanogpt_folder() / "model.py").is_file():
         reasons.append(f"no model.py in {nanogpt_folder()} (NANOGPT names another folder)")
     has_torch = "import sys, importlib.util as u; sys.exit(u.find_spec('torch') is None)"
@@ -158,19 +164,22 @@ def second(s: Session) -> None:
     """Does a killed run resume? What does each choice cost? How much memory do presets take?"""
     trial = ["--trial"] if s.trial else []
     s.run("resume", 60, 135, [sys.executable, HERE / "kill_resume.py", s.work / "resume", *trial])
-    remaining, workers = list(ABLATIONS), 4
-    while remaining:
-        s.run("ablations", 40, 150, steps_command(s, remaining, workers))
-        before, remaining = remaining, [name for name in remaining if not begun(s, name)]
-        if remaining == before:  # a new process would not get further
-            break
-        workers = 1  # an item ended the process; the items after it get a new one
+    ablations(s)
     for name in MEMORY_ITEMS:  # memory is counted over a whole process
         s.run("memory", 45, 150, steps_command(s, [name], 1))
 
 
-def begun(s: Session, name: str) -> bool:
-    return any(found.get("item") == name for found in s.results.get("ablations", []))
+def ablations(s: Session) -> None:
+    """All items, compiled side by side; if that process ends early, the rest one by one."""
+    s.run("ablations", 40, 150, steps_command(s, ABLATIONS, 4))
+    found = s.results.setdefault("ablations", [])
+    done = {result["item"] for result in found if "begun" not in result}
+    while remaining := [name for name in ABLATIONS if name not in done]:
+        known = len(found)
+        s.run("ablations", 40, 60, steps_command(s, remaining, 1))
+        if len(found) == known:  # the process could not start, or no time is left
+            break
+        done |= {result["item"] for result in found[known:]}  # with the one that ended the process
 
 
 # ---------------------------------------------------------------- the call
@@ -182,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=PREDICTIONS)
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--skip", nargs="+", default=[], metavar="PART")
+    parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, metavar="PART")
     args = parser.parse_args(argv)
     out = Path(os.environ.get("OUT", ROOT / "runs" / "quarter-hour")).absolute()
     work = Path(os.environ.get("QUARTER_WORK", "/tmp/quarter-hour")).absolute()
@@ -223,15 +232,16 @@ def install_wheels(s: Session, site: Path) -> None:
     """Install what the machine lacks from a folder, into a folder that later calls find."""
     folder = Path(os.environ.get("QUARTER_WHEELS", ROOT / ".quarter" / "whl")).absolute()
     wheels = sorted(folder.glob("*.whl"))
-    if wheels and not site.exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    if wheels:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade"]
         s.run("wheels", 0, 60, [*pip, "--no-compile", "--target", site, *wheels])
 
 
 def describe(s: Session) -> dict[str, Any]:
     script = (
         "import json, importlib.metadata as m\n"
-        "found = {d.metadata['Name']: d.version for d in m.distributions()}\n"
+        "found = {}\n"  # of two versions, the first on the path is imported
+        "for d in m.distributions(): found.setdefault(d.metadata['Name'], d.version)\n"
         f"print(json.dumps({{n: found.get(n) for n in {PACKAGES!r}}}))"
     )
     s.run("versions", 0, 30, [sys.executable, "-c", script])

@@ -39,7 +39,7 @@ ITEMS = {
     "24gb-774m": Item(None, "24gb-774m", 8),
     "80gb-350m": Item(None, "80gb-350m", 2),
 }
-# Memory is counted over a whole process, so each takes its items in ascending order.
+# Memory is counted over a whole process: these share one, so they ascend.
 SPEED_ITEMS = ("24gb", "b32", "b64")
 ABLATIONS = (
     *("as-it-is", "fusion-tiles", "command-buffers", "no-command-buffers"),

@@ -49,34 +49,30 @@ def test_a_part_that_hangs_keeps_what_it_printed_and_the_next_one_runs(kit, tmp_
     assert {line["measured"] for line in saved["lines"]} == {None}
 
 
-@pytest.mark.parametrize(
-    ("crashing", "processes"),
-    [
-        ((), [8]),
-        (("scheduler-on",), [8, 2]),
-        (("as-it-is", "deterministic", "attention-plain"), [8, 7, 1]),
-    ],
-)
+@pytest.mark.parametrize("crashing", [(), ("scheduler-on",), ("as-it-is", "attention-plain")])
+@pytest.mark.parametrize("already_when_compiled", [False, True])
 def test_an_item_that_ends_its_process_costs_only_itself(
-    kit, tmp_path, monkeypatch, crashing, processes
+    kit, tmp_path, monkeypatch, crashing, already_when_compiled
 ) -> None:
     module = kit("session")
     session = module.Session("second", 600.0, tmp_path, tmp_path, {})
-    started = []
 
     def run(self, name: str, least: float, limit: float, command: list) -> int:
         if name == "ablations":
             items = [word for word in command if word in kit("shapes").ABLATIONS]
-            started.append(len(items))
+            found = self.results.setdefault(name, [])
+            side_by_side = command[command.index("--workers") + 1] > 1
             for item in items:
-                self.results.setdefault(name, []).append({"item": item, "begun": True})
-                if item in crashing:
-                    return 1
+                found.append({"item": item, "begun": True})
+                if item in crashing or (crashing and side_by_side and already_when_compiled):
+                    return -11
+                found.append({"item": item, "step_ms": 1.0})
         return 0
 
     monkeypatch.setattr(module.Session, "run", run)
     kit("quarter_hour").second(session)
-    assert started == processes
+    measured = [r["item"] for r in session.results["ablations"] if "step_ms" in r]
+    assert sorted(measured) == sorted(set(kit("shapes").ABLATIONS) - set(crashing))
 
 
 def test_a_process_that_cannot_start_is_not_started_again(kit, tmp_path, monkeypatch) -> None:
@@ -86,7 +82,8 @@ def test_a_process_that_cannot_start_is_not_started_again(kit, tmp_path, monkeyp
     failing = [sys.executable, "-c", "raise SystemExit(1)"]
     monkeypatch.setattr(kit("quarter_hour"), "steps_command", lambda *_: failing)
     kit("quarter_hour").second(session)
-    assert [part["part"] for part in session.parts] == ["ablations"]
+    begun = [part["part"] for part in session.parts if part["outcome"] == "exit code 1"]
+    assert begun == ["ablations", "ablations"]  # side by side, and one after the other
 
 
 def test_a_prediction_is_compared_with_what_was_measured(kit) -> None:
@@ -144,7 +141,7 @@ def test_the_flags_of_the_real_runs_are_valid(kit, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_it_in_small(tmp_path) -> None:
+def test_all_of_it_in_small(kit, tmp_path) -> None:
     """nanoGPT's parts need its model.py, and are skipped with the reason."""
     folders = {"OUT": tmp_path / "out", "QUARTER_WORK": tmp_path / "work"}
     nothing = {"NANOGPT": tmp_path / "nanogpt", "QUARTER_WHEELS": tmp_path / "whl"}
@@ -164,7 +161,21 @@ def test_all_of_it_in_small(tmp_path) -> None:
     right = [line for line in saved["lines"] if line["line"] in RIGHT]
     assert all(line["low"] <= line["measured"] <= line["high"] for line in right)
     assert len(right) == len(RIGHT)
-    assert len(list((tmp_path / "out").iterdir())) <= 7
+    assert len(list((tmp_path / "out").iterdir())) <= 4
+    of_all, only_with_nanogpt = {"versions", "imports"}, {"windows"}
+    assert outcomes.keys() - of_all == set(kit("quarter_hour").PARTS) - only_with_nanogpt
+
+
+def test_a_part_that_is_skipped_does_not_run(kit, tmp_path, capsys) -> None:
+    skip = kit("quarter_hour").PARTS
+    session = kit("session").Session("trial", 60.0, tmp_path, tmp_path, os.environ, skip)
+    session.log.touch()
+    kit("quarter_hour").first(session)
+    kit("quarter_hour").second(session)
+    assert {part["outcome"] for part in session.parts} == {"skipped, as asked"}
+    with pytest.raises(SystemExit):
+        kit("quarter_hour").main(["trial", "900", "--skip", "atention"])
+    assert "invalid choice: 'atention'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -175,6 +186,7 @@ def test_a_missing_package_ends_the_call_at_once(tmp_path) -> None:
         text = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
         (site / f"{name}.py").write_text(text)
     folders = {"OUT": tmp_path / "out", "QUARTER_WORK": tmp_path / "work"}
+    folders["QUARTER_WHEELS"] = tmp_path / "whl"
     environment = {**os.environ, **{k: str(v) for k, v in folders.items()}}
     command = [sys.executable, str(KIT / "quarter_hour.py"), "trial", "900"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
