@@ -12,6 +12,7 @@ from helpers.trees import TINY
 import jaxgpt
 from jaxgpt.config.fields import Config
 from jaxgpt.config.presets import packaged_presets, presets_dir
+from jaxgpt.config.resolved import BFLOAT16_FROM
 from jaxgpt.planning import memory, target
 from jaxgpt.planning.gpus import GIB, find_gpu
 from jaxgpt.planning.memory import ESTIMATE_ERROR, Need, estimate
@@ -128,9 +129,10 @@ needs_compiler = pytest.mark.skipif(
 
 
 def kind_of_program(row: dict) -> tuple:
-    """The settings, apart from sizes, that change the compiled program."""
+    """The settings, apart from sizes, that change the program most."""
     cfg, gpu = SCRIPT["config_from"](row), find_gpu(row["gpu"])
-    return cfg.model.arch, row["remat"], row["state_dtype"], gpu.compute_capability
+    has_bfloat16 = gpu.compute_capability >= BFLOAT16_FROM
+    return cfg.model.arch, row["remat"], row["state_dtype"], has_bfloat16
 
 
 def share_of_card(row: dict) -> float:

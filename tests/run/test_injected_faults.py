@@ -50,7 +50,7 @@ def test_a_run_whose_files_fail_says_so_and_resumes_to_the_same_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("train", "--every", "40"), ("prepare", "--every", "12")])
+@pytest.mark.parametrize("command", [("train", "--every", "60"), ("prepare", "--every", "18")])
 def test_a_sample_of_all_faults_at_all_operations_breaks_no_promise(command) -> None:
     """Minutes; benchmarks/inject_faults.py tries them all in hours."""
     script = str(ROOT / "benchmarks" / "inject_faults.py")
