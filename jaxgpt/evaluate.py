@@ -174,7 +174,7 @@ def open_text(
         windows_WT1 = evaluation_windows(tokens, block_size, weights.run.eval_windows, n_vocab)
         starts = range(0, len(windows_WT1), flags.batch_size)
         return ValidationText(
-            f"{tokens.name}: the {len(windows_WT1):,} windows of the run's own evaluations",
+            f"{tokens.name}: {len(windows_WT1):,} windows, drawn as in the run's evaluations",
             [windows_WT1[start : start + flags.batch_size] for start in starts],
             len(windows_WT1),
             share,

@@ -99,13 +99,12 @@ def run(argv: Sequence[str]) -> int:
         if flags.is_gguf:
             files = write_gguf(target, weights, params, flags.dtype or DEFAULT_DTYPE)
         else:
-            write_folder(target, weights, params, card)
-            files = sorted(target.iterdir())
+            files = write_folder(target, weights, params, card)
     except OSError as error:
         raise ConfigError(f"--to {target} cannot be written: {error}") from None
     print_exported(target, weights, flags.is_gguf)
     if flags.push is not None:
-        print(f"Uploaded: {hub.push(flags.push, files, card)}")
+        print(f"Uploaded: {hub.push(flags.push, target, files, card)}")
     return 0
 
 
@@ -119,8 +118,11 @@ def check_is_free(target: Path) -> None:
         raise ConfigError(f"--to {target}: {error}") from None
 
 
-def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None:
-    """Write the complete folder under a temporary name, then rename it. Raises OSError."""
+def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> list[Path]:
+    """Write the complete folder under a temporary name, then rename it; returns its files.
+
+    Raises OSError.
+    """
     folder = Path(os.path.realpath(folder))  # "." has no name; `resolve` fails in a loop of links
     part = folder.with_name(f".jaxgpt-export.{os.getpid()}.tmp")  # a name may have 255 bytes
     part.mkdir(parents=True)
@@ -132,6 +134,7 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> None
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    return sorted(folder.iterdir())  # not of ".", which is still the folder that was replaced
 
 
 def write_gguf(path: Path, weights: Weights, params: Any, dtype: GgufDtype) -> list[Path]:

@@ -32,6 +32,8 @@ EOT_TEXT = "<|endoftext|>"
 # GPT-2's pattern for splitting text before BPE, in the equivalent, faster form of tiktoken 0.14.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+WITH_GPT2_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
+
 # The white space of this pattern; Python's \s has more characters. tiktoken's regex engine fails
 # when `\s+(?!\S)` backtracks over a million, so longer texts are searched for runs of it.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -164,7 +166,8 @@ class TiktokenTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> np.ndarray:
         parts = [
-            self.bpe.encode_to_numpy(part, disallowed_special=()) for part in _cut_long_spaces(text)
+            self.bpe.encode_to_numpy(part, disallowed_special=())
+            for part in _cut_long_spaces(text, self.name in WITH_GPT2_PATTERN)
         ]
         return np.concatenate(parts).astype(self.dtype)
 
@@ -200,18 +203,21 @@ def _of_tiktoken(name: str, bpe: tiktoken.Encoding) -> Tokenizer:
     return TiktokenTokenizer(name, bpe.n_vocab, bpe.eot_token, _hash_vocabulary(vocabulary), bpe)
 
 
-def _cut_long_spaces(text: str) -> Iterator[str]:
+def _cut_long_spaces(text: str, has_gpt2_pattern: bool) -> Iterator[str]:
     """A text cut inside long runs of white space, into parts that together have its tokens.
 
-    GPT-2's pattern ends a word before the last character of a run that is followed by another
-    character, so the text is cut there.
+    tiktoken's patterns end a word before the last character of a run that is followed by another
+    character, so the text is cut there. Only GPT-2's do so before a line break: in the others it
+    belongs to what is before it.
     """
     start = 0
     for probe in range(SPACE_PROBES, len(text), SPACE_PROBES):
         run = WHITE_SPACE.match(text, probe)
         if run and start < run.end() - 1 and run.end() < len(text):
-            yield text[start : run.end() - 1]
-            start = run.end() - 1
+            cut = run.end() - 1
+            if has_gpt2_pattern or text[cut] not in "\r\n":
+                yield text[start:cut]
+                start = cut
     yield text[start:]
 
 

@@ -38,8 +38,11 @@ def find_tokenizer(name: str, beside: Iterable[Path]) -> Tokenizer | None:
 
     As `load_tokenizer`. Raises UserError.
     """
+    import tiktoken
+
     for folder in beside:
-        if (folder / MAIN_FILE).is_file():
+        # A copy beside one of tiktoken's, which have none, is of an earlier command.
+        if (folder / MAIN_FILE).is_file() and name not in tiktoken.list_encoding_names():
             return open_json_tokenizer(folder, name)
     path = Path(os.path.expanduser(name))
     if path.exists():

@@ -74,7 +74,7 @@ def _ask(*arguments: str) -> str:
 
 def _version(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
-    return (int(major), int(minor)) if (major + minor).isdecimal() else BFLOAT16_FROM
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else BFLOAT16_FROM
 
 
 def visible_cards(cards: list[LocalCard]) -> list[LocalCard]:

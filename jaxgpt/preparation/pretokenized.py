@@ -185,7 +185,7 @@ def _download_missing(
                 continue
             journal.append(entry)
             entries[name] = entry
-    return list(entries.values())
+    return [entry for entry in entries.values() if (out / entry.file).is_file()]
 
 
 def _shard_entry(path: Path, tokenizer: Tokenizer) -> ShardEntry:

@@ -168,12 +168,13 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
     The tokenizer needs no flag: training takes the one in the manifest.
     """
     words = ["python", "-m", "jaxgpt.train"]
+    name = out.resolve().name  # "." has none
     splits = manifest.splits
     is_small = splits.train.tokens < SMALL_DATA
     if is_small or not has_gpu:
         words += ["--preset", "demo"]
     if is_small or not has_gpu or out != Path("data/fineweb"):
-        words += ["--dataset", out.name]
+        words += ["--dataset", name]
     if out.parent != Path("data"):
         words += ["--data-dir", str(out)]
     if is_small or not has_gpu:
@@ -183,7 +184,7 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
             words += ["--block-size", str(1 << max(fitting, 1).bit_length() - 1)]
         if manifest.tokenizer.n_vocab > DEMO_VOCABULARY:
             words += SHORT_RUN
-        words += ["--out-dir", str(_free_folder(Path("runs") / out.name))]
+        words += ["--out-dir", str(_free_folder(Path("runs") / name))]
     elif manifest.tokenizer.n_vocab not in RECOGNIZED["gpt2"]:  # whose size those presets have
         words += ["--vocab-size", str(padded_vocab_size(manifest.tokenizer.n_vocab))]
     return shlex.join(words)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxgpt.config.launchers import Launcher, find_host_rank, find_launcher, share_of_cards
 from jaxgpt.errors import UserError, first_line, report_error
+from jaxgpt.files import LockedError
 
 # Seconds without a heartbeat after which a process counts as dead, and the others exit.
 HEARTBEAT_SECONDS = 30
@@ -121,17 +122,22 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """If one process fails inside, all do: it with its error, the others with a UserError."""
+        """If one process fails inside, all do: it with its error, the others with a UserError.
+
+        That is a LockedError if it is one of those, after which a run cannot go on.
+        """
         own: Exception | None = None
         try:
             yield
         except Exception as error:
             own = error
         failed = self.any_process(own is not None)
+        is_locked = failed and self.any_process(isinstance(own, LockedError))
         if own is not None:
             raise own
         if failed:
-            raise UserError("another process of the run has failed, and says why")
+            kind = LockedError if is_locked else UserError
+            raise kind("another process of the run has failed, and says why")
 
 
 SINGLE_PROCESS = Processes()

@@ -30,9 +30,9 @@ class LossScale(NamedTuple):
         """Whether (), bool, a smaller scale could make this step's gradient finite."""
         return jnp.isfinite(loss) & ~jnp.isfinite(grad_norm) & (self.scale > 1)
 
-    def after(self, overflowed: jax.Array) -> "LossScale":
-        """The scale for the next step."""
-        good_steps = jnp.where(overflowed, 0, self.good_steps + 1)
+    def after(self, overflowed: jax.Array, finite: jax.Array) -> "LossScale":
+        """The scale for the next step; `finite`: whether loss and gradient were."""
+        good_steps = jnp.where(finite, self.good_steps + 1, 0)
         grow = (good_steps >= GROWTH_INTERVAL) & (self.scale < LARGEST)
         factor = jnp.where(overflowed, 0.5, jnp.where(grow, 2.0, 1.0))
         overflows = self.overflows + overflowed

@@ -139,7 +139,7 @@ def make_train_step(
         skipped, loss_scale = state.skipped + ~good, state.loss_scale
         if scaling is not None:
             overflowed = scaling.overflowed(loss, norm)
-            loss_scale = scaling.after(overflowed)
+            loss_scale = scaling.after(overflowed, finite)
             skipped -= overflowed
             metrics |= {"loss_scale": loss_scale.scale, "overflows": loss_scale.overflows}
         metrics["skipped_steps"] = skipped

@@ -4,6 +4,7 @@ Nothing here imports JAX, so that a wrong name or folder is reported at once.
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from jaxgpt.config.architecture import ModelConfig, padded_vocab_size
@@ -40,16 +41,18 @@ def find_folder(init_from: str) -> Path:
     return download_repository(repository, FILES, instead)
 
 
-def read_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+def read_folder(folder: Path, name: str) -> tuple[ModelConfig, Tokenizer]:
     """The architecture of a Hugging Face folder, with our padded vocabulary, and its tokenizer.
+
+    `name`: of the folder or of the repository, which a tokenizer of its own gets.
 
     Raises:
         UserError: if its model or its tokenizer is not supported.
     """
     cfg = huggingface.read_model_config(folder)
     rows = cfg.vocab_size or 0
-    name = recognize_tokenizer(folder, rows)
-    tokenizer = load_tokenizer(name) if name else open_tokenizer(folder)
+    known = recognize_tokenizer(folder, rows)
+    tokenizer = load_tokenizer(known) if known else open_tokenizer(folder, name)
     if rows < tokenizer.n_vocab:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.n_vocab:,} ids, but its vocab_size is only "
@@ -72,8 +75,8 @@ def check_login(repository: str) -> None:
         )
 
 
-def push(repository: str, files: list[Path], card: str) -> str:
-    """Upload files, or all files of a folder, and the model card in one commit; returns its URL.
+def push(repository: str, target: Path, files: list[Path], card: str) -> str:
+    """Upload `files` of the export `target` and the model card in one commit; returns its URL.
 
     The repository is created, public, if it does not exist.
 
@@ -91,8 +94,8 @@ def push(repository: str, files: list[Path], card: str) -> str:
         info = api.create_commit(repository, operations, commit_message="Upload from jaxgpt")
     except Exception as error:  # its own and the HTTP library's
         raise ConfigError(
-            f"--push {repository}: the model is complete in {files[0].parent}, but uploading it "
-            f"failed ({type(error).__name__}: {first_line(error)}); upload it with hf upload "
-            f"{repository} {files[0].parent}"
+            f"--push {repository}: {target} is complete, but uploading it failed "
+            f"({type(error).__name__}: {first_line(error)}); upload it with hf upload "
+            f"{repository} {shlex.quote(str(target))}"
         ) from None
     return info.commit_url

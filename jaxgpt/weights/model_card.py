@@ -44,7 +44,7 @@ def model_card(
     `data` is the checkpoint's record of the token files: train_tokens and val_tokens. `library` is
     what the Hub shows as the way to load the model.
     """
-    m, step = weights.model, weights.step or 0
+    m, step, tokenizer = weights.model, weights.step or 0, _without_folder(run.tokenizer)
     form = format_of(m)
     loss = "not evaluated at this step"
 
@@ -64,7 +64,7 @@ def model_card(
         "architecture": f"{form.title}: {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, "
         f"context {m.block_size}, {form.describe(m)}",
         "started from": _without_folder(run.init_from) or "random weights",
-        "data": f"{source}, {sum(counts('train_tokens')):,} {run.tokenizer} tokens",
+        "data": f"{source}, {sum(counts('train_tokens')):,} {tokenizer} tokens",
         "trained on": f"{step * run.tokens_per_step:,} tokens in {step:,} steps",
         "validation loss": loss,
     }
@@ -72,6 +72,7 @@ def model_card(
         rows["tokenizer"] = "GPT-2's, by OpenAI under its Modified MIT License"
     settings = {k: v for k, v in run.flat().items() if k not in names_with(Role.LOCAL)}
     settings |= {name: _without_folder(settings[name]) for name in ("preset", "init_from")}
+    settings["tokenizer"] = tokenizer
     settings |= {"dataset": stages[0][1], "mixture_at": stages[1:]}
     return CARD.format(
         library=library,

@@ -102,7 +102,7 @@ def open_weights(flags: WeightsFlags) -> Weights:
     if "/" in flags.init_from and not path.exists() and (runs := _runs_beside(path)):
         raise ConfigError(f"--init-from {flags.init_from}: no such folder{runs}")
     folder = find_folder(flags.init_from)
-    model, tokenizer = read_folder(folder)
+    model, tokenizer = read_folder(folder, flags.init_from)
 
     def load(device: Any) -> Any:
         import jax

@@ -83,8 +83,12 @@ def test_the_current_folder_can_be_written_and_a_failed_export_leaves_nothing(
             main(argv)
     assert "--to . cannot be written: No space left" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "here.tmp"]
-    assert main(argv) == 0
+    pushed: list[Path] = []
+    monkeypatch.setattr("jaxgpt.weights.hub.check_login", lambda _: None)
+    monkeypatch.setattr("jaxgpt.weights.hub.push", lambda *given: pushed.extend(given[2]))
+    assert main([*argv, "--push", "me/model"]) == 0
     assert (here / "model.safetensors").exists()
+    assert {path.name for path in pushed} == {path.name for path in here.iterdir()}
 
 
 def test_a_gguf_file_has_a_modelfile_beside_it(tiny_run: Path, tmp_path: Path, capsys) -> None:
@@ -123,7 +127,7 @@ def test_a_missing_gguf_package_is_a_sentence(tiny_run, tmp_path, monkeypatch, c
 def test_the_result_is_uploaded_with_its_card(tiny_run, tmp_path, monkeypatch, capsys) -> None:
     uploaded = {}
 
-    def push(repository: str, files: list[Path], card: str) -> str:
+    def push(repository: str, target: Path, files: list[Path], card: str) -> str:
         uploaded[repository] = ([file.name for file in files], card)
         return "URL"
 
@@ -162,10 +166,11 @@ def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run:
     assert weights.run is not None
     stages = ((5, "/home/me/law:1"),)
     asked = with_fields(weights.run.asked, dataset="/home/me/books:3,web:1", mixture_at=stages)
+    run = dataclasses.replace(weights.run, asked=asked, tokenizer="/home/me/tok")
     data = {"train_tokens": 9, "val_tokens": 16 * 7 + 1}
     data |= {f"{name}: {key}": value for name in ("web", "law") for key, value in data.items()}
-    card = model_card(weights, dataclasses.replace(weights.run, asked=asked), data)
-    assert "| books:0.75,web:0.25; from step 5 law (token files), 27 byte tokens |" in card
+    card = model_card(weights, run, data)
+    assert "| books:0.75,web:0.25; from step 5 law (token files), 27 tok tokens |" in card
     assert "on 21 windows |" in card
     assert "/home" not in card
 

@@ -190,6 +190,17 @@ def test_the_train_command_names_the_folder(
     assert bytes(tokens[1:7].astype(np.uint8)) == b"Text n"
 
 
+def test_the_train_command_for_the_current_folder_names_it(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared)
+    manifest = load_manifest(Path("."))
+    assert manifest is not None
+    command = train_command(Path("."), manifest, False)
+    assert f"--dataset {prepared.name} --data-dir . " in command
+    assert f"--out-dir runs/{prepared.name}" in command
+
+
 def test_the_train_command_has_the_tokenizers_vocabulary(prepared: Path) -> None:
     """The presets for cards have GPT-2's, too large for other tokenizers, or too small."""
     manifest = load_manifest(prepared)

@@ -13,7 +13,7 @@ import tiktoken
 
 from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.data import embedded
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.data.tokenizer import TiktokenTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.errors import UserError
 
 WORLD = "naïve 東京  \n\n\t🙂👩‍👩‍👧 'tis 1,234 ----shire"
@@ -236,3 +236,17 @@ def test_a_million_spaces_are_encoded_as_fewer_are(
     for size in (2, 7, 100):
         monkeypatch.setattr("jaxgpt.data.tokenizer.SPACE_PROBES", size)
         np.testing.assert_array_equal(gpt2.encode(short), expected)
+
+
+def test_a_long_text_is_cut_where_the_newer_patterns_end_a_word(monkeypatch) -> None:
+    """In them a line break belongs to what is before it, such as a full stop or line breaks."""
+    pattern = r"\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pieces = [bytes([byte]) for byte in range(256)] + [b"\n\n", b".\n", b".\n\n", b"  ", b"   "]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    bpe = tiktoken.Encoding("newer", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    newer = TiktokenTokenizer("newer", len(pieces), 0, "", bpe)
+    text = "One.\n\nTwo.\n  Three    four\n\n\n\nfive. \n six\r\n\r\n  seven \n\n" * 3
+    expected = bpe.encode(text)
+    for size in range(2, 40):
+        monkeypatch.setattr("jaxgpt.data.tokenizer.SPACE_PROBES", size)
+        np.testing.assert_array_equal(newer.encode(text), expected)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.data.tokenizer_files import recognize_tokenizer, write_tokenizer
+from jaxgpt.data.tokenizer_files import find_tokenizer, recognize_tokenizer, write_tokenizer
 
 TEXTS = [
     "Hello world, it's 2026!",
@@ -13,6 +13,12 @@ TEXTS = [
     "naïve café — 日本語 😀",
     "x" * 50 + "'ll 1234567 ###",
 ]
+
+
+def test_a_copy_of_an_earlier_commands_tokenizer_is_not_taken_for_tiktokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, load_tokenizer("byte"), 64)
+    assert find_tokenizer("cl100k_base", [tmp_path]) is None
+    assert find_tokenizer("/gone/tok", [tmp_path]) is not None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])

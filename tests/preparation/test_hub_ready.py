@@ -41,6 +41,12 @@ def test_ready_made_shards_are_downloaded_checked_and_added_to(
     (out / "fineweb_train_000002.bin").unlink()
     assert run(environment, "fineweb", "--ready", "--out", out).returncode == 0
     assert shards(out) == shards(original), "what is gone is fetched again"
+    (out / "fineweb_train_000003.bin").unlink()
+    fewer = run(environment, "fineweb", "--ready", "--tokens", "7K", "--out", out)
+    assert fewer.returncode == 0, fewer.stderr
+    manifest = load_manifest(out)
+    assert manifest is not None
+    assert {s.file for s in manifest.shards} == set(shards(out)), "only files that are there"
     other = run(environment, "fineweb-edu", "--ready", "--name", "sample-10BT", "--out", out)
     assert "contains shards of kjj0/fineweb10B-gpt2" in other.stderr
 

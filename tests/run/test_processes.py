@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxgpt.errors import UserError
+from jaxgpt.files import LockedError
 from jaxgpt.run.checkpoint import Checkpoints
 from jaxgpt.run.processes import (
     SINGLE_PROCESS,
@@ -79,6 +80,15 @@ def test_a_process_that_did_not_fail_itself_says_so(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(Processes, "any_process", lambda *_: True)  # the main one fails
     with pytest.raises(UserError, match=r"^another process of the run has failed"):
         Checkpoints(tmp_path, 1, processes=Processes(1, 2)).recover(print)
+
+
+def test_a_folder_that_another_run_has_taken_ends_the_run_on_every_process(monkeypatch) -> None:
+    for taken, kind in ((True, LockedError), (False, UserError)):
+        answers = iter([True, taken])  # another process has failed, because the folder is taken
+        monkeypatch.setattr(Processes, "any_process", lambda *_, a=answers: next(a))
+        with pytest.raises(UserError) as raised, Processes(1, 2).fail_together():
+            pass
+        assert type(raised.value) is kind
 
 
 @pytest.mark.usefixtures("no_launcher")

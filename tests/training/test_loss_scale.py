@@ -30,20 +30,21 @@ def numbers(scale: LossScale) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("scale", "good_steps", "overflowed", "expected"),
+    ("scale", "good_steps", "overflowed", "finite", "expected"),
     [
-        (1024, 5, False, (1024, 6, 0)),
-        (1024, 5, True, (512, 0, 1)),
-        (1024, GROWTH_INTERVAL - 1, False, (2048, 0, 0)),
-        (1024, GROWTH_INTERVAL - 1, True, (512, 0, 1)),
-        (LARGEST, GROWTH_INTERVAL - 1, False, (LARGEST, GROWTH_INTERVAL, 0)),
+        (1024, 5, False, True, (1024, 6, 0)),
+        (1024, 5, True, False, (512, 0, 1)),
+        (1024, GROWTH_INTERVAL - 1, False, True, (2048, 0, 0)),
+        (1024, GROWTH_INTERVAL - 1, True, False, (512, 0, 1)),
+        (1024, GROWTH_INTERVAL - 1, False, False, (1024, 0, 0)),  # the loss is not finite
+        (LARGEST, GROWTH_INTERVAL - 1, False, True, (LARGEST, GROWTH_INTERVAL, 0)),
     ],
 )
 def test_the_scale_halves_at_an_overflow_and_doubles_after_many_good_steps(
-    scale, good_steps, overflowed, expected
+    scale, good_steps, overflowed, finite, expected
 ) -> None:
     before = LossScale(jnp.float32(scale), jnp.int32(good_steps), jnp.int32(0))
-    assert numbers(before.after(jnp.bool(overflowed))) == expected
+    assert numbers(before.after(jnp.bool(overflowed), jnp.bool(finite))) == expected
 
 
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(training) -> None:

@@ -19,13 +19,13 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 def test_an_unsupported_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "foreign"))
-    assert read_folder(folder)[1].name == "byte"
+    assert read_folder(folder, "foreign")[1].name == "byte"
     for name in ("vocab.json", "tokenizer.json"):
         (folder / name).unlink()
-    assert read_folder(folder)[1].name == "byte"  # the only one with 257 ids
+    assert read_folder(folder, "foreign")[1].name == "byte"  # the only one with 257 ids
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
     with pytest.raises(UserError, match=r"foreign has no tokenizer.json; make one"):
-        read_folder(folder)
+        read_folder(folder, "foreign")
 
 
 class Hub(BaseHTTPRequestHandler):

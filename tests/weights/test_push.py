@@ -78,7 +78,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_the_files_and_the_card_go_up_in_one_commit(hub, files: list[Path]) -> None:
-    url = push("me/my-model", files, "# The card of this upload")
+    url = push("me/my-model", files[0], files, "# The card of this upload")
     assert url.endswith("/me/my-model/commit/abc")
     assert hub.created == ["my-model"]
     assert hub.commits == [
@@ -89,9 +89,9 @@ def test_the_files_and_the_card_go_up_in_one_commit(hub, files: list[Path]) -> N
 def test_a_refused_upload_says_what_is_complete_and_how_to_go_on(hub, files: list[Path]) -> None:
     hub.refuses = True
     with pytest.raises(ConfigError) as refused:
-        push("me/my-model", files, "")
-    assert f"the model is complete in {files[0].parent}" in str(refused.value)
-    assert f"upload it with hf upload me/my-model {files[0].parent}" in str(refused.value)
+        push("me/my-model", files[0], files, "")
+    assert f"{files[0]} is complete, but uploading it failed" in str(refused.value)
+    assert str(refused.value).endswith(f"upload it with hf upload me/my-model {files[0]}")
 
 
 def test_a_wrong_name_or_a_missing_login_is_reported_before_anything_is_written(
