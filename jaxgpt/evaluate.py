@@ -75,7 +75,7 @@ class ValidationText(NamedTuple):
     """The windows that the loss is measured on."""
 
     name: str  # which windows of which file
-    batches: Iterable[np.ndarray]  # (W, T+1) uint16 each
+    batches: Iterable[np.ndarray]  # (W, T+1) token ids each
     windows: int  # in all batches
     share: float  # of this text in the loss of a mixture
 

@@ -45,8 +45,9 @@ class ExportFlags:
     out_dir: PathIfSet = None  # the run to export
     # the folder to write, which must be new or empty, or a new file that ends in .gguf
     to: PathIfSet = None
-    checkpoint: str = "latest"  # the newest that is intact, best (by validation loss), or a step
-    # of the matrices in a .gguf file; if unset, f16 (a folder has float32)
+    # latest (the newest that is intact), best (by validation loss), or a step
+    checkpoint: str = "latest"
+    # dtype of the matrices in a .gguf file; if unset, f16 (a folder has float32)
     dtype: Annotated[
         GgufDtype | None, arg(metavar="{f32,f16,bf16,q8_0}", help_behavior_hint=unless_none)
     ] = None

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
     finally:
-        # Not where the process ends: a second Ctrl-C must not change its exit code.
+        # Only where called as a function: while a process ends, a second Ctrl-C stays ignored.
         if argv is not None:
             for number, handler in previous.items():
                 signal.signal(number, handler)

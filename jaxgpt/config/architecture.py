@@ -66,7 +66,7 @@ class ModelConfig:
     ] = None
 
     def has(self, option: str) -> bool:
-        """Whether the network has an option that not every network has."""
+        """Whether the architecture has the field `option`, which not every one has."""
         return option in ARCHITECTURES[self.arch].options
 
     @property
@@ -76,12 +76,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Heads of keys and values, resolved."""
         return self.n_kv_head or self.n_head
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head, resolved."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
@@ -213,7 +213,7 @@ class Architecture(NamedTuple):
     options: frozenset[str]  # fields of ModelConfig that not every network has
 
 
-ROTARY_OPTIONS = frozenset(
+LLAMA_OPTIONS = frozenset(
     {
         *("n_kv_head", "head_dim", "mlp_width", "rope_theta", "norm_eps"),
         *("tied_head", "zero_init", "embedding_norm"),
@@ -221,8 +221,8 @@ ROTARY_OPTIONS = frozenset(
 )
 ARCHITECTURES: dict[Arch, Architecture] = {
     "gpt2": Architecture(_gpt2, frozenset({"bias", "gelu"})),
-    "qwen3": Architecture(_qwen3, ROTARY_OPTIONS),
-    "llama": Architecture(_llama, ROTARY_OPTIONS),
+    "qwen3": Architecture(_qwen3, LLAMA_OPTIONS),
+    "llama": Architecture(_llama, LLAMA_OPTIONS),
 }
 
 

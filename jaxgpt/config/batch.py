@@ -66,7 +66,7 @@ def batch_sizes(effective: int, devices: int = 1) -> list[int]:
 def fields_of_accumulation(
     accumulation: int | None, batch_size: int | Literal["auto"], effective: int | None
 ) -> dict[str, int | None]:
-    """Fields that replace nanoGPT's gradient_accumulation_steps by its effective_batch_size.
+    """nanoGPT's gradient_accumulation_steps as the field effective_batch_size.
 
     `accumulation` counts the micro-batches of all devices. {} if it is unset, or contradicts the
     other two, which `Config` reports.

@@ -30,7 +30,7 @@ Resume = Literal["auto", "must", "never"]
 # Fields of `Config` that are sections of their own; TOML keys and flags are flat all the same.
 SECTIONS = ("model", "optimizer", "tasks")
 DEFAULT_BATCH_SIZE = 32
-CHOICES = frozenset({"batch_size", "remat"})  # fields that may be "auto": what fits the memory
+CHOICES = frozenset({"batch_size", "remat"})  # fields that may be "auto": chosen by what fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

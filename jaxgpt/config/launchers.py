@@ -53,7 +53,7 @@ def find_launcher() -> Launcher | None:
 
 
 class HostRank(NamedTuple):
-    """This process among those on its host."""
+    """The local rank of this process, as launchers call it."""
 
     number: int
     processes: int

@@ -1,4 +1,4 @@
-"""nanoGPT's habits: answers to settings that have another name here or none, and its config files.
+"""Compatibility with nanoGPT: hints for settings with another name or none, and its config files.
 
 A config file is Python that is read and never executed: it assigns literals and arithmetic to
 nanoGPT's names, or to ours; nanoGPT's defaults hold for what it leaves out. `--name=value` on the
@@ -63,7 +63,7 @@ def nanogpt_answer(setting: str, value: object) -> str | None:
         return f"is called {OTHER_NAMES[setting]} here"
     if setting in EPOCHS:
         return (
-            "is counted in optimizer steps here: max_iters = epochs x tokens of the data / "
+            "does not exist here; set max_iters = epochs x tokens of the data / "
             "(effective_batch_size x block_size)"
         )
     if setting == "init_from" and value in ("resume", "scratch"):
@@ -158,7 +158,7 @@ def read_settings(path: str, known: Collection[str]) -> dict[str, Any]:
 
 
 def as_fields(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Our fields, by flat name, of nanoGPT's settings and its defaults for the others.
+    """nanoGPT's settings, completed with its defaults, as our fields by flat name.
 
     Raises:
         ConfigError: if they ask for an evaluation alone.

@@ -15,8 +15,8 @@ from typing import Any
 class Role(enum.Enum):
     """One property of a field."""
 
-    FIXED = "part of a run's identity: another value is another run"
-    PINNED = "a resumed run keeps its own value, whatever is asked for"
+    FIXED = "part of a run's identity: another value on resume is an error"
+    PINNED = "a resumed run keeps its own value and ignores another"
     TUNABLE = "a resumed run may change it"
 
     INHERITED = "a resumed run keeps its own value unless one is asked for"

@@ -27,7 +27,7 @@ ROUNDS = 12  # over 20,000 seeds all orders of six windows are equally frequent;
 
 
 def shuffled_index(i: np.ndarray, n: int, seed: int | np.ndarray) -> np.ndarray:
-    """Position of each `i` in a shuffled range(n): uint64 (W,) -> (W,), a bijection of [0, n).
+    """Element `i` of a shuffled range(n), for each `i`: uint64 (W,) -> (W,), a bijection of [0, n).
 
     Needs no table, so n may be 10**12. `seed` is a scalar, or an array (W,) with one for each `i`.
     A Feistel network over a grid of rows x columns >= n; results outside [0, n) are permuted again
@@ -82,7 +82,7 @@ class Loader(ABC):
 
 
 class WindowLoader(Loader):
-    """The windows of a run, in an order that depends only on (seed, k).
+    """The windows of a run; window k depends only on (seed, k).
 
     An epoch cuts the stream into a grid of windows and visits each once. A window has T+1 tokens,
     for inputs and targets, and shares its last token with the next one, so an epoch predicts no

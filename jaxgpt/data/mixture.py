@@ -1,7 +1,7 @@
 """The windows of a run that mixes sources: which source each one is from.
 
 As in `loader.py`, there is no state: the source of window k, and which of that source's windows it
-is, are a function of k and the shares. Each source is shuffled as if it were trained on alone.
+is, are a function of k and the shares. Each source is shuffled on its own.
 """
 
 from bisect import bisect_left

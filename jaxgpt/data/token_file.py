@@ -152,7 +152,7 @@ class Reader:
     def read(self, first: int, end: int) -> np.ndarray:
         """Tokens [first, end), a read-only view of the file; DataError if they are missing.
 
-        Its present size is checked, because reading a page beyond the end ends the process.
+        Its present size is checked, because reading a page beyond the end raises SIGBUS.
         """
         if self._memory.size() < self._position(end):
             raise self._cut_short()

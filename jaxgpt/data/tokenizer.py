@@ -51,7 +51,7 @@ BYTE_VOCABULARY = [*(bytes([byte]) for byte in range(256)), EOT_TEXT.encode()]  
 class Tokenizer(ABC):
     """A vocabulary of `n_vocab` ids, the end-of-text id `eot` among them.
 
-    Two tokenizers with the same `sha256` make the same ids of every text.
+    Two tokenizers with the same `sha256` encode every text to the same ids.
     """
 
     name: str

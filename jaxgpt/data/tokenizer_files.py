@@ -130,7 +130,7 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def recognize_tokenizer(folder: Path, n_vocab: int) -> str | None:
-    """Our name for the tokenizer in a Hugging Face folder, None if it makes other ids of some text.
+    """Our name for the tokenizer in a Hugging Face folder, None if it encodes some text otherwise.
 
     Without tokenizer files `n_vocab`, the rows of the embedding, decides: GPT-2's 50,257, possibly
     padded to 50,304, or the 257 of bytes.
@@ -160,7 +160,7 @@ def _vocabularies_in(folder: Path) -> list[dict[str, int]]:
 
 
 def _vocabulary_of(tokenizer_json: dict[str, Any]) -> dict[str, int]:
-    """All tokens but special ones, which are never made of a text; with the end of text."""
+    """All tokens except special ones, which no text encodes to, but with the end of text."""
     added = tokenizer_json["added_tokens"]
     special = {token["content"] for token in added if token["special"]} - {EOT_TEXT}
     ids = {**tokenizer_json["model"]["vocab"], **{t["content"]: t["id"] for t in added}}

@@ -170,11 +170,11 @@ def _decode(
     carry = (state, padding_BC, jnp.zeros((), jnp.int32))
     if cached:
         carry = jax.lax.while_loop(
-            partial(is_unfinished, within_context=not model.cache_outlives_context),
+            partial(is_unfinished, within_context=not model.has_rolling_cache),
             partial(step, features=_cached_features),
             carry,
         )
-    if not (cached and model.cache_outlives_context):
+    if not (cached and model.has_rolling_cache):
         carry = jax.lax.while_loop(
             partial(is_unfinished, within_context=False),
             partial(step, features=_window_features),

@@ -77,7 +77,7 @@ class LanguageModel(nnx.Module):
     # ------------------------------------------------------------ generation
 
     @property
-    def cache_outlives_context(self) -> bool:
+    def has_rolling_cache(self) -> bool:
         """Whether cached keys stay valid beyond block_size tokens.
 
         Rotary ones do: they are cached rotated by their absolute position, and scores depend on
@@ -96,7 +96,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """(h_BTD, cache) of T tokens that follow `start` cached ones; start + T <= block_size.
 
-        Beyond that, T is 1, and the cache has to outlive the context.
+        Beyond that one token at a time, if `has_rolling_cache`.
         """
         x_BTD = self.embed(tokens_BT, start + jnp.arange(tokens_BT.shape[1]))
         new_cache = []

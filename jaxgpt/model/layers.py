@@ -60,8 +60,8 @@ def linears_of_norm(
 
     The last axis of each layer's output is cut into `parts` arrays of equal size.
 
-    A scale's gradient is then a sum over an array as large as the kernel. Without folding it is a
-    sum over all tokens, for which XLA writes a float32 product as large as x and reads it back.
+    The scale's gradient is then a sum over an array as large as the kernel. Without folding it is a
+    sum over all tokens, for which XLA writes a float32 array as large as x and reads it back.
     With one token per sequence, as in cached generation, folding would cost more than the layer.
     """
     if x_BTD.shape[1] == 1:

@@ -88,8 +88,8 @@ def _forward(
         possible_CV = ids_V < jnp.where(targets_C >= 0, n_vocab or len(ids_V), 0)[:, None]
         p_CV = jnp.exp(logits_CV.astype(jnp.float32) - lse_C[:, None])
         dlogits_CV = jnp.where(possible_CV, p_CV, 0) - (ids_V == targets_C[:, None])
-        # float16 would round gradients of the mean to zero, so there the backward pass divides by
-        # M, with the loss scale.
+        # In float16, dlogits / M would underflow: there the backward pass divides by M, when it
+        # applies the loss scale.
         weight = 1.0 if h_CD.dtype == jnp.float16 else 1 / M
         dlogits_CV = (dlogits_CV * weight).astype(h_CD.dtype)
         dh_CD = dlogits_CV @ w_VD

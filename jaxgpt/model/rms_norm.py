@@ -8,7 +8,7 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """Scales the last axis to a root mean square of one, then by a float32 gain."""
+    """Scales the last axis to a root mean square of one, then by a float32 scale."""
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
@@ -43,18 +43,20 @@ def _backward(epsilon: float, residuals: Residuals, dy: jax.Array) -> tuple[jax.
     x, inverse_rms, scale = residuals
     dy = dy.astype(jnp.float32)
     normed = x.astype(jnp.float32) * inverse_rms
-    dnormed = jax.lax.platform_dependent(dy * scale, cuda=_start_fusion, default=lambda x: x)
+    dnormed = jax.lax.platform_dependent(
+        dy * scale, cuda=_match_softmax_rewriter, default=lambda x: x
+    )
     dx = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdims=True))
     dscale = (dy * normed).reshape(-1, x.shape[-1]).sum(0)
     return dx.astype(x.dtype), dscale
 
 
-def _start_fusion(x: jax.Array) -> jax.Array:
+def _match_softmax_rewriter(x: jax.Array) -> jax.Array:
     """x, written as x - 0 * mean(x), so that XLA fuses the backward pass into one kernel.
 
     XLA's softmax rewriter begins such a kernel at x - mean(x), which LayerNorm has and RMSNorm does
-    not; without it, a second kernel reads the same arrays once more. The zero stays, because
-    0 * mean(x) is NaN for an infinite mean.
+    not; without it, a second kernel reads the same arrays once more. XLA may not
+    drop 0 * mean(x), which is NaN for an infinite mean.
     """
     return x - 0 * x.mean(-1, keepdims=True)
 

@@ -142,7 +142,8 @@ def presets_for(dtype: str) -> list[Config]:
 def preset_of_card(memory_bytes: int, compute_capability: tuple[int, int]) -> str:
     """The default preset of a card: that of the largest size that its memory reaches.
 
-    `t4` for 16 GB without bfloat16; below 8 GB `12gb`, which needs the least.
+    A preset's number is the size of a card, not of a model: below 8 GB it is `12gb`, which needs
+    the least. `t4` is for 16 GB without bfloat16.
     """
     sizes = (80, 48, 24, 16, 12, 10, 8)
     # Drivers report a little less than the number on the box (24,564 MiB on a 24 GB card).

@@ -67,9 +67,9 @@ def _rank(starter: Starter) -> tuple[bool, bool, float]:
 
 
 def _recommended(planner: Planner, starters: Sequence[Starter]) -> Resolved:
-    """The preset with the least predicted loss after HOURS, trained as long.
+    """The preset with the least predicted loss after HOURS of training.
 
-    One of those that fit as they are or, if none does, with another batch_size and remat. On a
+    Presets that fit unchanged come first, then those with another batch_size and remat. On a
     card of unknown speed they are ranked as on ASSUMED, and the chosen one keeps its number of
     steps. In float32 no speed is known at all: then it is the default for the card's memory.
     """
@@ -99,7 +99,7 @@ def _reasons(planner: Planner, cfg: Resolved, starters: Sequence[Starter]) -> li
     if not any(one.record["fits"] for one in starters):
         some = any(one.found for one in starters)
         reasons.append(
-            "No preset fits as it is. Those with a batch_size in the column 'fits' do with that, "
+            "No preset fits as it is. Those with a batch_size in the 'fits' column fit with it "
             "and train the same."
             if some
             else "No preset fits, with any batch_size and remat."

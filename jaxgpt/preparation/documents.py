@@ -40,7 +40,7 @@ class Skip(Enum):
     EMPTY = "empty"
     NOT_UTF8 = "not UTF-8"
     MALFORMED = "not a JSON object"
-    NO_TEXT = "JSON without a text"
+    NO_TEXT = "no text in the column"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from jaxgpt.preparation.hub_retry import T, retry_request
 from jaxgpt.preparation.inputs import READABLE, Input, kind_of
 from jaxgpt.preparation.work_files import HubSource
 
-# The folders of configurations of FineWeb, whose dumps (CC-MAIN-2024-10) are in data/ under their
-# names, and of ClimbMix.
+# The folder of each configuration of FineWeb and ClimbMix; FineWeb's dumps (CC-MAIN-2024-10) are in
+# data/NAME.
 FOLDERS = {
     "default": "data",
     "sample-10BT": "sample/10BT",

@@ -1,9 +1,9 @@
 """Encodes one unit of work: its documents become tokens in files of their own, the parts.
 
-Parts contain bare tokens, with the end-of-text token before each document. All units' parts
-in order are a stream: 'train' and 'val' if documents are assigned to splits, else 'all'. The parent
-process cuts the shards from the streams (`assemble.py`), so they do not depend on how the work was
-divided.
+Parts contain bare tokens, with the end-of-text token before each document. Concatenated over all
+units they are a stream: one for each split if documents are assigned to splits, else 'all'. The
+parent process cuts the shards from the streams (`assemble.py`), so they do not depend on how the
+work was divided.
 """
 
 import os

@@ -35,7 +35,7 @@ class HubSource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     """A dataset of the Hub at one commit."""
 
     repo: str
-    name: str  # of the configuration, "" for the dataset's only one
+    name: str  # of the configuration, "" for the default one
     split: str
     revision: str
     commit: str = ""  # what the revision was when the preparation began

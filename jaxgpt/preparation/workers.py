@@ -73,7 +73,7 @@ class Pool(Executor):
         return self._workers
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run a call in a free worker, which the caller makes sure that there is."""
+        """Run a call in a free worker; the caller ensures that there is one."""
         pool = next((p for p, last in self._pools.items() if last is None or last.done()), None)
         with _without_ctrl_c():
             while True:
@@ -125,7 +125,7 @@ def _without_ctrl_c() -> Iterator[None]:
 
     Ctrl-C reaches every process of a terminal, and only the parent must react to it. A worker
     could not ignore it while it is still importing. Another thread of the parent may receive it:
-    its handlers run afterwards, or they would interrupt the start of a worker half-way.
+    its Python handlers run afterwards, so that they cannot interrupt the start of a worker.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with _handlers_afterwards():

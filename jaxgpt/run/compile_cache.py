@@ -78,7 +78,7 @@ def default_folder() -> Path:
     """
     try:
         home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
-    except UserError:  # without HOME, a user whose number has no name has no home folder
+    except UserError:  # without HOME, a UID without a passwd entry has no home folder
         home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -30,7 +30,7 @@ CONFIG_FILE = "config.json"
 
 
 def check_same_run(asked: Config, origin: Origin) -> None:
-    """Check, before it is resolved, that `asked` is the saved run that `origin` has.
+    """Check that `asked`, not resolved yet, describes the saved run `origin.saved`.
 
     Raises:
         ConfigError: if it is another run, with a table of the differences.
@@ -140,12 +140,12 @@ def _check_config_file(path: Path) -> None:
 def _check_mode(out_dir: Path, mode: Resume, steps: list[int]) -> None:
     if mode == "never" and steps:
         raise ConfigError(
-            f"{out_dir} has a run, saved at step {steps[-1]:,}, and --resume never does not resume "
-            "it; choose another --out-dir, or use --resume auto"
+            f"{out_dir} has a run, saved at step {steps[-1]:,}, which '--resume never' leaves "
+            "alone; choose another --out-dir, or use --resume auto"
         )
     if mode == "must" and not steps:
         raise ConfigError(
-            f"{out_dir} has no finished checkpoint, and --resume must needs one; check "
+            f"{out_dir} has no finished checkpoint, but '--resume must' requires one; check "
             "--out-dir, or start with --resume auto"
         )
 

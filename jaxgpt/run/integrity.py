@@ -44,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     run: str | None = None  # drawn when the run began, to tell its checkpoints from others
 
 
-class _SignedManifest(msgspec.Struct):
+class _ChecksummedManifest(msgspec.Struct):
     manifest: Manifest
 
 
@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = read_file(path)
         if _encode(decode_json(data, dict[str, Any]).get("manifest", {})) != data:
             raise DamagedError(f"{path} is corrupt: checksum mismatch")
-        manifest = decode_json(data, _SignedManifest).manifest
+        manifest = decode_json(data, _ChecksummedManifest).manifest
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
     except (FormatError, RecursionError) as error:

@@ -47,11 +47,12 @@ def orbax_path(folder: Path, processes: int = 1) -> Iterator[Path]:
         link = Path(temporary) / "checkpoints"
         try:
             if not is_literal(link):
-                raise OSError(f"the temporary folder {temporary} has them too")
+                raise OSError(f"{temporary} has such characters too")
             link.symlink_to(folder, target_is_directory=True)
         except OSError as error:
             raise UserError(
-                f"--out-dir {folder.parent}: checkpoints cannot be saved under a path with such "
-                f"characters ({error}); choose another --out-dir"
+                f"--out-dir {folder.parent}: a path with brackets, wildcards, control "
+                f"characters or bytes that are not UTF-8 needs a link in a temporary folder, which "
+                f"failed ({error}); choose another --out-dir"
             ) from None
         yield link

@@ -35,7 +35,9 @@ def compile_to_fit(
     layout: Layout,
     processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[Compiled]:
-    """Compile the steps of `cfg`, check that they fit, and explain running out of memory inside.
+    """Compile the steps of `cfg` and check that they fit.
+
+    An out-of-memory error inside the `with` block becomes a UserError with a remedy.
 
     Args:
         cfg: the run.

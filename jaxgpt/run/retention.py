@@ -86,8 +86,7 @@ def remove_leftovers(folder: Path) -> None:
 def check_writable(folder: Path, needed: int) -> None:
     """Raises OSError if fewer than `needed` bytes are free, or no folder can be made there.
 
-    The save would fail anyway: with no space left for the metrics, or, since Orbax keeps trying to
-    make its folder, after 20 minutes.
+    Otherwise the save would fill the disk, or Orbax would retry making its folder for 20 minutes.
     """
     tempfile.TemporaryDirectory(suffix=DELETED, dir=folder).cleanup()
     free = shutil.disk_usage(folder).free
@@ -177,7 +176,7 @@ def newest_intact(
                 raise
             if strict:
                 raise UserError(
-                    f"checkpoint {step} is damaged: {error}; --resume must accepts only the "
+                    f"checkpoint {step} is damaged: {error}; '--resume must' accepts only the "
                     "newest; --resume auto falls back to the newest that is intact"
                 ) from None
             damaged.append((step, error))

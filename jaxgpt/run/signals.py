@@ -20,9 +20,9 @@ class StopRequest:
     """While entered, signals set attributes that the training loop reads between steps.
 
     `name` is None until SIGTERM, SIGHUP (the terminal was closed) or the first SIGINT (Ctrl-C),
-    then that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after any of those exits
-    at once, with code 130, and loses what is not saved. Signals that are ignored (by nohup, for
-    instance) stay ignored. Enter it on the main thread.
+    then that signal's name; `save_now` becomes True on SIGUSR1. A SIGINT after a stop was requested
+    exits at once, with code 130, and loses what is not saved. Signals that are ignored (by nohup,
+    for instance) stay ignored. Enter it on the main thread.
     """
 
     # Windows has neither SIGHUP nor SIGUSR1.

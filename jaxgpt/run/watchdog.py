@@ -23,8 +23,8 @@ CHECK_SECONDS = 1.0  # between two checks of the clock
 class StallWatch:
     """Reports an activity that takes too long: `with StallWatch() as watch: watch.begin("step")`.
 
-    The first of a kind has no usual duration and may have to be compiled, so it is not watched. The
-    report, on standard error, is repeated each time that the limit passes again. Nothing is printed
+    The first two of a kind, which may have to be compiled, are not watched. The report, on
+    standard error, is repeated each time that the limit passes again. Nothing is printed
     while a call keeps the GIL.
     """
 

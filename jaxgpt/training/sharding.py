@@ -2,8 +2,8 @@
 
 The state is replicated along the mesh axis `data` and sharded along `fsdp`; batches are sharded
 along both. Every device runs the single-device program on its rows (`shard_map`). All collectives
-are in this file: a weight is all-gathered when it is used and its gradient reduce-scattered
-(`all_gather`), and gradients are all-reduced once per step.
+of a step are in this file: a weight is all-gathered when it is used and its gradient
+reduce-scattered (`all_gather`), and gradients are all-reduced once per step.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,7 +120,7 @@ class MeshLayout(Layout):
             sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
             return jax.lax.with_sharding_constraint(stack_KMN, sharding)
 
-        # Resharded in two steps each way: for one step XLA would replicate the stack.
+        # Resharded in two steps each way: for a single reshard XLA would replicate it.
         shares_KMN = placed(placed(stack_KMN, "fsdp"), ("fsdp", "data"))
         return placed(placed(function(shares_KMN), "fsdp"), None, "fsdp")
 

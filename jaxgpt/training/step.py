@@ -25,7 +25,7 @@ from jaxgpt.training.spikes import add_to_history, empty_history, is_spike
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes; whatever is not in here does not survive a restart."""
+    """All that a step changes and a checkpoint needs."""
 
     step: jax.Array  # (), int32: optimizer steps taken, skipped ones included
     skipped: jax.Array  # (), int32: steps skipped as non-finite or as a spike

@@ -1,4 +1,4 @@
-"""A network as other programs implement it: what only training needs is cut off or folded in."""
+"""A model for export: padding is dropped, and what only training needs is folded in."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from jaxgpt.config.architecture import ARCHITECTURES, ModelConfig, Shapes, param
 
 
 def explicit_sizes(cfg: ModelConfig) -> ModelConfig:
-    """The same network, with the sizes set that follow from others where they are unset."""
+    """The same network with all sizes set, also those that follow from others."""
     sizes: dict[str, Any] = {
         "n_kv_head": cfg.kv_heads,
         "head_dim": cfg.head_width,

@@ -28,12 +28,12 @@ class Format:
     ignored: tuple[str, ...]  # endings of the names of tensors that hold no weights
     sizes: Mapping[str, tuple[str, int | None]]  # our field: its key, and the default if missing
     fixed: Mapping[str, Any]  # keys of which only this value, the default, is supported
-    # The fields from all other keys; the second argument has the sizes, unless they are wrong.
+    # (all other keys, the sizes or {} if one is invalid) -> their fields, and errors
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Read]
     write: Callable[[ModelConfig], dict[str, Any]]  # all other keys
     add_gguf_keys: Callable[[Any, ModelConfig], None]  # to a GGUFWriter: what only this kind has
     describe: Callable[[ModelConfig], str]  # what only this kind has, for the model card
-    paired_rope: bool = False  # whether llama.cpp rotates neighbouring elements, not halves
+    paired_rope: bool = False  # in llama.cpp: rotates pairs of neighbours, not halves
 
     def read_config(self, values: Mapping[str, Any]) -> Read:
         """The fields of ModelConfig in config.json, and whatever is not implemented here."""

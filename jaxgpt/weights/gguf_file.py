@@ -172,7 +172,7 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> GgufVocabulary:
     """The tokenizer for a GGUF file.
 
     Raises:
-        ConfigError: if llama.cpp would make other ids of a text.
+        ConfigError: if llama.cpp would encode some text otherwise.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return _of_json(tokenizer)

@@ -170,8 +170,8 @@ def _drop_tied_head(
     name = form.tensor_name(next(iter(rows_needed(cfg))))
     if head is not None and not np.array_equal(head, tensors.get(name, head)):
         raise FolderError(
-            f"{folder}: {HEAD} is not {name}, although config.json ties them; only a tied head is "
-            "supported"
+            f"{folder}: {HEAD} differs from {name}, although config.json ties them; if they are "
+            "not tied, set tie_word_embeddings to false there"
         )
 
 

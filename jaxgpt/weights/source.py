@@ -35,10 +35,10 @@ class WeightsFlags:
     # or other weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name on the
     # Hugging Face Hub, or a folder: a run's, or one with config.json and model.safetensors
     init_from: TextIfSet = None
-    # of the run: latest (the newest that is intact), best (by validation loss), or a step
+    # checkpoint of the run: latest (the newest intact), best (by validation loss), or a step
     checkpoint: str = "latest"
     device: Device = "auto"  # auto: a GPU if there is one
-    # of the matrix products; auto: bfloat16 on a GPU that has it, float16 on one of compute
+    # dtype of the matrix products; auto: bfloat16 on a GPU that has it, float16 on one of compute
     # capability 7.0 or 7.5, else float32
     dtype: Dtype = "auto"
 

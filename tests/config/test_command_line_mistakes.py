@@ -154,7 +154,7 @@ def test_a_value_of_nanogpt_alone_is_answered_with_ours(mistake, argv, instead):
         (["--lr", "3e-4"], "--lr=3e-4 is called learning_rate here"),
         (["--bs=4"], "--bs=4 is called batch_size here"),
         (["--grad-accum", "8"], "--grad_accum=8 is called gradient_accumulation_steps here"),
-        (["--epochs=3"], "--epochs=3 is counted in optimizer steps here: max_iters = epochs x"),
+        (["--epochs=3"], "--epochs=3 does not exist here; set max_iters = epochs x"),
         (["demo"], "demo: a preset is named with a flag: --preset demo"),
         (["--n-layer=2", "24gb"], "--preset 24gb"),
     ],

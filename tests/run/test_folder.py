@@ -222,9 +222,9 @@ def test_only_stages_that_a_run_has_not_reached_may_change():
 def test_must_needs_a_run_and_never_a_folder_without_one(run, tmp_path):
     assert load_saved(run, "must").flat() == moved_to(run).flat()
     assert load_saved(tmp_path / "new", "never") is None
-    with pytest.raises(ConfigError, match="has a run, saved at step 10, and --resume never"):
+    with pytest.raises(ConfigError, match="has a run, saved at step 10, which '--resume never'"):
         load_saved(run, "never")
-    with pytest.raises(ConfigError, match="has no finished checkpoint, and --resume must"):
+    with pytest.raises(ConfigError, match="has no finished checkpoint, but '--resume must'"):
         load_saved(tmp_path / "new", "must")
 
 

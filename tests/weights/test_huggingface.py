@@ -256,7 +256,7 @@ def test_an_unsupported_model_is_refused_with_every_reason(folder, values, answe
         (lambda t: {**t, "ln_f.weight": t["transformer.ln_f.weight"]}, "ln_f.weight occurs twi"),
         (
             lambda t: {**t, "lm_head.weight": 1 + t["transformer.wte.weight"]},
-            "lm_head.weight is not wte.weight",
+            "lm_head.weight differs from wte.weight",
         ),
     ],
 )
