@@ -80,6 +80,7 @@ def run(argv: Sequence[str]) -> int:
     assert flags.out_dir is not None
     assert flags.to is not None
     target = user_path(flags.to, "--to")
+    real_target = Path(os.path.realpath(target))  # "." is gone once it has been replaced
     check_is_free(target)
     if flags.is_gguf:
         check_is_free(modelfile_of(target))
@@ -105,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--to {target} cannot be written: {error}") from None
     print_exported(target, weights, flags.is_gguf)
     if flags.push is not None:
-        print(f"Uploaded: {hub.push(flags.push, target, files, card)}")
+        print(f"Uploaded: {hub.push(flags.push, real_target, files, card)}")
     return 0
 
 

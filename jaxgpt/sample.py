@@ -164,7 +164,7 @@ def typed_prompts() -> Iterator[str]:
 
 
 def prompt_tokens(prompt: str, weights: Weights) -> list[int]:
-    """The prompt's ids; '<|endoftext|>' in it is that token, and an empty prompt becomes one."""
+    """The prompt's ids; the name of the end-of-text token is that token, as is an empty prompt."""
     tokenizer = weights.tokenizer
     end_of_text = tokenizer.decode([tokenizer.eot])
     first, *others = (tokenizer.encode(part).tolist() for part in prompt.split(end_of_text))

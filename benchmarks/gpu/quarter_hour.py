@@ -4,7 +4,7 @@
     python benchmarks/gpu/quarter_hour.py second 300   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
-The number is the seconds it may take; --skip leaves out some of PARTS. Each part is a
+The number is the seconds it may take; --skip leaves out some parts. Each part is a
 process with its own limit; one that fails or hangs is recorded, and the next starts. A part for
 which too little time is left is not started. After each part $OUT/NAME.json holds everything so
 far; a call writes at most four files to $OUT.
@@ -67,7 +67,7 @@ if missing:
     sys.exit(f"not installed: {names}; QUARTER_WHEELS names a folder of wheels")
 """
 PARTS = (
-    *("attention", "train", "float32", "bench-b32", "nanogpt-b32", "windows", "nanogpt-train"),
+    *("attention", "train", "float32", "bench-b32", "nanogpt-b32", "nanogpt-train"),
     *("trace", "steps", "nanogpt-b64", "ceilings", "resume", "ablations", "memory"),
 )
 SMI = ("name", "memory.total", "driver_version", "clocks.sm", "power.draw", "temperature.gpu")
@@ -131,7 +131,7 @@ def train_nanogpt(s: Session, run: Sequence[str]) -> None:
 def nanogpt_can_run(s: Session, name: str) -> bool:
     reasons: list[str] = []
     if name in s.skip:
-        return True  # `run` records it
+        reasons.append("as asked")
     if not (nanogpt_folder() / "model.py").is_file():
         reasons.append(f"no model.py in {nanogpt_folder()} (NANOGPT names another folder)")
     has_torch = "import sys, importlib.util as u; sys.exit(u.find_spec('torch') is None)"
@@ -171,7 +171,8 @@ def second(s: Session) -> None:
 
 def ablations(s: Session) -> None:
     """All items, compiled side by side; if that process ends early, the rest one by one."""
-    s.run("ablations", 40, 150, steps_command(s, ABLATIONS, 4))
+    if s.run("ablations", 40, 150, steps_command(s, ABLATIONS, 4)) is None:
+        return
     found = s.results.setdefault("ablations", [])
     done = {result["item"] for result in found if "begun" not in result}
     while remaining := [name for name in ABLATIONS if name not in done]:
@@ -191,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=PREDICTIONS)
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, metavar="PART")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
     args = parser.parse_args(argv)
     out = Path(os.environ.get("OUT", ROOT / "runs" / "quarter-hour")).absolute()
     work = Path(os.environ.get("QUARTER_WORK", "/tmp/quarter-hour")).absolute()

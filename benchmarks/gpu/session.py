@@ -53,7 +53,7 @@ class Session:
         code, None if it was not started.
         """
         if name in self.skip:
-            self.record(name, "skipped, as asked", 0)
+            self.record(name, "skipped: as asked", 0)
             return None
         if self.left() < least:
             self.record(name, f"not begun, {self.left():.0f} s left", 0)

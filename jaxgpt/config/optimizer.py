@@ -43,7 +43,7 @@ class OptimizerConfig:
     lr_decay_iters: Annotated[IntIfSet, Role.TUNABLE, Role.INHERITED, Role.PLANNED] = None
     # weight decay of matrices and embeddings; biases and norms have none
     weight_decay: Annotated[float, Role.TUNABLE] = 0.1
-    # lr: weight_decay follows the learning rate too; the decay applied, their product, its square
+    # lr: weight_decay is scaled with the learning rate, so their product, the decay, falls faster
     weight_decay_schedule: Annotated[WeightDecaySchedule, Role.TUNABLE] = "constant"
     # decay only weights that the update moves towards zero
     cautious_weight_decay: Annotated[TrueOrFalse, Role.TUNABLE] = False

@@ -89,7 +89,7 @@ def pick_choices(questions: Sequence[Question], scores: RowScores) -> tuple[np.n
 def multiple_choice_figures(questions: Sequence[Question], scores: RowScores) -> dict[str, Figure]:
     """`acc` picks the choice with the lowest summed loss, `acc_norm` with the lowest mean loss.
 
-    The mean is per token, as in llm.c; lm-evaluation-harness divides by bytes.
+    The mean is per token, as in llm.c; lm-evaluation-harness divides by characters.
     """
     import numpy as np
 

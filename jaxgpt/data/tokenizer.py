@@ -208,7 +208,8 @@ def _cut_long_spaces(text: str, has_gpt2_pattern: bool) -> Iterator[str]:
 
     tiktoken's patterns end a word before the last character of a run that is followed by another
     character, so the text is cut there. Only GPT-2's do so before a line break: in the others it
-    belongs to what is before it.
+    belongs to what is before it. cl100k's splits white space at the end of a text otherwise, but
+    has no token that joins a line break to what follows.
     """
     start = 0
     for probe in range(SPACE_PROBES, len(text), SPACE_PROBES):

@@ -1,6 +1,7 @@
 """The manifest of prepared text, and what is printed of it: a table, and the next command."""
 
 import hashlib
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -168,7 +169,7 @@ def train_command(out: Path, manifest: Manifest, has_gpu: bool) -> str:
     The tokenizer needs no flag: training takes the one in the manifest.
     """
     words = ["python", "-m", "jaxgpt.train"]
-    name = out.resolve().name  # "." has none
+    name = Path(os.path.abspath(out)).name  # "." has none
     splits = manifest.splits
     is_small = splits.train.tokens < SMALL_DATA
     if is_small or not has_gpu:

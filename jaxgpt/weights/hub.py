@@ -44,7 +44,7 @@ def find_folder(init_from: str) -> Path:
 def read_folder(folder: Path, name: str) -> tuple[ModelConfig, Tokenizer]:
     """The architecture of a Hugging Face folder, with our padded vocabulary, and its tokenizer.
 
-    `name`: of the folder or of the repository, which a tokenizer of its own gets.
+    `name`: the folder or repository; a tokenizer that is not recognized is named after it.
 
     Raises:
         UserError: if its model or its tokenizer is not supported.
@@ -93,9 +93,10 @@ def push(repository: str, target: Path, files: list[Path], card: str) -> str:
         api.create_repo(repository, exist_ok=True)
         info = api.create_commit(repository, operations, commit_message="Upload from jaxgpt")
     except Exception as error:  # its own and the HTTP library's
+        paths = [target] if target.is_dir() else files
+        commands = " && ".join(f"hf upload {repository} {shlex.quote(str(p))}" for p in paths)
         raise ConfigError(
             f"--push {repository}: {target} is complete, but uploading it failed "
-            f"({type(error).__name__}: {first_line(error)}); upload it with hf upload "
-            f"{repository} {shlex.quote(str(target))}"
+            f"({type(error).__name__}: {first_line(error)}); upload it with {commands}"
         ) from None
     return info.commit_url

@@ -169,9 +169,10 @@ def _drop_tied_head(
     head = tensors.pop(HEAD, None)
     name = form.tensor_name(next(iter(rows_needed(cfg))))
     if head is not None and not np.array_equal(head, tensors.get(name, head)):
+        key = "tie_word_embeddings"
+        remedy = "only a tied head is supported" if key in form.fixed else f"set {key} to false"
         raise FolderError(
-            f"{folder}: {HEAD} differs from {name}, although config.json ties them; if they are "
-            "not tied, set tie_word_embeddings to false there"
+            f"{folder}: {HEAD} differs from {name}, although config.json ties them; {remedy}"
         )
 
 

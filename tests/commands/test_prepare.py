@@ -191,7 +191,7 @@ def test_the_train_command_names_the_folder(
 
 
 def test_the_train_command_for_the_current_folder_names_it(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared)
     manifest = load_manifest(Path("."))
@@ -199,6 +199,12 @@ def test_the_train_command_for_the_current_folder_names_it(
     command = train_command(Path("."), manifest, False)
     assert f"--dataset {prepared.name} --data-dir . " in command
     assert f"--out-dir runs/{prepared.name}" in command
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data", "mine").symlink_to(prepared)
+    assert train_command(Path("data/mine"), manifest, False).startswith(
+        "python -m jaxgpt.train --preset demo --dataset mine --"
+    )
 
 
 def test_the_train_command_has_the_tokenizers_vocabulary(prepared: Path) -> None:

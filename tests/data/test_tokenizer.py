@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from tiktoken_ext import openai_public
 
 from jaxgpt.config.architecture import padded_vocab_size
 from jaxgpt.data import embedded
@@ -238,13 +239,14 @@ def test_a_million_spaces_are_encoded_as_fewer_are(
         np.testing.assert_array_equal(gpt2.encode(short), expected)
 
 
-def test_a_long_text_is_cut_where_the_newer_patterns_end_a_word(monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_a_long_text_is_cut_where_the_newer_patterns_end_a_word(monkeypatch, name: str) -> None:
     """In them a line break belongs to what is before it, such as a full stop or line breaks."""
-    pattern = r"\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     pieces = [bytes([byte]) for byte in range(256)] + [b"\n\n", b".\n", b".\n\n", b"  ", b"   "]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    bpe = tiktoken.Encoding("newer", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    newer = TiktokenTokenizer("newer", len(pieces), 0, "", bpe)
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    bpe = tiktoken.Encoding(**getattr(openai_public, name)())
+    newer = TiktokenTokenizer(name, bpe.n_vocab, bpe.eot_token, "", bpe)
     text = "One.\n\nTwo.\n  Three    four\n\n\n\nfive. \n six\r\n\r\n  seven \n\n" * 3
     expected = bpe.encode(text)
     for size in range(2, 40):

@@ -86,12 +86,20 @@ def test_the_files_and_the_card_go_up_in_one_commit(hub, files: list[Path]) -> N
     ]
 
 
-def test_a_refused_upload_says_what_is_complete_and_how_to_go_on(hub, files: list[Path]) -> None:
+def test_a_refused_upload_says_what_is_complete_and_how_to_go_on(hub, tmp_path: Path) -> None:
     hub.refuses = True
-    with pytest.raises(ConfigError) as refused:
-        push("me/my-model", files[0], files, "")
-    assert f"{files[0]} is complete, but uploading it failed" in str(refused.value)
-    assert str(refused.value).endswith(f"upload it with hf upload me/my-model {files[0]}")
+    model, modelfile = tmp_path / "m.gguf", tmp_path / "m.Modelfile"
+    for file in (model, modelfile):
+        file.touch()
+    upload = "hf upload me/my-model"
+    for target, remedy in (
+        (model, f"{upload} {model} && {upload} {modelfile}"),
+        (tmp_path, f"{upload} {tmp_path}"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            push("me/my-model", target, [model, modelfile], "")
+        assert f"{target} is complete, but uploading it failed" in str(refused.value)
+        assert str(refused.value).endswith(f"upload it with {remedy}")
 
 
 def test_a_wrong_name_or_a_missing_login_is_reported_before_anything_is_written(
