@@ -232,7 +232,7 @@ def trace(train_step: Any, state: Any, batches: Iterator[Any], folder: Path) -> 
     warn("its perfetto_trace.json.gz in Perfetto")
 
 
-main = make_main(PROG, run)
+main = make_main(PROG, run, read_only=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import msgspec
@@ -67,9 +67,44 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         return code
 
 
-def make_main(prog: str, run: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-    """The `main` of a command: `run(argv)`, by default with the process's own arguments."""
-    return lambda argv=None: run_command(prog, lambda: run(sys.argv[1:] if argv is None else argv))
+def make_main(
+    prog: str, run: Callable[[Sequence[str]], int], *, read_only: bool = False
+) -> Callable[..., int]:
+    """The `main` of a command: `run(argv)`, by default with the process's own arguments.
+
+    `read_only`: the command writes nothing, so that Ctrl-C may end its process at once.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        if read_only and argv is None:
+            _exit_on_ctrl_c(prog)
+        return run_command(prog, lambda: run(sys.argv[1:] if argv is None else argv))
+
+    return main
+
+
+def _exit_on_ctrl_c(prog: str) -> None:
+    """Have Ctrl-C end the process at once, until `raise_on_ctrl_c`.
+
+    A KeyboardInterrupt may be swallowed in an import or a callback, reported as another error, or
+    leave Orbax's threads waiting, or crashing at exit.
+    """
+
+    def leave(*_: object) -> NoReturn:
+        with suppress(Exception):  # a call of it may be what was interrupted
+            sys.stdout.flush()
+        with suppress(OSError):
+            os.write(2, f"\n{prog}: interrupted\n".encode())
+        os._exit(128 + signal.SIGINT)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def raise_on_ctrl_c() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt, unless it is ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _open_closed_streams() -> None:

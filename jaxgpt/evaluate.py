@@ -260,7 +260,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-main = make_main(PROG, run)
+main = make_main(PROG, run, read_only=True)
 
 if __name__ == "__main__":
     sys.exit(main())

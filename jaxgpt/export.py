@@ -113,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
 def check_is_free(target: Path) -> None:
     """Raises ConfigError for a folder that is not empty, a file, or a place within a checkpoint."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--to {target} already exists; choose another name, or delete it")
+        raise ConfigError(f"--to {target} already exists; choose another name")
     try:
         check_outside_checkpoints(target)
     except OSError as error:

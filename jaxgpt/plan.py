@@ -172,7 +172,7 @@ def _card(name: str | None, vram: float | None) -> Gpu:
     return lookup_gpu(card.name, card.memory_bytes) or unnamed
 
 
-main = make_main(PROG, run)
+main = make_main(PROG, run, read_only=True)
 
 if __name__ == "__main__":
     sys.exit(main())

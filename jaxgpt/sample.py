@@ -20,7 +20,7 @@ from jaxgpt.config.checks import ConfigError, bad_counts
 from jaxgpt.config.fields import Dtype
 from jaxgpt.config.flag_types import FloatIfSet
 from jaxgpt.data.text_stream import TextStream
-from jaxgpt.errors import explain_out_of_memory, make_main, warn
+from jaxgpt.errors import explain_out_of_memory, make_main, raise_on_ctrl_c, warn
 from jaxgpt.files import read_file, user_path
 from jaxgpt.weights.source import Weights, WeightsFlags, build_network, open_weights, prepare_device
 
@@ -101,6 +101,8 @@ def run(argv: Sequence[str]) -> int:
 
         params = weights.load(device)
         warn(f"{weights.name}: {weights.model.describe_parameters()}, {dtype}, {device}")
+        if flags.interactive:
+            raise_on_ctrl_c()  # it ends a text
         for turn, prompt in enumerate(prompts):
             key = jax.random.fold_in(jax.random.key(flags.seed), turn)
             tokens = prompt_tokens(prompt, weights)
@@ -222,7 +224,7 @@ def write_texts(
     warn(f"{tokens:,} tokens in {seconds:.1f} s, including compilation")
 
 
-main = make_main(PROG, run)
+main = make_main(PROG, run, read_only=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 
 import msgspec
@@ -152,3 +153,36 @@ def test_a_deleted_current_folder_is_named(tmp_path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         run_command("prog", raising(UserError("runs: no such folder")))
     assert "the current folder has been deleted; change to" in capsys.readouterr().err
+
+
+SWALLOWING = """
+import os, signal, sys, time
+from jaxgpt.errors import make_main, raise_on_ctrl_c
+
+def run(argv):
+    if "raise" in sys.argv:
+        raise_on_ctrl_c()
+    print("ready", flush=True)
+    print("the last line")
+    try:
+        time.sleep(30)
+    except KeyboardInterrupt:
+        return 7
+    return 0
+
+sys.exit(make_main("prog", run, read_only="writes" not in sys.argv)())
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [((), 130), (("raise",), 7), (("writes",), 7)])
+def test_ctrl_c_ends_a_command_that_only_reads_whatever_catches_it(words, code, children) -> None:
+    command = [sys.executable, "-c", SWALLOWING, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(command, **pipes)
+    children.append(child)
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # it prints the last line
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == code
+    assert child.stdout.read() == "the last line\n"
+    assert ("prog: interrupted" in child.stderr.read()) == (code == 130)

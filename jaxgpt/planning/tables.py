@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jaxgpt.planning.gpus import GIB
-from jaxgpt.run.console import duration, make_table
+from jaxgpt.run.console import OutputConsole, duration, make_table
 
 COLOURS = {
     "parameters": "blue",
@@ -22,7 +21,7 @@ BAR = 60  # columns
 
 def print_one(record: dict[str, Any]) -> None:
     """One run on one card: what it needs item by item, and how long it takes."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     console.print(f"[bold]{_title(record)}[/bold] on {_cards(record)}")
     console.print(_bar(record))
     console.print(_items(record))
@@ -32,7 +31,7 @@ def print_one(record: dict[str, Any]) -> None:
 
 def print_overview(answer: dict[str, Any]) -> None:
     """Every preset on one card, the one to start with, and the largest model."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     name = answer["recommended"]["gpu_name"]
     console.print(f"[bold]{name}[/bold]: {_gib(answer['capacity_bytes'])} for training")
     for reason in answer["reasons"]:
@@ -46,7 +45,10 @@ def print_overview(answer: dict[str, Any]) -> None:
     console.print(table)
     console.print("[dim]GiB are estimated, within a tenth; --preset NAME compiles, itemizes[/dim]")
     if timed:
-        console.print(f"[dim]loss: predicted after {hours} of training here, to rank presets[/dim]")
+        console.print(
+            f"[dim]loss: predicted after {hours} of training here, to rank presets; it is not "
+            "comparable with losses on FineWeb[/dim]"
+        )
     largest, recommended = answer["largest_model"], answer["recommended"]
     if largest:
         console.print(f"\nThe largest model that trains here: {_title(largest)}", markup=False)
@@ -61,7 +63,7 @@ def print_overview(answer: dict[str, Any]) -> None:
 
 def print_hours(answer: dict[str, Any]) -> None:
     """The best model for given hours, among its neighbours."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     hours = duration(answer["hours_given"] * 3600)
     console.print(f"[bold]{hours} on {answer['gpu_name']}[/bold]: {_title(answer)}")
     table = _table("n_layer/n_head/n_embd", "parameters", "tokens", "per parameter", "loss")
@@ -208,7 +210,7 @@ def _time(record: dict[str, Any]) -> str:
     return f"{tokens} in {duration(record['hours'] * 3600)}"
 
 
-def _print_command(console: Console, record: dict[str, Any]) -> None:
+def _print_command(console: OutputConsole, record: dict[str, Any]) -> None:
     if record["fits"]:
         console.print(f"  {record['command']}", style="bold")
     elif record["command_that_fits"]:

@@ -3,6 +3,7 @@
 User text is never printed as rich markup: a path may well contain [/b] or :cat:.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,13 @@ from rich.text import Text
 from jaxgpt.errors import discard
 
 
+class OutputConsole(Console):
+    """rich's, but a closed pipe is for `run_command` to answer, as in all other output."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def make_console(stderr: bool = False) -> Console:
     """A console that prints text as it is; `is_terminal` is whether a bar can be drawn on it."""
     stream = sys.stderr if stderr else sys.stdout
@@ -32,7 +40,7 @@ def make_console(stderr: bool = False) -> Console:
     in_notebook = "JPY_PARENT_PID" in os.environ
     is_terminal = stream is not None and stream.isatty() and not (is_dumb or in_notebook)
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    return Console(stderr=stderr, force_terminal=None if is_terminal else False, **plain)
+    return OutputConsole(stderr=stderr, force_terminal=None if is_terminal else False, **plain)
 
 
 def make_bar(console: Console, left: str) -> Progress:

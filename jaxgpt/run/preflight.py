@@ -122,7 +122,7 @@ def _check_device(compiled: Compiled, limit: int | None) -> None:
     raise memory.TooLargeError(
         f"a step needs {need.peak_bytes / GIB:.2f} GiB (batch_size {cfg.batch.batch_size}, remat "
         f"{cfg.remat}, compiled for this device), and there are {limit / GIB:.2f} GiB.\n"
-        f"{fit.flags_that_fit(cfg, limit)}"
+        f"{fit.flags_that_fit(cfg, limit, need)}"
     )
 
 

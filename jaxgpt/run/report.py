@@ -36,7 +36,7 @@ def print_run(
     where = "from the start" if resumed_step is None else f"from step {resumed_step:,}"
     rate = f"{o.learning_rate:g} after {counted(o.warmup_iters, 'step')} of warm-up"
     if cfg.max_iters <= o.warmup_iters:
-        rate += ", which is longer than the run"
+        rate += ", which takes the whole run"
     elif o.decay_lr:
         rate += f", {o.schedule} to {o.min_lr:g} at step {o.lr_decay_iters:,}"
     else:
@@ -144,10 +144,12 @@ def _next_commands(cfg: Resolved, prog: str, argv: Sequence[str], step: int) -> 
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*without_flags(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
     o = cfg.optimizer
+    at_min_lr = o.warmup_iters < (o.lr_decay_iters or cfg.max_iters) <= step
     commands = {
-        f"{prog} {longer}": f"train longer; the learning rate stays at min_lr, {o.min_lr:g}",
-        f"{prog} {longer} --lr-decay-iters {2 * step}": "train longer with a longer decay: the "
-        "learning rate goes up again, and down to min_lr at the new end",
+        f"{prog} {longer}": "train longer"
+        + f"; the learning rate stays at min_lr, {o.min_lr:g}" * at_min_lr,
+        f"{prog} {longer} --lr-decay-iters {2 * step}": "train longer with a longer decay"
+        + ": the learning rate goes up again, and down to min_lr at the new end" * at_min_lr,
     }
     if not o.decay_lr:
         commands = {f"{prog} {longer}": "train longer"}

@@ -179,7 +179,7 @@ def test_the_card_of_a_mixture_names_its_sources_without_their_folders(tiny_run:
     ("flags", "answers"),
     [
         ([], ["specify the run: --out-dir RUN", "specify what to write: --to FOLDER"]),
-        (["--out-dir=RUN", "--to=FULL"], ["already exists; choose another name, or delete it"]),
+        (["--out-dir=RUN", "--to=FULL"], ["already exists; choose another name"]),
         (
             ["--out-dir=RUN", "--to=RUN/checkpoints/8/hf"],
             ["8 is a run's checkpoint; choose another"],

@@ -65,9 +65,19 @@ def test_the_ladder_goes_up_and_keeps_the_width_of_heads(arch, width) -> None:
 
 @pytest.mark.parametrize("capacity", [GIB, 6 * GIB])
 def test_advice_names_flags_that_fit_or_says_that_none_do(capacity) -> None:
-    text = fit.flags_that_fit(CFG, capacity)
+    text = fit.flags_that_fit(CFG, capacity, estimate(CFG))
     assert ("--batch-size" in text) == (capacity > GIB)
     assert ("does not fit" in text) == (capacity == GIB)
+
+
+def test_advice_does_not_name_what_was_compiled_and_did_not_fit() -> None:
+    """The estimate of the same step may be smaller, and fit."""
+    guess = estimate(CFG)
+    compiled = dataclasses.replace(guess, peak_bytes=int(1.2 * guess.peak_bytes), method="compiled")
+    text = fit.flags_that_fit(CFG, int(1.15 * guess.peak_bytes) + fit.RESERVE_BYTES, compiled)
+    same = f"--batch-size {CFG.batch.batch_size} --remat {CFG.remat} "
+    assert "--batch-size" in text
+    assert same not in text
 
 
 def test_after_running_out_of_memory_less_is_tried() -> None:

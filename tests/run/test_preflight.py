@@ -55,7 +55,9 @@ def test_a_step_that_does_not_fit_is_refused_with_figures_and_flags(machine, mon
     machine(4 * CFG.model.parameter_count())
     with pytest.raises(TooLargeError, match=r"a step needs .* GiB \(batch_size 4, remat none"):
         compile_run()
-    monkeypatch.setattr(preflight.fit, "flags_that_fit", lambda cfg, limit: f"less than {limit}")
+    monkeypatch.setattr(
+        preflight.fit, "flags_that_fit", lambda cfg, limit, need: f"less than {limit}"
+    )
     with pytest.raises(TooLargeError, match="less than 0"):
         compile_run()
 
