@@ -99,7 +99,7 @@ def test_a_finished_run_says_its_result_and_how_to_go_on(straight: Path, capsys)
     assert train(straight, "--max-iters", "10") == 0
     out = capsys.readouterr().out
     assert "is finished: 10 steps, validation loss" in out
-    assert re.search(r"--max-iters 20\n +train longer; the learning rate stays at min_lr", out)
+    assert re.search(r"--max-iters 20\n +train longer\n", out)  # it ended in its warm-up
     assert re.search(r"--max-iters 20 --lr-decay-iters 20\n +train longer with a longer decay", out)
     assert "no effect" not in out
     assert re.search(r"--out-dir \S+-2\n +start anew", out)
