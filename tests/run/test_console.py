@@ -254,3 +254,8 @@ def test_the_commands_it_names_do_what_they_say(argv, capsys):
     )
     for again in (longer, anew):
         assert (again.model, again.seed, again.preset) == (cfg.model, cfg.seed, cfg.preset)
+
+
+def test_a_closed_pipe_is_an_error_that_run_command_answers() -> None:
+    with pytest.raises(BrokenPipeError):
+        console.OutputConsole().on_broken_pipe()
