@@ -72,7 +72,8 @@ def make_main(
 ) -> Callable[..., int]:
     """The `main` of a command: `run(argv)`, by default with the process's own arguments.
 
-    `read_only`: the command writes nothing, so that Ctrl-C may end its process at once.
+    `read_only`: the command writes nothing that must be complete, so that Ctrl-C may end its
+    process at once.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -86,12 +87,12 @@ def make_main(
 def _exit_on_ctrl_c(prog: str) -> None:
     """Have Ctrl-C end the process at once, until `raise_on_ctrl_c`.
 
-    A KeyboardInterrupt may be swallowed in an import or a callback, reported as another error, or
-    leave Orbax's threads waiting, or crashing at exit.
+    A KeyboardInterrupt can be swallowed in an import or a callback, be reported as another error,
+    and leave Orbax's threads to wait forever or to crash at exit.
     """
 
     def leave(*_: object) -> NoReturn:
-        with suppress(Exception):  # a call of it may be what was interrupted
+        with suppress(Exception):  # the signal may have interrupted such a call
             sys.stdout.flush()
         with suppress(OSError):
             os.write(2, f"\n{prog}: interrupted\n".encode())

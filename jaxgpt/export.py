@@ -80,7 +80,8 @@ def run(argv: Sequence[str]) -> int:
     assert flags.out_dir is not None
     assert flags.to is not None
     target = user_path(flags.to, "--to")
-    real_target = Path(os.path.realpath(target))  # "." is gone once it has been replaced
+    # "." has no name, and is gone once it is replaced; `resolve` fails in a loop of links
+    real_target = Path(os.path.realpath(target))
     check_is_free(target)
     if flags.is_gguf:
         check_is_free(modelfile_of(target))
@@ -101,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
         if flags.is_gguf:
             files = write_gguf(target, weights, params, flags.dtype or DEFAULT_DTYPE)
         else:
-            files = write_folder(target, weights, params, card)
+            files = write_folder(real_target, weights, params, card)
     except OSError as error:
         raise ConfigError(f"--to {target} cannot be written: {error}") from None
     print_exported(target, weights, flags.is_gguf)
@@ -121,11 +122,10 @@ def check_is_free(target: Path) -> None:
 
 
 def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> list[Path]:
-    """Write the complete folder under a temporary name, then rename it; returns its files.
+    """Write the complete folder, a real path, under a temporary name, then rename it.
 
-    Raises OSError.
+    Returns its files. Raises OSError.
     """
-    folder = Path(os.path.realpath(folder))  # "." has no name; `resolve` fails in a loop of links
     part = folder.with_name(f".jaxgpt-export.{os.getpid()}.tmp")  # a name may have 255 bytes
     part.mkdir(parents=True)
     try:
@@ -136,7 +136,7 @@ def write_folder(folder: Path, weights: Weights, params: Any, card: str) -> list
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return sorted(folder.iterdir())  # not of ".", which is still the folder that was replaced
+    return sorted(folder.iterdir())
 
 
 def write_gguf(path: Path, weights: Weights, params: Any, dtype: GgufDtype) -> list[Path]:

@@ -4,10 +4,10 @@
     python benchmarks/gpu/quarter_hour.py second 300   # kill -9 and resume, ablations, memory
     python benchmarks/gpu/quarter_hour.py trial 900    # both, tiny and on the CPU
 
-The number is the seconds it may take; --skip leaves out some parts. Each part is a
-process with its own limit; one that fails or hangs is recorded, and the next starts. A part for
-which too little time is left is not started. After each part $OUT/NAME.json holds everything so
-far; a call writes at most four files to $OUT.
+The number is the seconds it may take; --skip leaves out some parts. Each part is a process with
+its own limit; one that fails or hangs is recorded, and the next starts. A part for which too little
+time is left is not started. After each part $OUT/NAME.json holds everything so far; a call writes
+at most four files to $OUT.
 
 Settings in the environment, with their defaults:
     OUT (runs/quarter-hour)          folder for the results

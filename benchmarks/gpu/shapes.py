@@ -26,7 +26,6 @@ ITEMS = {
     "24gb": Item(None, "24gb", 16),
     "b32": Item(32),
     "b64": Item(64),
-    "124m-modern": Item(None, "124m-modern", 4),
     "as-it-is": Item(),
     "triton-gemm-on": Item(variant="triton-gemm-on"),
     "scheduler-on": Item(variant="scheduler-on"),

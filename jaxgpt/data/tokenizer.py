@@ -31,8 +31,7 @@ EOT_TEXT = "<|endoftext|>"
 
 # GPT-2's pattern for splitting text before BPE, in the equivalent, faster form of tiktoken 0.14.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-WITH_GPT2_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
+WITH_GPT2_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")  # tiktoken's encodings
 
 # The white space of this pattern; Python's \s has more characters. tiktoken's regex engine fails
 # when `\s+(?!\S)` backtracks over a million, so longer texts are searched for runs of it.

@@ -41,7 +41,7 @@ def find_tokenizer(name: str, beside: Iterable[Path]) -> Tokenizer | None:
     import tiktoken
 
     for folder in beside:
-        # A copy beside one of tiktoken's, which have none, is of an earlier command.
+        # tiktoken's are not copied: a copy beside them is of an earlier command's tokenizer.
         if (folder / MAIN_FILE).is_file() and name not in tiktoken.list_encoding_names():
             return open_json_tokenizer(folder, name)
     path = Path(os.path.expanduser(name))

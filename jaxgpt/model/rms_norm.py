@@ -8,7 +8,7 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """Scales the last axis to a root mean square of one, then by a float32 scale."""
+    """Scales the last axis to a root mean square of one, then multiplies it by a float32 scale."""
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
@@ -55,8 +55,8 @@ def _match_softmax_rewriter(x: jax.Array) -> jax.Array:
     """x, written as x - 0 * mean(x), so that XLA fuses the backward pass into one kernel.
 
     XLA's softmax rewriter begins such a kernel at x - mean(x), which LayerNorm has and RMSNorm does
-    not; without it, a second kernel reads the same arrays once more. XLA
-    may not drop 0 * mean(x), which is NaN for an infinite mean.
+    not; without it, a second kernel reads the same arrays once more. XLA may not drop 0 * mean(x),
+    which is NaN for an infinite mean.
     """
     return x - 0 * x.mean(-1, keepdims=True)
 

@@ -103,7 +103,10 @@ def does_not_fit(cfg: Resolved, device_name: str, capacity: int) -> str:
 
 
 def flags_that_fit(cfg: Resolved, capacity: int, need: Need) -> str:
-    """The end of a message: flags with which `cfg`, of known `need`, should fit into `capacity`."""
+    """The end of a message: flags with which `cfg` should fit into `capacity` bytes.
+
+    `need` is the compiled need of `cfg`, which its estimate may be below.
+    """
     found = best_fit(cfg, capacity, lambda other: need if other == cfg else estimate(other))
     if found is None:
         return does_not_fit(cfg, "this device", capacity)

@@ -26,7 +26,7 @@ from jaxgpt.errors import discard
 
 
 class OutputConsole(Console):
-    """rich's, but a closed pipe is for `run_command` to answer, as in all other output."""
+    """rich's, but a closed pipe raises BrokenPipeError, which `run_command` handles."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -124,7 +124,7 @@ class Processes:
     def fail_together(self) -> Iterator[None]:
         """If one process fails inside, all do: it with its error, the others with a UserError.
 
-        The others raise a LockedError if any process did, after which a run cannot go on.
+        If it is a LockedError, the others raise one too: the run cannot go on.
         """
         own: Exception | None = None
         try:

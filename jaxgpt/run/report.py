@@ -144,7 +144,8 @@ def _next_commands(cfg: Resolved, prog: str, argv: Sequence[str], step: int) -> 
     longer = shlex.join([*again, *here, "--max-iters", str(2 * step)])
     anew = shlex.join([*without_flags(argv, "out_dir"), "--out-dir", f"{cfg.out_dir}-2"])
     o = cfg.optimizer
-    at_min_lr = o.warmup_iters < (o.lr_decay_iters or cfg.max_iters) <= step
+    assert o.lr_decay_iters is not None, "set by `resolve`"
+    at_min_lr = o.warmup_iters < o.lr_decay_iters <= step
     commands = {
         f"{prog} {longer}": "train longer"
         + f"; the learning rate stays at min_lr, {o.min_lr:g}" * at_min_lr,
